@@ -1,0 +1,42 @@
+"""What two ends of a stream say to each other, as plain values: the contract of sender, receiver and collector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from monitor.step import StepBatch
+
+PROTOCOL: Final = 1
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Who sends, and what it scores with. Fields as in proto/latentwatch/v1/stream.proto."""
+
+    replica: str
+    boot_id: str
+    engine: str
+    model_name: str
+    watchlist_sha256: str
+    armed: bool
+    not_armed_reason: str
+    not_armed_text: str
+    plugin_version: str
+    engine_version: str
+
+
+class Sink(Protocol):
+    """Where a receiver hands what it accepted; the collector's pipeline implements it. No I/O, no clock."""
+
+    def hello(self, hello: Hello, now: float) -> int:
+        """Accept a stream and return the highest sequence already held for its (replica, boot_id), 0 for none.
+
+        Raises: StreamRefused: another watchlist, another protocol, a replica name that cannot be a label.
+        """
+
+    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
+        """Take one batch into the state. A sequence at or below the highest one held is a counted duplicate."""
+
+    def goodbye(self, hello: Hello, now: float) -> None:
+        """The stream of this replica ended, for whatever reason."""
