@@ -1,0 +1,44 @@
+"""The score op on a CPU: float32 throughout, which without AMX is also the fastest way (KERNELS B6).
+
+Dimension key: T tokens in the step (padded), D d_model, K features at one hook point.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from monitor.kernels.reference import LAYER_NORM_EPSILON
+from monitor.watchlist.card import NORMS
+
+
+def score(
+    x_TD: Tensor, residual_TD: Tensor | None, w_KD: Tensor, scale_6K: Tensor, act_TK: Tensor, stat_T3: Tensor
+) -> None:
+    """Write rows [0, T) of act_TK and stat_T3; what they hold is said in `reference.score`."""
+    T, D = x_TD.shape
+    x = (x_TD if residual_TD is None else x_TD + residual_TD).float()
+    tau_K, gain_K, bias_K, lo_K, colsum_K, norm_K = scale_6K
+    length_T = torch.linalg.vector_norm(x, dim=1)
+    s_TK = x @ w_KD.t()
+    if norm_K.any():
+        mean_T = x.mean(dim=1)
+        std_T = (x - mean_T[:, None]).square().sum(dim=1).div(max(D - 1, 1)).sqrt()
+        layer_norm, constant_norm, centre = (
+            norm_K == NORMS.index(n) for n in ("layer_norm", "constant_norm", "centre")
+        )
+        s_TK -= torch.where(layer_norm | centre, mean_T[:, None], 0.0) * colsum_K
+        s_TK *= torch.where(layer_norm, 1.0 / (std_T + LAYER_NORM_EPSILON)[:, None], 1.0)
+        unit_T = torch.where(length_T > 0, math.sqrt(D) / length_T, 0.0)
+        s_TK *= torch.where(constant_norm, unit_T[:, None], 1.0)
+    finite_T = torch.isfinite(length_T)
+    fires_TK = (s_TK > tau_K) & finite_T[:, None]
+    act_TK[:T] = torch.where(fires_TK, torch.maximum(gain_K * s_TK + bias_K, lo_K), 0.0)
+    stat_T3[:T, 0] = length_T
+    stat_T3[:T, 1] = x.abs().amax(dim=1)
+    stat_T3[:T, 2] = 0.0
+    if not finite_T.all():
+        stat_T3[:T, :2][~finite_T] = math.inf
+        stat_T3[:T, 2][~finite_T] = (~torch.isfinite(x[~finite_T])).sum(dim=1).clamp(min=1).float()

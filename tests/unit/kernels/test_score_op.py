@@ -1,0 +1,180 @@
+"""The op on a CPU: what it computes, and that it survives compilation with its buffers as graph inputs.
+
+Dimension key: T tokens, D d_model, K features at one hook point.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monitor.errors import EngineRefused
+from monitor.kernels import op, reference
+from tests.support.kernel_cases import Case, assert_matches, canonical_rows, make_case, poisoned_buffers
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def run(case: Case, *, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    act_TK, stat_T3 = poisoned_buffers(rows or case.tokens, case.features)
+    torch.ops.latentwatch.score(case.x_TD, case.residual_TD, case.w_KD, None, case.scale_6K, act_TK, stat_T3)
+    return act_TK, stat_T3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [True, False], ids=["two-halves", "summed"])
+@pytest.mark.parametrize("T, D, K", [(1, 64, 1), (7, 96, 5), (33, 257, 40)], ids=lambda n: str(n))
+def test_cpu_scores_equal_the_reference(T: int, D: int, K: int, dtype: torch.dtype, residual: bool) -> None:
+    case = make_case(T, D, K, dtype=dtype, residual=residual, seed=T * D + K)
+    assert_matches(case, *run(case))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    T=st.integers(1, 20), D=st.integers(2, 130), K=st.integers(1, 20), norm=st.integers(0, 3), seed=st.integers(0, 999)
+)
+def test_cpu_scores_equal_the_reference_for_any_shape_and_norm(T: int, D: int, K: int, norm: int, seed: int) -> None:
+    case = make_case(T, D, K, dtype=torch.bfloat16, residual=bool(seed % 2), norms=[norm], seed=seed)
+    assert_matches(case, *run(case))
+
+
+def test_rows_beyond_the_step_keep_what_they_held() -> None:
+    """CUDA graphs replay into the same buffers; a later row belongs to nobody, but must not be half-written."""
+    case = make_case(5, 64, 6)
+    act_TK, stat_T3 = run(case, rows=9)
+    assert act_TK[5:].isnan().all() and stat_T3[5:].isnan().all()
+    assert not act_TK[:5].isnan().any()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_row_is_named_and_poisons_no_other(poison: float) -> None:
+    case = make_case(6, 64, 8, norms=[0, 1, 2, 3])
+    clean_TK, clean_T3 = run(case)
+    case.x_TD[2, 5] = poison
+    case.x_TD[2, 9] = poison
+    act_TK, stat_T3 = run(case)
+    others = [0, 1, 3, 4, 5]
+    assert act_TK[2].eq(0).all()
+    assert stat_T3[2].tolist() == [math.inf, math.inf, 2.0]
+    torch.testing.assert_close(act_TK[others], clean_TK[others], rtol=0, atol=0)
+    torch.testing.assert_close(stat_T3[others], clean_T3[others], rtol=0, atol=0)
+
+
+def test_a_row_whose_squares_overflow_counts_as_not_finite() -> None:
+    case = make_case(3, 64, 4, dtype=torch.bfloat16, residual=False)
+    case.x_TD[1, 0] = 1e30
+    act_TK, stat_T3 = run(case)
+    assert stat_T3[1].tolist() == [math.inf, math.inf, 1.0]
+    assert act_TK[1].eq(0).all()
+
+
+def test_a_zero_row_scores_zero_under_every_norm_but_the_bias() -> None:
+    case = make_case(2, 64, 4, norms=[0, 1, 2, 3], residual=False)
+    case.x_TD[0] = 0
+    assert_matches(case, *run(case))
+
+
+def test_a_dense_feature_is_scored_on_every_row_and_a_sparse_one_is_exactly_zero_below_its_threshold() -> None:
+    case = make_case(64, 64, 8)
+    act_TK, _ = run(case)
+    dense_K = case.scale_6K[0].isneginf()
+    assert dense_K.any() and not dense_K.all()
+    assert act_TK[:, dense_K].ne(0).all()
+    assert 0 < act_TK[:, ~dense_K].eq(0).sum() < act_TK[:, ~dense_K].numel()
+
+
+def test_the_stream_is_rounded_to_the_model_dtype_before_it_is_scored() -> None:
+    """1 + 2^-9 rounds to 1 in bfloat16; Hugging Face's own stream holds 1, so scores must come from 1."""
+    x_TD = torch.ones(1, 2, dtype=torch.bfloat16)
+    residual_TD = torch.full((1, 2), 2.0**-9, dtype=torch.bfloat16)
+    scale_6K = torch.tensor([-math.inf, 1.0, 0.0, -math.inf, 1.0, 0.0])[:, None].contiguous()
+    act_TK, stat_T3 = poisoned_buffers(1, 1)
+    torch.ops.latentwatch.score(x_TD, residual_TD, torch.ones(1, 2), None, scale_6K, act_TK, stat_T3)
+    assert act_TK.item() == 2.0
+
+
+def test_a_step_longer_than_the_buffers_is_refused() -> None:
+    case = make_case(5, 64, 4)
+    with pytest.raises(EngineRefused, match="4 rows"):
+        run(case, rows=4)
+
+
+def test_the_op_is_registered_once_however_often_it_is_imported() -> None:
+    importlib.reload(op)
+    case = make_case(2, 64, 4)
+    assert_matches(case, *run(case))
+
+
+def test_the_op_passes_torchs_own_checks() -> None:
+    case = make_case(4, 64, 6)
+    act_TK, stat_T3 = torch.zeros(4, 6), torch.zeros(4, 3)
+    torch.library.opcheck(
+        torch.ops.latentwatch.score.default,
+        (case.x_TD, case.residual_TD, case.w_KD, None, case.scale_6K, act_TK, stat_T3),
+    )
+
+
+class Layer(torch.nn.Module):
+    """A decoder layer with the op behind it, as the engine's hook leaves it."""
+
+    def __init__(self, case: Case, rows: int) -> None:
+        super().__init__()
+        act_TK, stat_T3 = poisoned_buffers(rows, case.features)
+        for name, value in (("w_KD", case.w_KD), ("scale_6K", case.scale_6K), ("act_TK", act_TK), ("stat_T3", stat_T3)):
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
+        hidden_TD = torch.tanh(x_TD)
+        torch.ops.latentwatch.score(hidden_TD, residual_TD, self.w_KD, None, self.scale_6K, self.act_TK, self.stat_T3)
+        return hidden_TD * 2
+
+
+def test_the_compiled_op_writes_the_same_buffers_whatever_the_number_of_tokens() -> None:
+    """vLLM compiles once with a dynamic token count and keeps the buffers as graph inputs; nothing may recompile."""
+    case = make_case(16, 64, 8)
+    layer = Layer(case, rows=16)
+    address = layer.act_TK.data_ptr()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.inference_mode(), torch.compiler.set_stance("default"):
+        for T in (16, 5, 9, 2):
+            layer.act_TK.fill_(math.nan)
+            layer.stat_T3.fill_(math.nan)
+            compiled(case.x_TD[:T], case.residual_TD[:T])
+            step = Case(torch.tanh(case.x_TD[:T]), case.residual_TD[:T], case.w_KD, case.scale_6K)
+            assert_matches(step, layer.act_TK[:T], layer.stat_T3[:T])
+            assert layer.act_TK[T:].isnan().all()
+    assert layer.act_TK.data_ptr() == address
+
+
+def test_packed_rows_are_the_cards_rows() -> None:
+    rows = canonical_rows(D=64, K=5)
+    w_KD, w_lo_KD, scale_6K = op.pack(rows, "cpu", torch.bfloat16)
+    assert w_lo_KD is None and w_KD.dtype == torch.float32
+    assert w_KD.numpy().tobytes() == rows.w_KD.tobytes()
+    assert scale_6K.numpy().tobytes() == rows.scale_6K.tobytes()
+
+
+def test_rows_packed_for_a_gpu_keep_the_cards_bit_patterns() -> None:
+    rows = canonical_rows(D=64, K=5)
+    hi_KD, lo_KD, _ = op.pack(rows, "meta", torch.bfloat16)
+    assert lo_KD is not None and hi_KD.dtype == lo_KD.dtype == torch.bfloat16
+
+
+def test_a_model_dtype_that_the_op_cannot_read_is_refused() -> None:
+    with pytest.raises(EngineRefused, match="float64"):
+        op.pack(canonical_rows(D=64, K=5), "cpu", torch.float64)
+
+
+def test_the_reference_applies_each_norm_as_its_definition_says() -> None:
+    x_TD = torch.tensor([[1.0, 3.0, 5.0]], dtype=torch.float64)
+    assert reference.normalised(x_TD, "none").tolist() == [[1, 3, 5]]
+    assert reference.normalised(x_TD, "centre").tolist() == [[-2, 0, 2]]
+    torch.testing.assert_close(
+        reference.normalised(x_TD, "layer_norm"), torch.tensor([[-1.0, 0, 1]], dtype=torch.float64), rtol=1e-5, atol=0
+    )
+    assert reference.normalised(x_TD, "constant_norm").norm().item() == pytest.approx(math.sqrt(3))
