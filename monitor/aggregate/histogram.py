@@ -1,0 +1,97 @@
+"""Fixed-bucket histograms as count arrays: they add, and they are Prometheus' classic histograms as they stand.
+
+Shape legend: F features (or whatever the histograms stand for), B finite upper bounds, B+1 buckets with +Inf last.
+A value on a bound belongs to the bucket below it, as `le` says.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+ACTIVATION_EDGES: Final = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+"""Half decades: SAE activations run from hundredths (small models) to hundreds (Gemma Scope)."""
+NORM_EDGES: Final = tuple(2.0**k for k in range(-1, 16))
+"""Octaves from 0.5 to 32768: residual norms of small models, and of first tokens in large ones."""
+LAG_EDGES: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Seconds; 1-2.5-5 around the target of 2 s from step to /metrics, up to a minute of spooling."""
+
+
+def limit_edges(limit: float | None) -> tuple[float, ...]:
+    """Ten linear bounds around a dense feature's limit: limit + step * (-5..4), step = max(|limit|, 1) / 4.
+
+    The limit itself is a bound, so the share of requests above it is exact. Without a limit the bounds are
+    those of limit 0. As many as `ACTIVATION_EDGES`, so that one array holds the histograms of every feature.
+    """
+    centre = 0.0 if limit is None else limit
+    step = max(abs(centre), 1.0) / 4
+    return tuple(centre if k == 0 else float(f"{centre + k * step:.6g}") for k in range(-5, 5))
+
+
+@dataclass
+class Histograms:
+    """F classic histograms over bounds of their own, with equal bucket counts."""
+
+    edges_FB: F64
+    """Ascending along B, finite."""
+    counts_FB: I64
+    """[F, B+1], values per bucket (not cumulative)."""
+    sum_F: F64
+
+    @classmethod
+    def empty(cls, edges_FB: npt.NDArray[Any]) -> Histograms:
+        """Nothing counted yet. Raises ValueError when bounds are not finite and strictly ascending."""
+        edges = np.array(edges_FB, np.float64, ndmin=2)
+        if not np.isfinite(edges).all() or (np.diff(edges, axis=1) <= 0).any():
+            raise ValueError(f"histogram bounds must be finite and ascending, got {edges.tolist()[:2]}")
+        return cls(edges, np.zeros((edges.shape[0], edges.shape[1] + 1), np.int64), np.zeros(edges.shape[0]))
+
+    def observe(self, values_NF: npt.NDArray[Any], counted_NF: npt.NDArray[np.bool_] | None = None) -> None:
+        """Count one value per row and histogram, [N, F]; where `counted_NF` is False the value is left out."""
+        F, B = self.edges_FB.shape
+        values = values_NF.astype(np.float64)
+        if counted_NF is not None:
+            values = np.where(counted_NF, values, 0.0)
+        bucket = _buckets(values, self.edges_FB) + np.arange(F) * (B + 1)
+        flat = bucket.ravel() if counted_NF is None else bucket[counted_NF]
+        self.counts_FB += np.bincount(flat, minlength=F * (B + 1)).reshape(F, B + 1)
+        self.sum_F += values.sum(axis=0)
+
+    def merge(self, other: Histograms) -> Histograms:
+        """Both together. Raises ValueError when the bounds differ."""
+        if not np.array_equal(self.edges_FB, other.edges_FB):
+            raise ValueError("histograms over different bounds do not add")
+        return Histograms(self.edges_FB, self.counts_FB + other.counts_FB, self.sum_F + other.sum_F)
+
+    @property
+    def cumulative_FB(self) -> I64:
+        """[F, B+1]: values at or below each bound, the last column is the count."""
+        return np.cumsum(self.counts_FB, axis=1)
+
+
+def _buckets(values_NF: F64, edges_FB: F64) -> npt.NDArray[np.intp]:
+    """Index of the bucket of each value, 0..B."""
+    if len(edges_FB) > 1 and (edges_FB == edges_FB[0]).all():
+        return np.searchsorted(edges_FB[0], values_NF, side="left")
+    return (values_NF[:, :, None] > edges_FB).sum(axis=2)
+
+
+class ScalarHistogram:
+    """One histogram fed by single values, without the cost of array calls per value."""
+
+    def __init__(self, edges: tuple[float, ...]) -> None:
+        self.edges = edges
+        self.counts = [0] * (len(edges) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one finite value."""
+        self.counts[bisect_left(self.edges, value)] += 1
+        self.sum += value

@@ -1,0 +1,37 @@
+"""A value and the position where it stood in one uint64, ordered so that a plain maximum keeps the right one.
+
+The upper half is a float32 mapped to an unsigned integer of the same order, the lower half counts positions
+downwards. Hence the larger of two packed words is the larger value and, between equal values, the earlier position;
+the maximum is associative, commutative and idempotent, which makes every per-request maximum independent of how
+the scheduler cut the steps. 0 stands for "nothing seen": no finite value packs to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+
+NOTHING: Final = np.uint64(0)
+_LAST_POSITION: Final = np.uint32(0xFFFF_FFFF)
+_SIGN: Final = np.uint32(0x8000_0000)
+
+
+def pack(value: npt.NDArray[Any], position: npt.NDArray[Any]) -> U64:
+    """Packed words of finite values (rounded to float32) at positions 0..2**32-1; the shapes broadcast."""
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    ordered = bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | _SIGN)
+    return (ordered.astype(np.uint64) << np.uint64(32)) | (_LAST_POSITION - position.astype(np.uint32))
+
+
+def unpack(packed: U64) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Values and positions; NaN and -1 where nothing was seen."""
+    ordered = (packed >> np.uint64(32)).astype(np.uint32)
+    bits = np.where(ordered & _SIGN, ordered ^ _SIGN, ~ordered)
+    seen = packed != NOTHING
+    value = np.where(seen, bits.view(np.float32), np.float32(np.nan))
+    position = np.where(seen, (_LAST_POSITION - packed.astype(np.uint32)).astype(np.int64), -1)
+    return value, position

@@ -1,0 +1,257 @@
+"""Running statistics of every open request and feature, in arrays allocated once.
+
+Shape legend: K request slots, S segments, R rows, N fired activations, F features, P dense features, L features with a
+statistic of their own (see FeatureTable.special_F).
+
+Guarantee: what is known of a request after its last token does not depend on how its tokens were cut into steps nor on
+which other requests shared those steps, as long as its positions arrive in order. Maxima and counts do not even need
+the order; rolling means and "first crossing" do.
+
+Memory: K * (13 F + 8 L + 2 W per rolling feature) bytes; the operating system backs only the slots that were used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from monitor.aggregate.features import FeatureTable, phase_bit
+from monitor.aggregate.packed import NOTHING, pack, unpack
+from monitor.aggregate.rolling import RollingMeans
+from monitor.names import Phase
+from monitor.step import StepBatch, owns_rows
+
+Array = npt.NDArray[Any]
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+CROSSING_DTYPE = np.dtype(
+    [("slot", "<i8"), ("feature", "<i8"), ("position", "<i8"), ("value", "<f8"), ("phase", "u1")]
+)
+"""The first token at which a request's statistic for a feature went above the limit, and the statistic there."""
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What one step showed of the features, over all its requests."""
+
+    rows: int
+    fired_F: Array
+    """Tokens on which each feature fired, int64; dense features 0. Positions that the feature skips do not count."""
+    peak_F: Array
+    """Largest value of each feature's statistic in this step, float32; NaN where there was none."""
+    crossings: Array
+    """CROSSING_DTYPE, at most one per slot and feature in the whole life of a request."""
+
+
+@dataclass(frozen=True)
+class RequestFeatures:
+    """What is known of one request; copies, safe to keep."""
+
+    max_F: Array
+    """Largest activation or score over the counted tokens, float32; NaN where a sparse feature never fired."""
+    max_position_F: Array
+    """-1 where max_F is NaN."""
+    statistic_F: Array
+    """The limit's statistic, else the maximum; float32, NaN where there is none yet."""
+    statistic_position_F: Array
+    """Position of the maximum, or of the last token of the best window; -1 where there is none."""
+    fired_F: Array
+    """Tokens on which the feature fired, int64; 0 for dense features."""
+    exceeded_F: Array
+    """bool: the statistic went above the limit."""
+
+
+class RequestStates:
+    """K slots of running statistics. The caller says which slot a request has and when it is free again."""
+
+    def __init__(self, table: FeatureTable, slots: int) -> None:
+        self.table = table
+        self.slots = slots
+        F, L = table.features, table.specials
+        self._max = np.zeros((slots, F), np.uint64)
+        self._special = np.zeros((slots, L), np.uint64)
+        self._fired = np.zeros((slots, F), np.uint32)
+        self._exceeded = np.zeros((slots, F), bool)
+        self._rolling = [RollingMeans(group, table.limit_F[group.features], slots) for group in table.rolling]
+        self._skips = bool(table.skip_F.any())
+        P = table.dense_P
+        self._column_F = np.full(F, -1)
+        self._column_F[P] = np.arange(len(P))
+        self._rolling_F = (table.special_F >= 0) & ~table.special_max_F
+
+    def clear(self, slots: Array) -> None:
+        """Make slots ready for new requests."""
+        self._max[slots] = NOTHING
+        self._special[slots] = NOTHING
+        self._fired[slots] = 0
+        self._exceeded[slots] = False
+        for rolling in self._rolling:
+            rolling.clear(slots)
+
+    def update(self, batch: StepBatch, slot_S: Array) -> StepView:
+        """Take the scores of one validated step.
+
+        Args: slot_S: the slot of each segment's request, [S]; segments without rows may carry anything.
+        """
+        table = self.table
+        owners = np.flatnonzero(owns_rows(batch.segments_S))
+        segments, slot_S = batch.segments_S[owners], slot_S[owners]
+        peak_F = np.full(table.features, NOTHING, np.uint64)
+        if not len(owners):
+            return StepView(0, np.zeros(table.features, np.int64), unpack(peak_F)[0], np.empty(0, CROSSING_DTYPE))
+        rows = _Rows.of(segments, slot_S)
+        fired_F, crossings = self._sparse(batch.fires_N, rows, peak_F)
+        found = [crossings]
+        if len(table.dense_P):
+            found.append(self._dense(batch.dense_RP, rows, peak_F))
+        found += [self._roll(i, batch, rows, peak_F) for i in range(len(self._rolling))]
+        return StepView(rows.count, fired_F, unpack(peak_F)[0], self._first(np.concatenate(found)))
+
+    def features_of(self, slot: int) -> RequestFeatures:
+        """Everything known of the request in this slot."""
+        largest, position = unpack(self._max[slot])
+        statistic, at = unpack(self.statistics(np.array([slot]))[0])
+        return RequestFeatures(
+            max_F=largest,
+            max_position_F=position,
+            statistic_F=statistic,
+            statistic_position_F=at,
+            fired_F=self._fired[slot].astype(np.int64),
+            exceeded_F=self._exceeded[slot].copy(),
+        )
+
+    def statistics(self, slots: Array) -> Array:
+        """Packed statistic of each feature (the limit's, else the maximum), [len(slots), F]."""
+        special = self.table.special_F
+        packed = self._max[slots]
+        packed[:, special >= 0] = self._special[slots][:, special[special >= 0]]
+        return packed
+
+    def _sparse(self, fires_N: Array, rows: _Rows, peak_F: Array) -> tuple[Array, Array]:
+        table, F = self.table, self.table.features
+        row, feature, act = fires_N["row"], fires_N["feature"].astype(np.int64), fires_N["act"]
+        slot, position = rows.slot[row], rows.position[row]
+        if self._skips:
+            counted = position >= table.skip_F[feature]
+            row, feature, act, slot, position = (column[counted] for column in (row, feature, act, slot, position))
+        packed = pack(act, position)
+        key = slot * F + feature
+        np.maximum.at(self._max.reshape(-1), key, packed)
+        np.add.at(self._fired.reshape(-1), key, np.uint32(1))
+        in_statistic = np.ones(len(feature), bool)
+        if table.specials:
+            in_phase = (rows.phase_bit[row] & table.phases_F[feature]) != 0
+            special = np.flatnonzero(table.special_max_F[feature] & in_phase)
+            special_key = slot[special] * table.specials + table.special_F[feature[special]]
+            np.maximum.at(self._special.reshape(-1), special_key, packed[special])
+            in_statistic = in_phase & ~self._rolling_F[feature]
+        np.maximum.at(peak_F, feature[in_statistic], packed[in_statistic])
+        over = np.flatnonzero((act > table.token_limit_F[feature]) & in_statistic)
+        crossings = _crossings(slot[over], feature[over], position[over], act[over], rows.phase_bit[row[over]])
+        return np.bincount(feature, minlength=F).astype(np.int64), crossings
+
+    def _dense(self, score_RP: Array, rows: _Rows, peak_F: Array) -> Array:
+        table, P = self.table, self.table.dense_P
+        packed_RP = pack(score_RP, rows.position[:, None])
+        if self._skips:
+            packed_RP = np.where(rows.position[:, None] >= table.skip_F[P], packed_RP, NOTHING)
+        packed_SP = np.maximum.reduceat(packed_RP, rows.first_S, axis=0)
+        np.maximum.at(self._max, (rows.slot_S[:, None], P), packed_SP)
+        in_statistic_SP = ((rows.phase_bit_S[:, None] & table.phases_F[P]) != 0) & ~self._rolling_F[P]
+        statistic_SP = np.where(in_statistic_SP, packed_SP, NOTHING)
+        peak_F[P] = np.maximum(peak_F[P], statistic_SP.max(axis=0))
+        special = np.flatnonzero(table.special_max_F[P])
+        np.maximum.at(self._special, (rows.slot_S[:, None], table.special_F[P[special]]), statistic_SP[:, special])
+        row, column = np.nonzero((score_RP > table.token_limit_F[P]) & (packed_RP != NOTHING))
+        in_phase = (rows.phase_bit[row] & table.phases_F[P[column]]) != 0
+        row, column = row[in_phase], column[in_phase]
+        return _crossings(rows.slot[row], P[column], rows.position[row], score_RP[row, column], rows.phase_bit[row])
+
+    def _roll(self, index: int, batch: StepBatch, rows: _Rows, peak_F: Array) -> Array:
+        group, order = self.table.rolling[index], rows.by_position
+        score_RG = self._scores_of(group.features, batch)
+        step = self._rolling[index].update(
+            rows.slot[order], rows.position[order], rows.phase_bit[order], score_RG[order]
+        )
+        if step is None:
+            return np.empty(0, CROSSING_DTYPE)
+        np.maximum.at(self._special, (step.slot_U[:, None], self.table.special_F[group.features]), step.packed_UG)
+        peak_F[group.features] = step.packed_UG.max(axis=0)
+        return _crossings(
+            step.over_slot, group.features[step.over_feature], step.over_position, step.over_value, step.over_phase_bit
+        )
+
+    def _scores_of(self, features: Array, batch: StepBatch) -> Array:
+        """Float16 columns [R, G] of these features; an activation beyond float16's range counts as its largest value."""
+        dense = self._column_F[features]
+        if (dense >= 0).all():
+            return batch.dense_RP[:, dense]
+        score_RG = np.zeros((batch.rows, len(features)), np.float16)
+        score_RG[:, dense >= 0] = batch.dense_RP[:, dense[dense >= 0]]
+        column_F = np.full(self.table.features, -1)
+        column_F[features] = np.arange(len(features))
+        fires = batch.fires_N[column_F[batch.fires_N["feature"]] >= 0]
+        score_RG[fires["row"], column_F[fires["feature"]]] = np.clip(fires["act"], -FLOAT16_MAX, FLOAT16_MAX)
+        return score_RG
+
+    def _first(self, found: Array) -> Array:
+        """The earliest crossing of each slot and feature that has had none yet, now marked."""
+        found = found[~self._exceeded[found["slot"], found["feature"]]]
+        if not len(found):
+            return found
+        key = found["slot"] * self.table.features + found["feature"]
+        found = found[np.lexsort((found["position"], key))]
+        key = found["slot"] * self.table.features + found["feature"]
+        found = found[np.append(True, key[1:] != key[:-1])]
+        self._exceeded[found["slot"], found["feature"]] = True
+        return found
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a step, in wire order: which slot, position and phase each one belongs to."""
+
+    slot_S: Array
+    phase_bit_S: Array
+    first_S: Array
+    """First row of each segment."""
+    slot: Array
+    position: Array
+    phase_bit: Array
+
+    @classmethod
+    def of(cls, segments_S: Array, slot_S: Array) -> _Rows:
+        count_S = segments_S["count"].astype(np.int64)
+        first_S = np.cumsum(count_S) - count_S
+        bit_S = phase_bit(segments_S["phase"])
+        row_offset_S = segments_S["start"] - first_S
+        return cls(
+            slot_S=slot_S,
+            phase_bit_S=bit_S,
+            first_S=first_S,
+            slot=np.repeat(slot_S, count_S),
+            position=np.arange(int(count_S.sum())) + np.repeat(row_offset_S, count_S),
+            phase_bit=np.repeat(bit_S, count_S),
+        )
+
+    @property
+    def count(self) -> int:
+        return len(self.slot)
+
+    @cached_property
+    def by_position(self) -> Array:
+        """Order of the rows by slot, then position."""
+        return np.lexsort((self.position, self.slot))
+
+
+def _crossings(slot: Array, feature: Array, position: Array, value: Array, bit: Array) -> Array:
+    crossings = np.empty(len(slot), CROSSING_DTYPE)
+    crossings["slot"], crossings["feature"] = slot, feature
+    crossings["position"], crossings["value"] = position, value
+    crossings["phase"] = np.where(bit == 1, Phase.PROMPT, Phase.OUTPUT)
+    return crossings

@@ -1,0 +1,190 @@
+"""Per-request statistics against a reference that walks tokens one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monitor.aggregate.features import FeatureTable
+from monitor.aggregate.requests import RequestStates
+from monitor.names import Phase
+from monitor.step import StepBatch
+from monitor.watchlist.card import Feature, Limit
+from tests.support.streams import Piece, Schedule, Tokens, probe, sparse, step_batch, tokens
+
+FEATURES = (
+    sparse("plain"),
+    sparse("limited", limit=Limit("max", 3.0)),
+    sparse("skips", limit=Limit("max", 3.0), skip=3),
+    sparse("prompt_only", limit=Limit("max", 3.0, phase="prompt")),
+    sparse("output_only", limit=Limit("max", 1.0, phase="output"), skip=2),
+    sparse("rolling_sparse", limit=Limit("rolling_mean", 0.6, 4)),
+    probe("dense"),
+    probe("dense_limited", limit=Limit("max", 2.5), skip=1),
+    probe("dense_prompt", limit=Limit("max", 2.5, phase="prompt")),
+    probe("rolling", limit=Limit("rolling_mean", 0.75, 5)),
+    probe("rolling_too", limit=Limit("rolling_mean", 0.5, 5)),
+    probe("rolling_output", limit=Limit("rolling_mean", 0.5, 3, phase="output"), skip=2),
+    probe("rolling_long", limit=Limit("rolling_mean", 0.1, 64, phase="prompt")),
+)
+
+
+class Reference:
+    """One feature of one request, token by token, in plain Python."""
+
+    def __init__(self, feature: Feature, request: Tokens, column: int) -> None:
+        self.max, self.max_position, self.fired = math.nan, -1, 0
+        self.statistic, self.statistic_position = math.nan, -1
+        self.crossing: tuple[int, float] | None = None
+        limit = feature.limit
+        window: list[float] = []
+        for position in range(request.total):
+            act = float(request.act_TF[position, column])
+            if not request.seen_T[position] or position < feature.skip_first_positions:
+                window.clear()
+                continue
+            fires = feature.dense or act != 0
+            if fires and not act <= self.max:
+                self.max, self.max_position = act, position
+            self.fired += fires and not feature.dense
+            phase = "prompt" if position < request.prompt_tokens else "output"
+            if limit and limit.phase not in ("any", phase):
+                window.clear()
+                continue
+            if limit and limit.statistic == "rolling_mean":
+                window.append(act)
+                if len(window) >= limit.window_tokens:
+                    self._take(sum(window[-limit.window_tokens :]) / limit.window_tokens, position, limit)
+            elif fires:
+                self._take(act, position, limit)
+
+    def _take(self, value: float, position: int, limit: Limit | None) -> None:
+        if not np.float32(value) <= np.float32(self.statistic):
+            self.statistic, self.statistic_position = value, position
+        if limit and value > limit.value and self.crossing is None:
+            self.crossing = (position, value)
+
+
+def run(batches: Sequence[StepBatch], handles: Sequence[int], slots: int = 16):
+    """States after the batches, and every crossing by (handle, feature). Slots are given backwards, to be no identity."""
+    states = RequestStates(FeatureTable.of(FEATURES), slots)
+    slot_of = {handle: slots - 1 - i for i, handle in enumerate(handles)}
+    crossings: dict[tuple[int, int], tuple[int, float, int]] = {}
+    fired = np.zeros(len(FEATURES), np.int64)
+    peak = np.full(len(FEATURES), np.nan, np.float32)
+    for batch in batches:
+        slot_S = np.array([slot_of[int(h)] for h in batch.segments_S["handle"]], np.int64)
+        view = states.update(batch, slot_S)
+        fired += view.fired_F
+        peak = np.fmax(peak, view.peak_F)
+        for c in view.crossings:
+            key = (handles[slots - 1 - int(c["slot"])], int(c["feature"]))
+            assert key not in crossings, "a request crosses a feature's limit once"
+            crossings[key] = (int(c["position"]), float(c["value"]), int(c["phase"]))
+    return {h: states.features_of(slot_of[h]) for h in handles}, crossings, fired, peak
+
+
+def make_requests(seed: int, lengths: Sequence[tuple[int, int]]) -> list[Tokens]:
+    rng = np.random.default_rng(seed)
+    return [
+        tokens(rng, FEATURES, handle=100 + 7 * i, total=total, prompt_tokens=min(prompt, total))
+        for i, (total, prompt) in enumerate(lengths)
+    ]
+
+
+REQUESTS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 80)), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), lengths=REQUESTS, longest=st.sampled_from([1, 2, 7, 40]))
+def test_statistics_do_not_depend_on_how_the_scheduler_cut_and_mixed_the_steps(seed, lengths, longest):
+    """vLLM cuts by load; if a statistic moved with the cuts, load would read as behaviour."""
+    requests = make_requests(seed, lengths)
+    handles = [r.handle for r in requests]
+    whole, whole_crossings, whole_fired, whole_peak = run(Schedule.one_step(requests).batches(FEATURES), handles)
+    cut, cut_crossings, cut_fired, cut_peak = run(
+        Schedule.random(np.random.default_rng(seed), requests, longest).batches(FEATURES), handles
+    )
+    assert cut_crossings == whole_crossings
+    np.testing.assert_array_equal(cut_fired, whole_fired)
+    np.testing.assert_array_equal(cut_peak, whole_peak)
+    for handle in handles:
+        for name in whole[handle].__dataclass_fields__:
+            np.testing.assert_array_equal(getattr(cut[handle], name), getattr(whole[handle], name), name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), lengths=REQUESTS, longest=st.sampled_from([1, 3, 17, 90]))
+def test_statistics_equal_a_walk_over_the_tokens(seed, lengths, longest):
+    requests = make_requests(seed, lengths)
+    schedule = Schedule.random(np.random.default_rng(seed), requests, longest)
+    got, crossings, fired, _ = run(schedule.batches(FEATURES), [r.handle for r in requests])
+    expected_fired = np.zeros(len(FEATURES), np.int64)
+    for request in requests:
+        for i, feature in enumerate(FEATURES):
+            expected, found = Reference(feature, request, i), got[request.handle]
+            where = f"{feature.id} of {request.handle}"
+            expected_fired[i] += expected.fired
+            assert int(found.fired_F[i]) == expected.fired, where
+            assert int(found.max_position_F[i]) == expected.max_position, where
+            np.testing.assert_equal(float(found.max_F[i]), expected.max, where)
+            assert int(found.statistic_position_F[i]) == expected.statistic_position, where
+            np.testing.assert_equal(found.statistic_F[i], np.float32(expected.statistic), where)
+            assert bool(found.exceeded_F[i]) == (expected.crossing is not None), where
+            crossing = crossings.get((request.handle, i))
+            if expected.crossing is None:
+                assert crossing is None, where
+            else:
+                phase = Phase.PROMPT if expected.crossing[0] < request.prompt_tokens else Phase.OUTPUT
+                assert crossing == (*expected.crossing, phase), where
+    np.testing.assert_array_equal(fired, expected_fired)
+
+
+def test_a_cleared_slot_shows_nothing_of_its_earlier_request():
+    first, second = make_requests(3, [(80, 40), (30, 10)])
+    states = RequestStates(FeatureTable.of(FEATURES), 1)
+    slot = np.array([0])
+    for request in (first, second):
+        states.clear(slot)
+        batch = step_batch([Piece(request, 0, request.total)], FEATURES)
+        states.update(batch, np.zeros(len(batch.segments_S), np.int64))
+    alone, *_ = run([step_batch([Piece(second, 0, second.total)], FEATURES)], [second.handle])
+    for name in alone[second.handle].__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(states.features_of(0), name), getattr(alone[second.handle], name), name)
+
+
+def test_a_rolling_mean_has_no_value_before_its_window_is_full():
+    features = (probe("p", limit=Limit("rolling_mean", -100.0, 8)),)
+    rng = np.random.default_rng(0)
+    request = tokens(rng, features, handle=1, total=8, prompt_tokens=8, unseen_share=0)
+    states = RequestStates(FeatureTable.of(features), 1)
+    before = states.update(step_batch([Piece(request, 0, 7)], features), np.zeros(9, np.int64))
+    assert not len(before.crossings) and math.isnan(states.features_of(0).statistic_F[0])
+    after = states.update(step_batch([Piece(request, 7, 8)], features), np.zeros(9, np.int64))
+    assert [int(c["position"]) for c in after.crossings] == [7]
+
+
+def test_sums_stay_exact_over_the_largest_scores_that_float16_holds():
+    """65504 in, 2**-24 out: a float32 sum, or one that carries rounding, would lose the small one."""
+    features = (probe("p", limit=Limit("rolling_mean", 1e9, 2)),)
+    tiny, total = 2.0**-24, 4096
+    request = Tokens(1, total, np.full((total, 1), 65504.0, np.float32), np.ones(total, int), np.ones((total, 1), np.float32))
+    request.act_TF[-2:] = tiny
+    states = RequestStates(FeatureTable.of(features), 1)
+    for start in range(0, total, 1000):
+        states.update(step_batch([Piece(request, start, min(total, start + 1000))], features), np.zeros(1, np.int64))
+    assert states._rolling[0]._sum[0, 0] == 2 * tiny
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_step_without_scores_changes_nothing(rows):
+    request = make_requests(1, [(rows, 1)])[0]
+    request.state_T[:] = 3
+    got, crossings, fired, peak = run([step_batch([Piece(request, 0, rows)], FEATURES)], [request.handle])
+    assert not crossings and not fired.any() and np.isnan(peak).all()
+    assert np.isnan(got[request.handle].max_F).all()
