@@ -1,0 +1,161 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class StreamRequest(_message.Message):
+    __slots__ = ("hello", "batch")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    batch: StepBatch
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., batch: _Optional[_Union[StepBatch, _Mapping]] = ...) -> None: ...
+
+class StreamReply(_message.Message):
+    __slots__ = ("welcome", "ack", "refusal")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    ack: Ack
+    refusal: Refusal
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("protocol", "replica", "boot_id", "engine", "model_name", "watchlist_sha256", "armed", "not_armed_reason", "not_armed_text", "plugin_version", "engine_version", "last_acked_sequence", "time_unix_nano")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    WATCHLIST_SHA256_FIELD_NUMBER: _ClassVar[int]
+    ARMED_FIELD_NUMBER: _ClassVar[int]
+    NOT_ARMED_REASON_FIELD_NUMBER: _ClassVar[int]
+    NOT_ARMED_TEXT_FIELD_NUMBER: _ClassVar[int]
+    PLUGIN_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAST_ACKED_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TIME_UNIX_NANO_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    replica: str
+    boot_id: str
+    engine: str
+    model_name: str
+    watchlist_sha256: str
+    armed: bool
+    not_armed_reason: str
+    not_armed_text: str
+    plugin_version: str
+    engine_version: str
+    last_acked_sequence: int
+    time_unix_nano: int
+    def __init__(self, protocol: _Optional[int] = ..., replica: _Optional[str] = ..., boot_id: _Optional[str] = ..., engine: _Optional[str] = ..., model_name: _Optional[str] = ..., watchlist_sha256: _Optional[str] = ..., armed: bool = ..., not_armed_reason: _Optional[str] = ..., not_armed_text: _Optional[str] = ..., plugin_version: _Optional[str] = ..., engine_version: _Optional[str] = ..., last_acked_sequence: _Optional[int] = ..., time_unix_nano: _Optional[int] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("resume_after_sequence", "collector_id")
+    RESUME_AFTER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    COLLECTOR_ID_FIELD_NUMBER: _ClassVar[int]
+    resume_after_sequence: int
+    collector_id: str
+    def __init__(self, resume_after_sequence: _Optional[int] = ..., collector_id: _Optional[str] = ...) -> None: ...
+
+class Ack(_message.Message):
+    __slots__ = ("sequence",)
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    def __init__(self, sequence: _Optional[int] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("reason", "what", "found", "instead")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    INSTEAD_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    what: str
+    found: str
+    instead: str
+    def __init__(self, reason: _Optional[str] = ..., what: _Optional[str] = ..., found: _Optional[str] = ..., instead: _Optional[str] = ...) -> None: ...
+
+class StepBatch(_message.Message):
+    __slots__ = ("sequence", "step", "time_unix_nano", "segments", "fires", "dense", "norm", "dense_features", "hook_points", "opened", "closed", "counters")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TIME_UNIX_NANO_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    FIRES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    HOOK_POINTS_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    step: int
+    time_unix_nano: int
+    segments: bytes
+    fires: bytes
+    dense: bytes
+    norm: bytes
+    dense_features: int
+    hook_points: int
+    opened: _containers.RepeatedCompositeFieldContainer[RequestOpened]
+    closed: _containers.RepeatedCompositeFieldContainer[RequestClosed]
+    counters: EngineCounters
+    def __init__(self, sequence: _Optional[int] = ..., step: _Optional[int] = ..., time_unix_nano: _Optional[int] = ..., segments: _Optional[bytes] = ..., fires: _Optional[bytes] = ..., dense: _Optional[bytes] = ..., norm: _Optional[bytes] = ..., dense_features: _Optional[int] = ..., hook_points: _Optional[int] = ..., opened: _Optional[_Iterable[_Union[RequestOpened, _Mapping]]] = ..., closed: _Optional[_Iterable[_Union[RequestClosed, _Mapping]]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ...) -> None: ...
+
+class RequestOpened(_message.Message):
+    __slots__ = ("handle", "request_id", "prompt_tokens", "adapter", "traceparent")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    request_id: str
+    prompt_tokens: int
+    adapter: str
+    traceparent: str
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., adapter: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
+
+class RequestClosed(_message.Message):
+    __slots__ = ("handle", "request_id", "prompt_tokens", "output_tokens", "total_tokens", "outcome")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    request_id: str
+    prompt_tokens: int
+    output_tokens: int
+    total_tokens: int
+    outcome: int
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., outcome: _Optional[int] = ...) -> None: ...
+
+class EngineCounters(_message.Message):
+    __slots__ = ("steps", "ring_dropped_steps", "op_silent_steps", "recomputed_tokens", "surplus_tokens", "exporter_restarts", "shed_batches", "reconnects", "unattributed_rows")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    RING_DROPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    OP_SILENT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SURPLUS_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPORTER_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    SHED_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    RECONNECTS_FIELD_NUMBER: _ClassVar[int]
+    UNATTRIBUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    ring_dropped_steps: int
+    op_silent_steps: int
+    recomputed_tokens: int
+    surplus_tokens: int
+    exporter_restarts: int
+    shed_batches: int
+    reconnects: int
+    unattributed_rows: int
+    def __init__(self, steps: _Optional[int] = ..., ring_dropped_steps: _Optional[int] = ..., op_silent_steps: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., surplus_tokens: _Optional[int] = ..., exporter_restarts: _Optional[int] = ..., shed_batches: _Optional[int] = ..., reconnects: _Optional[int] = ..., unattributed_rows: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,399 @@
+"""The receiver: a grpc.aio server that hands the batches of many streams to one Sink.
+
+The guarantee. A batch is acknowledged only after `Sink.observe` returned for it, so that what is acknowledged is in
+the collector's state. Batches of one stream are observed in the order in which they were sent. Once a newer stream of
+the same (replica, boot_id) is welcomed, the older one is not read any further: a number the new stream was told to
+resume after cannot move behind its back.
+
+Everything runs in the event loop that called `start`; the Sink is called in it too, and is expected to be quick.
+grpc.aio and not a thread pool: a pool serves as many streams as it has threads and starves the rest, health checks
+included, without an error (measured).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import stat
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from monitor.errors import ConfigRefused, StreamRefused
+from monitor.transport import codec
+from monitor.transport.session import Hello, Sink
+from monitor.transport.target import Target
+
+log = logging.getLogger(__name__)
+
+SERVER_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", codec.MAX_MESSAGE_BYTES),
+    # Two collectors on one port would each get half of the streams; the second has to fail instead.
+    ("grpc.so_reuseport", 0),
+    # An engine whose pod vanished sends no FIN.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    # Exporters ping every 10 s, idle or not; by default a server takes that for abuse and hangs up.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+_ACK_SECONDS: Final = 0.05
+"""Longest time that a batch in the state waits for its ack; short against a sender's buffer, long against a step."""
+_ACK_BATCHES: Final = 16
+"""Batches after which an ack is sent at once; at this rate acks cost nothing measurable."""
+_HELLO_SECONDS: Final = 10.0
+"""A peer that opens a stream and says nothing is let go after this."""
+_PROBE_SECONDS: Final = 0.2
+
+T = TypeVar("T")
+
+
+class _Stream:
+    """One accepted stream."""
+
+    def __init__(self, hello: Hello, held: int) -> None:
+        self.hello = hello
+        self.held = held
+        """Highest sequence in the state."""
+        self.unacked = 0
+        """Batches observed since the last ack."""
+        self.ack_due = asyncio.Event()
+        self.ended: asyncio.Future[StreamRefused | None] = asyncio.get_running_loop().create_future()
+        """Set from outside to end the stream, with what to tell the sender."""
+
+    def end(self, refusal: StreamRefused | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(refusal)
+
+
+class Receiver:
+    """Serves the Monitor and the standard health service. Make it, `await start()`, later `await stop(grace)`."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        listen: Sequence[str],
+        *,
+        clock: Callable[[], float],
+        collector_id: str | None = None,
+        max_streams: int = 1024,
+        ack_batches: int = _ACK_BATCHES,
+        ack_seconds: float = _ACK_SECONDS,
+    ) -> None:
+        """
+        Args:   listen: addresses, each `unix:///path` or `host:port`; port 0 takes a free one.
+                clock: the `now` that the Sink is given, seconds.
+                collector_id: 32 hex digits; drawn anew when absent.
+        Raises: ConfigRefused, "target_invalid".
+        """
+        self._sink = sink
+        self._targets = [Target.parse(text, listening=True) for text in listen]
+        self._clock = clock
+        self.collector_id = collector_id or uuid.uuid4().hex
+        self._max_streams = max_streams
+        self._ack_batches = ack_batches
+        self._ack_seconds = ack_seconds
+        self._streams: dict[tuple[str, str], _Stream] = {}
+        self._bound_port: int | None = None
+        self._sockets: list[tuple[Path, int]] = []
+        self._server: Any = None
+        self._health: Any = None
+        self._stopping = False
+
+    @property
+    def bound_port(self) -> int | None:
+        """Port of the first TCP address, None while there is none."""
+        return self._bound_port
+
+    @property
+    def live_streams(self) -> int:
+        """Streams that were welcomed and did not end."""
+        return len(self._streams)
+
+    async def start(self) -> None:
+        """Bind every address and serve.
+
+        Raises: ConfigRefused, "port_in_use", "socket_in_use" or "address_unusable". Nothing is left bound then.
+        """
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        handler = grpc.stream_stream_rpc_method_handler(self._serve)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(codec.SERVICE, {codec.METHOD.rpartition("/")[2]: handler}),)
+        )
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        try:
+            for target in self._targets:
+                self._bind(target)
+            await self._server.start()
+        except BaseException:
+            await self._server.stop(None)
+            self._remove_sockets()
+            raise
+        for service in ("", codec.SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace: float = 1.0) -> None:
+        """Report NOT_SERVING, acknowledge what the state holds, end every stream, and close within `grace` seconds."""
+        if self._server is None:
+            return
+        self._stopping = True
+        await self._health.enter_graceful_shutdown()
+        for stream in list(self._streams.values()):
+            stream.end(None)
+        await self._server.stop(grace)
+        self._remove_sockets()
+
+    def _bind(self, target: Target) -> None:
+        if target.socket_path:
+            self._bind_socket(target)
+            return
+        try:
+            port = self._server.add_insecure_port(str(target))
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise _why_not(target)
+        if self._bound_port is None:
+            self._bound_port = port
+
+    def _bind_socket(self, target: Target) -> None:
+        path = Path(target.socket_path)
+        _make_room(target, path)
+        # Nobody but this user may connect, from the first moment at which the file exists.
+        umask = os.umask(0o177)
+        try:
+            bound = self._server.add_insecure_port(str(target))
+        except RuntimeError:
+            bound = 0
+        finally:
+            os.umask(umask)
+        if not bound:
+            raise _why_not(target)
+        self._sockets.append((path, path.stat().st_ino))
+
+    def _remove_sockets(self) -> None:
+        for path, inode in self._sockets:
+            # gRPC may have removed it already, and another collector may have put its own in that place.
+            if path.exists() and path.stat().st_ino == inode:
+                path.unlink()
+        self._sockets.clear()
+
+    async def _serve(self, _: Any, context: Any) -> None:
+        """One stream, from its hello to its end."""
+        try:
+            stream = await self._welcome(context)
+        except StreamRefused as refused:
+            await self._refuse(context, refused)
+            return
+        if stream is None:
+            return
+        key = (stream.hello.replica, stream.hello.boot_id)
+        reader = asyncio.create_task(self._read(stream, context))
+        acker = asyncio.create_task(self._acknowledge(stream, context))
+        try:
+            await asyncio.wait((reader, stream.ended), return_when=asyncio.FIRST_COMPLETED)
+            refusal = await _finish(reader)
+            if stream.ended.done():
+                refusal = stream.ended.result()
+            await _finish(acker)
+            await self._write_ack(stream, context)
+            if refusal is not None:
+                await self._refuse(context, refusal)
+        finally:
+            reader.cancel()
+            acker.cancel()
+            if self._streams.get(key) is stream:
+                del self._streams[key]
+                self._goodbye(stream)
+
+    async def _welcome(self, context: Any) -> _Stream | None:
+        """Read the hello and welcome the stream; None when the peer left. Raises StreamRefused."""
+        try:
+            data = await asyncio.wait_for(context.read(), _HELLO_SECONDS)
+        except TimeoutError:
+            raise _hello_missing(f"the stream said nothing for {_HELLO_SECONDS:g} s") from None
+        if data is grpc.aio.EOF:
+            return None
+        hello = codec.decode_request(data)
+        if not isinstance(hello, Hello):
+            raise _hello_missing(f"its first message is batch {hello.sequence}")
+        key = (hello.replica, hello.boot_id)
+        if len(self._streams) >= self._max_streams and key not in self._streams:
+            raise StreamRefused(
+                f"stream of replica {hello.replica!r}",
+                found=f"{len(self._streams)} streams are open, which is this collector's bound",
+                instead="Run another collector, or raise the bound on streams.",
+                reason="too_many_streams",
+            )
+        if (older := self._streams.pop(key, None)) is not None:
+            older.end(_superseded(hello))
+            self._goodbye(older)
+        try:
+            held = self._sink.hello(hello, self._clock())
+        except StreamRefused:
+            raise
+        except Exception as error:
+            log.exception("the collector failed on the hello of replica %r", hello.replica)
+            raise _collector_error(hello, error) from error
+        stream = self._streams[key] = _Stream(hello, held)
+        log.info("replica %r connected, resuming after %d", hello.replica, held)
+        try:
+            await context.write(codec.encode_reply(codec.Welcome(held, self.collector_id)))
+        except BaseException:
+            if self._streams.get(key) is stream:
+                del self._streams[key]
+                self._goodbye(stream)
+            raise
+        return stream
+
+    async def _read(self, stream: _Stream, context: Any) -> StreamRefused | None:
+        """Hand every batch to the Sink until the peer has no more, or one is refused; returns that refusal."""
+        loop = asyncio.get_running_loop()
+        while (data := await context.read()) is not grpc.aio.EOF and not stream.ended.done():
+            try:
+                numbered = codec.decode_request(data)
+                if isinstance(numbered, Hello):
+                    raise _hello_repeated(stream.hello)
+                self._sink.observe(stream.hello, numbered.sequence, numbered.batch, self._clock())
+            except StreamRefused as refusal:
+                return refusal
+            except Exception as error:
+                log.exception("the collector failed on a batch of replica %r", stream.hello.replica)
+                return _collector_error(stream.hello, error)
+            stream.held = max(stream.held, numbered.sequence)
+            if not stream.unacked:
+                loop.call_later(self._ack_seconds, stream.ack_due.set)
+            stream.unacked += 1
+            if stream.unacked >= self._ack_batches:
+                stream.ack_due.set()
+        return None
+
+    async def _acknowledge(self, stream: _Stream, context: Any) -> None:
+        while True:
+            await stream.ack_due.wait()
+            stream.ack_due.clear()
+            await self._write_ack(stream, context)
+
+    async def _write_ack(self, stream: _Stream, context: Any) -> None:
+        if stream.unacked:
+            stream.unacked = 0
+            await context.write(codec.encode_reply(codec.Ack(stream.held)))
+
+    async def _refuse(self, context: Any, refusal: StreamRefused) -> None:
+        # The text may hold what the peer sent, so it is logged as a value and bounded.
+        log.warning("stream of %s refused, %s: %.500r", context.peer(), refusal.reason, str(refusal))
+        await context.write(codec.encode_reply(refusal))
+
+    def _goodbye(self, stream: _Stream) -> None:
+        log.info("replica %r disconnected after %d", stream.hello.replica, stream.held)
+        self._sink.goodbye(stream.hello, self._clock())
+
+
+async def _finish(task: asyncio.Task[T]) -> T | None:
+    """Stop a task and wait until it has; returns what it returned, None if it did not get that far."""
+    task.cancel()
+    await asyncio.wait((task,))
+    if task.cancelled():
+        return None
+    if (error := task.exception()) is not None:
+        raise error
+    return task.result()
+
+
+def _make_room(target: Target, path: Path) -> None:
+    """Remove the socket that a killed collector left, and nothing else. Raises ConfigRefused, "socket_in_use"."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        found = "a file that is no socket is there"
+    else:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_SECONDS)
+            try:
+                probe.connect(target.socket_path)
+                found = "another process listens there"
+            except ConnectionRefusedError:
+                path.unlink()
+                return
+            except OSError as error:
+                found = f"it cannot be told whether another process listens there: {error.strerror or error}"
+    raise ConfigRefused(
+        f"listening on {target}",
+        found=found,
+        instead="Stop the other collector, or give this one another path.",
+        reason="socket_in_use",
+    )
+
+
+def _why_not(target: Target) -> ConfigRefused:
+    """Why gRPC could not bind, by asking the system: gRPC itself does not say."""
+    found, reason = "gRPC cannot bind it", "address_unusable"
+    try:
+        if target.socket_path:
+            family, address = socket.AF_UNIX, target.socket_path
+            with socket.socket(family) as probe:
+                probe.bind(address)
+            Path(target.socket_path).unlink()
+        else:
+            infos = socket.getaddrinfo(target.host.strip("[]"), target.port, type=socket.SOCK_STREAM)
+            for family, kind, protocol, _, info in infos:
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.bind(info)
+    except OSError as error:
+        found = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = "port_in_use"
+    return ConfigRefused(
+        f"listening on {target}",
+        found=found,
+        instead="Stop what uses it, or listen on another address.",
+        reason=reason,
+    )
+
+
+def _hello_missing(found: str) -> StreamRefused:
+    return StreamRefused(
+        "stream",
+        found=found,
+        instead="Say who you are first: the first message of a stream is a Hello.",
+        reason="hello_missing",
+    )
+
+
+def _hello_repeated(hello: Hello) -> StreamRefused:
+    return StreamRefused(
+        f"stream of replica {hello.replica!r}",
+        found="it said hello twice",
+        instead="Open one stream for each engine boot.",
+        reason="hello_repeated",
+    )
+
+
+def _superseded(hello: Hello) -> StreamRefused:
+    return StreamRefused(
+        f"stream of replica {hello.replica!r}",
+        found="a newer stream of the same engine boot took its place",
+        instead="If two engines run, give each a replica name of its own.",
+        reason="superseded",
+    )
+
+
+def _collector_error(hello: Hello, error: Exception) -> StreamRefused:
+    return StreamRefused(
+        f"stream of replica {hello.replica!r}",
+        found=f"the collector failed on it with {type(error).__name__}",
+        instead="Read the collector's log and report the error there as a bug.",
+        reason="collector_error",
+    )

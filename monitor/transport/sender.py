@@ -1,0 +1,523 @@
+"""The sender: batches of one engine boot to one collector, over one gRPC stream, from a thread of its own.
+
+The guarantee. Whatever `offer` accepted is either acknowledged by a collector that holds it, or still in the buffer,
+or counted in `stats()` as shed or dropped. The buffer is bounded whatever the collector does, and `offer` neither
+waits nor raises.
+
+What is given up first. Over `max_buffer_bytes`, the oldest batches that this stream has not carried yet lose their
+scores and keep their books (`shed_batches`), so that the collector still learns which tokens it did not see and why.
+Only over twice that bound do the oldest books go as well (`dropped_batches`, `dropped_tokens`).
+
+Why the synchronous gRPC API. Its iterator is pulled one message at a time under HTTP/2 flow control, which bounds
+what gRPC itself holds; and grpc.aio's poller is shared by every event loop of a process, which makes a second loop
+in a second thread (a test, a collector in the same process) log spurious errors.
+
+Threads: `_run` owns the channel and reads replies; gRPC pulls `_requests` in a thread of its own, one per stream;
+`offer`, `stats` and `close` come from the caller's. `_lock` guards everything they share and is never held across
+I/O or encoding of scores.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+
+from monitor.errors import StreamRefused
+from monitor.names import Reason
+from monitor.step import StepBatch
+from monitor.transport import codec
+from monitor.transport.session import Hello
+from monitor.transport.target import Target
+
+log = logging.getLogger(__name__)
+
+CHANNEL_OPTIONS: Final = (
+    ("grpc.max_send_message_length", codec.MAX_MESSAGE_BYTES),
+    # A frozen pod or a forgotten NAT entry closes no connection; only an unanswered ping shows it.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    # Also the time one connection attempt may take, so it has to outlast a TLS handshake across regions.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Each attempt has its own channel and must not wait for the back-off of the one before: `Backoff` decides.
+    ("grpc.use_local_subchannel_pool", 1),
+    # Scores go where they were told to go, not through a proxy meant for the engine's downloads.
+    ("grpc.enable_http_proxy", 0),
+)
+
+_ENTRY_BYTES: Final = 2048
+"""Measured cost of one waiting StepBatch beside its columns: Python objects, four array headers, counters."""
+_STRIPPED_ENTRY_BYTES: Final = 256
+"""The same for a batch kept as bytes."""
+_REQUEST_BYTES: Final = 512
+"""Measured cost of one RequestOpened or RequestClosed beside its text."""
+_SUSPECT_REFUSALS: Final = 3
+"""Refusals of the same batch before it is dropped so that those behind it get through."""
+_LOG_AGAIN_SECONDS: Final = 600.0
+_CLOSE_SECONDS: Final = 0.5
+"""How long `close` lets a collector end the stream by itself, before it is cut."""
+_BLAMES_A_BATCH: Final = frozenset({"malformed_batch", "collector_error"})
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Waits between streams, seconds. Each is drawn from the upper half of its range, so that the engines which one
+    collector lost do not come back in step."""
+
+    first_seconds: float = 0.2
+    longest_seconds: float = 1.0
+    """A collector that returns is found again within this time, plus one connection set-up."""
+    factor: float = 1.6
+    refused_seconds: float = 5.0
+    """After a Refusal: the collector is there and means it, a person has to act."""
+
+    def seconds(self, failures: int, refused: bool, rng: random.Random) -> float:
+        """The wait after the `failures`-th stream in a row (from 1) that brought no acknowledgement."""
+        longest = self.refused_seconds if refused else self.longest_seconds
+        first = self.refused_seconds if refused else self.first_seconds
+        # The exponent is capped because a collector may be away for days, and floats overflow.
+        upper = min(longest, first * self.factor ** min(failures - 1, 64))
+        return upper * rng.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class SenderStats:
+    """What the sender did so far. Counts are cumulative since it was made."""
+
+    sequence: int
+    """Highest sequence given to a batch; 0 before the first."""
+    acked: int
+    """Highest sequence that a collector acknowledged in this boot."""
+    buffered_batches: int
+    buffered_bytes: int
+    shed_batches: int
+    """Batches whose scores were given up; their tokens arrive as dropped{buffer_full}."""
+    dropped_batches: int
+    """Batches given up with their books: beyond the hard bound, impossible to encode, or left at close."""
+    dropped_tokens: int
+    """Tokens of the segments in `dropped_batches`; no collector hears of them before their request ends."""
+    refused_batches: int
+    """Those of `dropped_batches` that the collector refused, or that could not be encoded."""
+    resent_batches: int
+    reconnects: int
+    """Streams that a collector welcomed, after the first."""
+    connected: bool
+    """A collector has welcomed the current stream."""
+    last_refusal: StreamRefused | None
+    """What the collector said when it last refused; None once it welcomed a stream after that."""
+    last_error: str
+    """One line on why the last stream ended, empty while none did."""
+
+
+class _Pending:
+    """A batch that waits or is on its way. Once its scores are shed, `body` holds it: bytes are smaller."""
+
+    __slots__ = ("batch", "body", "nbytes", "ordinal", "sent", "tokens")
+
+    def __init__(self, batch: StepBatch) -> None:
+        self.ordinal = 0
+        self.batch: StepBatch | None = batch
+        self.body = b""
+        self.tokens = int(batch.segments_S["count"].sum(dtype="i8"))
+        self.nbytes = _cost_bytes(batch)
+        self.sent = False
+
+    def shed(self, sequence: int) -> None:
+        """Give up the scores, keep the books."""
+        assert self.batch is not None
+        try:
+            self.body = codec.encode_batch(sequence, self.batch.without_scores(Reason.BUFFER_FULL))
+        except StreamRefused:
+            # What cannot be encoded is dropped and counted when its turn comes, as any other such batch.
+            self.body = b""
+        self.batch = None
+        self.nbytes = _STRIPPED_ENTRY_BYTES + len(self.body)
+
+
+class Sender:
+    """Carries StepBatches of one engine boot to a collector. Make it, `start()` it, `offer` to it, `close()` it.
+
+    A Sender must be started in the process that uses it: its thread does not survive a fork.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        hello: Hello,
+        *,
+        max_buffer_bytes: int = 64 << 20,
+        backoff: Backoff | None = None,
+        reply_timeout_seconds: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock_ns: Callable[[], int] = time.time_ns,
+        rng: random.Random | None = None,
+    ) -> None:
+        """
+        Args:   target: `unix:///path` or `host:port`.
+                max_buffer_bytes: memory for what no collector acknowledged yet, bytes; scores are shed above it,
+                books above twice of it.
+                reply_timeout_seconds: a stream that owes us a reply for longer is ended and another one opened.
+                clock: seconds, rising.   wall_clock_ns: nanoseconds since the Unix epoch.
+        Raises: ConfigRefused, "target_invalid".   StreamRefused, "malformed_hello": no collector would accept it.
+        """
+        self._target = Target.parse(target)
+        self._hello = hello
+        self._max_bytes = max_buffer_bytes
+        self._backoff = backoff or Backoff()
+        self._reply_timeout_seconds = reply_timeout_seconds
+        self._clock = clock
+        self._wall_clock_ns = wall_clock_ns
+        self._rng = rng or random.Random()  # noqa: S311, it only spreads reconnects
+        codec.encode_hello(hello, last_acked_sequence=0, time_unix_nano=0)
+
+        self._lock = threading.Condition()
+        # `_queue` holds what the current stream has not carried, `_in_flight` what it has; oldest first, each
+        # older in flight than in the queue. `_whole` are those of the queue that still have their scores.
+        self._queue: deque[_Pending] = deque()
+        self._whole: deque[_Pending] = deque()
+        self._in_flight: deque[_Pending] = deque()
+        self._queue_bytes = 0
+        self._in_flight_bytes = 0
+        # On the wire a batch has the number base + ordinal; see `_on_reply` for the base.
+        self._base = 0
+        self._ordinal = 0
+        self._highest_sent = 0
+        self._acked = 0
+        self._shed_batches = self._dropped_batches = self._dropped_tokens = self._refused_batches = 0
+        self._resent_batches = self._welcomes = 0
+        self._last_refusal: StreamRefused | None = None
+        self._last_error = ""
+        self._suspect = 0
+        self._suspect_refusals = 0
+        self._logged_at: dict[str, float] = {}
+
+        self._stream = 0  # number of the current stream; the iterator of an older one ends
+        self._welcomed = False
+        self._owed_since = 0.0
+        self._stalled = False
+        self._call: Any = None
+        self._closing = False
+        self._drain_until = -math.inf
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to connect. A second call does nothing."""
+        with self._lock:
+            if self._thread is None and not self._closing:
+                self._thread = threading.Thread(target=self._run, name="latentwatch-sender", daemon=True)
+                self._thread.start()
+
+    def offer(self, batch: StepBatch) -> None:
+        """Take one batch for delivery. Never waits for the collector, never raises; after `close` it only counts."""
+        try:
+            pending = _Pending(batch)
+            with self._lock:
+                self._ordinal += 1
+                pending.ordinal = self._ordinal
+                if self._closing:
+                    self._count_dropped(pending)
+                    return
+                self._queue.append(pending)
+                self._whole.append(pending)
+                self._queue_bytes += pending.nbytes
+                self._keep_within_bounds()
+                self._lock.notify_all()
+        except Exception:
+            # The caller drains the engine's ring: a batch that cannot be taken must not stop those after it.
+            log.exception("latentwatch's sender could not take a batch") if self._may_log("offer") else None
+            with self._lock:
+                self._dropped_batches += 1
+                self._refused_batches += 1
+
+    def stats(self) -> SenderStats:
+        """The state now; cheap enough to read for every batch."""
+        with self._lock:
+            return SenderStats(
+                sequence=self._base + self._ordinal,
+                acked=self._base + self._acked,
+                buffered_batches=len(self._queue) + len(self._in_flight),
+                buffered_bytes=self._queue_bytes + self._in_flight_bytes,
+                shed_batches=self._shed_batches,
+                dropped_batches=self._dropped_batches,
+                dropped_tokens=self._dropped_tokens,
+                refused_batches=self._refused_batches,
+                resent_batches=self._resent_batches,
+                reconnects=max(0, self._welcomes - 1),
+                connected=self._welcomed,
+                last_refusal=self._last_refusal,
+                last_error=self._last_error,
+            )
+
+    def close(self, drain_seconds: float = 5.0) -> SenderStats:
+        """Deliver what is buffered, for at most `drain_seconds`, then stop; what is left is counted as dropped.
+
+        Returns within `drain_seconds` and about a second, whatever the collector does.
+        """
+        with self._lock:
+            self._closing = True
+            thread = self._thread
+            self._drain_until = self._clock() + drain_seconds if thread is not None else -math.inf
+            self._lock.notify_all()
+            while not self._done():
+                self._lock.wait(max(0.0, min(self._drain_until - self._clock(), _CLOSE_SECONDS)))
+            self._drain_until = -math.inf
+            self._lock.notify_all()
+        if thread is not None:
+            thread.join(_CLOSE_SECONDS)
+            with self._lock:
+                call = self._call
+            if call is not None:
+                call.cancel()
+            thread.join(_CLOSE_SECONDS)
+        with self._lock:
+            for pending in (*self._in_flight, *self._queue):
+                self._count_dropped(pending)
+            self._in_flight.clear()
+            self._queue.clear()
+            self._whole.clear()
+            self._in_flight_bytes = self._queue_bytes = 0
+        return self.stats()
+
+    # The buffer. Every method of this part is called with the lock held.
+
+    def _keep_within_bounds(self) -> None:
+        while self._whole and self._queue_bytes + self._in_flight_bytes > self._max_bytes:
+            pending = self._whole.popleft()
+            self._queue_bytes -= pending.nbytes
+            self._shed_batches += self._shed(pending)
+            self._queue_bytes += pending.nbytes
+        while len(self._queue) > 1 and self._queue_bytes + self._in_flight_bytes > 2 * self._max_bytes:
+            self._count_dropped(self._pop_queue())
+
+    def _shed(self, pending: _Pending) -> bool:
+        """Give up a batch's scores. Returns whether it had any."""
+        had_scores = pending.batch is not None and pending.batch.rows > 0
+        pending.shed(self._base + pending.ordinal)
+        return had_scores
+
+    def _pop_queue(self) -> _Pending:
+        pending = self._queue.popleft()
+        self._queue_bytes -= pending.nbytes
+        if self._whole and self._whole[0] is pending:
+            self._whole.popleft()
+        return pending
+
+    def _pop_in_flight(self) -> _Pending:
+        pending = self._in_flight.popleft()
+        self._in_flight_bytes -= pending.nbytes
+        return pending
+
+    def _move_in_flight(self) -> _Pending:
+        if not self._in_flight:
+            self._owed_since = self._clock()
+        pending = self._pop_queue()
+        self._in_flight.append(pending)
+        self._in_flight_bytes += pending.nbytes
+        self._resent_batches += pending.sent
+        pending.sent = True
+        self._highest_sent = max(self._highest_sent, pending.ordinal)
+        return pending
+
+    def _take_back(self) -> None:
+        """What the ended stream carried and no collector acknowledged waits again, in order, before the rest."""
+        self._queue.extendleft(reversed(self._in_flight))
+        self._whole.extendleft(pending for pending in reversed(self._in_flight) if pending.batch is not None)
+        self._queue_bytes += self._in_flight_bytes
+        self._in_flight.clear()
+        self._in_flight_bytes = 0
+        self._keep_within_bounds()
+
+    def _release(self, sequence: int) -> None:
+        """Forget what a collector holds: all that was sent, up to and including `sequence`."""
+        ordinal = min(sequence - self._base, self._highest_sent)
+        while self._in_flight and self._in_flight[0].ordinal <= ordinal:
+            self._pop_in_flight()
+        while self._queue and self._queue[0].ordinal <= ordinal:
+            self._pop_queue()
+        self._acked = max(self._acked, ordinal)
+
+    def _count_dropped(self, pending: _Pending, *, refused: bool = False) -> None:
+        self._dropped_batches += 1
+        self._dropped_tokens += pending.tokens
+        self._refused_batches += refused
+
+    # The stream. These run in the sender's own thread, `_requests` and what it calls in gRPC's.
+
+    def _run(self) -> None:
+        failures = 0
+        while True:
+            with self._lock:
+                if self._done():
+                    return
+                welcomes = self._welcomes
+            refused = self._one_stream()
+            with self._lock:
+                failures = 1 if self._welcomes > welcomes else failures + 1
+                retry_at = self._clock() + self._backoff.seconds(failures, refused, self._rng)
+                while not self._done() and (left := retry_at - self._clock()) > 0:
+                    self._lock.wait(min(left, _CLOSE_SECONDS) if self._closing else left)
+
+    def _done(self) -> bool:
+        """Whether closing leaves nothing to do; the lock is held."""
+        return self._closing and (self._clock() >= self._drain_until or not (self._queue or self._in_flight))
+
+    def _one_stream(self) -> bool:
+        """Open a stream and carry batches until it ends. Returns whether the collector refused it."""
+        refusal: StreamRefused | None = None
+        error = "the collector ended the stream"
+        channel = grpc.insecure_channel(str(self._target), options=CHANNEL_OPTIONS)
+        try:
+            with self._lock:
+                if self._done():
+                    return False
+                self._stream += 1
+                self._stalled = False
+                self._owed_since = self._clock()
+                call = self._call = channel.stream_stream(codec.METHOD)(self._requests(self._stream))
+            for data in call:
+                reply = codec.decode_reply(data)
+                if isinstance(reply, StreamRefused):
+                    refusal = reply
+                    break
+                self._on_reply(reply)
+        except grpc.RpcError as failure:
+            error = f"{failure.code().name}: {failure.details()}"
+        except StreamRefused as failure:
+            refusal = failure
+        except Exception as failure:
+            error = repr(failure)
+            log.exception("latentwatch's sender failed; it opens a new stream") if self._may_log("run") else None
+        finally:
+            with self._lock:
+                self._on_end(refusal, error)
+            channel.close()
+        return refusal is not None
+
+    def _on_reply(self, reply: codec.Welcome | codec.Ack) -> None:
+        with self._lock:
+            self._owed_since = self._clock()
+            if isinstance(reply, codec.Ack):
+                self._release(reply.sequence)
+            else:
+                self._release(reply.resume_after_sequence)
+                # A collector that holds more of this boot than we sent has it from a sender before us: the
+                # exporter was started again. Our numbers go on above, or they would pass for duplicates.
+                self._base += max(0, reply.resume_after_sequence - (self._base + self._highest_sent))
+                self._welcomes += 1
+                self._welcomed = True
+                self._last_refusal = None
+                self._last_error = ""
+                log.info("connected to the collector at %s", self._target)
+            self._lock.notify_all()
+
+    def _on_end(self, refusal: StreamRefused | None, error: str) -> None:
+        """Settle what the ended stream leaves; the lock is held."""
+        carried = bool(self._in_flight)
+        self._stream += 1
+        self._welcomed = False
+        self._call = None
+        self._take_back()
+        if refusal is not None:
+            self._last_refusal = refusal
+            self._last_error = str(refusal)
+            if carried and refusal.reason in _BLAMES_A_BATCH:
+                self._blame_oldest()
+            if self._may_log(refusal.reason):
+                log.error("the collector at %s refused this engine's scores: %s", self._target, refusal)
+        elif not self._done():
+            self._last_error = f"no reply for {self._reply_timeout_seconds} s" if self._stalled else error
+            if self._may_log("unreachable"):
+                log.warning(
+                    "collector %s: %s. Scores wait in a buffer of %d MiB; start the collector or correct its address.",
+                    self._target,
+                    self._last_error,
+                    self._max_bytes >> 20,
+                )
+        self._lock.notify_all()
+
+    def _blame_oldest(self) -> None:
+        """Count a refusal against the oldest batch, and drop it when it keeps the others from getting through."""
+        oldest = self._queue[0]
+        self._suspect_refusals = self._suspect_refusals + 1 if self._suspect == oldest.ordinal else 1
+        self._suspect = oldest.ordinal
+        if self._suspect_refusals >= _SUSPECT_REFUSALS:
+            self._count_dropped(self._pop_queue(), refused=True)
+
+    def _requests(self, stream: int) -> Iterator[bytes]:
+        """What gRPC sends on one stream: the hello, and after the welcome every batch that waits, oldest first."""
+        with self._lock:
+            last_acked = self._base + self._acked
+        yield codec.encode_hello(self._hello, last_acked_sequence=last_acked, time_unix_nano=self._wall_clock_ns())
+        while (pending := self._next(stream)) is not None:
+            data = self._encoded(pending)
+            if data:
+                yield data
+
+    def _next(self, stream: int) -> _Pending | None:
+        """Wait for a batch to send on `stream` and move it in flight; None when the stream is over."""
+        with self._lock:
+            while self._stream == stream and not self._done():
+                # Half the buffer, so that a collector which reads but never acknowledges cannot hold all of it.
+                if self._welcomed and self._queue and self._in_flight_bytes <= self._max_bytes // 2:
+                    return self._move_in_flight()
+                if self._welcomed and not self._in_flight:
+                    self._lock.wait()
+                    continue
+                left = self._owed_since + self._reply_timeout_seconds - self._clock()
+                if left <= 0:
+                    self._stalled = True
+                    self._call.cancel()
+                    return None
+                self._lock.wait(left)
+        return None
+
+    def _encoded(self, pending: _Pending) -> bytes:
+        """The message of a batch in flight; empty when it cannot be sent, and then it is dropped and counted."""
+        with self._lock:
+            sequence, batch, body = self._base + pending.ordinal, pending.batch, pending.body
+        try:
+            data = codec.encode_batch(sequence, batch) if batch is not None else codec.renumber(body, sequence)
+            if len(data) > codec.MAX_MESSAGE_BYTES and batch is not None:
+                data = codec.encode_batch(sequence, batch.without_scores(Reason.BUFFER_FULL))
+                with self._lock:
+                    self._shed_batches += 1
+            if len(data) <= codec.MAX_MESSAGE_BYTES:
+                return data
+            found = f"its books alone take {len(data)} bytes, a message holds {codec.MAX_MESSAGE_BYTES}"
+        except Exception as failure:
+            found = str(failure)
+        with self._lock:
+            if pending in self._in_flight:
+                self._in_flight.remove(pending)
+                self._in_flight_bytes -= pending.nbytes
+                self._count_dropped(pending, refused=True)
+            if self._may_log("encode"):
+                log.error("batch %d cannot be sent and is dropped: %s", sequence, found)
+        return b""
+
+    def _may_log(self, what: str) -> bool:
+        """Whether to log this kind of trouble now: at once, then at most every ten minutes."""
+        now = self._clock()
+        if now - self._logged_at.get(what, -math.inf) < _LOG_AGAIN_SECONDS:
+            return False
+        self._logged_at[what] = now
+        return True
+
+
+def _cost_bytes(batch: StepBatch) -> int:
+    """Memory that a waiting batch holds, bytes, within a tenth (tests/unit/transport measures it)."""
+    columns = batch.segments_S.nbytes + batch.fires_N.nbytes + batch.dense_RP.nbytes + batch.norm_RH.nbytes
+    texts = sum(len(opened.request_id) + len(opened.adapter) + len(opened.traceparent) for opened in batch.opened)
+    texts += sum(len(closed.request_id) for closed in batch.closed)
+    return _ENTRY_BYTES + columns + texts + _REQUEST_BYTES * (len(batch.opened) + len(batch.closed))
