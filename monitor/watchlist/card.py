@@ -10,8 +10,10 @@ with n(x) one of `NORMS`. A feature with gate "none" (a probe, a direction) has 
 and is shipped as a dense column. The other features are sparse.
 
 The file holds, for the i-th hook point, tensors `h<i>.w_hi` and `h<i>.w_lo` (bfloat16 bit patterns as U16 [K, D], since
-numpy has no bfloat16; w_hi + w_lo equals the float32 row to 2.4e-6 rms) and `h<i>.scale` (F32 [6, K], rows in the order of `SCALE_ROWS`), and the card as JSON
-under the metadata key "latentwatch". Its identity is the SHA-256 of the file's bytes (`sha256sum` prints it too).
+numpy has no bfloat16; w_hi + w_lo equals the float32 row to 2.4e-6 rms) and `h<i>.scale` (F32 [6, K], rows in the order
+of `SCALE_ROWS`), and the card as JSON under the metadata key "latentwatch". Its identity is the SHA-256 of the file's
+bytes (`sha256sum` prints it too). The card carries a SHA-256 of the tensors and of itself, so that a damaged file is
+refused and never scored.
 
 Reading needs numpy and safetensors only: the collector reads cards without torch.
 """
@@ -36,6 +38,7 @@ from monitor.names import HookPoint, Severity
 
 FORMAT: Final = "latentwatch.watchlist/1"
 METADATA_KEY: Final = "latentwatch"
+_DIGEST_KEY: Final = "content_sha256"
 MAX_FEATURES: Final = 1024
 """Over all hook points; the bound that ring slots, series and page are sized for."""
 MAX_FILE_BYTES: Final = 1 << 30
@@ -65,7 +68,9 @@ class Limit:
 
     def __post_init__(self) -> None:
         if self.statistic not in STATISTICS or self.phase not in PHASES:
-            raise _refuse("limit", f"statistic {self.statistic!r}, phase {self.phase!r}", f"Use {STATISTICS} and {PHASES}.")
+            raise _refuse(
+                "limit", f"statistic {self.statistic!r}, phase {self.phase!r}", f"Use {STATISTICS} and {PHASES}."
+            )
         if not math.isfinite(self.value):
             raise _refuse("limit", f"value {self.value} is not finite", "Give a number in the feature's own units.")
         if not 1 <= self.window_tokens <= 64 or (self.statistic == "max") != (self.window_tokens == 1):
@@ -98,10 +103,21 @@ class Feature:
     """Measured figures: auroc, tpr_at_fpr_1pct, n, split, base_rate, quantiles, confounds, label_source."""
 
     def __post_init__(self) -> None:
-        if not self.id or len(self.id) > 64 or not all(c.isalnum() or c in "._-" for c in self.id) or not self.id.isascii():
-            raise _refuse(f"feature {self.id!r}", "its id is not 1 to 64 letters, digits, '.', '_' or '-'", "Rename it.")
+        if (
+            not self.id
+            or len(self.id) > 64
+            or not all(c.isalnum() or c in "._-" for c in self.id)
+            or not self.id.isascii()
+        ):
+            raise _refuse(
+                f"feature {self.id!r}", "its id is not 1 to 64 letters, digits, '.', '_' or '-'", "Rename it."
+            )
         if self.kind not in ("sae", "probe", "direction") or self.gate not in GATES:
-            raise _refuse(f"feature {self.id}", f"kind {self.kind!r}, gate {self.gate!r}", f"Use sae, probe or direction and {GATES}.")
+            raise _refuse(
+                f"feature {self.id}",
+                f"kind {self.kind!r}, gate {self.gate!r}",
+                f"Use sae, probe or direction and {GATES}.",
+            )
         if not 0 <= self.skip_first_positions <= 64:
             raise _refuse(f"feature {self.id}", f"skip_first_positions {self.skip_first_positions}", "Use 0 to 64.")
 
@@ -147,15 +163,25 @@ class HookRows:
         if K == 0 or self.w_hi_KD.ndim != 2 or self.w_hi_KD.shape[0] != K or self.w_lo_KD.shape != self.w_hi_KD.shape:
             raise _refuse(what, f"{K} features but rows of shape {self.w_hi_KD.shape}", "Build the watchlist again.")
         if self.scale_6K.shape != (len(SCALE_ROWS), K):
-            raise _refuse(what, f"scale has shape {self.scale_6K.shape}, expected {(len(SCALE_ROWS), K)}", "Build the watchlist again.")
+            raise _refuse(
+                what,
+                f"scale has shape {self.scale_6K.shape}, expected {(len(SCALE_ROWS), K)}",
+                "Build the watchlist again.",
+            )
         scale = dict(zip(SCALE_ROWS, self.scale_6K, strict=True))
-        if not np.isfinite(self.w_KD).all() or not all(np.isfinite(scale[r]).all() for r in ("gain", "bias", "colsum", "norm")):
+        if not np.isfinite(self.w_KD).all() or not all(
+            np.isfinite(scale[r]).all() for r in ("gain", "bias", "colsum", "norm")
+        ):
             raise _refuse(what, "NaN or infinite weights", "Check the source file.")
         if not np.isin(scale["norm"], range(len(NORMS))).all():
             raise _refuse(what, "an unknown norm code", f"Known norms are {NORMS}.")
         dense = np.array([f.dense for f in self.features])
         if not (np.isneginf(scale["tau"]) == dense).all() or not (np.isneginf(scale["lo"]) == dense).all():
-            raise _refuse(what, "tau and lo must be -inf for features with gate 'none' and finite for the others", "Build the watchlist again.")
+            raise _refuse(
+                what,
+                "tau and lo must be -inf for features with gate 'none' and finite for the others",
+                "Build the watchlist again.",
+            )
         if np.isnan(scale["tau"]).any() or np.isnan(scale["lo"]).any() or np.isposinf(scale["tau"]).any():
             raise _refuse(what, "a threshold is NaN or +inf", "Check the source file.")
 
@@ -175,19 +201,28 @@ class Watchlist:
     def __post_init__(self) -> None:
         points = [rows.hook_point for rows in self.hooks]
         if not points or points != sorted(set(points)):
-            raise _refuse(f"watchlist {self.name!r}", f"hook points {[str(p) for p in points]}", "Each must stand once, in layer order.")
+            raise _refuse(
+                f"watchlist {self.name!r}",
+                f"hook points {[str(p) for p in points]}",
+                "Each must stand once, in layer order.",
+            )
         for rows in self.hooks:
             if rows.w_hi_KD.shape[1] != self.model.d_model or not rows.hook_point.layer < self.model.layers:
                 raise _refuse(
                     f"hook point {rows.hook_point}",
-                    f"rows of width {rows.w_hi_KD.shape[1]} for a model of d_model {self.model.d_model} and {self.model.layers} layers",
+                    f"rows of width {rows.w_hi_KD.shape[1]} for a model of d_model {self.model.d_model} "
+                    f"and {self.model.layers} layers",
                     "Use a source trained on this model, and a layer that it has.",
                     "watchlist_width" if rows.hook_point.layer < self.model.layers else "hook_point_unknown",
                 )
         ids = [f.id for f in self.features]
         if len(ids) > MAX_FEATURES or len(set(ids)) != len(ids):
             twice = sorted({i for i in ids if ids.count(i) > 1}) if len(ids) <= MAX_FEATURES else []
-            raise _refuse(f"watchlist {self.name!r}", f"{len(ids)} features, ids that stand twice: {twice}", f"At most {MAX_FEATURES}, each id once.")
+            raise _refuse(
+                f"watchlist {self.name!r}",
+                f"{len(ids)} features, ids that stand twice: {twice}",
+                f"At most {MAX_FEATURES}, each id once.",
+            )
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -207,7 +242,9 @@ def write(watchlist: Watchlist, path: Path) -> Watchlist:
         for i, rows in enumerate(watchlist.hooks)
         for name, array in (("w_hi", rows.w_hi_KD), ("w_lo", rows.w_lo_KD), ("scale", rows.scale_6K))
     }
-    data = safetensors.numpy.save(tensors, {METADATA_KEY: json.dumps(_card(watchlist), sort_keys=True, ensure_ascii=False)})
+    card = _card(watchlist)
+    card[_DIGEST_KEY] = _content_sha256(card, tensors)
+    data = safetensors.numpy.save(tensors, {METADATA_KEY: _canonical_json(card)})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
@@ -218,33 +255,66 @@ def write(watchlist: Watchlist, path: Path) -> Watchlist:
 def read(path: Path) -> Watchlist:
     """Read and check a watchlist file.
 
-    Raises: WatchlistRefused: the file is missing, truncated, of another format or version, or its content does not
-            hold together. `reason` is "watchlist_missing", "watchlist_format", "watchlist_width" or "hook_point_unknown".
+    Raises: WatchlistRefused: the file is missing, truncated, damaged, of another format or version, or its content
+            does not hold together. `reason` is "watchlist_missing", "watchlist_format", "watchlist_width" or
+            "hook_point_unknown".
     """
     what = f"watchlist {path}"
+    data = _read_bytes(path, what)
+    card, tensors = _unpack(data, what)
+    if card.get("format") != FORMAT:
+        found = f"format {card.get('format')!r}, this version reads {FORMAT!r}"
+        raise _refuse(what, found, "Build it again with this version.")
+    if card.pop(_DIGEST_KEY, None) != _content_sha256(card, tensors):
+        raise _refuse(what, "its content is not what was written: the file is damaged", "Build or copy it again.")
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise _refuse(what, f"{path.stat().st_size} bytes, more than {MAX_FILE_BYTES}", "This is not a watchlist; give the built file.")
-        data = path.read_bytes()
+        watchlist = _from_card(card, tensors)
+    except WatchlistRefused as refusal:
+        raise _refuse(f"{what}: {refusal.what}", refusal.found, refusal.instead, refusal.reason) from refusal
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigRefused) as error:
+        found = f"its card does not hold together ({type(error).__name__}: {error})"
+        raise _refuse(what, found, "Build it again with this version.") from error
+    return dataclasses.replace(watchlist, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _read_bytes(path: Path, what: str) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise _refuse(what, f"{size} bytes, more than {MAX_FILE_BYTES}", "Give the built file; this is none.")
+        return path.read_bytes()
     except OSError as error:
-        raise _refuse(what, f"it cannot be read ({error.strerror})", "Give the file that 'latentwatch watchlist build' wrote.", "watchlist_missing") from error
+        found = f"it cannot be read ({error.strerror})"
+        instead = "Give the file that 'latentwatch watchlist build' wrote."
+        raise _refuse(what, found, instead, "watchlist_missing") from error
+
+
+def _unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """The card and the tensors, unchecked."""
     try:
         tensors = safetensors.numpy.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         card = json.loads(header.get("__metadata__", {})[METADATA_KEY])
     except Exception as error:
         # safetensors raises its own SafetensorError (not a ValueError) and plain ones; all mean the same to the reader.
-        raise _refuse(what, f"not a whole watchlist file ({type(error).__name__}: {str(error)[:120]})", "Build or copy it again.") from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        found = card.get("format") if isinstance(card, dict) else card
-        raise _refuse(what, f"format {found!r}, this version reads {FORMAT!r}", "Build it again with this version.")
-    try:
-        watchlist = _from_card(card, tensors)
-    except WatchlistRefused as refusal:
-        raise WatchlistRefused(f"{what}: {refusal.what}", found=refusal.found, instead=refusal.instead, reason=refusal.reason) from refusal
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigRefused) as error:
-        raise _refuse(what, f"its card does not hold together ({type(error).__name__}: {error})", "Build it again with this version.") from error
-    return dataclasses.replace(watchlist, sha256=hashlib.sha256(data).hexdigest())
+        found = f"not a whole watchlist file ({type(error).__name__}: {str(error)[:120]})"
+        raise _refuse(what, found, "Build or copy it again.") from error
+    if not isinstance(card, dict):
+        raise _refuse(what, f"its card is {type(card).__name__}, not an object", "Build or copy it again.")
+    return card, tensors
+
+
+def _content_sha256(card: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Over the card without its own digest, and over every tensor's name, form and bytes."""
+    digest = hashlib.sha256(_canonical_json(card).encode("utf-8", "surrogatepass"))
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode("utf-8", "surrogatepass"))
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _canonical_json(card: Mapping[str, Any]) -> str:
+    return json.dumps(card, sort_keys=True, ensure_ascii=False)
 
 
 def f32_from_bf16(bits: U16) -> F32:
@@ -274,7 +344,11 @@ def _card(watchlist: Watchlist) -> dict[str, Any]:
 def _from_card(card: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> Watchlist:
     expected = {f"h{i}.{name}" for i in range(len(card["hooks"])) for name in ("w_hi", "w_lo", "scale")}
     if set(tensors) != expected:
-        raise _refuse("tensors", f"{sorted(set(tensors) ^ expected)[:6]} are missing or unknown", "Build it again with this version.")
+        raise _refuse(
+            "tensors",
+            f"{sorted(set(tensors) ^ expected)[:6]} are missing or unknown",
+            "Build it again with this version.",
+        )
     return Watchlist(
         name=card["name"],
         notes=card["notes"],
@@ -294,12 +368,18 @@ def _from_card(card: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]])
 
 def _feature(fields: Mapping[str, Any]) -> Feature:
     limit = fields["limit"]
-    return Feature(**{**fields, "severity": Severity(fields["severity"]), "limit": None if limit is None else Limit(**limit)})
+    return Feature(
+        **{**fields, "severity": Severity(fields["severity"]), "limit": None if limit is None else Limit(**limit)}
+    )
 
 
 def _array(tensors: Mapping[str, npt.NDArray[Any]], name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
     if tensors[name].dtype != dtype:
-        raise _refuse(f"tensor {name}", f"dtype {tensors[name].dtype}, expected {np.dtype(dtype)}", "Build it again with this version.")
+        raise _refuse(
+            f"tensor {name}",
+            f"dtype {tensors[name].dtype}, expected {np.dtype(dtype)}",
+            "Build it again with this version.",
+        )
     return tensors[name]
 
 

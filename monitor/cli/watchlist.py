@@ -1,0 +1,89 @@
+"""`latentwatch watchlist build|show|verify`: make, read and check the file that says what to watch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from monitor.errors import ConfigRefused
+
+HELP = "Build, show and verify the file that says what to watch."
+EPILOG = "example:  latentwatch watchlist build watchlist.yaml --out prod.safetensors"
+
+_BUILD = """Compile a watchlist.yaml and the SAEs and probes that it names into one .safetensors file.
+The same input gives the same bytes: the engine and the collector know the file by its SHA-256."""
+_VERIFY = """Check that a built file is whole; with --against, that its rows are those of the sources today."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the three actions."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+    build = actions.add_parser(
+        "build",
+        help="compile a watchlist.yaml",
+        description=_BUILD,
+        epilog="example:  latentwatch watchlist build watchlist.yaml --out prod.safetensors --force",
+        formatter_class=raw,
+    )
+    build.add_argument("yaml", type=Path, metavar="YAML", help="the watchlist.yaml")
+    build.add_argument("--out", type=Path, required=True, metavar="PATH", help="file to write")
+    build.add_argument("--force", action="store_true", help="replace PATH when it exists")
+    show = actions.add_parser(
+        "show",
+        help="print what a built file watches",
+        description="Print the model, the hook points and every feature of a built watchlist file.",
+        epilog="example:  latentwatch watchlist show prod.safetensors",
+        formatter_class=raw,
+    )
+    show.add_argument("file", type=Path, metavar="FILE", help="a built watchlist file")
+    verify = actions.add_parser(
+        "verify",
+        help="check a built file",
+        description=_VERIFY,
+        epilog="example:  latentwatch watchlist verify prod.safetensors --against watchlist.yaml",
+        formatter_class=raw,
+    )
+    verify.add_argument("file", type=Path, metavar="FILE", help="a built watchlist file")
+    verify.add_argument(
+        "--against", type=Path, metavar="YAML", help="the watchlist.yaml it should have been built from"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one action."""
+    return {"build": _build, "show": _show, "verify": _verify}[str(args.action)](args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from monitor.watchlist.build import build
+
+    if args.out.exists() and not args.force:
+        raise ConfigRefused(
+            f"--out {args.out}", found="the file exists", instead="Add --force to replace it.", reason="out_exists"
+        )
+    built = build(args.yaml, args.out, lambda line: print(line, file=sys.stderr))
+    print(f"{args.out}: {len(built.features)} features at {len(built.hooks)} hook points, sha256 {built.sha256}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from monitor.watchlist import card, show
+
+    print(show.as_text(card.read(args.file)), end="")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from monitor.watchlist import card, verify
+
+    watchlist = card.read(args.file)
+    print(f"{args.file}: whole, {len(watchlist.features)} features, sha256 {watchlist.sha256}")
+    if args.against is None:
+        return 0
+    differences = verify.differences(watchlist, args.against)
+    for line in differences:
+        print(line)
+    print("the rows are those of the sources" if not differences else f"{len(differences)} differences")
+    return 1 if differences else 0
