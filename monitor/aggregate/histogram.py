@@ -70,6 +70,10 @@ class Histograms:
             raise ValueError("histograms over different bounds do not add")
         return Histograms(self.edges_FB, self.counts_FB + other.counts_FB, self.sum_F + other.sum_F)
 
+    def copy(self) -> Histograms:
+        """The same counts, free of later ones."""
+        return Histograms(self.edges_FB, self.counts_FB.copy(), self.sum_F.copy())
+
     @property
     def cumulative_FB(self) -> I64:
         """[F, B+1]: values at or below each bound, the last column is the count."""
@@ -80,7 +84,8 @@ def _buckets(values_NF: F64, edges_FB: F64) -> npt.NDArray[np.intp]:
     """Index of the bucket of each value, 0..B."""
     if len(edges_FB) > 1 and (edges_FB == edges_FB[0]).all():
         return np.searchsorted(edges_FB[0], values_NF, side="left")
-    return (values_NF[:, :, None] > edges_FB).sum(axis=2)
+    below_NF: npt.NDArray[np.intp] = (values_NF[:, :, None] > edges_FB).sum(axis=2)
+    return below_NF
 
 
 class ScalarHistogram:

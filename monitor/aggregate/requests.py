@@ -29,9 +29,7 @@ Array = npt.NDArray[Any]
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
-CROSSING_DTYPE = np.dtype(
-    [("slot", "<i8"), ("feature", "<i8"), ("position", "<i8"), ("value", "<f8"), ("phase", "u1")]
-)
+CROSSING_DTYPE = np.dtype([("slot", "<i8"), ("feature", "<i8"), ("position", "<i8"), ("value", "<f8"), ("phase", "u1")])
 """The first token at which a request's statistic for a feature went above the limit, and the statistic there."""
 
 
@@ -128,9 +126,14 @@ class RequestStates:
     def statistics(self, slots: Array) -> Array:
         """Packed statistic of each feature (the limit's, else the maximum), [len(slots), F]."""
         special = self.table.special_F
-        packed = self._max[slots]
+        packed: Array = self._max[slots]
         packed[:, special >= 0] = self._special[slots][:, special[special >= 0]]
         return packed
+
+    def fired_requests(self, slots: Array) -> Array:
+        """In how many of these requests each feature fired, int64 [F]."""
+        requests_F: Array = np.count_nonzero(self._fired[slots], axis=0)
+        return requests_F
 
     def _sparse(self, fires_N: Array, rows: _Rows, peak_F: Array) -> tuple[Array, Array]:
         table, F = self.table, self.table.features
@@ -187,7 +190,7 @@ class RequestStates:
         )
 
     def _scores_of(self, features: Array, batch: StepBatch) -> Array:
-        """Float16 columns [R, G] of these features; an activation beyond float16's range counts as its largest value."""
+        """Float16 columns [R, G] of these features; an activation beyond float16 counts as its largest value."""
         dense = self._column_F[features]
         if (dense >= 0).all():
             return batch.dense_RP[:, dense]
@@ -246,7 +249,8 @@ class _Rows:
     @cached_property
     def by_position(self) -> Array:
         """Order of the rows by slot, then position."""
-        return np.lexsort((self.position, self.slot))
+        order: Array = np.lexsort((self.position, self.slot))
+        return order
 
 
 def _crossings(slot: Array, feature: Array, position: Array, value: Array, bit: Array) -> Array:

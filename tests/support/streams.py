@@ -1,4 +1,4 @@
-"""Synthetic watchlists and engine streams: requests token by token, and the ways a scheduler may cut them into steps."""
+"""Synthetic watchlists and engine streams: requests token by token, and how a scheduler may cut them into steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from monitor.watchlist.card import Feature, HookRows, Limit, ModelCard, Watchlis
 SHA256 = "ab" * 32
 
 
-def sparse(id: str, *, limit: Limit | None = None, severity: Severity = Severity.WARNING, skip: int = 0, label: str = "") -> Feature:
+def sparse(
+    id: str, *, limit: Limit | None = None, severity: Severity = Severity.WARNING, skip: int = 0, label: str = ""
+) -> Feature:
     return Feature(
         id=id,
         label=label or f"feature {id}",
@@ -29,7 +31,9 @@ def sparse(id: str, *, limit: Limit | None = None, severity: Severity = Severity
     )
 
 
-def probe(id: str, *, limit: Limit | None = None, severity: Severity = Severity.CRITICAL, skip: int = 0, label: str = "") -> Feature:
+def probe(
+    id: str, *, limit: Limit | None = None, severity: Severity = Severity.CRITICAL, skip: int = 0, label: str = ""
+) -> Feature:
     return Feature(
         id=id,
         label=label or f"probe {id}",
@@ -181,7 +185,11 @@ def _segments(request: Tokens, start: int, stop: int) -> Iterator[tuple[int, ...
     reasons = {TokenState.UNSEEN: Reason.PREFIX_CACHE, TokenState.DROPPED: Reason.RING_FULL}
     begin = start
     for position in range(start + 1, stop + 1):
-        if position < stop and request.state_T[position] == request.state_T[begin] and position != request.prompt_tokens:
+        if (
+            position < stop
+            and request.state_T[position] == request.state_T[begin]
+            and position != request.prompt_tokens
+        ):
             continue
         state = TokenState(request.state_T[begin])
         phase = Phase.PROMPT if begin < request.prompt_tokens else Phase.OUTPUT

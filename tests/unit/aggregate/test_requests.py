@@ -71,7 +71,7 @@ class Reference:
 
 
 def run(batches: Sequence[StepBatch], handles: Sequence[int], slots: int = 16):
-    """States after the batches, and every crossing by (handle, feature). Slots are given backwards, to be no identity."""
+    """States after the batches, and every crossing by (handle, feature). Slots are given backwards."""
     states = RequestStates(FeatureTable.of(FEATURES), slots)
     slot_of = {handle: slots - 1 - i for i, handle in enumerate(handles)}
     crossings: dict[tuple[int, int], tuple[int, float, int]] = {}
@@ -173,7 +173,9 @@ def test_sums_stay_exact_over_the_largest_scores_that_float16_holds():
     """65504 in, 2**-24 out: a float32 sum, or one that carries rounding, would lose the small one."""
     features = (probe("p", limit=Limit("rolling_mean", 1e9, 2)),)
     tiny, total = 2.0**-24, 4096
-    request = Tokens(1, total, np.full((total, 1), 65504.0, np.float32), np.ones(total, int), np.ones((total, 1), np.float32))
+    request = Tokens(
+        1, total, np.full((total, 1), 65504.0, np.float32), np.ones(total, int), np.ones((total, 1), np.float32)
+    )
     request.act_TF[-2:] = tiny
     states = RequestStates(FeatureTable.of(features), 1)
     for start in range(0, total, 1000):

@@ -1,0 +1,60 @@
+"""Exceedance events in a bounded ring of columns, so that a storm of them costs arrays and not objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from monitor.collector.requests import OpenRequest
+
+Array = npt.NDArray[Any]
+
+EVENT_DTYPE = np.dtype(
+    [
+        ("feature", "<i4"),
+        ("phase", "u1"),
+        ("position", "<i8"),
+        ("value", "<f8"),
+        ("peak", "<f8"),  # NaN while the request is open: its running state knows
+        ("seconds", "<f8"),
+    ]
+)
+
+
+class EventRing:
+    """The latest events and the requests that they are of; the oldest go first and are counted."""
+
+    def __init__(self, capacity: int) -> None:
+        self._events = np.zeros(capacity, EVENT_DTYPE)
+        self._requests = np.empty(capacity, object)
+        self._serials = np.zeros(capacity, np.int64)
+        self._added = 0
+
+    @property
+    def evicted(self) -> int:
+        """Events that are no longer held."""
+        return max(0, self._added - len(self._events))
+
+    def add(self, events: Array, requests: Array) -> None:
+        """Append events in the order of their arrival, each with its OpenRequest."""
+        capacity = len(self._events)
+        first = self._added + max(0, len(events) - capacity)
+        kept, requests = events[-capacity:], requests[-capacity:]
+        places = (first + np.arange(len(kept))) % capacity
+        self._events[places], self._requests[places] = kept, requests
+        self._serials[places] = [request.serial for request in requests]
+        self._added += len(events)
+
+    def latest(self, limit: int) -> Iterator[tuple[Array, OpenRequest]]:
+        """The latest events, newest first."""
+        count = min(limit, self._added, len(self._events))
+        for place in ((self._added - 1 - np.arange(count)) % len(self._events)).tolist():
+            yield self._events[place], self._requests[place]
+
+    def settle(self, serial: int, peak_F: Array) -> None:
+        """Write the final peaks of a request that closed."""
+        held = np.flatnonzero(self._serials == serial)
+        self._events["peak"][held] = peak_F[self._events["feature"][held]]

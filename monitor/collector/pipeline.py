@@ -1,0 +1,490 @@
+"""The collector's logic: batches in, plain values out. No I/O, no clock, no thread; one caller at a time.
+
+Shape legend: S segments, F features, H hook points, n requests.
+
+What it promises:
+- a batch is taken whole, once per (replica, boot, sequence), or refused before it changes anything;
+- for each request whose opening it saw, scored + inherited + unseen + dropped equals the engine's total when the
+  request closes (invariant I1): what no message accounted for is counted as dropped{lost};
+- the result does not depend on how the scheduler cut the steps;
+- memory is bounded by `Bounds`, and whatever falls out of a bound is counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from monitor.aggregate.features import FeatureTable
+from monitor.aggregate.histogram import LAG_EDGES, NORM_EDGES, Histograms, ScalarHistogram
+from monitor.aggregate.packed import unpack
+from monitor.aggregate.requests import RequestStates, StepView
+from monitor.aggregate.window import FeatureWindow, WindowRing
+from monitor.collector import views
+from monitor.collector.config import Bounds
+from monitor.collector.events import EVENT_DTYPE, EventRing
+from monitor.collector.replicas import Boot, Replicas
+from monitor.collector.requests import (
+    ClosedRequest,
+    FeatureColumns,
+    HandleMap,
+    OpenRequest,
+    RequestIndex,
+    Slots,
+    bounded,
+)
+from monitor.errors import StreamRefused
+from monitor.names import Outcome, Phase, Reason, TokenState, response_id
+from monitor.step import RequestClosed, RequestOpened, StepBatch, validate
+from monitor.transport.session import Hello
+from monitor.watchlist.card import Watchlist
+
+Array = npt.NDArray[Any]
+
+_TOKEN_SHAPE: Final = (len(TokenState) + 1, len(Reason), len(Phase) + 1)
+_REASON_SLUGS: Final = 32
+"""Distinct refusal reasons shown; they are slugs of our own code, so more means someone is inventing them."""
+
+
+@dataclass
+class _Engine:
+    """Counts of one (model_name, engine)."""
+
+    tokens: Array = field(default_factory=lambda: np.zeros(_TOKEN_SHAPE, np.int64))
+    requests: Counter[Outcome] = field(default_factory=Counter)
+
+
+@dataclass
+class _Model:
+    """Counts of one served model name."""
+
+    fired_F: Array
+    requests_F: Array
+    exceedances_F: Array
+    statistic: Histograms
+    norm: Histograms
+    latest: dict[int, views.Exemplar] = field(default_factory=dict)
+
+
+class Pipeline:
+    """A `transport.session.Sink` that keeps the books and the statistics of every engine that streams here."""
+
+    def __init__(self, watchlist: Watchlist, bounds: Bounds | None = None) -> None:
+        self.watchlist = watchlist
+        self.features = watchlist.features
+        self.table = FeatureTable.of(self.features)
+        self.bounds = bounds or Bounds()
+        self._sparse_F = self.table.sparse_F
+        self._slots = Slots(self.bounds.open_requests)
+        # One slot more: rows of requests that found no slot are computed there and thrown away.
+        self._scratch = self.bounds.open_requests
+        self._states = RequestStates(self.table, self.bounds.open_requests + 1)
+        self._index = RequestIndex(self.bounds.closed_requests, self.bounds.flagged_requests)
+        self._events = EventRing(self.bounds.exceedances)
+        self._windows = WindowRing(len(self.features), self.bounds.windows, self.bounds.window_seconds)
+        self._replicas = Replicas(watchlist.sha256, self.bounds)
+        self._engines: dict[tuple[str, str], _Engine] = {}
+        self._models: dict[str, _Model] = {}
+        self._serial = itertools.count(1)
+        self._lag = ScalarHistogram(LAG_EDGES)
+        self._refused: Counter[str] = Counter()
+        self._messages = self._duplicates = self._lost_sequences = 0
+        self._requests_evicted = self._excess_tokens = 0
+
+    # -- Sink
+
+    def hello(self, hello: Hello, now: float) -> int:
+        """Accept a stream; the highest sequence held for its boot. See transport.session.Sink.
+
+        A hello with a boot id that is new for its replica ends the requests of the earlier boots as LOST.
+        """
+        try:
+            boot, over = self._replicas.greet(hello, now)
+        except StreamRefused as refusal:
+            self.refused(refusal.reason)
+            raise
+        self._engine(hello)
+        self._model(hello.model_name)
+        for other in over:
+            self._lose(other, now)
+        return boot.high_sequence
+
+    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
+        """Take one batch into the state, whole or not at all.
+
+        Raises: StreamRefused: "malformed_batch", or "unknown_boot" for a stream that never said hello here.
+        """
+        try:
+            boot = self._replicas.boot(hello)
+            if sequence <= boot.high_sequence:
+                self._messages += 1
+                self._duplicates += 1
+                return
+            validate(batch, sparse_F=self._sparse_F, hook_points=len(self.watchlist.hooks))
+        except StreamRefused as refusal:
+            self.refused(refusal.reason)
+            raise
+        self._messages += 1
+        if boot.high_sequence:
+            self._lost_sequences += sequence - boot.high_sequence - 1
+        boot.high_sequence = sequence
+        boot.last_seen_seconds = now
+        boot.counters = batch.counters
+        self._take(boot, batch, now)
+        self._lag.observe(max(0.0, now - batch.time_unix_nano / 1e9))
+
+    def goodbye(self, hello: Hello, now: float) -> None:
+        """The stream ended; its open requests wait for it to come back, up to Bounds.stream_gone_seconds."""
+        self._replicas.leave(hello, now)
+
+    def refused(self, reason: str) -> None:
+        """Count a stream or message that was refused, here or before it got here."""
+        known = reason in self._refused or len(self._refused) < _REASON_SLUGS
+        self._refused[reason if known else "other"] += 1
+
+    def tick(self, now: float) -> None:
+        """Close what nobody will close any more. Call it about once a second."""
+        for boot in self._replicas.gone(now):
+            self._lose(boot, now)
+        idle = list(self._slots.idle_since(now - self.bounds.request_idle_seconds))
+        for slot in idle:
+            self._close(self._slots.request(slot).handles, {slot: None}, now)
+
+    # -- reading
+
+    def snapshot(self, now: float) -> views.Snapshot:
+        """Every number that /metrics shows; later batches do not change it."""
+        replicas = tuple(self._replica_view(name) for name in sorted(self._replicas.known))
+        return views.Snapshot(
+            now=now,
+            engines=tuple(self._engine_totals(key) for key in sorted(self._engines)),
+            models=tuple(self._model_totals(name) for name in sorted(self._models)),
+            replicas=replicas,
+            collector=views.CollectorTotals(
+                messages=self._messages,
+                duplicates=self._duplicates,
+                lost_sequences=self._lost_sequences,
+                streams_refused=dict(self._refused),
+                exceedances_evicted=self._events.evicted,
+                requests_evicted=self._requests_evicted,
+                summaries_evicted=self._index.evicted,
+                accounting_excess_tokens=self._excess_tokens,
+                ingest_lag=views.LagView(self._lag.edges, tuple(self._lag.counts), self._lag.sum),
+            ),
+        )
+
+    def recent(self, now: float) -> tuple[float, FeatureWindow]:
+        """The last windows over all models; see aggregate.window.WindowRing.recent."""
+        return self._windows.recent(now)
+
+    def exceedances(self, limit: int) -> list[views.Exceedance]:
+        """The latest exceedances, newest first."""
+        return [self._exceedance(event, request) for event, request in self._events.latest(limit)]
+
+    def requests(self, limit: int) -> list[views.RequestView]:
+        """Open requests, newest first, then closed ones, latest end first."""
+        opened = sorted(self._slots.by_serial, reverse=True)[:limit]
+        closed = self._index.latest_closed(limit - len(opened))
+        return [self._request_view(serial) for serial in (*opened, *closed)]
+
+    def find(self, name: str) -> list[views.RequestView]:
+        """The requests with this engine request id or response id, newest first; empty when none is held."""
+        return [self._request_view(serial) for serial in reversed(self._index.find(name))]
+
+    # -- one step
+
+    def _take(self, boot: Boot, batch: StepBatch, now: float) -> None:
+        engine, model = self._engine(boot.hello), self._model(boot.hello.model_name)
+        segments = batch.segments_S
+        engine.tokens += _token_counts(segments)
+        self._open(boot, batch.opened, segments["handle"], now)
+        slot_S = boot.handles.find(segments["handle"])
+        placed = slot_S >= 0
+        self._slots.account(segments[placed], slot_S[placed], now)
+        view = self._states.update(batch, np.where(placed, slot_S, self._scratch))
+        crossings = view.crossings[view.crossings["slot"] != self._scratch]
+        if not placed.all():
+            self._states.clear(np.array([self._scratch]))
+        model.fired_F += view.fired_F
+        model.norm.observe(batch.norm_RH)
+        exceeded_F = np.bincount(crossings["feature"], minlength=len(self.features))
+        model.exceedances_F += exceeded_F
+        self._add_events(model, crossings, now)
+        self._windows.add(_window(view, segments, exceeded_F), now)
+        self._end(boot, batch.closed, now)
+
+    def _open(self, boot: Boot, opened: tuple[RequestOpened, ...], handles_S: Array, now: float) -> None:
+        """Give slots to the requests of a step; those that no message opened here are noted as such."""
+        for event in opened:
+            slot = int(boot.handles.find(np.array([event.handle]))[0])
+            request = self._slots.request(slot) if slot >= 0 else self._admit(boot, event.handle, now)
+            request.opening_seen |= slot < 0
+            request.learn(event)
+            self._index.named(request.serial, request.request_id)
+        unknown = set(handles_S[boot.handles.find(handles_S) < 0].tolist())
+        # A request that this step opened and that is unknown again was evicted by the others of the step.
+        for handle in sorted(unknown - {event.handle for event in opened}):
+            self._admit(boot, handle, now)
+
+    def _admit(self, boot: Boot, handle: int, now: float) -> OpenRequest:
+        if self._slots.full():
+            self._evict(self._slots.least_recent())
+        hello = boot.hello
+        request = OpenRequest(
+            next(self._serial), handle, boot.handles, hello.replica, hello.model_name, hello.engine, now
+        )
+        slot = self._slots.claim(request, now)
+        self._states.clear(np.array([slot]))
+        boot.handles.add(handle, slot)
+        return request
+
+    def _evict(self, slot: int) -> None:
+        request = self._slots.release(slot)
+        request.handles.remove(np.array([slot]))
+        self._index.forget(request.serial, request.request_id)
+        self._requests_evicted += 1
+
+    def _add_events(self, model: _Model, crossings: Array, now: float) -> None:
+        if not len(crossings):
+            return
+        events = np.zeros(len(crossings), EVENT_DTYPE)
+        events["seconds"], events["peak"] = now, np.nan
+        for name in ("feature", "phase", "position", "value"):
+            events[name] = crossings[name]
+        self._events.add(events, self._slots.requests[crossings["slot"]])
+        newest = {int(c["feature"]): c for c in crossings[np.unique(crossings["feature"], return_index=True)[1]]}
+        for feature, crossing in newest.items():
+            request = self._slots.request(int(crossing["slot"]))
+            model.latest[feature] = views.Exemplar(
+                request.request_id, views.trace_id(request.traceparent), float(crossing["value"]), now
+            )
+
+    # -- ends of requests
+
+    def _end(self, boot: Boot, closed: tuple[RequestClosed, ...], now: float) -> None:
+        if not closed:
+            return
+        slots = boot.handles.find(np.array([event.handle for event in closed], np.int64)).tolist()
+        ends: dict[int, RequestClosed | None] = {s: event for s, event in zip(slots, closed, strict=True) if s >= 0}
+        unknown = [event for slot, event in zip(slots, closed, strict=True) if slot < 0]
+        self._engine(boot.hello).requests.update(event.outcome for event in unknown)
+        self._close(boot.handles, ends, now)
+
+    def _lose(self, boot: Boot, now: float) -> None:
+        self._close(boot.handles, dict.fromkeys(boot.handles.slots.tolist()), now)
+
+    def _close(self, handles: HandleMap, ends: dict[int, RequestClosed | None], now: float) -> None:
+        """Close the requests in these slots, all of one boot; None where the engine never said how one ended."""
+        if not ends:
+            return
+        slots = np.array(list(ends), np.int64)
+        self._count_statistics(slots)
+        for slot, event in ends.items():
+            self._close_one(slot, event, now)
+        handles.remove(slots)
+
+    def _count_statistics(self, slots: Array) -> None:
+        """Add the per-request statistics of n closing requests of one model to its histograms."""
+        model = self._models[self._slots.request(int(slots[0])).model_name]
+        accounted = self._slots.accounted[slots]
+        seen = accounted[:, [TokenState.SCORED, TokenState.INHERITED]].sum(axis=(1, 2)) > 0
+        statistic_nF, _ = unpack(self._states.statistics(slots))
+        counted_nF = seen[:, None] & (self._sparse_F | ~np.isnan(statistic_nF))
+        model.statistic.observe(np.nan_to_num(statistic_nF), counted_nF)
+        model.requests_F += self._states.fired_requests(slots)
+
+    def _close_one(self, slot: int, event: RequestClosed | None, now: float) -> None:
+        features = self._states.features_of(slot)
+        accounted = self._slots.accounted[slot].copy()
+        request = self._slots.release(slot)
+        engine = self._engines[request.model_name, request.engine]
+        outcome = Outcome.LOST if event is None else event.outcome
+        engine.requests[outcome] += 1
+        if event is not None:
+            self._settle(request, event, accounted, engine, now)
+        if features.exceeded_F.any():
+            self._events.settle(request.serial, features.statistic_F)
+        self._index.close(
+            ClosedRequest(
+                open=request,
+                outcome=outcome,
+                closed_seconds=now,
+                output_tokens=None if event is None else event.output_tokens,
+                total_tokens=None if event is None else event.total_tokens,
+                tokens=accounted.sum(axis=1),
+                features=FeatureColumns.of(features, self.table.limit_F, self.bounds.summary_features),
+            )
+        )
+
+    def _settle(
+        self, request: OpenRequest, event: RequestClosed, accounted: Array, engine: _Engine, now: float
+    ) -> None:
+        """Take over what the end says, and make the books balance: tokens that no message told of were lost."""
+        if not request.request_id:
+            request.request_id = bounded(event.request_id)
+            self._index.named(request.serial, request.request_id)
+        request.prompt_tokens = event.prompt_tokens
+        missing = event.total_tokens - int(accounted.sum())
+        if not request.opening_seen or missing == 0:
+            return
+        if missing < 0:
+            self._excess_tokens -= missing
+            return
+        prompt_missing = min(event.prompt_tokens, event.total_tokens) - int(accounted[:, Phase.PROMPT].sum())
+        prompt_missing = min(max(prompt_missing, 0), missing)
+        lost = np.zeros(len(Phase) + 1, np.int64)
+        lost[Phase.PROMPT], lost[Phase.OUTPUT] = prompt_missing, missing - prompt_missing
+        accounted[TokenState.DROPPED] += lost
+        engine.tokens[TokenState.DROPPED, Reason.LOST] += lost
+        window = FeatureWindow.empty(len(self.features))
+        window.tokens_by_state[TokenState.DROPPED] = missing
+        self._windows.add(window, now)
+
+    # -- plain values
+
+    def _engine(self, hello: Hello) -> _Engine:
+        return self._engines.setdefault((hello.model_name, hello.engine), _Engine())
+
+    def _model(self, name: str) -> _Model:
+        if name not in self._models:
+            F, H = len(self.features), len(self.watchlist.hooks)
+            self._models[name] = _Model(
+                fired_F=np.zeros(F, np.int64),
+                requests_F=np.zeros(F, np.int64),
+                exceedances_F=np.zeros(F, np.int64),
+                statistic=Histograms.empty(self.table.edges_FB),
+                norm=Histograms.empty(np.tile(NORM_EDGES, (H, 1))),
+            )
+        return self._models[name]
+
+    def _engine_totals(self, key: tuple[str, str]) -> views.EngineTotals:
+        engine = self._engines[key]
+        boots = (boot for replica in self._replicas.known.values() for boot in replica.boots.values())
+        return views.EngineTotals(
+            model_name=key[0],
+            engine=key[1],
+            tokens=engine.tokens.copy(),
+            requests={outcome: engine.requests[outcome] for outcome in Outcome},
+            open_requests=sum(len(b.handles) for b in boots if (b.hello.model_name, b.hello.engine) == key),
+        )
+
+    def _model_totals(self, name: str) -> views.ModelTotals:
+        model = self._models[name]
+        return views.ModelTotals(
+            model_name=name,
+            fired_F=model.fired_F.copy(),
+            requests_F=model.requests_F.copy(),
+            exceedances_F=model.exceedances_F.copy(),
+            statistic=model.statistic.copy(),
+            norm=model.norm.copy(),
+            latest=dict(model.latest),
+        )
+
+    def _replica_view(self, name: str) -> views.ReplicaView:
+        boot = self._replicas.known[name].newest
+        hello = boot.hello
+        return views.ReplicaView(
+            replica=name,
+            model_name=hello.model_name,
+            engine=hello.engine,
+            boot_id=hello.boot_id,
+            armed=hello.armed,
+            not_armed_reason=hello.not_armed_reason,
+            not_armed_text=hello.not_armed_text,
+            plugin_version=hello.plugin_version,
+            engine_version=hello.engine_version,
+            connected=boot.streams > 0,
+            last_seen_seconds=boot.last_seen_seconds,
+            open_requests=len(boot.handles),
+            counters=boot.counters,
+        )
+
+    def _exceedance(self, event: Array, request: OpenRequest) -> views.Exceedance:
+        feature = self.features[int(event["feature"])]
+        peak = float(event["peak"])
+        slot = self._slots.by_serial.get(request.serial)
+        if slot is not None:
+            peak = float(unpack(self._states.statistics(np.array([slot])))[0][0, int(event["feature"])])
+        return views.Exceedance(
+            seconds=float(event["seconds"]),
+            request_id=request.request_id,
+            response_id=response_id(request.request_id),
+            model_name=request.model_name,
+            feature=feature.id,
+            label=feature.label,
+            severity=feature.severity,
+            phase=Phase(int(event["phase"])),
+            position=int(event["position"]),
+            value=float(event["value"]),
+            limit=float(self.table.limit_F[int(event["feature"])]),
+            # An evicted request leaves no final peak; the crossing is then the most that is known.
+            peak=float(event["value"]) if math.isnan(peak) else peak,
+            trace_id=views.trace_id(request.traceparent),
+        )
+
+    def _request_view(self, serial: int) -> views.RequestView:
+        closed = self._index.closed_request(serial)
+        if closed is None:
+            slot = self._slots.by_serial[serial]
+            request, tokens = self._slots.request(slot), self._slots.accounted[slot].sum(axis=1)
+            features = self._states.features_of(slot)
+            columns = FeatureColumns.of(features, self.table.limit_F, self.bounds.summary_features)
+        else:
+            request, tokens, columns = closed.open, closed.tokens, closed.features
+        return views.RequestView(
+            request_id=request.request_id,
+            response_id=response_id(request.request_id),
+            replica=request.replica,
+            model_name=request.model_name,
+            engine=request.engine,
+            adapter=request.adapter,
+            trace_id=views.trace_id(request.traceparent),
+            outcome=closed.outcome if closed else None,
+            opened_seconds=request.opened_seconds,
+            closed_seconds=closed.closed_seconds if closed else None,
+            opening_seen=request.opening_seen,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=closed.output_tokens if closed else None,
+            total_tokens=closed.total_tokens if closed else None,
+            tokens={state: int(tokens[state]) for state in TokenState},
+            exceeded_features=columns.exceeded_total,
+            features=tuple(self._feature_of_request(columns, i) for i in range(len(columns.index))),
+            features_left_out=columns.left_out,
+        )
+
+    def _feature_of_request(self, columns: FeatureColumns, i: int) -> views.FeatureOfRequest:
+        index = int(columns.index[i])
+        feature = self.features[index]
+        has_statistic = int(columns.statistic_position[i]) >= 0
+        return views.FeatureOfRequest(
+            feature=feature.id,
+            label=feature.label,
+            severity=feature.severity,
+            units=feature.units,
+            max=float(columns.max[i]),
+            position=int(columns.position[i]),
+            fired_tokens=int(columns.fired[i]),
+            statistic=float(columns.statistic[i]) if has_statistic else None,
+            statistic_position=int(columns.statistic_position[i]) if has_statistic else None,
+            limit=feature.limit.value if feature.limit else None,
+            exceeded=bool(columns.exceeded[i]),
+        )
+
+
+def _token_counts(segments_S: Array) -> Array:
+    """Tokens by state, reason and phase, int64 of _TOKEN_SHAPE."""
+    key = np.ravel_multi_index((segments_S["state"], segments_S["reason"], segments_S["phase"]), _TOKEN_SHAPE)
+    counts = np.bincount(key, weights=segments_S["count"], minlength=int(np.prod(_TOKEN_SHAPE)))
+    return counts.astype(np.int64).reshape(_TOKEN_SHAPE)
+
+
+def _window(view: StepView, segments_S: Array, exceeded_F: Array) -> FeatureWindow:
+    tokens = np.bincount(segments_S["state"], weights=segments_S["count"], minlength=len(TokenState) + 1)
+    peak_F = np.where(np.isnan(view.peak_F), -np.inf, view.peak_F)
+    return FeatureWindow(tokens.astype(np.int64), view.fired_F, peak_F, exceeded_F)

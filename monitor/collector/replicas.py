@@ -1,0 +1,179 @@
+"""Replicas and their boots: who may stream, and which sequence numbers are already held."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Final
+
+from monitor.collector.config import Bounds
+from monitor.collector.requests import HandleMap
+from monitor.errors import StreamRefused
+from monitor.step import EngineCounters
+from monitor.transport.session import Hello
+
+_LABEL_BYTES: Final = {"replica": 253, "boot_id": 64, "engine": 64, "model_name": 253}
+"""253 is the longest DNS name, which a pod's name is."""
+_TEXT_CHARACTERS: Final = 512
+
+
+@dataclass
+class Boot:
+    """One life of an engine process."""
+
+    hello: Hello
+    handles: HandleMap = field(default_factory=HandleMap)
+    high_sequence: int = 0
+    streams: int = 0
+    last_seen_seconds: float = 0.0
+    counters: EngineCounters = field(default_factory=EngineCounters)
+
+
+@dataclass
+class Replica:
+    """A name and its boots, newest last; the newest is the one that health is shown of."""
+
+    boots: OrderedDict[str, Boot] = field(default_factory=OrderedDict)
+
+    @property
+    def newest(self) -> Boot:
+        """The boot that said hello last."""
+        return next(reversed(self.boots.values()))
+
+
+class Replicas:
+    """Every replica known, bounded."""
+
+    def __init__(self, watchlist_sha256: str, bounds: Bounds) -> None:
+        self._sha256 = watchlist_sha256
+        self._bounds = bounds
+        self.known: dict[str, Replica] = {}
+        self._engines: set[tuple[str, str]] = set()
+
+    def greet(self, hello: Hello, now: float) -> tuple[Boot, list[Boot]]:
+        """Take a stream in: its boot, and the boots that it shows to be over.
+
+        Raises: StreamRefused: "replica_name", "watchlist_mismatch", "too_many_replicas", "too_many_models" or
+                "boot_changed".
+        """
+        _check_labels(hello)
+        self._check_watchlist(hello)
+        self._check_capacity(hello)
+        replica = self.known.get(hello.replica, Replica())
+        fresh = hello.boot_id not in replica.boots
+        boot = replica.boots.get(hello.boot_id, Boot(hello))
+        _check_same_engine(boot.hello, hello)
+        self._engines.add((hello.model_name, hello.engine))
+        self.known[hello.replica] = replica
+        replica.boots[hello.boot_id] = boot
+        boot.hello = hello
+        boot.streams += 1
+        boot.last_seen_seconds = now
+        over = [other for other in replica.boots.values() if other is not boot] if fresh else []
+        while len(replica.boots) > self._bounds.boots_per_replica:
+            replica.boots.popitem(last=False)
+        return boot, over
+
+    def boot(self, hello: Hello) -> Boot:
+        """The boot of an accepted stream. Raises StreamRefused "unknown_boot" when it was forgotten meanwhile."""
+        replica = self.known.get(hello.replica)
+        boot = replica.boots.get(hello.boot_id) if replica else None
+        if boot is None:
+            raise StreamRefused(
+                f"boot {hello.boot_id!r} of replica {hello.replica!r}",
+                found="this collector no longer knows it",
+                instead="Open the stream again with a Hello.",
+                reason="unknown_boot",
+            )
+        return boot
+
+    def leave(self, hello: Hello, now: float) -> None:
+        """A stream ended; what it said stays."""
+        replica = self.known.get(hello.replica)
+        if replica and (boot := replica.boots.get(hello.boot_id)):
+            boot.streams = max(0, boot.streams - 1)
+            boot.last_seen_seconds = now
+
+    def gone(self, now: float) -> list[Boot]:
+        """Boots without a stream for so long that their open requests are over. Forgets replicas gone for longer."""
+        silent = [
+            (name, boot)
+            for name, replica in self.known.items()
+            for boot in replica.boots.values()
+            if not boot.streams and now - boot.last_seen_seconds > self._bounds.stream_gone_seconds
+        ]
+        for name in {name for name, _ in silent}:
+            boots = self.known[name].boots.values()
+            newest = max(boot.last_seen_seconds for boot in boots)
+            if not any(boot.streams for boot in boots) and now - newest > self._bounds.replica_forgotten_seconds:
+                del self.known[name]
+        return [boot for _, boot in silent]
+
+    def _check_watchlist(self, hello: Hello) -> None:
+        if hello.armed and hello.watchlist_sha256 != self._sha256:
+            raise StreamRefused(
+                f"replica {hello.replica}",
+                found=f"it scores with watchlist {hello.watchlist_sha256[:12] or '(none)'}, "
+                f"this collector explains {self._sha256[:12]}",
+                instead="Start both with the same watchlist file.",
+                reason="watchlist_mismatch",
+            )
+
+    def _check_capacity(self, hello: Hello) -> None:
+        models = {model for model, _ in self._engines}
+        checks = (
+            (
+                "too_many_replicas",
+                hello.replica not in self.known and len(self.known) >= self._bounds.replicas,
+                f"this collector already knows {len(self.known)} replicas",
+            ),
+            (
+                "too_many_models",
+                (hello.model_name not in models and len(models) >= self._bounds.models)
+                or (
+                    (hello.model_name, hello.engine) not in self._engines
+                    and len(self._engines) >= self._bounds.replicas
+                ),
+                f"this collector already counts {len(models)} models and {len(self._engines)} engines",
+            ),
+        )
+        for reason, beyond, found in checks:
+            if beyond:
+                raise StreamRefused(
+                    f"replica {hello.replica}",
+                    found=found,
+                    instead="Start another collector for it, one per pod.",
+                    reason=reason,
+                )
+
+
+def _check_same_engine(first: Hello, again: Hello) -> None:
+    if (first.model_name, first.engine) != (again.model_name, again.engine):
+        raise StreamRefused(
+            f"replica {again.replica}",
+            found=f"its boot served model {first.model_name!r} as engine {first.engine!r}, "
+            f"and now says {again.model_name!r} and {again.engine!r}",
+            instead="Give each engine process a replica name of its own.",
+            reason="boot_changed",
+        )
+
+
+def _check_labels(hello: Hello) -> None:
+    for name, most in _LABEL_BYTES.items():
+        text = getattr(hello, name)
+        encoded = text.encode("utf-8", "surrogatepass")
+        if not text or len(encoded) > most or not text.isprintable():
+            raise StreamRefused(
+                f"hello of replica {hello.replica[:64]!r}",
+                found=f"{name} is {text[:64]!r}, {len(encoded)} bytes",
+                instead=f"It becomes a label: use 1 to {most} bytes of printable text.",
+                reason="replica_name",
+            )
+    for name in ("not_armed_reason", "not_armed_text", "plugin_version", "engine_version"):
+        if len(getattr(hello, name)) > _TEXT_CHARACTERS:
+            raise StreamRefused(
+                f"hello of replica {hello.replica}",
+                found=f"{name} has {len(getattr(hello, name))} characters",
+                instead=f"Use at most {_TEXT_CHARACTERS}.",
+                reason="replica_name",
+            )

@@ -1,0 +1,244 @@
+"""Open and closed requests: which slot each handle has, what is accounted to it, and what remains after its end.
+
+Shape legend: K slots of open requests, S segments, F features.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from monitor.aggregate.requests import RequestFeatures
+from monitor.collector.views import rank
+from monitor.names import Outcome, Phase, TokenState, response_id
+from monitor.step import RequestOpened
+
+Array = npt.NDArray[Any]
+
+MAX_ID_CHARACTERS: Final = 256
+"""Of a request id, adapter or traceparent. vLLM's own ids are below 60; the rest is the client's X-Request-Id."""
+_NO_SLOT: Final = -1
+
+
+class HandleMap:
+    """Handles of one boot's open requests to slots, looked up for a whole step at once."""
+
+    def __init__(self) -> None:
+        self._handles = np.empty(0, np.int64)
+        self._slots = np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    @property
+    def slots(self) -> Array:
+        """Slots of all open requests, a copy."""
+        return self._slots.copy()
+
+    def find(self, handles: Array) -> Array:
+        """Slot of each handle, -1 where it is not open."""
+        at = np.searchsorted(self._handles, handles)
+        slots = np.full(len(handles), _NO_SLOT, np.int64)
+        inside = np.flatnonzero(at < len(self._handles))
+        known = inside[self._handles[at[inside]] == handles[inside]]
+        slots[known] = self._slots[at[known]]
+        return slots
+
+    def add(self, handle: int, slot: int) -> None:
+        """Note a handle that is not held yet."""
+        at = int(np.searchsorted(self._handles, handle))
+        self._handles = np.insert(self._handles, at, handle)
+        self._slots = np.insert(self._slots, at, slot)
+
+    def remove(self, slots: Array) -> None:
+        """Forget the handles that have these slots."""
+        kept = ~np.isin(self._slots, slots)
+        self._handles, self._slots = self._handles[kept], self._slots[kept]
+
+
+@dataclass
+class OpenRequest:
+    """What is known of an open request beside its statistics."""
+
+    serial: int
+    handle: int
+    handles: HandleMap
+    """Of the boot that it runs in."""
+    replica: str
+    model_name: str
+    engine: str
+    opened_seconds: float
+    opening_seen: bool = False
+    request_id: str = ""
+    adapter: str = ""
+    traceparent: str = ""
+    prompt_tokens: int | None = None
+
+    def learn(self, opened: RequestOpened) -> None:
+        """Take over what the engine said at the opening. Client text is cut to MAX_ID_CHARACTERS."""
+        self.request_id = bounded(opened.request_id)
+        self.adapter = bounded(opened.adapter)
+        self.traceparent = bounded(opened.traceparent)
+        self.prompt_tokens = opened.prompt_tokens
+
+
+@dataclass(frozen=True)
+class FeatureColumns:
+    """Features of a closed request in order of abnormality; NaN and -1 for none. At most Bounds.summary_features."""
+
+    index: Array
+    max: Array
+    position: Array
+    statistic: Array
+    statistic_position: Array
+    fired: Array
+    exceeded: Array
+    exceeded_total: int
+    left_out: int
+
+    @classmethod
+    def of(cls, features: RequestFeatures, limit_F: Array, most: int) -> FeatureColumns:
+        """The columns to keep of a request."""
+        order = rank(features.statistic_F, limit_F, features.exceeded_F)
+        order = order[~np.isnan(features.max_F[order])]
+        kept = order[:most]
+        return cls(
+            index=kept.astype(np.int16),
+            max=features.max_F[kept],
+            position=features.max_position_F[kept].astype(np.int32),
+            statistic=features.statistic_F[kept],
+            statistic_position=features.statistic_position_F[kept].astype(np.int32),
+            fired=features.fired_F[kept].astype(np.int32),
+            exceeded=features.exceeded_F[kept],
+            exceeded_total=int(features.exceeded_F.sum()),
+            left_out=len(order) - len(kept),
+        )
+
+
+@dataclass(frozen=True)
+class ClosedRequest:
+    """A request that ended."""
+
+    open: OpenRequest
+    outcome: Outcome
+    closed_seconds: float
+    output_tokens: int | None
+    total_tokens: int | None
+    tokens: Array
+    """Accounted tokens by TokenState value."""
+    features: FeatureColumns
+
+
+class RequestIndex:
+    """Requests by either of their ids, and the closed ones in the order of their end.
+
+    Beyond `closed_bound` the oldest summary goes; one with an exceedance then stays among the last
+    `flagged_bound` such.
+    """
+
+    def __init__(self, closed_bound: int, flagged_bound: int) -> None:
+        self._closed_bound, self._flagged_bound = closed_bound, flagged_bound
+        self._serials: dict[str, dict[int, None]] = {}
+        self._closed: OrderedDict[int, ClosedRequest] = OrderedDict()
+        self._flagged: OrderedDict[int, ClosedRequest] = OrderedDict()
+        self.evicted = 0
+
+    def named(self, serial: int, request_id: str) -> None:
+        """Make a request findable by the engine's id and by the response id."""
+        for name in {request_id, response_id(request_id)} - {""}:
+            self._serials.setdefault(name, {})[serial] = None
+
+    def forget(self, serial: int, request_id: str) -> None:
+        """Undo `named`."""
+        for name in {request_id, response_id(request_id)} - {""}:
+            serials = self._serials.get(name, {})
+            serials.pop(serial, None)
+            if not serials:
+                self._serials.pop(name, None)
+
+    def find(self, name: str) -> tuple[int, ...]:
+        """Serial numbers of the requests with this id, oldest first."""
+        return tuple(self._serials.get(bounded(name), ()))
+
+    def closed_request(self, serial: int) -> ClosedRequest | None:
+        """The summary of a closed request, None when it is open or gone."""
+        return self._closed.get(serial) or self._flagged.get(serial)
+
+    def latest_closed(self, count: int) -> list[int]:
+        """Serial numbers of the requests that ended last, latest first."""
+        return list(itertools.islice(itertools.chain(reversed(self._closed), reversed(self._flagged)), max(0, count)))
+
+    def close(self, request: ClosedRequest) -> None:
+        """Keep a closed request, and let go of the oldest one beyond the bounds."""
+        self._closed[request.open.serial] = request
+        if len(self._closed) <= self._closed_bound:
+            return
+        serial, oldest = self._closed.popitem(last=False)
+        if oldest.features.exceeded_total:
+            self._flagged[serial] = oldest
+            if len(self._flagged) <= self._flagged_bound:
+                return
+            serial, oldest = self._flagged.popitem(last=False)
+        self.forget(serial, oldest.open.request_id)
+        self.evicted += 1
+
+
+class Slots:
+    """K slots: who sits where, what is accounted to each, and which one to give up when all are taken."""
+
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count - 1, -1, -1))
+        self._touched = np.zeros(count)
+        self.requests = np.empty(count, object)
+        """OpenRequest by slot, None where it is free."""
+        self.accounted = np.zeros((count, len(TokenState) + 1, len(Phase) + 1), np.int64)
+        self.by_serial: dict[int, int] = {}
+
+    def request(self, slot: int) -> OpenRequest:
+        """Who sits there; the slot must be taken."""
+        return cast(OpenRequest, self.requests[slot])
+
+    def full(self) -> bool:
+        """Whether the next claim needs a slot to be given up first."""
+        return not self._free
+
+    def least_recent(self) -> int:
+        """The slot that has gone longest without a token, when all are taken; between equals the oldest request."""
+        quiet = np.flatnonzero(self._touched == self._touched.min())
+        return min(quiet.tolist(), key=lambda slot: self.request(slot).serial)
+
+    def claim(self, request: OpenRequest, now: float) -> int:
+        """Give a request a slot. There must be a free one."""
+        slot = self._free.pop()
+        self.requests[slot] = request
+        self.by_serial[request.serial] = slot
+        self.accounted[slot] = 0
+        self._touched[slot] = now
+        return slot
+
+    def release(self, slot: int) -> OpenRequest:
+        """Take a slot back."""
+        request = self.request(slot)
+        self.requests[slot] = None
+        del self.by_serial[request.serial]
+        self._free.append(slot)
+        return request
+
+    def account(self, segments_S: Array, slot_S: Array, now: float) -> None:
+        """Add the tokens of segments that have a slot."""
+        np.add.at(self.accounted, (slot_S, segments_S["state"], segments_S["phase"]), segments_S["count"])
+        self._touched[slot_S] = now
+
+    def idle_since(self, before: float) -> list[int]:
+        """Taken slots whose last token came before this time."""
+        return [slot for slot in np.flatnonzero(self._touched < before).tolist() if self.requests[slot] is not None]
+
+
+def bounded(text: str) -> str:
+    """Text from outside, cut to MAX_ID_CHARACTERS."""
+    return text[:MAX_ID_CHARACTERS]

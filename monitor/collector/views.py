@@ -1,0 +1,220 @@
+"""What the pipeline shows: plain values, copied out of its state, for metrics, API and page.
+
+Times are seconds since the Unix epoch by the collector's clock, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from monitor.aggregate.histogram import Histograms
+from monitor.names import Outcome, Phase, Reason, Severity, TokenState
+from monitor.step import EngineCounters
+
+Array = npt.NDArray[Any]
+
+TOKEN_SERIES = tuple(
+    (state, reason, phase)
+    for state, reasons in (
+        (TokenState.SCORED, (Reason.NONE,)),
+        (TokenState.INHERITED, (Reason.NONE,)),
+        (TokenState.UNSEEN, tuple(r for r in Reason if r is not Reason.NONE)),
+        (TokenState.DROPPED, tuple(r for r in Reason if r is not Reason.NONE)),
+    )
+    for reason in reasons
+    for phase in Phase
+)
+"""Every combination that step.validate lets through."""
+
+
+@dataclass(frozen=True)
+class EngineTotals:
+    """Counts of one (model_name, engine) since the collector started."""
+
+    model_name: str
+    engine: str
+    tokens: Array
+    """int64 [TokenState, Reason, Phase], indexed by their values."""
+    requests: Mapping[Outcome, int]
+    open_requests: int
+
+
+@dataclass(frozen=True)
+class Exemplar:
+    """The latest exceedance of a feature: what leads from a counter to a request."""
+
+    request_id: str
+    trace_id: str
+    """32 hex digits of the client's traceparent, empty where it sent none."""
+    value: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModelTotals:
+    """Counts of the features under one served model name since the collector started."""
+
+    model_name: str
+    fired_F: Array
+    """Tokens on which each sparse feature fired."""
+    requests_F: Array
+    """Closed requests in which each sparse feature fired at least once."""
+    exceedances_F: Array
+    statistic: Histograms
+    """Per-request statistic of each feature, of closed requests with at least one scored token."""
+    norm: Histograms
+    """Residual norms per hook point, one value a token."""
+    latest: Mapping[int, Exemplar]
+    """By feature index."""
+
+
+@dataclass(frozen=True)
+class ReplicaView:
+    """One engine process as its newest boot describes it."""
+
+    replica: str
+    model_name: str
+    engine: str
+    boot_id: str
+    armed: bool
+    not_armed_reason: str
+    not_armed_text: str
+    plugin_version: str
+    engine_version: str
+    connected: bool
+    last_seen_seconds: float
+    open_requests: int
+    counters: EngineCounters
+
+
+@dataclass(frozen=True)
+class LagView:
+    """Histogram of seconds from the engine's hand-over of a step to its merge here."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
+
+
+@dataclass(frozen=True)
+class CollectorTotals:
+    """The collector's own counts since it started."""
+
+    messages: int
+    duplicates: int
+    lost_sequences: int
+    streams_refused: Mapping[str, int]
+    """By reason."""
+    exceedances_evicted: int
+    requests_evicted: int
+    summaries_evicted: int
+    accounting_excess_tokens: int
+    ingest_lag: LagView
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that /metrics shows, at one moment."""
+
+    now: float
+    engines: tuple[EngineTotals, ...]
+    models: tuple[ModelTotals, ...]
+    replicas: tuple[ReplicaView, ...]
+    collector: CollectorTotals
+
+
+@dataclass(frozen=True)
+class Exceedance:
+    """The first time that a request's statistic for a feature went above its limit."""
+
+    seconds: float
+    request_id: str
+    """The engine's id; empty while it is unknown, because the request began before this collector."""
+    response_id: str
+    model_name: str
+    feature: str
+    label: str
+    severity: Severity
+    phase: Phase
+    position: int
+    """Token position of the crossing, 0 is the first prompt token; for a rolling mean the window's last token."""
+    value: float
+    """The statistic at the crossing."""
+    limit: float
+    peak: float
+    """The largest value of the statistic so far; final once the request is closed."""
+    trace_id: str
+
+
+@dataclass(frozen=True)
+class FeatureOfRequest:
+    """One feature of one request."""
+
+    feature: str
+    label: str
+    severity: Severity
+    units: str
+    max: float
+    position: int
+    fired_tokens: int
+    """Tokens on which it fired; 0 for a dense feature, which scores every token."""
+    statistic: float | None
+    """The limit's statistic, None while there is none (no full window, no token of its phase)."""
+    statistic_position: int | None
+    limit: float | None
+    exceeded: bool
+
+
+@dataclass(frozen=True)
+class RequestView:
+    """One request, open or closed."""
+
+    request_id: str
+    response_id: str
+    replica: str
+    model_name: str
+    engine: str
+    adapter: str
+    trace_id: str
+    outcome: Outcome | None
+    """None while it is open."""
+    opened_seconds: float
+    closed_seconds: float | None
+    opening_seen: bool
+    """False when it began before this collector, so that its first tokens are missing here."""
+    prompt_tokens: int | None
+    output_tokens: int | None
+    total_tokens: int | None
+    """As the engine reported them at the end."""
+    tokens: Mapping[TokenState, int]
+    """As accounted here."""
+    exceeded_features: int
+    features: tuple[FeatureOfRequest, ...]
+    """Exceeded ones first, then by closeness to the limit, then by activation."""
+    features_left_out: int
+
+
+def trace_id(traceparent: str) -> str:
+    """The trace id of a W3C traceparent, empty if it is not one."""
+    parts = traceparent.split("-")
+    if len(parts) < 4 or len(parts[1]) != 32 or not set(parts[1]) <= set("0123456789abcdef") or not parts[1].strip("0"):
+        return ""
+    return parts[1]
+
+
+def rank(statistic_F: Array, limit_F: Array, exceeded_F: Array) -> Array:
+    """Order of features from most to least abnormal: exceeded, then nearest to the limit, then largest.
+
+    Args: statistic_F: NaN for none. limit_F: +inf for none; a feature without a limit ranks behind those with one.
+    """
+    has_limit = np.isfinite(limit_F)
+    value = np.nan_to_num(statistic_F.astype(np.float64), nan=-np.inf)
+    limit = np.where(has_limit, limit_F, 0.0)
+    nearness = np.where(has_limit, (value - limit) / np.maximum(np.abs(limit), 1e-6), -np.inf)
+    order: Array = np.lexsort((-value, -nearness, ~exceeded_F))
+    return order
