@@ -77,7 +77,7 @@ class EngineCounters:
     recomputed_tokens: int = 0
     """Rows computed again after a preemption; the first scores stand."""
     surplus_tokens: int = 0
-    """Rows past a request's end: async scheduling's extra step. Not tokens of any request."""
+    """Rows that turned out not to be tokens of a request: async scheduling's row past the end, rejected drafts."""
     exporter_restarts: int = 0
     shed_batches: int = 0
     reconnects: int = 0
@@ -168,10 +168,13 @@ def validate(batch: StepBatch, *, sparse_F: Array, hook_points: int) -> None:
     if (named == owns_rows(segments)).any():
         _malformed(batch, "a reason must stand on unseen and dropped segments, and only there")
     rows = batch.rows
-    if batch.dense_RP.shape != (rows, int((~sparse_F).sum())):
-        _malformed(batch, f"dense scores have shape {batch.dense_RP.shape}, expected {(rows, int((~sparse_F).sum()))}")
-    if batch.norm_RH.shape != (rows, hook_points):
-        _malformed(batch, f"norms have shape {batch.norm_RH.shape}, expected {(rows, hook_points)}")
+    for name, array, columns in (
+        ("dense scores", batch.dense_RP, int((~sparse_F).sum())),
+        ("norms", batch.norm_RH, hook_points),
+    ):
+        # A batch without rows (openings, a heartbeat, an engine that is not armed) need not know the widths.
+        if len(array) != rows or (rows and array.shape[1] != columns):
+            _malformed(batch, f"{name} have shape {array.shape}, expected {(rows, columns)}")
     if len(fires):
         if int(fires["row"].max()) >= rows:
             _malformed(batch, f"an activation names row {int(fires['row'].max())} of {rows}")

@@ -1,0 +1,44 @@
+"""The two forward hooks that put the score op into the model's graph.
+
+Dynamo traces these functions into vLLM's compiled graph, and vLLM recompiles when a traced file changes: keep this
+file small, and keep everything that is not traced out of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+BUFFERS: Final = ("w_hi", "w_lo", "scale", "act", "stat")
+PREFIX: Final = "_latentwatch_"
+"""Buffer names on the hooked module: the op's arguments, in the order of BUFFERS."""
+
+
+def after_norm(module: torch.nn.Module, _args: Any, output: Any) -> None:
+    """On the norm that follows the watched layer: it returns (normed, residual), and residual is resid_post itself.
+
+    Reading it costs one tensor, adds none to the graph, and leaves the fusion of all-reduce and norm as it is.
+    """
+    if isinstance(output, tuple) and len(output) == 2:
+        _score(module, output[1], None)
+
+
+def after_layer(module: torch.nn.Module, _args: Any, output: Any) -> None:
+    """On the decoder layer: it returns resid_post, or (hidden, residual) whose sum resid_post is."""
+    if isinstance(output, tuple):
+        _score(module, output[0], output[1])
+    else:
+        _score(module, output, None)
+
+
+def _score(module: Any, x_TD: torch.Tensor, residual_TD: torch.Tensor | None) -> None:
+    torch.ops.latentwatch.score(
+        x_TD,
+        residual_TD,
+        module._latentwatch_w_hi,
+        module._latentwatch_w_lo,
+        module._latentwatch_scale,
+        module._latentwatch_act,
+        module._latentwatch_stat,
+    )

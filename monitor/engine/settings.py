@@ -1,0 +1,65 @@
+"""What the operator asked for, from environment variables; and whether it can be armed at all."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from monitor import __version__
+from monitor.errors import ConfigRefused, Refusal
+from monitor.watchlist import card
+
+WATCHLIST: Final = "LATENTWATCH_WATCHLIST"
+COLLECTOR: Final = "LATENTWATCH_COLLECTOR"
+REPLICA: Final = "LATENTWATCH_REPLICA"
+DISABLE: Final = "LATENTWATCH_DISABLE"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's whole configuration. `wanted` is False where neither variable is set: installed, but not asked for."""
+
+    watchlist: str
+    collector: str
+    replica: str
+    """Stable name of this server; the engine index is appended to it."""
+    disabled: bool
+
+    @property
+    def wanted(self) -> bool:
+        return not self.disabled and bool(self.watchlist or self.collector)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
+        return cls(
+            watchlist=env.get(WATCHLIST, ""),
+            collector=env.get(COLLECTOR, ""),
+            replica=env.get(REPLICA, "") or socket.gethostname(),
+            disabled=env.get(DISABLE, "") not in ("", "0"),
+        )
+
+
+@functools.cache
+def load_watchlist(settings: Settings) -> card.Watchlist | Refusal:
+    """The watchlist, read once per process, or why there is none."""
+    if not settings.watchlist:
+        return ConfigRefused(
+            WATCHLIST,
+            found="it is not set",
+            instead="Set it to the file that 'latentwatch watchlist build' wrote.",
+            reason="watchlist_missing",
+        )
+    try:
+        return card.read(Path(settings.watchlist))
+    except Refusal as refusal:
+        return refusal
+
+
+def fingerprint(watchlist: card.Watchlist) -> str:
+    """What the armed graph depends on: equal fingerprints mean that a compiled graph can be used again."""
+    return f"latentwatch/{__version__}/{watchlist.sha256}"

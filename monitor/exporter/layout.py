@@ -1,0 +1,124 @@
+"""Rows of one engine step to segments of requests. Pure numpy: arrays in, arrays out.
+
+Legend: Q requests in the step, T computed rows, R rows that carry scores, S segments, N fired activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from monitor.names import Phase, Reason, TokenState
+from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE
+
+Array = npt.NDArray[Any]
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One step's rows with everything that decides what becomes of them."""
+
+    handle_Q: I64
+    prompt_Q: I64
+    """Prompt tokens of each request: positions below are prompt, the others output."""
+    start_Q: I64
+    count_Q: I64
+    from_Q: I64
+    """First position not accounted for yet; rows below it were computed before (recompute after preemption)."""
+    to_Q: I64
+    """First position that is not true: past the request's end, or past what the next step confirmed."""
+    reason_T: npt.NDArray[np.uint8]
+    """Why a row carries no score, Reason.NONE where it does."""
+    fires_N: Array
+    dense_TP: Array
+    norm_TH: Array
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Segments and the scores of their rows, in the order that step.StepBatch wants."""
+
+    segments_S: Array
+    fires_N: Array
+    dense_RP: Array
+    norm_RH: Array
+    recomputed: int
+    """Rows below `from_Q`."""
+    beyond: int
+    """Rows at or above `to_Q`."""
+
+
+def lay_out(rows: StepRows) -> Laid:
+    """Keep each position once and cut the rows into segments of one request, state, reason and phase.
+
+    Rows whose reason is NOT_ARMED or OP_SILENT become unseen, other reasons dropped, NONE scored.
+    """
+    request_T = np.repeat(np.arange(len(rows.count_Q)), rows.count_Q)
+    first_T = np.repeat(np.cumsum(rows.count_Q) - rows.count_Q, rows.count_Q)
+    position_T = rows.start_Q[request_T] + np.arange(len(request_T)) - first_T
+    again_T = position_T < rows.from_Q[request_T]
+    beyond_T = ~again_T & (position_T >= rows.to_Q[request_T])
+    kept = np.flatnonzero(~again_T & ~beyond_T)
+    reason_K = rows.reason_T[kept]
+    state_K = state_of(reason_K)
+    phase_K = np.where(position_T[kept] < rows.prompt_Q[request_T[kept]], Phase.PROMPT, Phase.OUTPUT).astype(np.uint8)
+    segments = _runs(rows.handle_Q[request_T[kept]], position_T[kept], state_K, reason_K, phase_K)
+    scored = kept[state_K == TokenState.SCORED]
+    return Laid(
+        segments_S=segments,
+        fires_N=_renumber(rows.fires_N, scored, len(request_T)),
+        dense_RP=rows.dense_TP[scored],
+        norm_RH=rows.norm_TH[scored],
+        recomputed=int(again_T.sum()),
+        beyond=int(beyond_T.sum()),
+    )
+
+
+def state_of(reason: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The state that a row's reason means."""
+    unseen = np.isin(reason, (Reason.NOT_ARMED, Reason.OP_SILENT, Reason.PREFIX_CACHE))
+    state = np.where(unseen, TokenState.UNSEEN, TokenState.DROPPED)
+    return np.where(reason == Reason.NONE, TokenState.SCORED, state).astype(np.uint8)
+
+
+def span(handle: int, start: int, stop: int, prompt_tokens: int, reason: Reason) -> Array:
+    """Segments [0..2] for the positions start..stop-1 of one request, none of which was scored."""
+    pieces = ((start, min(stop, prompt_tokens), Phase.PROMPT), (max(start, prompt_tokens), stop, Phase.OUTPUT))
+    state = state_of(np.array([reason], np.uint8))[0]
+    return np.array(
+        [(handle, first, last - first, state, reason, phase) for first, last, phase in pieces if last > first], SEGMENT_DTYPE
+    )
+
+
+def _runs(handle: I64, position: I64, state: Array, reason: Array, phase: Array) -> Array:
+    """Maximal runs of consecutive positions that agree in everything else."""
+    if not len(handle):
+        return np.empty(0, SEGMENT_DTYPE)
+    cut = np.ones(len(handle), bool)
+    cut[1:] = np.diff(position) != 1
+    for column in (handle, state, reason, phase):
+        cut[1:] |= column[1:] != column[:-1]
+    first = np.flatnonzero(cut)
+    segments = np.empty(len(first), SEGMENT_DTYPE)
+    segments["count"] = np.diff(np.append(first, len(handle)))
+    for name, column in (("handle", handle), ("start", position), ("state", state), ("reason", reason), ("phase", phase)):
+        segments[name] = column[first]
+    return segments
+
+
+def _renumber(fires_N: Array, scored: npt.NDArray[np.intp], rows: int) -> Array:
+    """The activations of the scored rows, numbered as those rows and sorted by (row, feature)."""
+    number_T = np.full(rows, -1, np.int64)
+    number_T[scored] = np.arange(len(scored))
+    row = number_T[fires_N["row"]]
+    kept = np.flatnonzero(row >= 0)
+    order = kept[np.lexsort((fires_N["feature"][kept], row[kept]))]
+    out = np.empty(len(order), FIRE_DTYPE)
+    out["row"] = row[order]
+    out["feature"] = fires_N["feature"][order]
+    out["act"] = fires_N["act"][order]
+    return out

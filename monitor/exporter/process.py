@@ -1,0 +1,113 @@
+"""The exporter's main loop: ring in, batches out. Started by the engine's worker as `python -m monitor.exporter`.
+
+It lives in a session of its own, so that a signal meant for the server does not end it before it has drained. It ends
+when the engine closes the ring or is gone, after at most DRAIN_SECONDS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import time
+from types import FrameType
+from typing import Final
+
+from monitor.exporter.ledger import Ledger
+from monitor.ring import Geometry, Ring
+from monitor.step import EngineCounters, StepBatch
+from monitor.transport.sender import Sender
+from monitor.transport.session import Hello
+
+log = logging.getLogger("latentwatch.exporter")
+
+IDLE_SECONDS: Final = 0.001
+"""Sleep between two looks at an empty ring: adds this much to a score's way, costs about 1 % of a core."""
+HEARTBEAT_SECONDS: Final = 5.0
+"""An idle engine still says that it is there, and repeats its counters."""
+DRAIN_SECONDS: Final = 5.0
+
+
+class Exporter:
+    """One engine's ring, ledger and sender."""
+
+    def __init__(self, ring: Ring, ledger: Ledger, sender: Sender) -> None:
+        self._ring = ring
+        self._ledger = ledger
+        self._sender = sender
+        self._step = 0
+        self._sent_at = 0.0
+
+    def take_one(self, now: float) -> bool:
+        """Move one step from the ring to the sender; False where none waits. `now`: monotonic seconds."""
+        raw = self._ring.peek()
+        if raw is None:
+            if now - self._sent_at > HEARTBEAT_SECONDS:
+                self._offer(StepBatch(step=self._step, time_unix_nano=time.time_ns(), counters=self._counters()), now)
+            return False
+        self._step = raw.step
+        try:
+            self._offer(self._ledger.take(raw, self._counters()), now)
+        except Exception:
+            # One step that cannot be read must not end the export: its positions show up as a gap and are counted.
+            log.exception("latentwatch: step %d could not be laid out", raw.step)
+        finally:
+            self._ring.release()
+        return True
+
+    def finish(self) -> None:
+        """Settle what is held and deliver what is buffered, within DRAIN_SECONDS."""
+        batch = dataclasses.replace(self._ledger.finish(), counters=self._counters())
+        if len(batch.segments_S):
+            self._sender.offer(batch)
+        stats = self._sender.close(DRAIN_SECONDS)
+        if stats.dropped_tokens:
+            log.error("latentwatch: %d tokens were not delivered to the collector before the engine ended", stats.dropped_tokens)
+
+    def _offer(self, batch: StepBatch, now: float) -> None:
+        self._sender.offer(batch)
+        self._sent_at = now
+
+    def _counters(self) -> EngineCounters:
+        """The counts that ring and sender keep, with the ledger's own."""
+        stats = self._sender.stats()
+        return self._ledger.count(
+            EngineCounters(
+                steps=self._step,
+                ring_dropped_steps=self._ring.dropped_steps,
+                exporter_restarts=self._ring.restarts,
+                shed_batches=stats.shed_batches,
+                reconnects=stats.reconnects,
+            )
+        )
+
+
+def main(argument: str) -> int:
+    """Run until the engine is done. `argument`: the JSON object that engine/attach.py writes."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [latentwatch exporter] %(message)s")
+    engine = os.getppid()
+    stop = False
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        nonlocal stop
+        stop = True
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = json.loads(argument)
+    hello = Hello(**config["hello"])
+    ring = Ring(config["fd"], Geometry(**config["geometry"]), create=False)
+    sender = Sender(config["collector"], hello)
+    exporter = Exporter(ring, Ledger(armed=hello.armed, drafts=config["drafts"]), sender)
+    sender.start()
+    while not stop:
+        # Before the look at the ring: what was written before the engine went is then still read.
+        gone = ring.closed or os.getppid() != engine
+        if not exporter.take_one(time.monotonic()):
+            if gone:
+                break
+            time.sleep(IDLE_SECONDS)
+    exporter.finish()
+    return 0

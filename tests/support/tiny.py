@@ -1,0 +1,69 @@
+"""Tiny random checkpoints and watchlists for engine tests: real files, real formats, a second to make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from monitor.names import HookPoint, Severity
+from monitor.watchlist import card
+
+VOCABULARY = 512
+D_MODEL = 64
+LAYERS = 4
+
+
+def llama(path: Path, seed: int = 0) -> Path:
+    """A random bfloat16 Llama in Hugging Face's format, without a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=D_MODEL,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        # Large enough that the residual stream differs between positions by more than bfloat16 noise.
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def watchlist(
+    path: Path, *, layers: tuple[int, ...] = (1, 3), sparse: int = 12, dense: int = 2, d_model: int = D_MODEL, seed: int = 0
+) -> card.Watchlist:
+    """A random watchlist for `llama()`: `sparse` gated features and `dense` probes at each layer."""
+    rng = np.random.default_rng(seed)
+    hooks = []
+    for layer in layers:
+        K = sparse + dense
+        w_KD = rng.normal(size=(K, d_model)).astype(np.float32) / np.sqrt(d_model)
+        w_hi = card.bf16_from_f32(w_KD)
+        w_lo = card.bf16_from_f32(w_KD - card.f32_from_bf16(w_hi))
+        scale = np.zeros((len(card.SCALE_ROWS), K), np.float32)
+        scale[0], scale[1], scale[2] = 0.5, 1.0, rng.normal(size=K) * 0.1
+        scale[[0, 3], sparse:] = -np.inf
+        features = tuple(
+            card.Feature(
+                id=f"l{layer}_{'f' if k < sparse else 'p'}{k}",
+                label=f"random direction {k} of layer {layer}",
+                severity=Severity.CRITICAL if k == sparse else Severity.INFO,
+                kind="sae" if k < sparse else "probe",
+                gate="exact" if k < sparse else "none",
+                units="activation" if k < sparse else "logit",
+                limit=card.Limit("max", 2.0) if k % 3 == 0 else None,
+                skip_first_positions=1,
+            )
+            for k in range(K)
+        )
+        hooks.append(card.HookRows(HookPoint(layer), features, w_hi, w_lo, scale))
+    model = card.ModelCard("tiny", "LlamaForCausalLM", d_model, LAYERS, VOCABULARY, ("bfloat16", "float32"))
+    return card.write(card.Watchlist("tiny", model, tuple(hooks)), path)

@@ -1,0 +1,157 @@
+"""Batches, hellos and a Sink for the tests of the transport."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import numpy as np
+
+from monitor.errors import StreamRefused
+from monitor.names import Outcome, Phase, Reason, TokenState
+from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
+from monitor.transport.receiver import Receiver
+from monitor.transport.session import Hello
+
+T = TypeVar("T")
+
+
+def hello(**changes: Any) -> Hello:
+    values: dict[str, Any] = {
+        "replica": "pod-0/0",
+        "boot_id": "0" * 32,
+        "engine": "0",
+        "model_name": "toy",
+        "watchlist_sha256": "a" * 64,
+        "armed": True,
+        "not_armed_reason": "",
+        "not_armed_text": "",
+        "plugin_version": "0.1.0",
+        "engine_version": "0.32.0",
+    }
+    return Hello(**(values | changes))
+
+
+def batch(step: int, *, rows: int = 8, fires: int = 4, probes: int = 2, hooks: int = 1) -> StepBatch:
+    """One request's decode step and another's unseen prompt; `rows` tokens carry scores, one more does not."""
+    rng = np.random.default_rng(step)
+    fires_N = np.zeros(fires, FIRE_DTYPE)
+    fires_N["row"] = np.sort(rng.integers(0, max(rows, 1), fires))
+    fires_N["act"] = rng.random(fires, dtype=np.float32)
+    segments = [(7, step, 1, TokenState.UNSEEN, Reason.PREFIX_CACHE, Phase.PROMPT)]
+    if rows:
+        segments.append((step, 0, rows, TokenState.SCORED, Reason.NONE, Phase.OUTPUT))
+    return StepBatch(
+        step=step,
+        time_unix_nano=step * 1000,
+        segments_S=np.array(segments, SEGMENT_DTYPE),
+        fires_N=fires_N if rows else fires_N[:0],
+        dense_RP=rng.random((rows, probes)).astype(np.float16),
+        norm_RH=rng.random((rows, hooks)).astype(np.float32),
+        opened=(RequestOpened(step, f"cmpl-{step}", 3),),
+        closed=(RequestClosed(step, f"cmpl-{step}", 3, 2, 4, Outcome.FINISHED),),
+        counters=EngineCounters(steps=step),
+    )
+
+
+def tokens(batch: StepBatch) -> int:
+    return int(batch.segments_S["count"].sum())
+
+
+def same(one: StepBatch, other: StepBatch) -> bool:
+    """Equal in every column, to the bit (a NaN equals itself)."""
+    columns = ("segments_S", "fires_N", "dense_RP", "norm_RH")
+    values = ("step", "time_unix_nano", "opened", "closed", "counters")
+    return all(
+        getattr(one, name).dtype == getattr(other, name).dtype
+        and getattr(one, name).shape == getattr(other, name).shape
+        and getattr(one, name).tobytes() == getattr(other, name).tobytes()
+        for name in columns
+    ) and all(getattr(one, name) == getattr(other, name) for name in values)
+
+
+class FakeSink:
+    """Keeps what it is given and refuses what it is told to. Thread-safe to read."""
+
+    def __init__(self, held: dict[tuple[str, str], int] | None = None) -> None:
+        self.held = dict(held or {})
+        self.batches: list[tuple[int, StepBatch]] = []
+        self.calls: list[str] = []
+        self.duplicates = 0
+        self.refuse_hello: StreamRefused | None = None
+        self.refuse_sequences: set[int] = set()
+        self.seconds_per_batch = 0.0
+
+    def hello(self, hello: Hello, now: float) -> int:
+        self.calls.append("hello")
+        if self.refuse_hello is not None:
+            raise self.refuse_hello
+        return self.held.get((hello.replica, hello.boot_id), 0)
+
+    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
+        key = (hello.replica, hello.boot_id)
+        if sequence in self.refuse_sequences:
+            raise StreamRefused(f"batch {sequence}", found="the test", instead="None.", reason="malformed_batch")
+        if self.seconds_per_batch:
+            time.sleep(self.seconds_per_batch)
+        if sequence <= self.held.get(key, 0):
+            self.duplicates += 1
+            return
+        self.held[key] = sequence
+        self.batches.append((sequence, batch))
+
+    def goodbye(self, hello: Hello, now: float) -> None:
+        self.calls.append("goodbye")
+
+    @property
+    def sequences(self) -> list[int]:
+        return [sequence for sequence, _ in self.batches]
+
+    @property
+    def steps(self) -> list[int]:
+        return [batch.step for _, batch in self.batches]
+
+
+class ServerThread:
+    """A Receiver in an event loop of its own, so that a test can use the blocking sender beside it."""
+
+    def __init__(self, sink: Any, *listen: str, **options: Any) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.receiver = Receiver(sink, listen, clock=lambda: 1.0, **options)
+        try:
+            self.run(self.receiver.start())
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
+
+    def stop(self, grace: float = 0.2) -> None:
+        self.run(self.receiver.stop(grace))
+        self._end_loop()
+
+    def __enter__(self) -> ServerThread:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.loop.is_running():
+            self.stop()
+
+    def _end_loop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(5)
+        self.loop.close()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Return as soon as the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
