@@ -224,17 +224,24 @@ class Pipeline:
         for event in opened:
             slot = int(boot.handles.find(np.array([event.handle]))[0])
             request = self._slots.request(slot) if slot >= 0 else self._admit(boot, event.handle, now)
+            if request is None:
+                self._requests_evicted += 1
+                continue
             request.opening_seen |= slot < 0
             request.learn(event)
             self._index.named(request.serial, request.request_id)
-        unknown = set(handles_S[boot.handles.find(handles_S) < 0].tolist())
-        # A request that this step opened and that is unknown again was evicted by the others of the step.
-        for handle in sorted(unknown - {event.handle for event in opened}):
-            self._admit(boot, handle, now)
+        unknown = np.unique(handles_S[boot.handles.find(handles_S) < 0])
+        for handle in unknown.tolist():
+            if self._admit(boot, handle, now) is None:
+                break
 
-    def _admit(self, boot: Boot, handle: int, now: float) -> OpenRequest:
+    def _admit(self, boot: Boot, handle: int, now: float) -> OpenRequest | None:
+        """Give a request a slot; None when all are taken by requests that run."""
         if self._slots.full():
-            self._evict(self._slots.least_recent())
+            slot, last_token = self._slots.quietest()
+            if now - last_token < self.bounds.evict_after_seconds:
+                return None
+            self._evict(slot)
         hello = boot.hello
         request = OpenRequest(
             next(self._serial), handle, boot.handles, hello.replica, hello.model_name, hello.engine, now

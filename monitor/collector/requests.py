@@ -207,10 +207,10 @@ class Slots:
         """Whether the next claim needs a slot to be given up first."""
         return not self._free
 
-    def least_recent(self) -> int:
-        """The slot that has gone longest without a token, when all are taken; between equals the oldest request."""
-        quiet = np.flatnonzero(self._touched == self._touched.min())
-        return min(quiet.tolist(), key=lambda slot: self.request(slot).serial)
+    def quietest(self) -> tuple[int, float]:
+        """When all slots are taken: the one that has gone longest without a token, and the time of that token."""
+        slot = int(np.argmin(self._touched))
+        return slot, float(self._touched[slot])
 
     def claim(self, request: OpenRequest, now: float) -> int:
         """Give a request a slot. There must be a free one."""

@@ -300,22 +300,24 @@ def test_the_request_that_was_quiet_longest_gives_up_its_slot_and_its_tokens_sta
     made, who = connected(open_requests=3)
     requests = some_requests(5, count=5)
     for i, request in enumerate(requests):
-        made.observe(who, i + 1, step_batch([Piece(request, 0, 1)], FEATURES, opened=[request.opened()]), 1000.0 + i)
+        made.observe(who, i + 1, step_batch([Piece(request, 0, 1)], FEATURES, opened=[request.opened()]), 1000.0 + 60 * i)
     snapshot = made.snapshot(0)
     assert snapshot.collector.requests_evicted == 2 and snapshot.engines[0].open_requests == 3
     assert not made.find(requests[0].request_id) and made.find(requests[4].request_id)
     assert sum(state_totals(made).values()) == 5
 
 
-def test_more_requests_in_one_step_than_slots_are_counted_and_not_mixed_up():
+def test_requests_beyond_the_slots_are_counted_without_driving_out_those_that_run():
     made, who = connected(open_requests=2)
     requests = some_requests(6, count=5)
     feed(made, who, Schedule.one_step(requests).batches(FEATURES))
     assert sum(state_totals(made).values()) == sum(r.total for r in requests)
     assert made.snapshot(0).collector.requests_evicted == 3
-    for request in requests[3:]:
+    for request in requests[:2]:
         (view,) = made.find(request.request_id)
         assert sum(view.tokens.values()) == request.total
+    assert not any(made.find(request.request_id) for request in requests[2:])
+    assert made.snapshot(0).engines[0].requests[Outcome.FINISHED] == 5
 
 
 def test_closed_summaries_are_bounded_and_those_with_an_exceedance_stay_longer():
