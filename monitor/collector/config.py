@@ -12,7 +12,8 @@ class Bounds:
     """Each bound caps memory; what falls out of one is counted on /metrics."""
 
     open_requests: int = 4096
-    """Requests with running statistics: twice vLLM's usual --max-num-seqs for 8 engines of 256. 13 bytes a feature each."""
+    """Requests with running statistics: twice vLLM's usual --max-num-seqs for 8 engines of 256.
+    Each costs 13 bytes a feature."""
     evict_after_seconds: float = 60.0
     """When all slots are taken, one that was quiet for so long goes to the newcomer. If none was, the newcomer's tokens
     are counted but it gets no statistics of its own: evicting requests that run would cost more and keep nothing."""

@@ -303,7 +303,9 @@ class Pipeline:
         seen = accounted[:, [TokenState.SCORED, TokenState.INHERITED]].sum(axis=(1, 2)) > 0
         statistic_nF, _ = unpack(self._states.statistics(slots))
         counted_nF = seen[:, None] & (self._sparse_F | ~np.isnan(statistic_nF))
-        model.statistic.observe(np.nan_to_num(statistic_nF), counted_nF)
+        # A sparse feature's tokens without activation are zeros, and the maximum is over them too.
+        statistic_nF = np.where(self._sparse_F, np.fmax(statistic_nF, 0), np.nan_to_num(statistic_nF))
+        model.statistic.observe(statistic_nF, counted_nF)
         model.requests_F += self._states.fired_requests(slots)
 
     def _close_one(self, slot: int, event: RequestClosed | None, now: float) -> None:

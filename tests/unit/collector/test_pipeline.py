@@ -300,7 +300,8 @@ def test_the_request_that_was_quiet_longest_gives_up_its_slot_and_its_tokens_sta
     made, who = connected(open_requests=3)
     requests = some_requests(5, count=5)
     for i, request in enumerate(requests):
-        made.observe(who, i + 1, step_batch([Piece(request, 0, 1)], FEATURES, opened=[request.opened()]), 1000.0 + 60 * i)
+        batch = step_batch([Piece(request, 0, 1)], FEATURES, opened=[request.opened()])
+        made.observe(who, i + 1, batch, 1000.0 + 60 * i)
     snapshot = made.snapshot(0)
     assert snapshot.collector.requests_evicted == 2 and snapshot.engines[0].open_requests == 3
     assert not made.find(requests[0].request_id) and made.find(requests[4].request_id)

@@ -1,0 +1,186 @@
+"""From a snapshot to the families of the metrics table: the only place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from monitor import __version__
+from monitor.collector.views import TOKEN_SERIES, ModelTotals, ReplicaView, Snapshot
+from monitor.export import metrics
+from monitor.export.metrics import ENGINE_COUNTERS, Metric
+from monitor.export.prometheus import ExemplarLine, Family, LabelRows
+from monitor.names import Outcome
+from monitor.watchlist.card import Feature, Watchlist
+
+REFUSALS: Final = ("watchlist_mismatch", "malformed_batch", "replica_name", "too_many_replicas", "too_many_models")
+"""Reasons that have a series at 0 from the start, so that increase() sees the first one."""
+
+
+@dataclass(frozen=True)
+class ProcessFacts:
+    """What the operating system says of this process."""
+
+    start_seconds: float
+    resident_bytes: int
+    cpu_seconds: float
+
+
+class Families:
+    """Families of every metric of the table, in its order. Label rows of features are made once."""
+
+    def __init__(self, watchlist: Watchlist) -> None:
+        self._watchlist = watchlist
+        self._features = watchlist.features
+        self._sparse = [i for i, feature in enumerate(self._features) if not feature.dense]
+        self._limited = [i for i, feature in enumerate(self._features) if feature.limit]
+        self._rows: dict[tuple[str, Metric], LabelRows] = {}
+
+    def of(self, snapshot: Snapshot, process: ProcessFacts) -> Iterator[Family]:
+        """Every family, those without a series included."""
+        yield from self._engines(snapshot)
+        yield from self._watched()
+        yield from self._models(snapshot.models)
+        yield from self._replicas(snapshot.replicas)
+        yield from self._collector(snapshot)
+        yield from self._about(process)
+
+    def _engines(self, snapshot: Snapshot) -> Iterator[Family]:
+        engines = snapshot.engines
+        yield Family(
+            metrics.TOKENS,
+            tuple(
+                (e.model_name, e.engine, state.name.lower(), reason.name.lower(), phase.name.lower())
+                for e in engines
+                for state, reason, phase in TOKEN_SERIES
+            ),
+            [int(e.tokens[series]) for e in engines for series in TOKEN_SERIES],
+        )
+        yield Family(
+            metrics.REQUESTS,
+            tuple((e.model_name, e.engine, outcome.name.lower()) for e in engines for outcome in Outcome),
+            [e.requests[outcome] for e in engines for outcome in Outcome],
+        )
+        rows = tuple((e.model_name, e.engine) for e in engines)
+        yield Family(metrics.OPEN_REQUESTS, rows, [e.open_requests for e in engines])
+
+    def _watched(self) -> Iterator[Family]:
+        points = [str(rows.hook_point) for rows in self._watchlist.hooks for _ in rows.features]
+        yield Family(
+            metrics.FEATURE_INFO,
+            tuple(
+                (f.id, f.label, str(f.severity), point, f.kind, f.gate)
+                for f, point in zip(self._features, points, strict=True)
+            ),
+            [1] * len(self._features),
+        )
+        limited = [(f.id, f.limit.value) for f in self._features if f.limit]
+        yield Family(metrics.FEATURE_LIMIT, tuple((id,) for id, _ in limited), [value for _, value in limited])
+
+    def _models(self, models: Sequence[ModelTotals]) -> Iterator[Family]:
+        sparse, limited, everything = self._sparse, self._limited, range(len(self._features))
+        yield Family(
+            metrics.FEATURE_FIRED_TOKENS,
+            self._feature_rows(models, metrics.FEATURE_FIRED_TOKENS, sparse),
+            [count for model in models for count in model.fired_F[sparse].tolist()],
+        )
+        yield Family(
+            metrics.FEATURE_REQUESTS,
+            self._feature_rows(models, metrics.FEATURE_REQUESTS, sparse),
+            [count for model in models for count in model.requests_F[sparse].tolist()],
+        )
+        statistics = [model.statistic for model in models]
+        yield Family(
+            metrics.FEATURE_REQUEST_MAX,
+            self._feature_rows(models, metrics.FEATURE_REQUEST_MAX, everything),
+            edges_SB=_stack([s.edges_FB for s in statistics]),
+            cumulative_SB=_stack([s.cumulative_FB for s in statistics]),
+            sum_S=[total for s in statistics for total in s.sum_F.tolist()],
+        )
+        yield Family(
+            metrics.EXCEEDANCES,
+            self._feature_rows(models, metrics.EXCEEDANCES, limited),
+            [count for model in models for count in model.exceedances_F[limited].tolist()],
+            exemplars=self._exemplars(models),
+        )
+        norms = [model.norm for model in models]
+        yield Family(
+            metrics.RESIDUAL_NORM,
+            tuple((m.model_name, str(rows.hook_point)) for m in models for rows in self._watchlist.hooks),
+            edges_SB=_stack([n.edges_FB for n in norms]),
+            cumulative_SB=_stack([n.cumulative_FB for n in norms]),
+            sum_S=[total for n in norms for total in n.sum_F.tolist()],
+        )
+
+    def _replicas(self, replicas: Sequence[ReplicaView]) -> Iterator[Family]:
+        rows = tuple((replica.replica,) for replica in replicas)
+        yield Family(metrics.REPLICA_LAST_SEEN, rows, [r.last_seen_seconds for r in replicas])
+        yield Family(metrics.STREAM_CONNECTED, rows, [int(r.connected) for r in replicas])
+        yield Family(
+            metrics.ENGINE_ARMED,
+            tuple((r.replica, r.not_armed_reason) for r in replicas),
+            [int(r.armed) for r in replicas],
+        )
+        for name, metric in ENGINE_COUNTERS.items():
+            yield Family(metric, rows, [getattr(r.counters, name) for r in replicas])
+
+    def _collector(self, snapshot: Snapshot) -> Iterator[Family]:
+        totals = snapshot.collector
+        refused = {**dict.fromkeys(REFUSALS, 0), **totals.streams_refused}
+        yield Family(metrics.STREAMS_REFUSED, tuple((reason,) for reason in refused), list(refused.values()))
+        for metric, value in (
+            (metrics.MESSAGES, totals.messages),
+            (metrics.DUPLICATES, totals.duplicates),
+            (metrics.LOST_SEQUENCES, totals.lost_sequences),
+            (metrics.EVENTS_EVICTED, totals.exceedances_evicted),
+            (metrics.REQUESTS_EVICTED, totals.requests_evicted),
+            (metrics.SUMMARIES_EVICTED, totals.summaries_evicted),
+            (metrics.ACCOUNTING_EXCESS, totals.accounting_excess_tokens),
+        ):
+            yield Family(metric, ((),), [value])
+        lag = totals.ingest_lag
+        yield Family(
+            metrics.INGEST_LAG,
+            ((),),
+            edges_SB=np.array([lag.edges]),
+            cumulative_SB=np.cumsum([lag.counts], axis=1),
+            sum_S=[lag.sum],
+        )
+
+    def _about(self, process: ProcessFacts) -> Iterator[Family]:
+        watchlist = self._watchlist
+        yield Family(metrics.WATCHLIST_INFO, ((watchlist.name, watchlist.sha256, str(len(self._features))),), [1])
+        yield Family(metrics.BUILD_INFO, ((__version__,),), [1])
+        yield Family(metrics.PROCESS_START, ((),), [process.start_seconds])
+        yield Family(metrics.PROCESS_MEMORY, ((),), [process.resident_bytes])
+        yield Family(metrics.PROCESS_CPU, ((),), [process.cpu_seconds])
+
+    def _feature_rows(self, models: Sequence[ModelTotals], metric: Metric, features: Sequence[int]) -> LabelRows:
+        rows: list[tuple[str, ...]] = []
+        for model in models:
+            key = (model.model_name, metric)
+            if key not in self._rows:
+                self._rows[key] = tuple(self._row(model.model_name, self._features[i], metric) for i in features)
+            rows += self._rows[key]
+        return tuple(rows)
+
+    def _row(self, model_name: str, feature: Feature, metric: Metric) -> tuple[str, ...]:
+        labels = (model_name, feature.id)
+        return (*labels, str(feature.severity)) if "severity" in metric.labels else labels
+
+    def _exemplars(self, models: Sequence[ModelTotals]) -> dict[int, ExemplarLine]:
+        place = {feature: i for i, feature in enumerate(self._limited)}
+        return {
+            number * len(self._limited) + place[feature]: ExemplarLine(
+                (("request_id", latest.request_id), ("trace_id", latest.trace_id)), latest.value, latest.seconds
+            )
+            for number, model in enumerate(models)
+            for feature, latest in model.latest.items()
+        }
+
+
+def _stack(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty((0, 0))

@@ -1,0 +1,265 @@
+"""Every metric of the collector, in one table. The exposition renders from it and nothing else is exposed.
+
+Names follow Prometheus' conventions: one prefix, base units, `_total` on counters. `model_name` and `engine` are vLLM's
+own labels, so that joins work. Text for people stands in `latentwatch_feature_info` only. Series are bounded by the
+watchlist and the collector's bounds: features by models, replicas only on health series.
+
+`Metric.name` is the name of the samples in Prometheus text, without `_bucket`, `_sum` and `_count`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from monitor.aggregate.histogram import LAG_EDGES, NORM_EDGES
+
+Kind = Literal["counter", "gauge", "histogram", "info"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+    buckets: tuple[float, ...] | None = None
+    """Finite upper bounds of a histogram; None where each series has bounds of its own, and for other kinds."""
+
+    @property
+    def family(self) -> str:
+        """The name of the family in OpenMetrics: without `_total` and `_info`."""
+        if self.kind == "counter":
+            return self.name.removesuffix("_total")
+        if self.kind == "info":
+            return self.name.removesuffix("_info")
+        return self.name
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """Names of the samples on /metrics."""
+        if self.kind == "histogram":
+            return tuple(f"{self.name}_{suffix}" for suffix in ("bucket", "sum", "count"))
+        return (self.name,)
+
+
+_ENGINE: Final = ("model_name", "engine")
+_FEATURE: Final = ("model_name", "feature")
+_REPLICA: Final = ("replica",)
+
+TOKENS = Metric(
+    "latentwatch_tokens_total",
+    "counter",
+    (*_ENGINE, "state", "reason", "phase"),
+    "Tokens that the engine computed or skipped, by what became of them: scored, inherited, unseen, dropped.",
+)
+REQUESTS = Metric(
+    "latentwatch_requests_total",
+    "counter",
+    (*_ENGINE, "outcome"),
+    "Requests that ended: finished, aborted, or lost with their engine.",
+)
+OPEN_REQUESTS = Metric(
+    "latentwatch_open_requests", "gauge", _ENGINE, "Requests that began and have not ended, with statistics held."
+)
+FEATURE_INFO = Metric(
+    "latentwatch_feature_info",
+    "info",
+    ("feature", "label", "severity", "hook_point", "kind", "gate"),
+    "What each feature of the watchlist is, to be joined on the label feature.",
+)
+FEATURE_FIRED_TOKENS = Metric(
+    "latentwatch_feature_fired_tokens_total",
+    "counter",
+    _FEATURE,
+    "Tokens on which a sparse feature fired, that is, its activation was not zero. Skipped positions do not count.",
+)
+FEATURE_REQUESTS = Metric(
+    "latentwatch_feature_requests_total",
+    "counter",
+    _FEATURE,
+    "Requests that ended in which a sparse feature fired at least once.",
+)
+FEATURE_REQUEST_MAX = Metric(
+    "latentwatch_feature_request_max",
+    "histogram",
+    _FEATURE,
+    "Statistic of each request that ended with a scored token: the one that the limit is on, else the maximum. "
+    "A sparse feature that never fired counts as 0. Sparse features have half-decade bounds; dense ones, whose scores have both "
+    "signs, have linear bounds around the limit and no _sum and _count.",
+)
+FEATURE_LIMIT = Metric(
+    "latentwatch_feature_limit", "gauge", ("feature",), "Limit on a feature's request statistic, in its own units."
+)
+EXCEEDANCES = Metric(
+    "latentwatch_exceedances_total",
+    "counter",
+    (*_FEATURE, "severity"),
+    "Requests whose statistic for a feature went above its limit; each request counts once per feature.",
+)
+RESIDUAL_NORM = Metric(
+    "latentwatch_residual_norm",
+    "histogram",
+    ("model_name", "hook_point"),
+    "Euclidean norm of the residual stream of each scored token, in the model's own units.",
+    NORM_EDGES,
+)
+REPLICA_LAST_SEEN = Metric(
+    "latentwatch_replica_last_seen_timestamp_seconds",
+    "gauge",
+    _REPLICA,
+    "Unix time of the last message from an engine process; idle engines send one every few seconds.",
+)
+STREAM_CONNECTED = Metric(
+    "latentwatch_stream_connected", "gauge", _REPLICA, "Whether an engine process has a stream open, 1 or 0."
+)
+ENGINE_ARMED = Metric(
+    "latentwatch_engine_armed",
+    "gauge",
+    (*_REPLICA, "reason"),
+    "Whether an engine process scores: 1, or 0 with the reason.",
+)
+STREAMS_REFUSED = Metric(
+    "latentwatch_streams_refused_total",
+    "counter",
+    ("reason",),
+    "Streams and messages that this collector refused.",
+)
+MESSAGES = Metric(
+    "latentwatch_collector_messages_total", "counter", (), "Batches received, duplicates included, refused ones not."
+)
+DUPLICATES = Metric(
+    "latentwatch_collector_duplicates_total", "counter", (), "Batches that came again and were ignored."
+)
+LOST_SEQUENCES = Metric(
+    "latentwatch_collector_lost_sequences_total",
+    "counter",
+    (),
+    "Batches that never came, by gaps in the sequence numbers.",
+)
+INGEST_LAG = Metric(
+    "latentwatch_ingest_lag_seconds",
+    "histogram",
+    (),
+    "Time from the engine's hand-over of a step to its merge here, clocks of both hosts compared.",
+    LAG_EDGES,
+)
+ENGINE_COUNTERS: Final = {
+    "steps": Metric("latentwatch_engine_steps_total", "counter", _REPLICA, "Steps that the engine ran."),
+    "ring_dropped_steps": Metric(
+        "latentwatch_engine_ring_dropped_steps_total",
+        "counter",
+        _REPLICA,
+        "Steps whose scores found no free slot in the shared-memory ring.",
+    ),
+    "op_silent_steps": Metric(
+        "latentwatch_engine_op_silent_steps_total",
+        "counter",
+        _REPLICA,
+        "Steps that ran without a trace of the score op.",
+    ),
+    "recomputed_tokens": Metric(
+        "latentwatch_engine_recomputed_tokens_total",
+        "counter",
+        _REPLICA,
+        "Tokens computed again after a preemption; their first scores stand.",
+    ),
+    "surplus_tokens": Metric(
+        "latentwatch_engine_surplus_tokens_total",
+        "counter",
+        _REPLICA,
+        "Rows computed past the end of a request, which are tokens of none.",
+    ),
+    "exporter_restarts": Metric(
+        "latentwatch_engine_exporter_restarts_total",
+        "counter",
+        _REPLICA,
+        "Starts of the exporter process after the first.",
+    ),
+    "shed_batches": Metric(
+        "latentwatch_engine_shed_batches_total",
+        "counter",
+        _REPLICA,
+        "Batches whose scores the sender gave up, because the collector was away or slow.",
+    ),
+    "reconnects": Metric(
+        "latentwatch_engine_reconnects_total", "counter", _REPLICA, "Streams that the sender opened after the first."
+    ),
+    "unattributed_rows": Metric(
+        "latentwatch_engine_unattributed_rows_total",
+        "counter",
+        _REPLICA,
+        "Rows of requests that the exporter did not know.",
+    ),
+}
+"""By the field of step.EngineCounters. They begin again at 0 with every boot of the engine."""
+EVENTS_EVICTED = Metric(
+    "latentwatch_events_evicted_total",
+    "counter",
+    (),
+    "Exceedance events that this collector no longer lists, because newer ones took their place.",
+)
+REQUESTS_EVICTED = Metric(
+    "latentwatch_requests_evicted_total",
+    "counter",
+    (),
+    "Running requests without statistics of their own, because more ran than this collector holds. Tokens still count.",
+)
+SUMMARIES_EVICTED = Metric(
+    "latentwatch_request_summaries_evicted_total",
+    "counter",
+    (),
+    "Summaries of ended requests that this collector no longer lists, because newer ones took their place.",
+)
+ACCOUNTING_EXCESS = Metric(
+    "latentwatch_accounting_excess_tokens_total",
+    "counter",
+    (),
+    "Tokens accounted to a request beyond the total that its engine reported. Anything above 0 is a bug.",
+)
+WATCHLIST_INFO = Metric(
+    "latentwatch_watchlist_info", "info", ("name", "sha256", "features"), "The watchlist that this collector explains."
+)
+BUILD_INFO = Metric("latentwatch_build_info", "info", ("version",), "The version of this collector.")
+PROCESS_START = Metric("process_start_time_seconds", "gauge", (), "Unix time at which the collector's process started.")
+PROCESS_MEMORY = Metric("process_resident_memory_bytes", "gauge", (), "Resident memory of the collector's process.")
+PROCESS_CPU = Metric("process_cpu_seconds_total", "counter", (), "User and system time of the collector's process.")
+
+METRICS: Final = (
+    TOKENS,
+    REQUESTS,
+    OPEN_REQUESTS,
+    FEATURE_INFO,
+    FEATURE_LIMIT,
+    FEATURE_FIRED_TOKENS,
+    FEATURE_REQUESTS,
+    FEATURE_REQUEST_MAX,
+    EXCEEDANCES,
+    RESIDUAL_NORM,
+    REPLICA_LAST_SEEN,
+    STREAM_CONNECTED,
+    ENGINE_ARMED,
+    STREAMS_REFUSED,
+    MESSAGES,
+    DUPLICATES,
+    LOST_SEQUENCES,
+    INGEST_LAG,
+    *ENGINE_COUNTERS.values(),
+    EVENTS_EVICTED,
+    REQUESTS_EVICTED,
+    SUMMARIES_EVICTED,
+    ACCOUNTING_EXCESS,
+    WATCHLIST_INFO,
+    BUILD_INFO,
+    PROCESS_START,
+    PROCESS_MEMORY,
+    PROCESS_CPU,
+)
+"""Every metric there is."""
+
+
+def sample_names() -> frozenset[str]:
+    """Every sample name on /metrics: what rules and dashboards may query."""
+    return frozenset(sample for metric in METRICS for sample in metric.samples)

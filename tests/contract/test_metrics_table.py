@@ -1,0 +1,155 @@
+"""The table of metrics against /metrics itself, as Prometheus' own parsers read it, and against naming conventions."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from prometheus_client.openmetrics import parser as open_metrics_parser
+from prometheus_client.parser import text_string_to_metric_families
+
+from monitor.collector.exposition import Families, ProcessFacts
+from monitor.collector.pipeline import Pipeline
+from monitor.export.metrics import METRICS, Metric, sample_names
+from monitor.export.prometheus import Exposition
+from monitor.names import Severity
+from monitor.watchlist.card import Limit
+from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+
+FEATURES = (
+    sparse("jailbreak", limit=Limit("max", 1.0), severity=Severity.CRITICAL, label='says "yes" \\ to\nall 100 % of %s'),
+    sparse("weather"),
+    probe("deceive", limit=Limit("rolling_mean", 0.2, 4)),
+    probe("mood"),
+)
+
+
+@pytest.fixture(scope="module")
+def made() -> Pipeline:
+    """A collector with two models, two engines, every kind of feature, and something in every counter it can have."""
+    pipeline = Pipeline(watchlist(FEATURES, hooks=2))
+    rng = np.random.default_rng(0)
+    for i, model in enumerate(("toy", 'model "%d"')):
+        who = hello(replica=f"pod-{i}/0", model_name=model)
+        pipeline.hello(who, 1000.0)
+        requests = [tokens(rng, FEATURES, handle=h, total=30, prompt_tokens=10, hooks=2) for h in range(1, 6)]
+        requests[0].request_id = 'chatcmpl-"evil\n\\id"-0123abcd'
+        for sequence, batch in enumerate(Schedule.random(rng, requests, 9).batches(FEATURES, hooks=2), start=1):
+            pipeline.observe(who, sequence, batch, 1000.0 + sequence)
+    pipeline.hello(hello(replica="blind", armed=False, not_armed_reason="watchlist_width"), 1000.0)
+    pipeline.refused("watchlist_mismatch")
+    return pipeline
+
+
+def page(made: Pipeline, *, open_metrics: bool) -> str:
+    families = Families(made.watchlist).of(made.snapshot(2000.0), ProcessFacts(900.0, 1 << 20, 1.5))
+    return Exposition().render(families, open_metrics=open_metrics).decode()
+
+
+def parse(text: str, *, open_metrics: bool):
+    read = open_metrics_parser.text_string_to_metric_families if open_metrics else text_string_to_metric_families
+    return {family.name: family for family in read(text)}
+
+
+@pytest.mark.parametrize("open_metrics", [False, True], ids=["text", "openmetrics"])
+def test_the_exposition_is_the_table_and_nothing_else(made, open_metrics):
+    families = parse(page(made, open_metrics=open_metrics), open_metrics=open_metrics)
+    table = {parsed_name(metric, open_metrics): metric for metric in METRICS}
+    assert set(families) == set(table)
+    for name, metric in table.items():
+        family = families[name]
+        assert family.documentation == metric.help
+        assert family.type == ("gauge" if metric.kind == "info" and not open_metrics else metric.kind)
+        for sample in family.samples:
+            assert sample.name in metric.samples
+            assert tuple(label for label in sample.labels if label != "le") == metric.labels
+            if metric.buckets and sample.name.endswith("_bucket"):
+                assert float(sample.labels["le"]) in (*metric.buckets, np.inf)
+
+
+def parsed_name(metric: Metric, open_metrics: bool) -> str:
+    """prometheus_client names a family of the text format without `_total` too, but keeps `_info`."""
+    return metric.family if open_metrics or metric.kind == "counter" else metric.name
+
+
+def test_every_metric_shows_at_least_one_sample_once_engines_stream(made):
+    families = parse(page(made, open_metrics=True), open_metrics=True)
+    assert not [name for name, family in families.items() if not family.samples]
+
+
+def test_both_formats_show_the_same_numbers(made):
+    shown = [
+        {
+            (s.name, tuple(s.labels.items())): s.value
+            for f in parse(page(made, open_metrics=o), open_metrics=o).values()
+            for s in f.samples
+        }
+        for o in (False, True)
+    ]
+    assert shown[0] == shown[1] and len(shown[0]) > 200
+
+
+def test_hostile_text_comes_back_as_it_went_in(made):
+    families = parse(page(made, open_metrics=True), open_metrics=True)
+    assert families["latentwatch_feature"].samples[0].labels["label"] == FEATURES[0].label
+    assert {s.labels["model_name"] for s in families["latentwatch_requests"].samples} == {"toy", 'model "%d"'}
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_names_follow_the_conventions(metric):
+    assert re.fullmatch(r"(latentwatch|process)_[a-z0-9]+(_[a-z0-9]+)*", metric.name)
+    assert (metric.kind == "counter") == metric.name.endswith("_total")
+    assert (metric.kind == "info") == metric.name.endswith("_info")
+    assert not re.search(r"(milli|micro|nano|_ms$|_kb$|_percent|_rate)", metric.name), "base units, and no rates"
+    assert not metric.name.endswith(("_count", "_sum", "_bucket"))
+    assert metric.help.endswith(".") and metric.help[0].isupper() and "  " not in metric.help
+    assert len(set(metric.labels)) == len(metric.labels) and "le" not in metric.labels
+    assert not {"request_id", "job", "instance", "cluster"} & set(metric.labels)
+
+
+def test_names_are_unique_down_to_their_samples():
+    assert len(sample_names()) == sum(len(metric.samples) for metric in METRICS)
+
+
+def test_every_feature_with_a_limit_has_its_exceedances_at_zero_before_the_first():
+    """increase() over a series that is born at 1 is 0: the first exceedance would page nobody."""
+    pipeline = Pipeline(watchlist(FEATURES, hooks=2))
+    pipeline.hello(hello(), 1000.0)
+    families = parse(page(pipeline, open_metrics=False), open_metrics=False)
+    samples = families["latentwatch_exceedances"].samples
+    assert [(s.labels["feature"], s.labels["severity"], s.value) for s in samples] == [
+        ("jailbreak", "critical", 0.0),
+        ("deceive", "critical", 0.0),
+    ]
+    tokens_at_zero = families["latentwatch_tokens"].samples
+    assert {(s.labels["state"], s.labels["reason"]) for s in tokens_at_zero} >= {
+        ("scored", "none"),
+        ("dropped", "lost"),
+    }
+
+
+def test_an_exceedance_leads_to_its_request_by_an_exemplar(made):
+    samples = parse(page(made, open_metrics=True), open_metrics=True)["latentwatch_exceedances"].samples
+    exemplars = [s.exemplar for s in samples if s.value]
+    assert exemplars and all(made.find(e.labels["request_id"]) for e in exemplars)
+    assert "#" not in re.sub(r"(?m)^# (HELP|TYPE) .*$", "", page(made, open_metrics=False))
+
+
+def test_a_request_id_too_long_for_an_exemplar_is_left_out_whole():
+    pipeline = Pipeline(watchlist(FEATURES, hooks=2))
+    pipeline.hello(hello(), 1000.0)
+    rng = np.random.default_rng(0)
+    request = tokens(rng, FEATURES, handle=1, total=30, prompt_tokens=10, hooks=2, unseen_share=0)
+    request.request_id = "x" * 200
+    for batch in Schedule.one_step([request]).batches(FEATURES, hooks=2):
+        pipeline.observe(hello(), 1, batch, 1000.0)
+    samples = parse(page(pipeline, open_metrics=True), open_metrics=True)["latentwatch_exceedances"].samples
+    assert [s.exemplar.labels for s in samples if s.value] == [{}] * 2
+
+
+def test_histograms_of_signed_scores_have_buckets_around_the_limit_and_no_sum(made):
+    families = parse(page(made, open_metrics=True), open_metrics=True)
+    samples = [s for s in families["latentwatch_feature_request_max"].samples if s.labels["feature"] == "deceive"]
+    assert {s.name for s in samples} == {"latentwatch_feature_request_max_bucket"}
+    assert "0.2" in {s.labels["le"] for s in samples}, "the share of requests above the limit is exact"
