@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import socket
@@ -14,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from monitor.export.metrics import METRICS, sample_names
+from monitor.names import Reason
 from tests.support.real import program
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
@@ -79,26 +80,34 @@ def test_the_runbook_links_only_to_its_own_headings() -> None:
     assert set(re.findall(r"\]\(#([^)]+)\)", RUNBOOK)) <= anchors
 
 
-@pytest.mark.skipif(importlib.util.find_spec("monitor.export.metrics") is None, reason="the metrics table is not written yet")
 def test_every_metric_in_the_rules_and_the_runbook_is_one_that_the_product_exports() -> None:
-    from monitor.export import metrics
-
-    exported = metric_names(metrics)
     text = "\n".join(rule["expr"] for rule in RULES) + RUNBOOK
     used = set(re.findall(r"(?<![\w:])latentwatch_\w+", text))
     assert used, "the rules name no metric"
-    assert used <= exported, f"not exported: {sorted(used - exported)}"
+    assert used <= sample_names(), f"not exported: {sorted(used - sample_names())}"
 
 
-def metric_names(metrics: object) -> set[str]:
-    """Names as they stand on /metrics, from the one table."""
-    raise NotImplementedError
+def test_the_rules_match_on_labels_that_the_metrics_have() -> None:
+    """A misspelt label matches nothing, and an alert on it is silent for ever."""
+    labels = {sample: set(metric.labels) for metric in METRICS for sample in metric.samples}
+    for name, matchers in re.findall(r"(?<![\w:])(latentwatch_\w+)\{([^}]*)\}", "\n".join(r["expr"] for r in RULES)):
+        assert set(re.findall(r"(\w+)=", matchers)) <= labels[name], f"{name}{{{matchers}}}"
+
+
+def test_the_runbook_explains_every_reason_for_which_tokens_go_unwatched() -> None:
+    for reason in Reason:
+        if reason is not Reason.NONE:
+            assert re.search(rf"(unseen|dropped): {reason.name.lower()} \|", RUNBOOK), (
+                f"no row for {reason.name.lower()}"
+            )
 
 
 def test_recording_rules_are_named_level_metric_operation() -> None:
     for rule in RULES:
         if "record" in rule:
-            assert re.fullmatch(r"(model|feature|instance_feature):latentwatch_\w+:[a-z0-9_]+", rule["record"]), rule["record"]
+            assert re.fullmatch(r"(model|feature|instance_feature):latentwatch_\w+:[a-z0-9_]+", rule["record"]), rule[
+                "record"
+            ]
 
 
 def test_amtool_accepts_the_sample_configuration() -> None:
@@ -138,7 +147,12 @@ def test_a_real_alertmanager_inhibits_only_on_the_collector_and_model_that_broke
             {"alertname": "LatentwatchCollectorDown", "severity": "critical", "job": "latentwatch", "instance": "c0"},
             {"alertname": "LatentwatchReplicaSilent", "severity": "warning", "job": "latentwatch", "instance": "c0"},
             {"alertname": "LatentwatchReplicaSilent", "severity": "warning", "job": "latentwatch", "instance": "c1"},
-            {"alertname": "LatentwatchCriticalExceedance", "severity": "critical", "job": "latentwatch", "instance": "c0"},
+            {
+                "alertname": "LatentwatchCriticalExceedance",
+                "severity": "critical",
+                "job": "latentwatch",
+                "instance": "c0",
+            },
         ]
         post(url, [{"labels": labels} for labels in posted])
         suppressed = eventually_suppressed(url, count=2)
