@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ import numpy as np
 
 from monitor.errors import WatchlistRefused
 from monitor.names import HookPoint
-from monitor.watchlist import canonical, card, selection
+from monitor.watchlist import canonical, card, labels, selection, topk
+from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.card import Feature, HookRows, ModelCard, Watchlist
+from monitor.watchlist.labels import Label
 from monitor.watchlist.location import sha256_of
 from monitor.watchlist.selection import FeatureChoice, HookChoice, SourceChoice
 from monitor.watchlist.sources import Source, open_source
@@ -64,12 +66,33 @@ def _hook_rows(hook: HookChoice, model: ModelCard, progress: Progress) -> HookRo
         index_K = [_index(feature, source) for feature in choice.features]
         _refuse_duplicate_rows(choice, index_K, taken)
         with _at(choice.where):
-            parts.append(canonical.fold(source.rows(index_K)))
-        features += _cards(choice, hook.hook_point, source, index_K)
+            rows, gates = _gated_rows(choice, source, index_K, hook.hook_point)
+            parts.append(canonical.fold(rows))
+        features += _cards(choice, hook.hook_point, source, index_K, gates)
     hi, lo, scale = (list(arrays) for arrays in zip(*parts, strict=True))
     return HookRows(
         hook.hook_point, tuple(features), np.concatenate(hi), np.concatenate(lo), np.concatenate(scale, axis=1)
     )
+
+
+def _gated_rows(
+    choice: SourceChoice, source: Source, index_K: Sequence[int], hook_point: HookPoint
+) -> tuple[EncoderRows, Sequence[Mapping[str, Any]]]:
+    """The rows, and per feature what its gate was matched on."""
+    if source.about.k is None:
+        if choice.calibration is not None:
+            raise choice.location.refuse("it needs no calibration: its gates are exact", "Remove 'calibration'.")
+        return source.rows(index_K), [{}] * len(index_K)
+    if choice.calibration is None:
+        raise choice.location.refuse(
+            f"it is a TopK encoder (k = {source.about.k}): which features fire depends on all {source.about.width}",
+            "Give 'calibration' with recorded activations; the cards will say 'gate: calibrated' and how well it does.",
+            "source_topk",
+        )
+    recording = choice.calibration.activations
+    x_TD = topk.recorded(recording, source.about.d_in, hook_point)
+    matched = topk.calibrate(source, index_K, x_TD, recording, choice.calibration.match)
+    return matched.rows, [{"gate_calibration": note} for note in matched.notes]
 
 
 def _check_width(source: Source, choice: SourceChoice, model: ModelCard) -> None:
@@ -107,8 +130,16 @@ def _refuse_duplicate_rows(choice: SourceChoice, index_K: Sequence[int], taken: 
         taken[row] = feature.where
 
 
-def _cards(choice: SourceChoice, hook_point: HookPoint, source: Source, index_K: Sequence[int]) -> Iterator[Feature]:
+def _cards(
+    choice: SourceChoice,
+    hook_point: HookPoint,
+    source: Source,
+    index_K: Sequence[int],
+    gates: Sequence[Mapping[str, Any]],
+) -> Iterator[Feature]:
     about = source.about
+    with _at(choice.where):
+        lists = [labels.load(item.format, item.location) for item in choice.labels]
     shared: dict[str, Any] = {
         "format": choice.format,
         "path": choice.location.text,
@@ -120,20 +151,32 @@ def _cards(choice: SourceChoice, hook_point: HookPoint, source: Source, index_K:
     }
     if choice.licence is not None:
         shared["licence"] = choice.licence
-    for feature, index in zip(choice.features, index_K, strict=True):
+    for feature, index, gate in zip(choice.features, index_K, gates, strict=True):
+        label = _label(feature, index, lists)
         with _at(feature.where):
-            yield Feature(
+            made = Feature(
                 id=feature.id,
-                label=feature.label,
+                label=label.text,
                 severity=feature.severity,
                 kind=about.kind,
                 gate=about.gate,
                 units=about.units,
                 limit=feature.limit,
                 skip_first_positions=feature.skip_first_positions,
-                source={**shared, "index": index, **source.row_notes(index)},
-                evidence=feature.evidence,
+                source={**shared, "index": index, **source.row_notes(index), **gate},
+                evidence={"label_source": label.source, **feature.evidence},
             )
+        yield made
+
+
+def _label(feature: FeatureChoice, index: int, lists: Sequence[Mapping[int, Label]]) -> Label:
+    """The feature's own label, or the first that a list has for it."""
+    if feature.label is not None:
+        return Label(feature.label, "watchlist.yaml")
+    found = next((known[index] for known in lists if index in known), None)
+    if found is None:
+        raise _refuse(feature.where, f"no list under 'labels' knows row {index}", "Give the feature a label.")
+    return found
 
 
 @contextmanager

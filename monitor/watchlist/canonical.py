@@ -12,7 +12,7 @@ values: the rounding of w then cancels in the mean component of x, the largest b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -39,11 +39,15 @@ class EncoderRows:
     norm: str = "none"
     dense: bool = False
     """No gate and no floor: a probe or a direction, whose score may be negative."""
+    rank_K: F64 | None = None
+    """TopK encoders: what the activation is multiplied by before the k largest are chosen; None means 1."""
 
 
-def relu(w_KD: F64, bias_K: F64, offset_D: F64 | None = None, norm: str = "none") -> EncoderRows:
+def relu(
+    w_KD: F64, bias_K: F64, offset_D: F64 | None = None, norm: str = "none", rank_K: F64 | None = None
+) -> EncoderRows:
     """act = relu(u + bias)."""
-    return EncoderRows(w_KD, -bias_K, np.ones_like(bias_K), bias_K, offset_D, norm)
+    return EncoderRows(w_KD, -bias_K, np.ones_like(bias_K), bias_K, offset_D, norm, rank_K=rank_K)
 
 
 def jumprelu(w_KD: F64, bias_K: F64, threshold_K: F64, offset_D: F64 | None = None, norm: str = "none") -> EncoderRows:
@@ -70,15 +74,13 @@ def linear(w_KD: F64, bias_K: F64, offset_D: F64 | None = None, norm: str = "non
 
 def scaled(rows: EncoderRows, factor_K: F64) -> EncoderRows:
     """The same features with their activations multiplied by `factor_K` > 0 (a decoder norm, mostly)."""
-    return EncoderRows(
-        rows.w_KD, rows.gate_K, rows.gain_K * factor_K, rows.bias_K * factor_K, rows.offset_D, rows.norm, rows.dense
-    )
+    return replace(rows, gain_K=rows.gain_K * factor_K, bias_K=rows.bias_K * factor_K)
 
 
 def input_scaled(rows: EncoderRows, scale: float) -> EncoderRows:
     """The same encoder behind an input that its authors multiply by `scale`: n(x) * scale, then the offset."""
     offset_D = None if rows.offset_D is None else rows.offset_D / scale
-    return EncoderRows(rows.w_KD * scale, rows.gate_K, rows.gain_K, rows.bias_K, offset_D, rows.norm, rows.dense)
+    return replace(rows, w_KD=rows.w_KD * scale, offset_D=offset_D)
 
 
 def fold(rows: EncoderRows) -> tuple[U16, U16, F32]:

@@ -45,6 +45,13 @@ class Location:
         except WatchlistRefused:
             return False
 
+    def folder(self) -> Path:
+        """The source's folder on disk. Raises WatchlistRefused when it is none, or in the hub."""
+        path = self._local("")
+        if self.text.startswith("hf:") or not path.is_dir():
+            raise self.refuse("it is not a folder on disk", "Give the path of the downloaded folder.")
+        return path
+
     @property
     def is_file(self) -> bool:
         """Whether the source is one file and not a folder."""

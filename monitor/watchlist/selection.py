@@ -42,11 +42,29 @@ class FeatureChoice:
     """Row of the source; None where `name` is given instead."""
     name: str | None
     id: str
-    label: str
+    label: str | None
+    """None where the source's label lists must know it."""
     severity: Severity
     skip_first_positions: int
     limit: Limit | None
     evidence: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """On what, and how, the gates of a TopK source are matched."""
+
+    activations: Location
+    match: str
+    """"rate" or "l0"."""
+
+
+@dataclass(frozen=True)
+class LabelList:
+    """A published list of labels."""
+
+    format: str
+    location: Location
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,8 @@ class SourceChoice:
     location: Location
     options: Options
     licence: str | None
+    calibration: Calibration | None
+    labels: tuple[LabelList, ...]
     features: tuple[FeatureChoice, ...]
 
 
@@ -305,7 +325,7 @@ def _hook(document: _Document, i: int, fields: Mapping[str, Any], model: ModelCa
 def _source(document: _Document, path: Path_, fields: Mapping[str, Any], base: Path) -> SourceChoice:
     defaults = fields.get("defaults", {})
     features = [
-        _feature(document, (*path, "features", i), {**defaults, **feature})
+        _feature(document, (*path, "features", i), {**defaults, **feature}, needs_label="labels" not in fields)
         for i, feature in enumerate(fields["features"])
     ]
     return SourceChoice(
@@ -314,13 +334,23 @@ def _source(document: _Document, path: Path_, fields: Mapping[str, Any], base: P
         location=Location(fields["path"], base),
         options=Options(**fields.get("options", {})),
         licence=fields.get("licence"),
+        calibration=_calibration(fields.get("calibration"), base),
+        labels=tuple(LabelList(item["format"], Location(item["path"], base)) for item in fields.get("labels", ())),
         features=tuple(features),
     )
 
 
-def _feature(document: _Document, path: Path_, fields: Mapping[str, Any]) -> FeatureChoice:
+def _calibration(fields: Mapping[str, Any] | None, base: Path) -> Calibration | None:
+    if fields is None:
+        return None
+    return Calibration(Location(fields["activations"], base), fields.get("match", "rate"))
+
+
+def _feature(document: _Document, path: Path_, fields: Mapping[str, Any], *, needs_label: bool) -> FeatureChoice:
     if "severity" not in fields:
         raise document.refuse(path, "key 'severity' is missing", "Give it here or in the source's 'defaults'.")
+    if needs_label and "label" not in fields:
+        raise document.refuse(path, "key 'label' is missing", "Add it, or give the source a list under 'labels'.")
     with document.at((*path, "limit")):
         limit = Limit(**fields["limit"]) if "limit" in fields else None
     return FeatureChoice(
@@ -328,7 +358,7 @@ def _feature(document: _Document, path: Path_, fields: Mapping[str, Any]) -> Fea
         index=fields.get("index"),
         name=fields.get("name"),
         id=fields["id"],
-        label=fields["label"],
+        label=fields.get("label"),
         severity=Severity(fields["severity"]),
         skip_first_positions=fields.get("skip_first_positions", _DEFAULT_SKIP),
         limit=limit,

@@ -8,6 +8,7 @@ No reader runs code from a file.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ class Entry:
     @property
     def row_bytes(self) -> int:
         """Bytes of one slice along the first axis."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def decode(self, raw: Raw) -> F64:
         """The exact float64 values of stored ones."""
@@ -54,9 +55,11 @@ class Entry:
 class Tensors(ABC):
     """The named tensors of one file. Subclasses know one container format."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, Entry], unreadable: Mapping[str, str] | None = None) -> None:
         self.path = path
         self.entries: Final = dict(entries)
+        self._unreadable: Final = dict(unreadable or {})
+        """Tensors of a dtype that cannot be read exactly, by name."""
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -69,6 +72,8 @@ class Tensors(ABC):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape. Raises WatchlistRefused when the file has no tensor of that name."""
+        if name in self._unreadable:
+            raise self.refuse(f"tensor {name!r} has dtype {self._unreadable[name]}", "Convert it to float32.")
         if name not in self.entries:
             raise self.refuse(
                 f"tensor {name!r} is missing (the file has {', '.join(sorted(self.entries)[:12]) or 'none'})",
@@ -117,7 +122,7 @@ class Tensors(ABC):
 
     def refuse(self, found: str, instead: str) -> WatchlistRefused:
         """The error of this file."""
-        return WatchlistRefused(f"source file {self.path.name}", found=found, instead=instead, reason="source_file")
+        return refuse_file(self.path, found, instead)
 
     def _finite(self, name: str, values: F64) -> F64:
         if not np.isfinite(values).all():
@@ -134,17 +139,18 @@ class SafetensorsFile(Tensors):
     def __init__(self, path: Path) -> None:
         header = _safetensors_header(path)
         self._metadata: Mapping[str, str] = header.pop("__metadata__", {})
-        entries = {}
+        entries, unreadable = {}, {}
         start = header.pop("")
         for name, fields in header.items():
             code = fields["dtype"]
             if code not in _SAFETENSORS_DTYPES:
+                unreadable[name] = code
                 continue
             shape = tuple(int(size) for size in fields["shape"])
             entries[name] = Entry(
                 shape, np.dtype(_SAFETENSORS_DTYPES[code]), code == "BF16", start + fields["data_offsets"][0]
             )
-        super().__init__(path, entries)
+        super().__init__(path, entries, unreadable)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -169,20 +175,13 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length))
-    except OSError as error:
-        raise WatchlistRefused(
-            f"source file {path.name}",
-            found=f"it cannot be read ({error.strerror or error})",
-            instead="Give the path of a .safetensors file.",
-            reason="source_file",
-        ) from error
     except Exception as error:
         # safetensors raises its own SafetensorError, which is not a ValueError; all mean a damaged or foreign file.
-        raise WatchlistRefused(
-            f"source file {path.name}",
-            found=f"not a whole .safetensors file ({str(error)[:160]})",
-            instead="Fetch the file again.",
-            reason="source_file",
-        ) from error
+        raise refuse_file(path, f"not a whole .safetensors file ({str(error)[:160]})", "Fetch it again.") from error
     header[""] = 8 + length
     return header
+
+
+def refuse_file(path: Path, found: str, instead: str) -> WatchlistRefused:
+    """The error of a file of a source."""
+    return WatchlistRefused(f"source file {path.name}", found=found, instead=instead, reason="source_file")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import importlib
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, Protocol, cast
 
 from monitor.errors import WatchlistRefused
@@ -18,11 +18,24 @@ from monitor.names import HookPoint
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Location
 
-FORMATS: Final = {
-    "saelens": "monitor.watchlist.sources.saelens",
-    "linear_probe": "monitor.watchlist.sources.linear_probe",
-}
-"""Format name in the YAML to module. A module is imported only when a watchlist uses it."""
+FORMATS: Final = (
+    "circuit_tracer",
+    "control_vector",
+    "dictionary_learning",
+    "gemma_scope",
+    "gemma_scope_2",
+    "goodfire",
+    "linear_probe",
+    "llama_scope",
+    "openai",
+    "openmoss",
+    "persona_vector",
+    "qwen_scope",
+    "saelens",
+    "sklearn_probe",
+    "sparsify",
+)
+"""The formats, each read by the module of its name here, which is imported only when a watchlist uses it."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,8 @@ class Options:
     """The factor that the residual stream is multiplied by before the encoder."""
     centre: bool | None = None
     """Whether the encoder was trained on a stream from which each token's mean is subtracted."""
+    k: int | None = None
+    """How many features a TopK encoder lets fire on a token, where only a repository's name says it."""
 
     def refuse_unused(self, location: Location, *used: str) -> None:
         """Refuse an option that this source has no use for, instead of ignoring it."""
@@ -50,8 +65,6 @@ class About:
     architecture: str
     kind: str
     """"sae", "probe" or "direction", as on the card."""
-    gate: str
-    """"exact", "calibrated" or "none", as on the card."""
     units: str
     d_in: int
     width: int
@@ -62,22 +75,32 @@ class About:
     """Row names, where the format has them."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Further facts for the card: model, dtype, context, licence."""
+    k: int | None = None
+    """TopK encoders: only the k largest activations of a token are kept, so its rows alone cannot say what fires."""
+
+    @property
+    def gate(self) -> str:
+        """How well the canonical gate stands for the authors' own, as on the card."""
+        if self.kind != "sae":
+            return "none"
+        return "exact" if self.k is None else "calibrated"
 
 
-class Source(ABC):
+def _no_notes(_: int) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Source:
     """An opened source."""
 
     about: About
     files: tuple[Path, ...]
     """What was read; hashed for the card."""
-
-    @abstractmethod
-    def rows(self, index_K: Sequence[int]) -> EncoderRows:
-        """The encoder rows of these features, in this order."""
-
-    def row_notes(self, index: int) -> Mapping[str, Any]:  # noqa: ARG002
-        """What the source says of one row, for its card."""
-        return {}
+    rows: Callable[[Sequence[int]], EncoderRows]
+    """The encoder rows of the given features, in the given order."""
+    row_notes: Callable[[int], Mapping[str, Any]] = _no_notes
+    """What the source says of one row, for its card."""
 
 
 class Reader(Protocol):
@@ -92,7 +115,7 @@ def open_source(format_name: str, location: Location, hook_point: HookPoint, opt
     Raises: WatchlistRefused: a missing or damaged file, an architecture that has no linear row per feature, an option
             that the format has no use for, or a source trained on another place of the model.
     """
-    reader = cast(Reader, importlib.import_module(FORMATS[format_name]))
+    reader = cast(Reader, _module(format_name, location))
     source = reader.open_source(location, hook_point, options)
     trained_on = source.about.hook
     if trained_on is not None and hook_point_of(trained_on) != hook_point:
@@ -103,6 +126,17 @@ def open_source(format_name: str, location: Location, hook_point: HookPoint, opt
             "source_hook_point",
         )
     return source
+
+
+def _module(format_name: str, location: Location) -> ModuleType:
+    try:
+        return importlib.import_module(f"{__name__}.{format_name}")
+    except ImportError as error:
+        raise location.refuse(
+            f"format {format_name!r} needs the package {error.name!r}, which is not installed",
+            "Install latentwatch[convert].",
+            "source_package",
+        ) from error
 
 
 _RESID = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
@@ -131,3 +165,17 @@ def refuse_architecture(location: Location, architecture: str, why: str) -> Watc
         "Use an SAE with one linear encoder row per feature (ReLU, JumpReLU, gated, BatchTopK), or a linear probe.",
         "source_architecture",
     )
+
+
+def refuse_other_layer(location: Location, layer: int | None, hook_point: HookPoint) -> None:
+    """For sources that name a layer but not the place in it: at least the layer must be the one that is watched."""
+    if layer is not None and layer != hook_point.layer:
+        raise location.refuse(
+            f"it is for layer {layer}, not for {hook_point}", "Move it to its own hook point.", "source_hook_point"
+        )
+
+
+def layer_in(text: str, pattern: str) -> int | None:
+    """The layer that a file or folder name gives, by a pattern with one group; None if it gives none."""
+    match = re.search(pattern, text)
+    return int(match[1]) if match else None

@@ -1,14 +1,17 @@
-"""SAELens folders: cfg.json beside sae_weights.safetensors (written by version 6, `save_inference_model`).
+"""SAELens folders: cfg.json beside sae_weights.safetensors, of versions 3 to 6.
 
     x -> norm -> - b_dec (if apply_b_dec_to_input) -> @ W_enc + b_enc -> activation
 
-Upstream truth: sae_lens/saes/{sae,standard_sae,jumprelu_sae,gated_sae,batchtopk_sae}.py of 6.54.
+Upstream truth: sae_lens/saes/*.py and loading/pretrained_sae_loaders.py of 6.54; for the flat cfg.json before
+version 6, the `scaling_factor` tensor belongs to the decoder and leaves activations alone (sae_lens/sae.py of 5.x).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
+
+import numpy as np
 
 from monitor.names import HookPoint
 from monitor.watchlist import canonical
@@ -27,99 +30,140 @@ _NOT_LINEAR: Final = {
     "abstopk": "it keeps the sign of the k largest magnitudes, which depends on every other feature",
     "temporal": "its features depend on earlier tokens",
     "matching_pursuit": "its features are chosen one after another",
-    "topk": "whether a feature fires depends on every other feature; calibrated gates for TopK are not built yet",
 }
 _TRAINING_ONLY: Final = ("batchtopk", "matryoshka_batchtopk")
 _NOTED: Final = ("model_name", "sae_lens_version", "prepend_bos", "context_size", "dataset_path", "neuronpedia_id")
 
 
-class SaelensSource(Source):
-    """An opened SAELens folder."""
+class _Config:
+    """cfg.json of any version, read as version 6 reads it."""
 
-    def __init__(self, location: Location, options: Options) -> None:
+    def __init__(self, location: Location) -> None:
         self._location = location
-        self._cfg = location.json("cfg.json")
-        self._metadata = _metadata(self._cfg)
-        self._tensors = SafetensorsFile(location.file("sae_weights.safetensors"))
-        self.files = (location.file("cfg.json"), self._tensors.path)
-        architecture = str(self._cfg.get("architecture", "standard"))
-        _check_architecture(location, architecture)
-        self._norm, self._input_scale = _normalisation(location, self._cfg, self._metadata, options)
-        d_in, width = self._size()
-        self.about = About(
-            architecture=architecture,
-            kind="sae",
-            gate="exact",
-            units="activation of the SAE as published",
-            d_in=d_in,
-            width=width,
-            hook=self._metadata.get("hook_name"),
-            notes={key: self._metadata[key] for key in _NOTED if self._metadata.get(key) is not None},
-        )
+        self.fields = location.json("cfg.json")
+        metadata = self.fields.get("metadata")
+        self.metadata: Mapping[str, Any] = metadata if isinstance(metadata, dict) else self.fields
+        version = str(self.metadata.get("sae_lens_version") or "0")
+        self.flat = not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6
+        """Written before version 6: names and defaults differ."""
+        self.architecture = self._architecture()
+        self.transcoder = "transcoder" in self.architecture
+        self.subtracts_b_dec = bool(self.fields.get("apply_b_dec_to_input", True)) and not self.transcoder
+        self.hook = self.metadata.get("hook_name") or self.fields.get("hook_point")
+        mode = self.fields.get("normalize_activations") or "none"
+        self.norm_mode = "expected_average_only_in" if mode is True else mode
+        self.d_in, self.width = self._sizes()
 
-    def _size(self) -> tuple[int, int]:
-        sizes = [self._cfg.get("d_in"), self._cfg.get("d_sae")]
+    def _architecture(self) -> str:
+        architecture = str(self.fields.get("architecture", "standard"))
+        activation = self.fields.get("activation_fn", self.fields.get("activation_fn_str", "relu"))
+        if self.flat and activation == "topk":
+            return "topk"
+        if self.flat and activation != "relu":
+            raise refuse_architecture(self._location, architecture, f"its activation is {activation!r}, not ReLU")
+        return architecture
+
+    def _sizes(self) -> tuple[int, int]:
+        sizes = [self.fields.get("d_in"), self.fields.get("d_sae")]
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise self._location.refuse(f"cfg.json has d_in, d_sae = {sizes}", "Fetch the file again.")
-        d_in, width = (int(size) for size in sizes if size is not None)
-        expected = {"W_enc": (d_in, width), "b_dec": (d_in,)}
-        names = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
-        expected |= dict.fromkeys(names.get(str(self._cfg.get("architecture")), ("b_enc",)), (width,))
-        for name, shape in expected.items():
-            self._tensors.expect(name, shape)
-        return d_in, width
+        return int(sizes[0] or 0), int(sizes[1] or 0)
 
-    def rows(self, index_K: Sequence[int]) -> EncoderRows:
-        def picked(name: str) -> F64:
-            return self._tensors.rows(name, index_K)
+    @property
+    def k(self) -> int | None:
+        """Of a TopK encoder."""
+        if self.architecture != "topk":
+            return None
+        k = self.fields.get("k", (self.fields.get("activation_fn_kwargs") or {}).get("k"))
+        if not isinstance(k, int) or k < 1:
+            raise self._location.refuse(f"a TopK SAE whose cfg.json has k = {k}", "Fetch the file again.")
+        return k
 
-        w_KD = self._tensors.columns("W_enc", index_K)
-        offset_D = self._tensors.whole("b_dec") if self._cfg.get("apply_b_dec_to_input", True) else None
-        if self.about.architecture == "gated":
-            rows = canonical.gated(w_KD, picked("b_gate"), picked("b_mag"), picked("r_mag"), offset_D, self._norm)
-        elif self.about.architecture == "jumprelu":
-            rows = canonical.jumprelu(w_KD, picked("b_enc"), picked("threshold"), offset_D, self._norm)
-        else:
-            rows = canonical.relu(w_KD, picked("b_enc"), offset_D, self._norm)
-        return canonical.input_scaled(rows, self._input_scale)
+    def check(self) -> None:
+        """Refuse what has no linear row per feature on the residual stream."""
+        if self.architecture in _TRAINING_ONLY:
+            why = "this is a training checkpoint; save it with save_inference_model()"
+            raise refuse_architecture(self._location, self.architecture, why)
+        base = self.architecture.removeprefix("jumprelu_").removeprefix("skip_")
+        if base not in ("standard", "jumprelu", "gated", "topk", "transcoder"):
+            why = _NOT_LINEAR.get(self.architecture, "it is unknown here")
+            raise refuse_architecture(self._location, self.architecture, why)
+        if self.fields.get("reshape_activations", "none") != "none" or self.metadata.get("hook_head_index") is not None:
+            raise self._location.refuse(
+                "it reads attention heads, not the residual stream", "Only the residual stream can be watched."
+            )
+        if self.norm_mode not in NORM_OF:
+            raise self._location.refuse(
+                f"normalize_activations is {self.norm_mode!r}",
+                f"Fold it into the weights first; known are {', '.join(NORM_OF)}.",
+            )
 
 
 def open_source(location: Location, hook_point: HookPoint, options: Options) -> Source:  # noqa: ARG001
     """Open a SAELens folder. The hook point is checked by the caller, against cfg.json."""
     options.refuse_unused(location, "input_scale", "centre")
-    return SaelensSource(location, options)
+    config = _Config(location)
+    config.check()
+    norm = _centred(location, NORM_OF[config.norm_mode], config.metadata, options)
+    scale = _input_scale(location, config.norm_mode, options)
+    tensors = SafetensorsFile(location.file("sae_weights.safetensors"))
+    names = _check_tensors(tensors, config)
+
+    def rows(index_K: Sequence[int]) -> EncoderRows:
+        return canonical.input_scaled(_rows(tensors, config, names, norm, index_K), scale)
+
+    noted = {key: config.metadata[key] for key in _NOTED if config.metadata.get(key) is not None}
+    if "scaling_factor" in tensors.entries:
+        noted["scaling_factor"] = "of the decoder; activations are before it, as in SAELens"
+    about = About(
+        architecture=config.architecture,
+        kind="sae",
+        units="activation of the SAE as published",
+        d_in=config.d_in,
+        width=config.width,
+        hook=config.hook,
+        notes=noted,
+        k=config.k,
+    )
+    return Source(about, (location.file("cfg.json"), tensors.path), rows)
 
 
-def _metadata(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
-    metadata = cfg.get("metadata")
-    return metadata if isinstance(metadata, dict) else {}
+def _check_tensors(tensors: SafetensorsFile, config: _Config) -> tuple[str, ...]:
+    """The names of the per-feature vectors, with every shape checked."""
+    if config.architecture == "gated":
+        names: tuple[str, ...] = ("b_gate", "b_mag", "r_mag")
+    elif config.architecture.startswith("jumprelu"):
+        names = ("b_enc", "log_threshold" if "log_threshold" in tensors.entries else "threshold")
+    else:
+        names = ("b_enc",)
+    expected = {"W_enc": (config.d_in, config.width)} | dict.fromkeys(names, (config.width,))
+    if config.subtracts_b_dec:
+        expected["b_dec"] = (config.d_in,)
+    for name, shape in expected.items():
+        tensors.expect(name, shape)
+    return names
 
 
-def _check_architecture(location: Location, architecture: str) -> None:
-    if architecture in _TRAINING_ONLY:
-        raise refuse_architecture(
-            location, architecture, "this is a training checkpoint; save it with save_inference_model()"
-        )
-    if "transcoder" in architecture:
-        raise refuse_architecture(location, architecture, "a transcoder reads the input of an MLP, not the stream")
-    if architecture not in ("standard", "jumprelu", "gated"):
-        raise refuse_architecture(location, architecture, _NOT_LINEAR.get(architecture, "it is unknown here"))
+def _rows(
+    tensors: SafetensorsFile, config: _Config, names: Sequence[str], norm: str, index_K: Sequence[int]
+) -> EncoderRows:
+    w_KD = tensors.columns("W_enc", index_K)
+    vectors = [tensors.rows(name, index_K) for name in names]
+    offset_D = tensors.whole("b_dec") if config.subtracts_b_dec else None
+    if config.architecture == "gated":
+        return canonical.gated(w_KD, vectors[0], vectors[1], vectors[2], offset_D, norm)
+    if config.architecture.startswith("jumprelu"):
+        threshold_K = np.exp(vectors[1]) if names[1] == "log_threshold" else vectors[1]
+        return canonical.jumprelu(w_KD, vectors[0], threshold_K, offset_D, norm)
+    rows = canonical.relu(w_KD, vectors[0], offset_D, norm)
+    if config.k is not None and config.fields.get("rescale_acts_by_decoder_norm"):
+        return canonical.scaled(rows, _decoder_norms(tensors, config, index_K))
+    return rows
 
 
-def _normalisation(
-    location: Location, cfg: Mapping[str, Any], metadata: Mapping[str, Any], options: Options
-) -> tuple[str, float]:
-    """The canonical norm and the factor on its result."""
-    mode = cfg.get("normalize_activations", "none")
-    if cfg.get("reshape_activations", "none") != "none":
-        raise location.refuse(
-            f"it reshapes its input ({cfg['reshape_activations']})", "Only the residual stream can be watched."
-        )
-    if mode not in NORM_OF:
-        raise location.refuse(
-            f"normalize_activations is {mode!r}", f"Fold it into the weights first; known are {', '.join(NORM_OF)}."
-        )
-    return _centred(location, NORM_OF[mode], metadata, options), _input_scale(location, mode, options)
+def _decoder_norms(tensors: SafetensorsFile, config: _Config, index_K: Sequence[int]) -> F64:
+    tensors.expect("W_dec", (config.width, config.d_in))
+    return np.asarray(np.linalg.norm(tensors.rows("W_dec", index_K), axis=1))
 
 
 def _input_scale(location: Location, mode: str, options: Options) -> float:
@@ -140,7 +184,8 @@ def _input_scale(location: Location, mode: str, options: Options) -> float:
 
 def _centred(location: Location, norm: str, metadata: Mapping[str, Any], options: Options) -> str:
     """TransformerLens may subtract each token's mean from the stream; the files only say how the model was loaded."""
-    processed = bool((metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"))
+    loaded_with = metadata.get("model_from_pretrained_kwargs")
+    processed = isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights"))
     if processed and options.centre is None:
         raise location.refuse(
             "it was trained on a model loaded with center_writing_weights",

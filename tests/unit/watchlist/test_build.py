@@ -90,7 +90,7 @@ def test_the_card_says_where_a_row_came_from(tmp_path: Path) -> None:
     assert got.source["licence"] == "MIT"
     assert set(got.source["sha256"]) == {"cfg.json", "sae_weights.safetensors"}
     assert got.source["model_name"] == "tiny"
-    assert got.evidence == evidence
+    assert got.evidence == evidence | {"label_source": "watchlist.yaml"}
     assert got.limit == card.Limit("rolling_mean", 2.5, 8, "output")
     assert got.skip_first_positions == 1, "the first position is an outlier in most models; the YAML default skips it"
 
@@ -147,10 +147,14 @@ def test_a_model_with_centred_writing_weights_needs_a_word_from_a_person(tmp_pat
         ({"architecture": "matching_pursuit"}, "one after another", "source_architecture"),
         ({"architecture": "abstopk"}, "depends on every other", "source_architecture"),
         ({"architecture": "batchtopk"}, "save_inference_model", "source_architecture"),
-        ({"architecture": "jumprelu_transcoder"}, "input of an MLP", "source_architecture"),
+        (
+            {"architecture": "transcoder", "metadata": {"hook_name": "blocks.2.hook_mlp_in"}},
+            "trained on 'blocks.2.hook_mlp_in'",
+            "source_hook_point",
+        ),
         ({"architecture": "brand_new"}, "unknown here", "source_architecture"),
         ({"normalize_activations": "covariance_whitening"}, "covariance_whitening", "source_file"),
-        ({"reshape_activations": "hook_z"}, "reshapes", "source_file"),
+        ({"reshape_activations": "hook_z"}, "attention heads", "source_file"),
         (
             {"metadata": {"hook_name": "blocks.2.hook_mlp_out"}},
             "trained on 'blocks.2.hook_mlp_out'",

@@ -1,0 +1,134 @@
+"""dictionary_learning folders: ae.pt beside config.json, every dictionary class.
+
+`normalize_activations` is already folded into the biases when a trainer saves (`scale_biases`). AutoEncoder's own
+loader folds the decoder norm into the encoder unless told not to, so its activations are in units of that norm.
+Upstream truth: dictionary_learning/dictionary.py and trainers/{top_k,batch_top_k,matryoshka_batch_top_k}.py of 0.1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from monitor.names import HookPoint
+from monitor.watchlist import canonical
+from monitor.watchlist.canonical import EncoderRows
+from monitor.watchlist.location import Location
+from monitor.watchlist.sources import About, Options, Source, refuse_architecture, refuse_other_layer
+from monitor.watchlist.tensors import F64
+from monitor.watchlist.tensors_torch import TorchFile
+
+Rows = Callable[[TorchFile, Sequence[int]], EncoderRows]
+
+
+def open_source(location: Location, hook_point: HookPoint, options: Options) -> Source:
+    """Open a trainer's folder."""
+    options.refuse_unused(location)
+    config = location.json("config.json")
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict) or not isinstance(trainer.get("dict_class"), str):
+        raise location.refuse("config.json names no trainer.dict_class", "Give a folder saved by dictionary_learning.")
+    name = trainer["dict_class"]
+    if name not in _CLASSES:
+        raise refuse_architecture(location, name, "it is not a dictionary class with a linear row per feature")
+    transposed, class_rows = _CLASSES[name]
+    tensors = TorchFile(location.file("ae.pt"))
+    width, d_in = _sizes(tensors, transposed)
+    _check_threshold(location, name, tensors)
+    hook = _hook(trainer)
+    if hook is None:
+        refuse_other_layer(location, trainer.get("layer"), hook_point)
+
+    def rows(index_K: Sequence[int]) -> EncoderRows:
+        return class_rows(tensors, index_K)
+
+    about = About(
+        architecture=name,
+        kind="sae",
+        units="activation times the decoder norm" if name == "AutoEncoder" else "activation of the SAE as published",
+        d_in=d_in,
+        width=width,
+        hook=hook,
+        notes={key: trainer[key] for key in ("lm_name", "submodule_name", "layer") if trainer.get(key) is not None},
+        k=int(tensors.whole("k")) if name == "AutoEncoderTopK" else None,
+    )
+    return Source(about, (location.file("config.json"), tensors.path), rows)
+
+
+def _sizes(tensors: TorchFile, transposed: bool) -> tuple[int, int]:
+    """Width and d_model; `transposed` classes store [width, d_model]."""
+    shape = tensors.shape("encoder.weight" if transposed else "W_enc")
+    if len(shape) != 2:
+        raise tensors.refuse(f"the encoder has shape {list(shape)}", "Fetch the file again.")
+    return (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+
+
+def _check_threshold(location: Location, name: str, tensors: TorchFile) -> None:
+    if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE") and float(tensors.whole("threshold")) < 0:
+        raise location.refuse(
+            "its threshold was never learnt (it is below zero), so its features have no gate of their own",
+            "Train past threshold_start_step, or set the threshold.",
+        )
+
+
+def _hook(trainer: Mapping[str, Any]) -> str | None:
+    """`submodule_name` is like resid_post_layer_5; where it is missing, only the layer is known."""
+    layer, submodule = trainer.get("layer"), trainer.get("submodule_name")
+    if not isinstance(submodule, str) or not isinstance(layer, int):
+        return None
+    return f"blocks.{layer}.hook_resid_post" if "resid_post" in submodule else f"{submodule} of layer {layer}"
+
+
+def _linear(tensors: TorchFile, index_K: Sequence[int]) -> tuple[F64, F64]:
+    return tensors.rows("encoder.weight", index_K), tensors.rows("encoder.bias", index_K)
+
+
+def _auto_encoder(tensors: TorchFile, index_K: Sequence[int]) -> EncoderRows:
+    norms_K = np.linalg.norm(tensors.columns("decoder.weight", index_K), axis=1)
+    return canonical.scaled(canonical.relu(*_linear(tensors, index_K), tensors.whole("bias")), norms_K)
+
+
+def _auto_encoder_new(tensors: TorchFile, index_K: Sequence[int]) -> EncoderRows:
+    return canonical.relu(*_linear(tensors, index_K))
+
+
+def _gated(tensors: TorchFile, index_K: Sequence[int]) -> EncoderRows:
+    vectors = [tensors.rows(name, index_K) for name in ("gate_bias", "mag_bias", "r_mag")]
+    w_KD = tensors.rows("encoder.weight", index_K)
+    return canonical.gated(w_KD, vectors[0], vectors[1], vectors[2], tensors.whole("decoder_bias"))
+
+
+def _jump_relu(tensors: TorchFile, index_K: Sequence[int]) -> EncoderRows:
+    return canonical.jumprelu(
+        tensors.columns("W_enc", index_K), tensors.rows("b_enc", index_K), tensors.rows("threshold", index_K)
+    )
+
+
+def _top_k(tensors: TorchFile, index_K: Sequence[int]) -> EncoderRows:
+    return canonical.relu(*_linear(tensors, index_K), tensors.whole("b_dec"))
+
+
+def _batch_top_k(tensors: TorchFile, index_K: Sequence[int]) -> EncoderRows:
+    threshold_K = np.full(len(index_K), float(tensors.whole("threshold")))
+    w_KD, bias_K = _linear(tensors, index_K)
+    return canonical.jumprelu(w_KD, bias_K, threshold_K, tensors.whole("b_dec"))
+
+
+def _matryoshka(tensors: TorchFile, index_K: Sequence[int]) -> EncoderRows:
+    threshold_K = np.full(len(index_K), float(tensors.whole("threshold")))
+    w_KD, bias_K = tensors.columns("W_enc", index_K), tensors.rows("b_enc", index_K)
+    return canonical.jumprelu(w_KD, bias_K, threshold_K, tensors.whole("b_dec"))
+
+
+_CLASSES: Final[Mapping[str, tuple[bool, Rows]]] = {
+    "AutoEncoder": (True, _auto_encoder),
+    "AutoEncoderNew": (True, _auto_encoder_new),
+    "GatedAutoEncoder": (True, _gated),
+    "JumpReluAutoEncoder": (False, _jump_relu),
+    "AutoEncoderTopK": (True, _top_k),
+    "BatchTopKSAE": (True, _batch_top_k),
+    "MatryoshkaBatchTopKSAE": (False, _matryoshka),
+}
+"""Class name to: whether it stores its encoder as [width, d_model], and its rows."""

@@ -1,0 +1,92 @@
+"""Llama Scope as first published (fnlp, arXiv 2410.20526): hyperparams.json beside checkpoints/final.safetensors.
+
+Trained as TopK, published as JumpReLU with one threshold for all features. Its authors' loader folds the scale of the
+training activations into the biases and the decoder norm into the encoder, and applies the threshold after that:
+
+    f = sqrt(d) / mean norm;   n = |decoder column| * f_in / f_out
+    pre = n * ((x - b_dec / f_out) @ W_enc + b_enc / f_in);   act = pre if pre > threshold
+
+Upstream truth: src/lm_saes/sae.py of OpenMOSS/Language-Model-SAEs at f7315179 (`from_config`, `encode`). SAELens' units
+are f times these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from monitor.names import HookPoint
+from monitor.watchlist import canonical
+from monitor.watchlist.canonical import EncoderRows
+from monitor.watchlist.location import Location
+from monitor.watchlist.sources import About, Options, Source, refuse_architecture
+from monitor.watchlist.tensors import SafetensorsFile
+
+
+def open_source(location: Location, hook_point: HookPoint, options: Options) -> Source:  # noqa: ARG001
+    """Open one SAE's folder."""
+    options.refuse_unused(location)
+    config = location.json("hyperparams.json")
+    threshold = _threshold(location, config)
+    if config.get("use_glu_encoder"):
+        raise refuse_architecture(location, "GLU encoder", "its pre-activation is a product of two linear ones")
+    tensors = SafetensorsFile(location.file("checkpoints/final.safetensors"))
+    width, d_in = tensors.shape("encoder.weight")
+    tensors.expect("encoder.bias", (width,))
+    tensors.expect("decoder.weight", (d_in, width))
+    scale_in, scale_out = _scales(location, config, d_in)
+    include_norm = bool(config.get("sparsity_include_decoder_norm", True))
+    subtracts = bool(config.get("use_decoder_bias", True)) and bool(
+        config.get("apply_decoder_bias_to_pre_encoder", True)
+    )
+
+    def rows(index_K: Sequence[int]) -> EncoderRows:
+        factor_K = np.ones(len(index_K))
+        if include_norm:
+            factor_K = np.linalg.norm(tensors.columns("decoder.weight", index_K), axis=1) * scale_in / scale_out
+        bias_K = tensors.rows("encoder.bias", index_K) / scale_in
+        offset_D = tensors.whole("decoder.bias") / scale_out if subtracts else None
+        w_KD = tensors.rows("encoder.weight", index_K)
+        return canonical.scaled(canonical.jumprelu(w_KD, bias_K, threshold / factor_K, offset_D), factor_K)
+
+    about = About(
+        architecture="jumprelu",
+        kind="sae",
+        units="activation as its authors' loader gives it, in units of the residual stream",
+        d_in=d_in,
+        width=width,
+        hook=config.get("hook_point_in"),
+        notes={"trained_as": config.get("act_fn"), "top_k": config.get("top_k")},
+    )
+    return Source(about, (location.file("hyperparams.json"), tensors.path), rows)
+
+
+def _threshold(location: Location, config: Mapping[str, Any]) -> float:
+    activation, threshold = config.get("act_fn"), config.get("jump_relu_threshold", 0.0)
+    if activation == "relu":
+        return 0.0
+    if activation not in ("jumprelu", "topk") or not isinstance(threshold, int | float) or threshold <= 0:
+        raise location.refuse(
+            f"act_fn is {activation!r} with jump_relu_threshold {threshold!r}: no feature has a gate of its own",
+            "Use the published JumpReLU form, or the openmoss format for newer checkpoints.",
+            "source_architecture",
+        )
+    return float(threshold)
+
+
+def _scales(location: Location, config: Mapping[str, Any], d_in: int) -> tuple[float, float]:
+    """f_in and f_out."""
+    mode = config.get("norm_activation", "none")
+    if mode in ("none", "inference"):
+        return 1.0, 1.0
+    norms = config.get("dataset_average_activation_norm")
+    if mode != "dataset-wise" or not isinstance(norms, dict) or not all(norms.get(key) for key in ("in", "out")):
+        raise location.refuse(
+            f"norm_activation is {mode!r} with dataset_average_activation_norm {norms!r}",
+            "Only 'dataset-wise' with its two norms can be folded into the rows.",
+            "source_scale_missing",
+        )
+    return math.sqrt(d_in) / float(norms["in"]), math.sqrt(d_in) / float(norms["out"])
