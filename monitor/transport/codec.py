@@ -11,7 +11,8 @@ requests that open and close are the only things handled one by one.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -89,6 +90,24 @@ def encode_hello(hello: Hello, *, last_acked_sequence: int, time_unix_nano: int)
     return pb.StreamRequest(hello=message).SerializeToString()
 
 
+def pieces(batch: StepBatch, *, max_bytes: int = MAX_MESSAGE_BYTES) -> tuple[StepBatch, ...]:
+    """The batch cut so that each piece fits a message; almost always the batch itself.
+
+    A long prompt that inherits its scores from the prefix cache arrives in one step and can outgrow a message. The
+    pieces have the step, time and counters of the whole; rows stay in order, segments are cut between two tokens,
+    requests open in the earliest piece and close in the last. What cannot be cut further is returned as it is.
+    """
+    whole, fitting = [batch], []
+    while whole:
+        piece = whole.pop()
+        halves = _halves(piece) if _message_bytes(piece) > max_bytes else (piece,)
+        if len(halves) == 1:
+            fitting.append(piece)
+        else:
+            whole.extend(reversed(halves))
+    return tuple(fitting)
+
+
 def encode_batch(sequence: int, batch: StepBatch) -> bytes:
     """One batch as a stream message, at most MAX_MESSAGE_BYTES if the receiver is to take it.
 
@@ -150,6 +169,72 @@ def decode_reply(data: bytes) -> Reply:
         return StreamRefused(told.what, found=told.found, instead=told.instead, reason=told.reason)
     raise _malformed(
         "reply of the collector", "it is neither a welcome, an ack nor a refusal", reason="malformed_reply"
+    )
+
+
+def _message_bytes(batch: StepBatch) -> int:
+    """Upper bound on the length of an encoded batch, bytes."""
+    # 512: the batch's own fields, fewer than 30, each a tag and at most 10 bytes of varint.
+    return _column_bytes(batch) + _event_bytes(batch.opened) + _event_bytes(batch.closed) + 512
+
+
+def _column_bytes(batch: StepBatch) -> int:
+    return batch.segments_S.nbytes + batch.fires_N.nbytes + batch.dense_RP.nbytes + batch.norm_RH.nbytes
+
+
+def _event_bytes(events: Sequence[RequestOpened | RequestClosed]) -> int:
+    # A character takes at most 4 bytes of UTF-8; 64 bytes hold the numbers, tags and lengths.
+    return sum(64 + 4 * sum(len(value) for value in vars(event).values() if isinstance(value, str)) for event in events)
+
+
+def _halves(batch: StepBatch) -> tuple[StepBatch, ...]:
+    """Two batches that say the same, the larger part cut in half; the batch alone where it cannot be cut."""
+    opened, closed = batch.opened, batch.closed
+    if batch.rows > 1 and _column_bytes(batch) >= _event_bytes(opened) + _event_bytes(closed):
+        return _row_halves(batch)
+    nothing = np.empty(0, SEGMENT_DTYPE)
+    books = replace(batch.without_scores(Reason.NONE), segments_S=nothing, opened=(), closed=())
+    if len(opened) > 1:
+        half = len(opened) // 2
+        return replace(books, opened=opened[:half]), replace(batch, opened=opened[half:])
+    if len(closed) > 1:
+        half = len(closed) // 2
+        return replace(batch, closed=closed[:half]), replace(books, closed=closed[half:])
+    return (batch,)
+
+
+def _row_halves(batch: StepBatch) -> tuple[StepBatch, StepBatch]:
+    """The batch cut between two rows; the segment that owns both is cut there as well."""
+    cut = batch.rows // 2
+    segments_S, fires_N = batch.segments_S, batch.fires_N
+    end_row_S = np.cumsum(np.where(owns_rows(segments_S), segments_S["count"], 0))
+    # The first segment that reaches the cut owns row cut - 1: those without rows do not move the end.
+    across = int(np.searchsorted(end_row_S, cut))
+    beyond = int(end_row_S[across]) - cut
+    first_S, second_S = segments_S[: across + 1].copy(), segments_S[across:].copy()
+    first_S["count"][-1] -= beyond
+    second_S["start"][0] += second_S["count"][0] - beyond
+    second_S["count"][0] = beyond
+    fire = int(np.searchsorted(fires_N["row"], cut))
+    second_N = fires_N[fire:].copy()
+    second_N["row"] -= cut
+    return (
+        replace(
+            batch,
+            segments_S=first_S,
+            fires_N=fires_N[:fire],
+            dense_RP=batch.dense_RP[:cut],
+            norm_RH=batch.norm_RH[:cut],
+            closed=(),
+        ),
+        replace(
+            batch,
+            segments_S=second_S if beyond else second_S[1:],
+            fires_N=second_N,
+            dense_RP=batch.dense_RP[cut:],
+            norm_RH=batch.norm_RH[cut:],
+            opened=(),
+        ),
     )
 
 

@@ -18,10 +18,11 @@ import logging
 import os
 import socket
 import stat
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -29,6 +30,7 @@ from grpc_health.v1.health import aio as health_aio
 
 from monitor.errors import ConfigRefused, StreamRefused
 from monitor.transport import codec
+from monitor.transport.rarely import Rarely
 from monitor.transport.session import Hello, Sink
 from monitor.transport.target import Target
 
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 
 SERVER_OPTIONS: Final = (
     ("grpc.max_receive_message_length", codec.MAX_MESSAGE_BYTES),
+    # Only what is not compressed: 4 MiB of zeros compress to 4 KiB, a cheap way to make a collector work.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # Two collectors on one port would each get half of the streams; the second has to fail instead.
     ("grpc.so_reuseport", 0),
     # An engine whose pod vanished sends no FIN.
@@ -53,6 +57,10 @@ _ACK_BATCHES: Final = 16
 _HELLO_SECONDS: Final = 10.0
 """A peer that opens a stream and says nothing is let go after this."""
 _PROBE_SECONDS: Final = 0.2
+_SETTLE_SECONDS: Final = 1.0
+"""For streams that were cut to unwind, so that the event loop may be closed after `stop`."""
+_LOG_AGAIN_SECONDS: Final = 10.0
+"""Between two lines on streams refused for one reason: every engine of a fleet tries again each few seconds."""
 
 T = TypeVar("T")
 
@@ -103,11 +111,12 @@ class Receiver:
         self._ack_batches = ack_batches
         self._ack_seconds = ack_seconds
         self._streams: dict[tuple[str, str], _Stream] = {}
+        self._handlers: set[asyncio.Task[None]] = set()
         self._bound_port: int | None = None
         self._sockets: list[tuple[Path, int]] = []
         self._server: Any = None
         self._health: Any = None
-        self._stopping = False
+        self._may_log = Rarely(_LOG_AGAIN_SECONDS, time.monotonic)
 
     @property
     def bound_port(self) -> int | None:
@@ -146,11 +155,15 @@ class Receiver:
         """Report NOT_SERVING, acknowledge what the state holds, end every stream, and close within `grace` seconds."""
         if self._server is None:
             return
-        self._stopping = True
         await self._health.enter_graceful_shutdown()
         for stream in list(self._streams.values()):
             stream.end(None)
-        await self._server.stop(grace)
+        # Streams that end by themselves tell their sender so; the server's own stop cuts those that did not.
+        if self._handlers:
+            await asyncio.wait(self._handlers, timeout=grace)
+        await self._server.stop(0)
+        if self._handlers:
+            await asyncio.wait(self._handlers, timeout=_SETTLE_SECONDS)
         self._remove_sockets()
 
     def _bind(self, target: Target) -> None:
@@ -190,6 +203,9 @@ class Receiver:
 
     async def _serve(self, _: Any, context: Any) -> None:
         """One stream, from its hello to its end."""
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._handlers.add(task)
+        task.add_done_callback(self._handlers.discard)
         try:
             stream = await self._welcome(context)
         except StreamRefused as refused:
@@ -290,8 +306,9 @@ class Receiver:
             await context.write(codec.encode_reply(codec.Ack(stream.held)))
 
     async def _refuse(self, context: Any, refusal: StreamRefused) -> None:
-        # The text may hold what the peer sent, so it is logged as a value and bounded.
-        log.warning("stream of %s refused, %s: %.500r", context.peer(), refusal.reason, str(refusal))
+        if self._may_log(refusal.reason):
+            # The text may hold what the peer sent, so it is logged as a value and bounded.
+            log.warning("stream of %s refused, %s: %.500r", context.peer(), refusal.reason, str(refusal))
         await context.write(codec.encode_reply(refusal))
 
     def _goodbye(self, stream: _Stream) -> None:

@@ -35,6 +35,7 @@ from monitor.errors import StreamRefused
 from monitor.names import Reason
 from monitor.step import StepBatch
 from monitor.transport import codec
+from monitor.transport.rarely import Rarely
 from monitor.transport.session import Hello
 from monitor.transport.target import Target
 
@@ -56,17 +57,26 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.enable_http_proxy", 0),
 )
 
-_ENTRY_BYTES: Final = 2048
+_ENTRY_BYTES: Final = 1536
 """Measured cost of one waiting StepBatch beside its columns: Python objects, four array headers, counters."""
-_STRIPPED_ENTRY_BYTES: Final = 256
+_STRIPPED_ENTRY_BYTES: Final = 224
 """The same for a batch kept as bytes."""
-_REQUEST_BYTES: Final = 512
+_REQUEST_BYTES: Final = 320
 """Measured cost of one RequestOpened or RequestClosed beside its text."""
 _SUSPECT_REFUSALS: Final = 3
 """Refusals of the same batch before it is dropped so that those behind it get through."""
 _LOG_AGAIN_SECONDS: Final = 600.0
 _CLOSE_SECONDS: Final = 0.5
 """How long `close` lets a collector end the stream by itself, before it is cut."""
+_NEEDS_A_PERSON: Final = frozenset(
+    {
+        grpc.StatusCode.UNIMPLEMENTED,  # another gRPC service listens there
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,  # the collector's message limit is lower than ours
+    }
+)
+"""Ways for a stream to end that trying again at once does not mend."""
 _BLAMES_A_BATCH: Final = frozenset({"malformed_batch", "collector_error"})
 
 
@@ -123,12 +133,13 @@ class SenderStats:
 class _Pending:
     """A batch that waits or is on its way. Once its scores are shed, `body` holds it: bytes are smaller."""
 
-    __slots__ = ("batch", "body", "nbytes", "ordinal", "sent", "tokens")
+    __slots__ = ("batch", "body", "has_scores", "nbytes", "ordinal", "sent", "tokens")
 
     def __init__(self, batch: StepBatch) -> None:
         self.ordinal = 0
         self.batch: StepBatch | None = batch
         self.body = b""
+        self.has_scores = batch.rows > 0
         self.tokens = int(batch.segments_S["count"].sum(dtype="i8"))
         self.nbytes = _cost_bytes(batch)
         self.sent = False
@@ -138,7 +149,7 @@ class _Pending:
         assert self.batch is not None
         try:
             self.body = codec.encode_batch(sequence, self.batch.without_scores(Reason.BUFFER_FULL))
-        except StreamRefused:
+        except Exception:
             # What cannot be encoded is dropped and counted when its turn comes, as any other such batch.
             self.body = b""
         self.batch = None
@@ -200,7 +211,7 @@ class Sender:
         self._last_error = ""
         self._suspect = 0
         self._suspect_refusals = 0
-        self._logged_at: dict[str, float] = {}
+        self._may_log = Rarely(_LOG_AGAIN_SECONDS, clock)
 
         self._stream = 0  # number of the current stream; the iterator of an older one ends
         self._welcomed = False
@@ -221,21 +232,23 @@ class Sender:
     def offer(self, batch: StepBatch) -> None:
         """Take one batch for delivery. Never waits for the collector, never raises; after `close` it only counts."""
         try:
-            pending = _Pending(batch)
+            taken = [_Pending(piece) for piece in codec.pieces(batch)]
             with self._lock:
-                self._ordinal += 1
-                pending.ordinal = self._ordinal
-                if self._closing:
-                    self._count_dropped(pending)
-                    return
-                self._queue.append(pending)
-                self._whole.append(pending)
-                self._queue_bytes += pending.nbytes
+                for pending in taken:
+                    self._ordinal += 1
+                    pending.ordinal = self._ordinal
+                    if self._closing:
+                        self._count_dropped(pending)
+                        continue
+                    self._queue.append(pending)
+                    self._whole.append(pending)
+                    self._queue_bytes += pending.nbytes
                 self._keep_within_bounds()
                 self._lock.notify_all()
         except Exception:
             # The caller drains the engine's ring: a batch that cannot be taken must not stop those after it.
-            log.exception("latentwatch's sender could not take a batch") if self._may_log("offer") else None
+            if self._may_log("offer"):
+                log.exception("latentwatch's sender could not take a batch")
             with self._lock:
                 self._dropped_batches += 1
                 self._refused_batches += 1
@@ -295,16 +308,11 @@ class Sender:
         while self._whole and self._queue_bytes + self._in_flight_bytes > self._max_bytes:
             pending = self._whole.popleft()
             self._queue_bytes -= pending.nbytes
-            self._shed_batches += self._shed(pending)
+            pending.shed(self._base + pending.ordinal)
+            self._shed_batches += pending.has_scores
             self._queue_bytes += pending.nbytes
         while len(self._queue) > 1 and self._queue_bytes + self._in_flight_bytes > 2 * self._max_bytes:
             self._count_dropped(self._pop_queue())
-
-    def _shed(self, pending: _Pending) -> bool:
-        """Give up a batch's scores. Returns whether it had any."""
-        had_scores = pending.batch is not None and pending.batch.rows > 0
-        pending.shed(self._base + pending.ordinal)
-        return had_scores
 
     def _pop_queue(self) -> _Pending:
         pending = self._queue.popleft()
@@ -361,7 +369,13 @@ class Sender:
                 if self._done():
                     return
                 welcomes = self._welcomes
-            refused = self._one_stream()
+            try:
+                refused = self._one_stream()
+            except Exception:
+                # Without this thread nothing would ever be sent again.
+                refused = False
+                if self._may_log("stream"):
+                    log.exception("latentwatch's sender failed; it opens a new stream")
             with self._lock:
                 failures = 1 if self._welcomes > welcomes else failures + 1
                 retry_at = self._clock() + self._backoff.seconds(failures, refused, self._rng)
@@ -373,8 +387,9 @@ class Sender:
         return self._closing and (self._clock() >= self._drain_until or not (self._queue or self._in_flight))
 
     def _one_stream(self) -> bool:
-        """Open a stream and carry batches until it ends. Returns whether the collector refused it."""
+        """Open a stream and carry batches until it ends. Returns whether it ended for a reason that will stay."""
         refusal: StreamRefused | None = None
+        stays = False
         error = "the collector ended the stream"
         channel = grpc.insecure_channel(str(self._target), options=CHANNEL_OPTIONS)
         try:
@@ -393,16 +408,14 @@ class Sender:
                 self._on_reply(reply)
         except grpc.RpcError as failure:
             error = f"{failure.code().name}: {failure.details()}"
+            stays = failure.code() in _NEEDS_A_PERSON
         except StreamRefused as failure:
             refusal = failure
-        except Exception as failure:
-            error = repr(failure)
-            log.exception("latentwatch's sender failed; it opens a new stream") if self._may_log("run") else None
         finally:
             with self._lock:
                 self._on_end(refusal, error)
             channel.close()
-        return refusal is not None
+        return stays or refusal is not None
 
     def _on_reply(self, reply: codec.Welcome | codec.Ack) -> None:
         with self._lock:
@@ -433,8 +446,8 @@ class Sender:
             self._last_error = str(refusal)
             if carried and refusal.reason in _BLAMES_A_BATCH:
                 self._blame_oldest()
-            if self._may_log(refusal.reason):
-                log.error("the collector at %s refused this engine's scores: %s", self._target, refusal)
+            if self._may_log(f"refused {refusal.reason[:64]}"):
+                log.error("the collector at %s refused this engine's scores: %.1000s", self._target, refusal)
         elif not self._done():
             self._last_error = f"no reply for {self._reply_timeout_seconds} s" if self._stalled else error
             if self._may_log("unreachable"):
@@ -488,13 +501,9 @@ class Sender:
             sequence, batch, body = self._base + pending.ordinal, pending.batch, pending.body
         try:
             data = codec.encode_batch(sequence, batch) if batch is not None else codec.renumber(body, sequence)
-            if len(data) > codec.MAX_MESSAGE_BYTES and batch is not None:
-                data = codec.encode_batch(sequence, batch.without_scores(Reason.BUFFER_FULL))
-                with self._lock:
-                    self._shed_batches += 1
             if len(data) <= codec.MAX_MESSAGE_BYTES:
                 return data
-            found = f"its books alone take {len(data)} bytes, a message holds {codec.MAX_MESSAGE_BYTES}"
+            found = f"one token or request of it takes {len(data)} bytes, a message holds {codec.MAX_MESSAGE_BYTES}"
         except Exception as failure:
             found = str(failure)
         with self._lock:
@@ -505,14 +514,6 @@ class Sender:
             if self._may_log("encode"):
                 log.error("batch %d cannot be sent and is dropped: %s", sequence, found)
         return b""
-
-    def _may_log(self, what: str) -> bool:
-        """Whether to log this kind of trouble now: at once, then at most every ten minutes."""
-        now = self._clock()
-        if now - self._logged_at.get(what, -math.inf) < _LOG_AGAIN_SECONDS:
-            return False
-        self._logged_at[what] = now
-        return True
 
 
 def _cost_bytes(batch: StepBatch) -> int:

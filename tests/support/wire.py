@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -116,37 +117,40 @@ class FakeSink:
 
 
 class ServerThread:
-    """A Receiver in an event loop of its own, so that a test can use the blocking sender beside it."""
+    """A Receiver in an event loop of another thread, so that a test can use the blocking sender beside it."""
 
     def __init__(self, sink: Any, *listen: str, **options: Any) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
         self.receiver = Receiver(sink, listen, clock=lambda: 1.0, **options)
-        try:
-            self.run(self.receiver.start())
-        except BaseException:
-            self._end_loop()
-            raise
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
+        self.running = False
+        in_loop(self.receiver.start())
+        self.running = True
 
     def stop(self, grace: float = 0.2) -> None:
-        self.run(self.receiver.stop(grace))
-        self._end_loop()
+        self.running = False
+        in_loop(self.receiver.stop(grace))
 
     def __enter__(self) -> ServerThread:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.loop.is_running():
+        if self.running:
             self.stop()
 
-    def _end_loop(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(5)
-        self.loop.close()
+
+def in_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` in the one event loop of the tests and wait for it.
+
+    One loop, because grpc.aio has one poller a process: an event of a loop that was closed reaches the next one and
+    is logged as an error.
+    """
+    return asyncio.run_coroutine_threadsafe(work, _loop()).result(10)
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="test-loop", daemon=True).start()
+    return loop
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -1,0 +1,569 @@
+"""The sender against real receivers that come, go, stall and refuse."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from monitor.errors import ConfigRefused, StreamRefused
+from monitor.names import Reason, TokenState
+from monitor.step import RequestOpened, StepBatch, tokens_by_state
+from monitor.transport import codec, sender
+from monitor.transport.sender import Backoff, Sender
+from tests.support.wire import FakeSink, ServerThread, batch, eventually, hello, same, tokens
+
+FAST = Backoff(first_seconds=0.01, longest_seconds=0.05, refused_seconds=0.05)
+KEY = ("pod-0/0", "0" * 32)
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Sender]]:
+    """Senders that are closed at the end of the test."""
+    made: list[Sender] = []
+
+    def make(target: str, **options: Any) -> Sender:
+        made.append(Sender(target, hello(), **({"backoff": FAST} | options)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close(0)
+
+
+async def no_ack(*_: Any) -> None:
+    pass
+
+
+def delivered_and_dropped(sinks: list[FakeSink], one: Sender) -> int:
+    return sum(tokens(value) for sink in sinks for _, value in sink.batches) + one.stats().dropped_tokens
+
+
+def test_what_is_offered_arrives_once_in_order_and_unchanged(make, address):
+    sink = FakeSink()
+    with ServerThread(sink, address):
+        one = make(address)
+        one.start()
+        for step in range(1, 301):
+            one.offer(batch(step))
+        eventually(lambda: one.stats().acked == 300)
+        assert sink.sequences == list(range(1, 301))
+        assert all(same(value, batch(value.step)) for _, value in sink.batches)
+        stats = one.close(1)
+    assert (stats.buffered_batches, stats.buffered_bytes, stats.dropped_batches, stats.shed_batches) == (0, 0, 0, 0)
+    assert sink.duplicates == 0
+
+
+def test_batches_offered_before_the_collector_is_there_wait_for_it(make, address):
+    one = make(address)
+    one.start()
+    for step in range(1, 51):
+        one.offer(batch(step))
+    eventually(lambda: "UNAVAILABLE" in one.stats().last_error)
+    assert not one.stats().connected
+    sink = FakeSink()
+    with ServerThread(sink, address):
+        eventually(lambda: one.stats().acked == 50)
+        stats = one.stats()
+        assert (stats.connected, stats.reconnects, stats.last_error) == (True, 0, "")
+        assert sink.steps == list(range(1, 51))
+
+
+def test_a_collector_that_returns_is_found_within_a_second(make, address):
+    """With the backoff that ships, after an outage long enough for it to be at its longest."""
+    one = make(address, backoff=None)
+    one.start()
+    one.offer(batch(1))
+    time.sleep(1.0)
+    with ServerThread(FakeSink(), address):
+        begin = time.monotonic()
+        eventually(lambda: one.stats().acked == 1)
+        assert time.monotonic() - begin < 1.3, "1 s, and set-up on a busy machine"
+
+
+def test_every_unacknowledged_batch_arrives_at_the_collector_that_replaces_a_killed_one(make, address):
+    """Each batch is in the first collector's state or comes to the second; in order, none twice."""
+    first = FakeSink()
+    server = ServerThread(first, address)
+    one = make(address)
+    one.start()
+    stop = threading.Event()
+
+    def offer() -> None:
+        step = 0
+        while not stop.is_set() and step < 3000:
+            step += 1
+            one.offer(batch(step))
+            time.sleep(0.0002)
+
+    engine = threading.Thread(target=offer)
+    engine.start()
+    eventually(lambda: len(first.batches) > 100)
+    server.stop()
+    acked = one.stats().acked
+    second = FakeSink(held=first.held)  # it restored the state of the one before
+    with ServerThread(second, address):
+        eventually(lambda: len(second.batches) > 100)
+        stop.set()
+        engine.join()
+        eventually(lambda: one.stats().acked == one.stats().sequence)
+    assert acked > 0
+    assert first.steps + second.steps == list(range(1, one.stats().sequence + 1))
+    assert second.duplicates == 0, "what the welcome named as held is not sent again"
+    assert one.stats().reconnects == 1
+
+
+def test_a_fresh_collector_gets_what_was_not_acknowledged_and_nothing_that_was(make, address):
+    first = FakeSink()
+    one = make(address)
+    one.start()
+    with ServerThread(first, address):
+        for step in range(1, 21):
+            one.offer(batch(step))
+        eventually(lambda: one.stats().acked == 20)
+    for step in range(21, 41):
+        one.offer(batch(step))
+    second = FakeSink()
+    with ServerThread(second, address):
+        eventually(lambda: one.stats().acked == 40)
+    assert second.sequences == list(range(21, 41))
+
+
+def test_batches_carried_but_not_acknowledged_are_sent_again(make, address):
+    """A killed collector loses what it observed after its last ack; a fresh one gets exactly that."""
+    first = FakeSink()
+    server = ServerThread(first, address, ack_seconds=60.0, ack_batches=10)
+    one = make(address)
+    one.start()
+    for step in range(1, 26):
+        one.offer(batch(step))
+    eventually(lambda: len(first.batches) == 25 and one.stats().acked == 20)
+    server.receiver._write_ack = no_ack  # a polite stop gives a last ack, a kill does not
+    server.stop()
+    second = FakeSink()
+    with ServerThread(second, address):
+        eventually(lambda: one.stats().acked == 25)
+    assert second.sequences == [21, 22, 23, 24, 25]
+    assert one.stats().resent_batches == 5
+
+
+def test_a_restarted_exporter_numbers_on_above_what_its_predecessor_sent(make, address):
+    """Numbers count per engine boot; starting at 1 again, every batch would pass for a duplicate."""
+    sink = FakeSink(held={KEY: 500})
+    one = make(address)
+    for step in range(1, 11):
+        one.offer(batch(step))
+    with ServerThread(sink, address):
+        one.start()
+        eventually(lambda: one.stats().acked == 510)
+        one.offer(batch(11))
+        eventually(lambda: one.stats().acked == 511)
+    assert sink.sequences == list(range(501, 512))
+    assert sink.duplicates == 0
+    assert one.stats().sequence == 511
+
+
+def test_shed_batches_are_numbered_on_as_well(make, address):
+    sink = FakeSink(held={KEY: 500})
+    one = make(address, max_buffer_bytes=1)
+    one.offer(batch(1))
+    with ServerThread(sink, address):
+        one.start()
+        eventually(lambda: one.stats().acked == 501)
+    assert same(sink.batches[0][1], batch(1).without_scores(Reason.BUFFER_FULL))
+
+
+def test_offer_does_not_wait_and_shedding_keeps_the_books_when_the_collector_is_slow(make, address):
+    sink = FakeSink()
+    sink.seconds_per_batch = 0.002
+    bound = 400_000
+    one = make(address, max_buffer_bytes=bound)
+    offered, longest = 0, 0.0
+    with ServerThread(sink, address):
+        one.start()
+        for step in range(1, 501):
+            value = batch(step, rows=200, fires=400)
+            offered += tokens(value)
+            begin = time.perf_counter()
+            one.offer(value)
+            longest = max(longest, time.perf_counter() - begin)
+            assert one.stats().buffered_bytes <= 2 * bound + 10_000
+        eventually(lambda: one.stats().buffered_batches == 0)
+        stats = one.stats()
+    assert longest < 0.25, "a slow sink takes a second for these"
+    assert stats.shed_batches > 0
+    assert stats.dropped_batches == 0
+    assert delivered_and_dropped([sink], one) == offered
+    shed = [value for _, value in sink.batches if value.rows == 0]
+    assert len(shed) == stats.shed_batches
+    assert (
+        sum(
+            count
+            for value in shed
+            for (_, reason, _), count in tokens_by_state(value.segments_S).items()
+            if reason is Reason.BUFFER_FULL
+        )
+        == 200 * stats.shed_batches
+    )
+    assert sink.steps == list(range(1, 501))
+
+
+def test_the_oldest_scores_are_shed_first(make, address):
+    one = make(address, max_buffer_bytes=100_000)
+    for step in range(1, 31):
+        one.offer(batch(step, rows=500, fires=200))
+    stats = one.stats()
+    assert 0 < stats.shed_batches < 30
+    assert stats.buffered_bytes <= 100_000
+    sink = FakeSink()
+    with ServerThread(sink, address):
+        one.start()
+        eventually(lambda: one.stats().acked == 30)
+    assert [value.rows > 0 for _, value in sink.batches] == [False] * stats.shed_batches + [True] * (
+        30 - stats.shed_batches
+    )
+
+
+def test_beyond_twice_the_bound_the_oldest_books_go_and_their_tokens_are_counted(make, address):
+    one = make(address, max_buffer_bytes=20_000)
+    values = [batch(step) for step in range(1, 501)]
+    for value in values:
+        one.offer(value)
+        assert one.stats().buffered_bytes <= 40_000
+    stats = one.stats()
+    assert stats.dropped_batches > 0
+    assert stats.dropped_tokens == sum(tokens(value) for value in values[: stats.dropped_batches])
+    sink = FakeSink()
+    with ServerThread(sink, address):
+        one.start()
+        eventually(lambda: one.stats().acked == 500)
+    assert sink.sequences == list(range(stats.dropped_batches + 1, 501)), "the gap shows the loss to the collector"
+    assert delivered_and_dropped([sink], one) == sum(map(tokens, values))
+
+
+def test_the_books_balance_over_kills_a_slow_sink_and_a_small_buffer(make, address):
+    rng = random.Random(0)
+    one = make(address, max_buffer_bytes=60_000)
+    one.start()
+    sinks, held, offered, step = [], {}, 0, 0
+    for _ in range(6):
+        sinks.append(FakeSink(held=held))
+        sinks[-1].seconds_per_batch = rng.choice([0, 0.001])
+        with ServerThread(sinks[-1], address, ack_batches=rng.choice([1, 16])) as server:
+            for _ in range(rng.randint(50, 200)):
+                step += 1
+                value = batch(step, rows=rng.randint(0, 300))
+                offered += tokens(value)
+                one.offer(value)
+            time.sleep(rng.random() * 0.1)
+            server.stop()
+        held = sinks[-1].held
+    sinks.append(FakeSink(held=held))
+    with ServerThread(sinks[-1], address):
+        eventually(lambda: one.stats().buffered_batches == 0)
+    steps = [value for sink in sinks for value in sink.steps]
+    assert all(before < after for before, after in pairwise(steps)), "in order, nothing twice"
+    assert delivered_and_dropped(sinks, one) == offered
+    assert step - len(steps) == one.stats().dropped_batches
+
+
+def test_the_claimed_memory_is_that_of_the_waiting_batches():
+    """The bound is on these claims; a claim too low is a bound that does not hold."""
+    one = Sender("127.0.0.1:1", hello(), max_buffer_bytes=1 << 30)
+    shed = Sender("127.0.0.1:1", hello(), max_buffer_bytes=1)
+
+    def offer(step: int) -> None:
+        opened = tuple(RequestOpened(10**9 + i, f"cmpl-{step:020d}-{i}", 5000) for i in range(step % 3))
+        one.offer(replace(batch(step, rows=step % 50, fires=step % 7), opened=opened))
+
+    offer(1)
+    tracemalloc.start()
+    try:
+        gc.collect()
+        begin = tracemalloc.get_traced_memory()[0]
+        for step in range(2, 1002):
+            offer(step)
+        gc.collect()
+        used = tracemalloc.get_traced_memory()[0] - begin
+        claimed = one.stats().buffered_bytes
+        assert 0.9 * used < claimed < 1.5 * used
+        pending = [shed._queue, one._queue][1]
+        begin = tracemalloc.get_traced_memory()[0] - used
+        for entry in pending:
+            entry.shed(entry.ordinal)
+        gc.collect()
+        used = tracemalloc.get_traced_memory()[0] - begin
+        assert 0.9 * used < sum(entry.nbytes for entry in pending) < 1.5 * used
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_refusal_is_logged_once_retried_slowly_and_shown(make, address, caplog):
+    sink = FakeSink()
+    sink.refuse_hello = StreamRefused("w", found="f", instead="i", reason="watchlist_mismatch")
+    with ServerThread(sink, address):
+        one = make(address)
+        one.start()
+        one.offer(batch(1))
+        eventually(lambda: sink.calls.count("hello") >= 4)
+        refusal = one.stats().last_refusal
+        assert refusal is not None
+        assert vars(refusal) == vars(sink.refuse_hello)
+        assert not one.stats().connected
+        assert one.stats().buffered_batches == 1
+        sink.refuse_hello = None
+        eventually(lambda: one.stats().acked == 1)
+        assert one.stats().last_refusal is None
+    lines = [record for record in caplog.records if record.levelno == logging.ERROR and record.name == sender.__name__]
+    assert len(lines) == 1
+    assert "w: f. i" in lines[0].getMessage()
+
+
+def test_a_batch_that_is_refused_again_and_again_does_not_hold_up_the_rest(make, address):
+    sink = FakeSink()
+    sink.refuse_sequences = {3}
+    with ServerThread(sink, address):
+        one = make(address)
+        one.start()
+        for step in range(1, 7):
+            one.offer(batch(step))
+        eventually(lambda: one.stats().acked == 6)
+    assert sink.sequences == [1, 2, 4, 5, 6]
+    stats = one.stats()
+    assert (stats.refused_batches, stats.dropped_batches, stats.dropped_tokens) == (1, 1, tokens(batch(3)))
+
+
+def test_a_refused_hello_never_costs_a_batch(make, address):
+    """The reasons that blame a batch can also end a stream before any batch was carried."""
+    sink = FakeSink()
+    sink.refuse_hello = StreamRefused("w", found="f", instead="i", reason="collector_error")
+    with ServerThread(sink, address):
+        one = make(address)
+        one.start()
+        one.offer(batch(1))
+        eventually(lambda: sink.calls.count("hello") >= 6)
+        sink.refuse_hello = None
+        eventually(lambda: one.stats().acked == 1)
+    assert one.stats().dropped_batches == 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        replace(batch(2), dense_RP=batch(2).dense_RP.astype(np.float64)),
+        replace(batch(2), step=-1),
+        replace(batch(2), opened=(RequestOpened(1, "\ud800", 1),)),
+        None,
+    ],
+    ids=["dtype", "step", "surrogate", "none"],
+)
+def test_a_batch_that_cannot_be_sent_is_counted_and_those_around_it_arrive(make, address, value):
+    sink = FakeSink()
+    with ServerThread(sink, address):
+        one = make(address)
+        one.start()
+        for item in (batch(1), value, batch(3)):
+            one.offer(item)
+        eventually(lambda: sink.steps == [1, 3])
+        eventually(lambda: one.stats().buffered_batches == 0)
+    assert one.stats().refused_batches == 1
+    assert one.stats().dropped_batches == 1
+
+
+def test_a_step_larger_than_a_message_arrives_in_pieces(make, address):
+    big = batch(1, rows=100_000, fires=200_000, probes=8, hooks=2)
+    sink = FakeSink()
+    with ServerThread(sink, address):
+        one = make(address)
+        one.start()
+        one.offer(big)
+        eventually(lambda: one.stats().buffered_batches == 0)
+    assert len(sink.batches) > 1
+    assert np.concatenate([value.dense_RP for _, value in sink.batches]).tobytes() == big.dense_RP.tobytes()
+    assert one.stats().shed_batches == 0
+
+
+def test_a_collector_that_reads_but_never_acknowledges_cannot_hold_more_than_half_the_buffer(make, address):
+    sink = FakeSink()
+    with ServerThread(sink, address, ack_seconds=60.0, ack_batches=10**6):
+        one = make(address, max_buffer_bytes=100_000)
+        one.start()
+        for step in range(1, 101):
+            one.offer(batch(step, rows=200))
+        time.sleep(0.2)
+        assert one._in_flight_bytes <= 50_000 + sender._cost_bytes(batch(1, rows=200))
+        assert one.stats().buffered_bytes <= 200_000
+
+
+def test_a_stream_that_owes_a_reply_for_too_long_is_opened_again(make, address):
+    sink = FakeSink()
+    with ServerThread(sink, address, ack_seconds=60.0, ack_batches=10**6):
+        one = make(address, reply_timeout_seconds=0.1)
+        one.start()
+        one.offer(batch(1))
+        eventually(lambda: one.stats().reconnects >= 1)
+        eventually(lambda: one.stats().acked == 1)  # by the welcome
+    assert sink.sequences == [1]
+
+
+def test_a_grpc_server_that_is_no_collector_is_tried_slowly_and_named(make, address, monkeypatch):
+    monkeypatch.setattr(codec, "METHOD", "/other.Service/Stream")
+    sink = FakeSink()
+    with ServerThread(sink, address):
+        one = make(address, backoff=replace(FAST, refused_seconds=60.0))
+        one.start()
+        eventually(lambda: "UNIMPLEMENTED" in one.stats().last_error)
+        time.sleep(0.2)
+        with one._lock:
+            assert one._stream == 2, "one stream that began and ended"
+
+
+def test_a_collector_killed_in_another_process_loses_nothing_that_it_did_not_acknowledge(make, socket_path):
+    program = (
+        "import asyncio, sys\n"
+        "from monitor.transport.receiver import Receiver\n"
+        "from tests.support.wire import FakeSink\n"
+        "async def main():\n"
+        "    await Receiver(FakeSink(), [sys.argv[1]], clock=float).start()\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    target = f"unix://{socket_path}"
+    root = Path(__file__).resolve().parents[3]
+    killed = subprocess.Popen(
+        [sys.executable, "-c", program, target], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}
+    )
+    try:
+        one = make(target)
+        one.start()
+        step = 0
+        while one.stats().acked < 50:
+            step += 1
+            one.offer(batch(step))
+            time.sleep(0.001)
+    finally:
+        killed.kill()
+        killed.wait()
+    acked = one.stats().acked
+    last = step + 50
+    for later in range(step + 1, last + 1):
+        one.offer(batch(later))
+    sink = FakeSink()
+    with ServerThread(sink, target):
+        eventually(lambda: one.stats().acked == last)
+    assert sink.sequences == list(range(sink.sequences[0], last + 1))
+    assert sink.sequences[0] <= acked + 33, "acks on their way at the kill, no more"
+    assert one.stats().dropped_batches == 0
+
+
+def test_an_idle_stream_stays_open(make, address):
+    with ServerThread(FakeSink(), address, ack_batches=1):
+        one = make(address, reply_timeout_seconds=0.3)
+        one.start()
+        eventually(lambda: one.stats().connected)
+        time.sleep(0.7)
+        one.offer(batch(1))
+        eventually(lambda: one.stats().acked == 1)
+        assert one.stats().reconnects == 0
+
+
+def test_a_peer_that_is_no_collector_leaves_the_sender_waiting(make):
+    """Something else listens on the port and answers nothing."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        one = make(f"127.0.0.1:{silent.getsockname()[1]}")
+        one.start()
+        one.offer(batch(1))
+        begin = time.monotonic()
+        stats = one.close(0.2)
+    assert time.monotonic() - begin < 2.5
+    assert (stats.dropped_batches, stats.buffered_batches) == (1, 0)
+
+
+def test_closing_delivers_what_is_buffered(make, address):
+    sink = FakeSink()
+    with ServerThread(sink, address):
+        one = make(address)
+        one.start()
+        for step in range(1, 201):
+            one.offer(batch(step))
+        stats = one.close(5)
+        assert stats.acked == 200
+        eventually(lambda: sink.calls == ["hello", "goodbye"])
+        one.offer(batch(201))
+        assert one.stats().dropped_batches == 1
+    assert threading.active_count() < 20
+    assert not any(thread.name == "latentwatch-sender" for thread in threading.enumerate())
+
+
+def test_closing_without_a_collector_ends_within_its_bound_and_counts_what_is_left(make, address):
+    one = make(address)
+    one.start()
+    for step in range(1, 4):
+        one.offer(batch(step))
+    begin = time.monotonic()
+    stats = one.close(0.3)
+    assert time.monotonic() - begin < 1.5
+    assert (stats.dropped_batches, stats.dropped_tokens) == (3, sum(tokens(batch(step)) for step in (1, 2, 3)))
+
+
+def test_a_sender_that_was_never_started_closes_at_once(make):
+    one = make("127.0.0.1:1")
+    one.offer(batch(1))
+    begin = time.monotonic()
+    assert one.close(5).dropped_batches == 1
+    assert time.monotonic() - begin < 0.5
+
+
+def test_a_collector_that_is_away_is_logged_once(make, address, caplog):
+    one = make(address)
+    one.start()
+    time.sleep(0.4)
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(lines) == 1
+    assert address in lines[0]
+    assert "start the collector or correct its address" in lines[0]
+
+
+def test_a_bad_target_or_hello_is_refused_where_the_sender_is_made():
+    with pytest.raises(ConfigRefused) as refused:
+        Sender("nonsense", hello())
+    assert refused.value.reason == "target_invalid"
+    with pytest.raises(StreamRefused):
+        Sender("127.0.0.1:1", hello(boot_id="x"))
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_waits_grow_to_their_bound_and_are_spread(refused):
+    backoff, rng = Backoff(), random.Random(0)
+    longest = backoff.refused_seconds if refused else backoff.longest_seconds
+    waits = [[backoff.seconds(failures, refused, rng) for _ in range(200)] for failures in (1, 2, 3, 10, 10_000)]
+    for drawn in waits:
+        assert 0 < min(drawn) < 0.6 * max(drawn)
+        assert max(drawn) <= longest
+    assert max(waits[0]) <= (backoff.refused_seconds if refused else backoff.first_seconds)
+    assert min(waits[-1]) >= longest / 2
+
+
+def test_the_states_of_a_shed_batch_are_on_the_wire():
+    value: StepBatch = batch(1).without_scores(Reason.BUFFER_FULL)
+    read = codec.decode_request(codec.encode_batch(1, value))
+    assert isinstance(read, codec.NumberedBatch)
+    assert read.batch.segments_S["state"].tolist() == [TokenState.UNSEEN, TokenState.DROPPED]
+    assert read.batch.dense_RP.shape == (0, 2)
