@@ -90,6 +90,11 @@ def encode_hello(hello: Hello, *, last_acked_sequence: int, time_unix_nano: int)
     return pb.StreamRequest(hello=message).SerializeToString()
 
 
+def column_bytes(batch: StepBatch) -> int:
+    """Length of the four columns, bytes, in memory and on the wire."""
+    return batch.segments_S.nbytes + batch.fires_N.nbytes + batch.dense_RP.nbytes + batch.norm_RH.nbytes
+
+
 def pieces(batch: StepBatch, *, max_bytes: int = MAX_MESSAGE_BYTES) -> tuple[StepBatch, ...]:
     """The batch cut so that each piece fits a message; almost always the batch itself.
 
@@ -119,7 +124,9 @@ def encode_batch(sequence: int, batch: StepBatch) -> bytes:
 
 def renumber(body: bytes, sequence: int) -> bytes:
     """An encoded batch with another sequence. Raises StreamRefused when `body` is not one."""
-    request = _parse(pb.StreamRequest, body, "batch")
+    request = _parse(body, "batch")
+    if request.WhichOneof("kind") != "batch":
+        raise _malformed("batch", f"{len(body)} bytes are no batch")
     request.batch.sequence = sequence
     return request.SerializeToString()
 
@@ -129,7 +136,7 @@ def decode_request(data: bytes) -> Request:
 
     Raises: StreamRefused, reason "malformed_hello", "protocol_version" or "malformed_batch".
     """
-    request = _parse(pb.StreamRequest, data, "stream message")
+    request = _parse(data, "stream message")
     kind = request.WhichOneof("kind")
     if kind == "hello":
         return _read_hello(request.hello)
@@ -175,11 +182,7 @@ def decode_reply(data: bytes) -> Reply:
 def _message_bytes(batch: StepBatch) -> int:
     """Upper bound on the length of an encoded batch, bytes."""
     # 512: the batch's own fields, fewer than 30, each a tag and at most 10 bytes of varint.
-    return _column_bytes(batch) + _event_bytes(batch.opened) + _event_bytes(batch.closed) + 512
-
-
-def _column_bytes(batch: StepBatch) -> int:
-    return batch.segments_S.nbytes + batch.fires_N.nbytes + batch.dense_RP.nbytes + batch.norm_RH.nbytes
+    return column_bytes(batch) + _event_bytes(batch.opened) + _event_bytes(batch.closed) + 512
 
 
 def _event_bytes(events: Sequence[RequestOpened | RequestClosed]) -> int:
@@ -190,7 +193,7 @@ def _event_bytes(events: Sequence[RequestOpened | RequestClosed]) -> int:
 def _halves(batch: StepBatch) -> tuple[StepBatch, ...]:
     """Two batches that say the same, the larger part cut in half; the batch alone where it cannot be cut."""
     opened, closed = batch.opened, batch.closed
-    if batch.rows > 1 and _column_bytes(batch) >= _event_bytes(opened) + _event_bytes(closed):
+    if batch.rows > 1 and column_bytes(batch) >= _event_bytes(opened) + _event_bytes(closed):
         return _row_halves(batch)
     nothing = np.empty(0, SEGMENT_DTYPE)
     books = replace(batch.without_scores(Reason.NONE), segments_S=nothing, opened=(), closed=())
@@ -392,8 +395,8 @@ def _check_hello(hello: Hello) -> None:
             raise _malformed("hello", found, reason="malformed_hello")
 
 
-def _parse(kind: type[pb.StreamRequest], data: bytes, what: str) -> pb.StreamRequest:
-    message = kind()
+def _parse(data: bytes, what: str) -> pb.StreamRequest:
+    message = pb.StreamRequest()
     try:
         message.ParseFromString(data)
     except DecodeError as error:

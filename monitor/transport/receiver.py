@@ -45,6 +45,7 @@ SERVER_OPTIONS: Final = (
     # An engine whose pod vanished sends no FIN.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),
     # Exporters ping every 10 s, idle or not; by default a server takes that for abuse and hangs up.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

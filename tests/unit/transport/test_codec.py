@@ -238,6 +238,12 @@ def test_a_renumbered_batch_differs_in_its_number_only():
     assert same(read.batch, batch(4))
 
 
+@pytest.mark.parametrize("body", [b"", codec.encode_hello(hello(), last_acked_sequence=0, time_unix_nano=0), b"\xff"])
+def test_what_is_no_batch_is_not_renumbered_into_one(body):
+    with pytest.raises(StreamRefused):
+        codec.renumber(body, 7)
+
+
 def test_a_hello_is_read_as_it_was_written():
     for value in (
         hello(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -385,6 +385,19 @@ def test_a_batch_that_cannot_be_sent_is_counted_and_those_around_it_arrive(make,
     assert one.stats().dropped_batches == 1
 
 
+def test_a_shed_batch_that_cannot_be_sent_is_counted_as_well(make, address):
+    """Its books could not be encoded when its scores were shed; what is left of it must not pass for a batch."""
+    sink = FakeSink()
+    one = make(address, max_buffer_bytes=1)
+    one.offer(replace(batch(1), step=-1))
+    with ServerThread(sink, address):
+        one.start()
+        eventually(lambda: one.stats().dropped_batches == 1)
+        one.offer(batch(2))
+        eventually(lambda: sink.steps == [2])
+    assert one.stats().dropped_tokens == tokens(batch(1))
+
+
 def test_a_step_larger_than_a_message_arrives_in_pieces(make, address):
     big = batch(1, rows=100_000, fires=200_000, probes=8, hooks=2)
     sink = FakeSink()
@@ -433,42 +446,70 @@ def test_a_grpc_server_that_is_no_collector_is_tried_slowly_and_named(make, addr
             assert one._stream == 2, "one stream that began and ended"
 
 
-def test_a_collector_killed_in_another_process_loses_nothing_that_it_did_not_acknowledge(make, socket_path):
-    program = (
-        "import asyncio, sys\n"
-        "from monitor.transport.receiver import Receiver\n"
-        "from tests.support.wire import FakeSink\n"
-        "async def main():\n"
-        "    await Receiver(FakeSink(), [sys.argv[1]], clock=float).start()\n"
-        "    await asyncio.sleep(60)\n"
-        "asyncio.run(main())\n"
-    )
-    target = f"unix://{socket_path}"
+COLLECTOR = """
+import asyncio, sys
+from monitor.transport.receiver import Receiver
+from tests.support.wire import FakeSink
+
+async def main():
+    receiver = Receiver(FakeSink(), [sys.argv[1]], clock=float)
+    await receiver.start()
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def collector_process(socket_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     root = Path(__file__).resolve().parents[3]
-    killed = subprocess.Popen(
-        [sys.executable, "-c", program, target], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}
-    )
-    try:
-        one = make(target)
-        one.start()
-        step = 0
-        while one.stats().acked < 50:
-            step += 1
-            one.offer(batch(step))
-            time.sleep(0.001)
-    finally:
-        killed.kill()
-        killed.wait()
+    process = subprocess.Popen([sys.executable, "-c", COLLECTOR, f"unix://{socket_path}"], cwd=root)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_collector_killed_in_another_process_loses_nothing_that_it_did_not_acknowledge(
+    make, collector_process, socket_path
+):
+    one = make(f"unix://{socket_path}")
+    one.start()
+    step = 0
+    while one.stats().acked < 50:
+        step += 1
+        one.offer(batch(step))
+        time.sleep(0.001)
+    collector_process.kill()
+    collector_process.wait()
     acked = one.stats().acked
     last = step + 50
     for later in range(step + 1, last + 1):
         one.offer(batch(later))
     sink = FakeSink()
-    with ServerThread(sink, target):
+    with ServerThread(sink, f"unix://{socket_path}"):
         eventually(lambda: one.stats().acked == last)
     assert sink.sequences == list(range(sink.sequences[0], last + 1))
-    assert sink.sequences[0] <= acked + 33, "acks on their way at the kill, no more"
+    assert sink.sequences[0] <= acked + 33, "acks that were on their way at the kill, no more"
     assert one.stats().dropped_batches == 0
+
+
+def test_a_collector_that_is_frozen_is_noticed_and_its_batches_arrive_when_it_thaws(
+    make, collector_process, socket_path, monkeypatch
+):
+    """A frozen process keeps its connections; only unanswered pings tell. The limits are shortened for the test."""
+    short = {"grpc.keepalive_time_ms": 200, "grpc.keepalive_timeout_ms": 200, "grpc.http2.ping_timeout_ms": 200}
+    options = tuple((name, short.get(name, value)) for name, value in sender.CHANNEL_OPTIONS)
+    monkeypatch.setattr(sender, "CHANNEL_OPTIONS", options)
+    one = make(f"unix://{socket_path}")
+    one.start()
+    one.offer(batch(1))
+    eventually(lambda: one.stats().acked == 1)
+    collector_process.send_signal(signal.SIGSTOP)
+    one.offer(batch(2))
+    eventually(lambda: not one.stats().connected, 3)
+    assert one.stats().buffered_batches == 1
+    collector_process.send_signal(signal.SIGCONT)
+    eventually(lambda: one.stats().acked == 2)
 
 
 def test_an_idle_stream_stays_open(make, address):
