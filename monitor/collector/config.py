@@ -35,8 +35,9 @@ class Bounds:
     """Without a stream for so long, a boot's open requests are closed as lost."""
     request_idle_seconds: float = 3600.0
     """Without a token for so long, a request is closed as lost: its engine forgot to say how it ended."""
-    replica_forgotten_seconds: float = 3600.0
-    """Without a stream for so long, a replica's health series go (a pod that was replaced)."""
+    replica_forgotten_seconds: float = 900.0
+    """Without a stream for so long, a replica's health series go: long enough for an alert, and a pod that was replaced
+    does not stay for ever."""
     window_seconds: float = 2.0
     """Width of a point on the live page; the page asks as often."""
     windows: int = 180

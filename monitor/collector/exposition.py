@@ -38,11 +38,12 @@ class Families:
         self._sparse = [i for i, feature in enumerate(self._features) if not feature.dense]
         self._limited = [i for i, feature in enumerate(self._features) if feature.limit]
         self._rows: dict[tuple[str, Metric], LabelRows] = {}
+        self._constant = tuple(self._watched())
 
     def of(self, snapshot: Snapshot, process: ProcessFacts) -> Iterator[Family]:
         """Every family, those without a series included."""
         yield from self._engines(snapshot)
-        yield from self._watched()
+        yield from self._constant
         yield from self._models(snapshot.models)
         yield from self._replicas(snapshot.replicas)
         yield from self._collector(snapshot)

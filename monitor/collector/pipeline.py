@@ -15,8 +15,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,11 @@ from monitor.watchlist.card import Watchlist
 Array = npt.NDArray[Any]
 
 _TOKEN_SHAPE: Final = (len(TokenState) + 1, len(Reason), len(Phase) + 1)
+_OUTCOMES: Final[Mapping[Outcome, Literal["finished", "aborted", "lost"]]] = {
+    Outcome.FINISHED: "finished",
+    Outcome.ABORTED: "aborted",
+    Outcome.LOST: "lost",
+}
 _REASON_SLUGS: Final = 32
 """Distinct refusal reasons shown; they are slugs of our own code, so more means someone is inventing them."""
 
@@ -428,7 +434,7 @@ class Pipeline:
             feature=feature.id,
             label=feature.label,
             severity=feature.severity,
-            phase=Phase(int(event["phase"])),
+            phase="prompt" if event["phase"] == Phase.PROMPT else "output",
             position=int(event["position"]),
             value=float(event["value"]),
             limit=float(self.table.limit_F[int(event["feature"])]),
@@ -454,14 +460,14 @@ class Pipeline:
             engine=request.engine,
             adapter=request.adapter,
             trace_id=views.trace_id(request.traceparent),
-            outcome=closed.outcome if closed else None,
+            outcome=_OUTCOMES[closed.outcome] if closed else "open",
             opened_seconds=request.opened_seconds,
             closed_seconds=closed.closed_seconds if closed else None,
             opening_seen=request.opening_seen,
             prompt_tokens=request.prompt_tokens,
             output_tokens=closed.output_tokens if closed else None,
             total_tokens=closed.total_tokens if closed else None,
-            tokens={state: int(tokens[state]) for state in TokenState},
+            tokens={state.name.lower(): int(tokens[state]) for state in TokenState},
             exceeded_features=columns.exceeded_total,
             features=tuple(self._feature_of_request(columns, i) for i in range(len(columns.index))),
             features_left_out=columns.left_out,

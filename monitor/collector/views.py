@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from monitor.names import Outcome, Phase, Reason, Severity, TokenState
 from monitor.step import EngineCounters
 
 Array = npt.NDArray[Any]
+PhaseName = Literal["prompt", "output"]
 
 TOKEN_SERIES = tuple(
     (state, reason, phase)
@@ -140,7 +141,7 @@ class Exceedance:
     feature: str
     label: str
     severity: Severity
-    phase: Phase
+    phase: PhaseName
     position: int
     """Token position of the crossing, 0 is the first prompt token; for a rolling mean the window's last token."""
     value: float
@@ -181,8 +182,7 @@ class RequestView:
     engine: str
     adapter: str
     trace_id: str
-    outcome: Outcome | None
-    """None while it is open."""
+    outcome: Literal["open", "finished", "aborted", "lost"]
     opened_seconds: float
     closed_seconds: float | None
     opening_seen: bool
@@ -191,8 +191,8 @@ class RequestView:
     output_tokens: int | None
     total_tokens: int | None
     """As the engine reported them at the end."""
-    tokens: Mapping[TokenState, int]
-    """As accounted here."""
+    tokens: Mapping[str, int]
+    """As accounted here, by state: scored, inherited, unseen, dropped."""
     exceeded_features: int
     features: tuple[FeatureOfRequest, ...]
     """Exceeded ones first, then by closeness to the limit, then by activation."""

@@ -87,8 +87,8 @@ FEATURE_REQUEST_MAX = Metric(
     "histogram",
     _FEATURE,
     "Statistic of each request that ended with a scored token: the one that the limit is on, else the maximum. "
-    "A sparse feature that never fired counts as 0. Sparse features have half-decade bounds; dense ones, whose scores have both "
-    "signs, have linear bounds around the limit and no _sum and _count.",
+    "A sparse feature that never fired counts as 0. Sparse features have half-decade bounds; dense ones, whose scores "
+    "have both signs, have linear bounds around the limit and no _sum and _count.",
 )
 FEATURE_LIMIT = Metric(
     "latentwatch_feature_limit", "gauge", ("feature",), "Limit on a feature's request statistic, in its own units."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -145,13 +146,16 @@ def _values(family: Family) -> Iterable[float]:
 def _with_exemplars(text: str, exemplars: Mapping[int, ExemplarLine]) -> str:
     lines = text.splitlines(keepends=True)
     for series, exemplar in exemplars.items():
-        lines[series] = f"{lines[series][:-1]} # {{{_exemplar_labels(exemplar)}}} {exemplar.value} {exemplar.seconds}\n"
+        lines[series] = (
+            f"{lines[series][:-1]} # {{{_exemplar_labels(exemplar.labels)}}} {exemplar.value} {exemplar.seconds}\n"
+        )
     return "".join(lines)
 
 
-def _exemplar_labels(exemplar: ExemplarLine) -> str:
+@lru_cache(maxsize=4096)
+def _exemplar_labels(labels: tuple[tuple[str, str], ...]) -> str:
     room, shown = _EXEMPLAR_CHARACTERS, []
-    for name, value in exemplar.labels:
+    for name, value in labels:
         if value and len(name) + len(value) <= room:
             room -= len(name) + len(value)
             shown.append(f'{name}="{escape(value)}"')

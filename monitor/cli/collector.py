@@ -1,0 +1,61 @@
+"""`latentwatch collector`: receive scores, keep the books, serve metrics, API and the live page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "Receive what engines score, and serve metrics, a JSON API and a live page."
+EPILOG = """example:  latentwatch collector --watchlist prod.safetensors
+          then open http://127.0.0.1:9464/ and start vLLM with LATENTWATCH_WATCHLIST=prod.safetensors
+          LATENTWATCH_COLLECTOR=unix:///run/latentwatch/collector.sock"""
+
+_LISTEN = "unix:///run/latentwatch/collector.sock"
+_HTTP = "127.0.0.1:9464"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument(
+        "--watchlist",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the built watchlist; engines that score with another one are refused",
+    )
+    parser.add_argument(
+        "--listen",
+        action="append",
+        metavar="ADDRESS",
+        help=f"where engines connect, unix:///path or host:port; may be given more than once (default: {_LISTEN})",
+    )
+    parser.add_argument(
+        "--http",
+        default=_HTTP,
+        metavar="HOST:PORT",
+        help="where /metrics, the API and the page are served; there is no authentication, so keep it on loopback or "
+        f"behind a proxy (default: {_HTTP})",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM."""
+    import asyncio
+    import logging
+
+    from monitor.collector.service import Service, Settings, serve
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = Settings(watchlist=args.watchlist, listen=tuple(args.listen or (_LISTEN,)), http=args.http)
+
+    def started(service: Service) -> None:
+        watchlist = service.pipeline.watchlist
+        print(
+            f"latentwatch collector: {len(watchlist.features)} features of {watchlist.name!r} ({watchlist.sha256[:12]})"
+        )
+        print(f"  page     {service.http_url}/")
+        print(f"  metrics  {service.http_url}/metrics")
+        print(f"  engines  {' '.join(settings.listen)}", flush=True)
+
+    asyncio.run(serve(settings, started=started))
+    return 0

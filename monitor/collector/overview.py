@@ -1,0 +1,232 @@
+"""What the live page shows: two verdicts in words, coverage, and every feature over time. A pure function of the state.
+
+Shape legend: F features, M windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from monitor import __version__
+from monitor.aggregate.window import FeatureWindow
+from monitor.collector.pipeline import Pipeline
+from monitor.collector.verdicts import Coverage, Engine, Verdict, is_anything_wrong, is_everything_seen
+from monitor.collector.views import Exceedance, ReplicaView, Snapshot
+from monitor.names import Reason, Severity, TokenState
+from monitor.watchlist.card import Feature
+
+Array = npt.NDArray[Any]
+
+EXCEEDANCES_SHOWN: Final = 50
+_WEIGHT: Final = {Severity.CRITICAL: 3, Severity.WARNING: 2, Severity.INFO: 1, Severity.NONE: 0}
+
+
+@dataclass(frozen=True)
+class FeatureSeries:
+    """One feature over the windows shown, oldest first."""
+
+    feature: str
+    label: str
+    severity: Severity
+    hook_point: str
+    kind: str
+    units: str
+    limit: float | None
+    statistic: str
+    """What is plotted and what the limit is on: "max" or "rolling mean of N", with the phase where it is one."""
+    exceedances: int
+    """Since the collector started."""
+    recent_exceedances: int
+    fired_ratio: float | None
+    """Tokens on which it fired among those seen in the windows shown; None for dense features and without tokens."""
+    peak: float | None
+    """Largest value in the windows shown."""
+    series: list[float | None]
+    """Largest value per window; None where there was none. A sparse feature without a fire on tokens seen is at 0."""
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One refresh of the page."""
+
+    now: float
+    version: str
+    watchlist: str
+    watchlist_sha256: str
+    watchlist_notes: str
+    wrong: Verdict
+    """Is anything wrong?"""
+    seen: Verdict
+    """Is everything seen?"""
+    coverage: Coverage
+    open_requests: int
+    requests: dict[str, int]
+    """Ended ones by outcome."""
+    window_seconds: float
+    window_end: float
+    tokens_seen: list[int]
+    """Per window."""
+    tokens_missed: list[int]
+    features: list[FeatureSeries]
+    """The most abnormal first."""
+    features_total: int
+    exceedances: list[Exceedance]
+    """Newest first."""
+    engines: list[Engine]
+
+
+def overview(pipeline: Pipeline, now: float, *, most_features: int) -> Overview:
+    """The state as the page shows it."""
+    snapshot = pipeline.snapshot(now)
+    end, windows = pipeline.recent(now)
+    totals = sum((engine.tokens for engine in snapshot.engines), np.zeros((5, len(Reason), 3), np.int64))
+    missed_M = windows.tokens_by_state[:, [TokenState.UNSEEN, TokenState.DROPPED]].sum(axis=1)
+    seen_M = windows.tokens_by_state[:, [TokenState.SCORED, TokenState.INHERITED]].sum(axis=1)
+    coverage = _coverage(totals, seen_M, missed_M, pipeline.bounds.window_seconds)
+    engines = [_engine(replica, now) for replica in snapshot.replicas]
+    exceedances = pipeline.exceedances(EXCEEDANCES_SHOWN)
+    minutes = pipeline.bounds.windows * pipeline.bounds.window_seconds / 60
+    seen = is_everything_seen(coverage, engines, minutes)
+    return Overview(
+        now=now,
+        version=__version__,
+        watchlist=pipeline.watchlist.name,
+        watchlist_sha256=pipeline.watchlist.sha256,
+        watchlist_notes=pipeline.watchlist.notes,
+        wrong=is_anything_wrong(_by_severity(pipeline.features, windows), exceedances, seen, minutes),
+        seen=seen,
+        coverage=coverage,
+        open_requests=sum(engine.open_requests for engine in snapshot.engines),
+        requests=_outcomes(snapshot),
+        window_seconds=pipeline.bounds.window_seconds,
+        window_end=end,
+        tokens_seen=seen_M.tolist(),
+        tokens_missed=missed_M.tolist(),
+        features=_features(pipeline, snapshot, windows, seen_M, most_features),
+        features_total=len(pipeline.features),
+        exceedances=exceedances,
+        engines=engines,
+    )
+
+
+def _coverage(totals: Array, seen_M: Array, missed_M: Array, window_seconds: float) -> Coverage:
+    by_state = {state.name.lower(): int(totals[state].sum()) for state in TokenState}
+    by_reason = totals[[TokenState.UNSEEN, TokenState.DROPPED]].sum(axis=(0, 2))
+    all_M = seen_M + missed_M
+    return Coverage(
+        tokens=by_state,
+        missing={reason.name.lower(): int(by_reason[reason]) for reason in Reason if by_reason[reason]},
+        seen_ratio=_ratio(by_state["scored"] + by_state["inherited"], int(totals.sum())),
+        recent_seen_ratio=_ratio(int(seen_M.sum()), int(all_M.sum())),
+        tokens_per_second=float(all_M[-6:-1].sum() / (5 * window_seconds)),
+    )
+
+
+def _by_severity(features: Sequence[Feature], windows: FeatureWindow) -> dict[Severity, int]:
+    """Requests that went above a limit in the windows, by the feature's severity."""
+    counts = dict.fromkeys(Severity, 0)
+    for feature, count in zip(features, windows.exceedances_F.sum(axis=0).tolist(), strict=True):
+        counts[feature.severity] += count
+    return counts
+
+
+def _features(
+    pipeline: Pipeline, snapshot: Snapshot, windows: FeatureWindow, seen_M: Array, most: int
+) -> list[FeatureSeries]:
+    points = [str(rows.hook_point) for rows in pipeline.watchlist.hooks for _ in rows.features]
+    exceeded_F = windows.exceedances_F.sum(axis=0)
+    peak_F = windows.peak_F.max(axis=0)
+    total_F = sum((model.exceedances_F for model in snapshot.models), np.zeros(len(points), np.int64))
+    fired_F = windows.fired_F.sum(axis=0)
+    made = []
+    for i in _by_abnormality(pipeline.features, exceeded_F, peak_F)[:most]:
+        feature = pipeline.features[i]
+        made.append(
+            FeatureSeries(
+                feature=feature.id,
+                label=feature.label,
+                severity=feature.severity,
+                hook_point=points[i],
+                kind=feature.kind,
+                units=feature.units,
+                limit=feature.limit.value if feature.limit else None,
+                statistic=_statistic(feature),
+                exceedances=int(total_F[i]),
+                recent_exceedances=int(exceeded_F[i]),
+                fired_ratio=None if feature.dense else _ratio(int(fired_F[i]), int(seen_M.sum())),
+                peak=_number(float(peak_F[i])),
+                series=_series(windows.peak_F[:, i], None if feature.dense else seen_M),
+            )
+        )
+    return made
+
+
+def _by_abnormality(features: Sequence[Feature], exceeded_F: Array, peak_F: Array) -> list[int]:
+    """Order of the page: exceeded lately, the severe first; then nearness to the limit, those of no severity last.
+
+    Nearness is cut to tenths of the limit, so that rows do not change places at every refresh.
+    """
+
+    def key(i: int) -> tuple[float, ...]:
+        feature = features[i]
+        limit = feature.limit
+        nearness = -np.inf
+        if limit and np.isfinite(peak_F[i]):
+            nearness = round((float(peak_F[i]) - limit.value) / max(abs(limit.value), 1e-6), 1)
+        exceeded = int(exceeded_F[i])
+        weight = _WEIGHT[feature.severity]
+        return (-weight if exceeded else 0, -exceeded, not weight, -nearness, limit is None, i)
+
+    return sorted(range(len(features)), key=key)
+
+
+def _series(peak_M: Array, seen_M: Array | None) -> list[float | None]:
+    if seen_M is not None:
+        peak_M = np.where(np.isfinite(peak_M) | (seen_M == 0), peak_M, 0.0)
+    return [_number(value) for value in peak_M.tolist()]
+
+
+def _statistic(feature: Feature) -> str:
+    limit = feature.limit
+    if limit is None:
+        return "max"
+    name = "max" if limit.statistic == "max" else f"rolling mean of {limit.window_tokens}"
+    return name if limit.phase == "any" else f"{name}, {limit.phase} only"
+
+
+def _engine(replica: ReplicaView, now: float) -> Engine:
+    state: Literal["connected", "not armed", "disconnected"] = "connected" if replica.connected else "disconnected"
+    return Engine(
+        replica=replica.replica,
+        model_name=replica.model_name,
+        engine=replica.engine,
+        state=state if replica.armed or not replica.connected else "not armed",
+        reason=replica.not_armed_reason,
+        text=replica.not_armed_text,
+        last_seen_seconds_ago=max(0.0, now - replica.last_seen_seconds),
+        open_requests=replica.open_requests,
+        engine_version=replica.engine_version,
+        plugin_version=replica.plugin_version,
+    )
+
+
+def _outcomes(snapshot: Snapshot) -> dict[str, int]:
+    ended = {"finished": 0, "aborted": 0, "lost": 0}
+    for engine in snapshot.engines:
+        for outcome, count in engine.requests.items():
+            ended[outcome.name.lower()] += count
+    return ended
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _number(value: float) -> float | None:
+    """Four digits are enough for a plot, and half the bytes."""
+    return float(f"{value:.4g}") if np.isfinite(value) else None

@@ -1,0 +1,186 @@
+"""The collector's process: reads the watchlist, binds the addresses, joins receiver, pipeline and web in one loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+
+from monitor.collector.config import Bounds
+from monitor.collector.exposition import ProcessFacts
+from monitor.collector.pipeline import Pipeline
+from monitor.collector.web import make_app
+from monitor.errors import ConfigRefused
+from monitor.transport.receiver import Receiver
+from monitor.transport.target import Target
+from monitor.watchlist import card
+
+log = logging.getLogger(__name__)
+
+_TICK_SECONDS = 1.0
+_STOP_SECONDS = 2.0
+"""Time for streams to take their last ack and for a scrape in progress to finish."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a collector is started with."""
+
+    watchlist: Path
+    listen: Sequence[str]
+    """Addresses for engines: unix:///path or host:port."""
+    http: str
+    """Address for metrics, API and page: host:port."""
+    bounds: Bounds = field(default_factory=Bounds)
+
+
+class Service:
+    """A collector that runs in the caller's loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises: WatchlistRefused, ConfigRefused "target_invalid"."""
+        self._start_seconds = time.time()
+        self._http = _http_target(settings.http)
+        self.pipeline = Pipeline(card.read(settings.watchlist), settings.bounds)
+        self.receiver = Receiver(self.pipeline, settings.listen, clock=time.time)
+        self._server = _Server(
+            uvicorn.Config(
+                make_app(self.pipeline, clock=time.time, process=self._process),
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                # Far above a Prometheus pair and some open pages; what is beyond gets 503 instead of memory.
+                limit_concurrency=128,
+                timeout_graceful_shutdown=int(_STOP_SECONDS),
+            )
+        )
+        self._socket: socket.socket | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def http_url(self) -> str:
+        """Where the page is, with the port that was bound."""
+        port = self._socket.getsockname()[1] if self._socket else self._http.port
+        return f"http://{self._http.host}:{port}"
+
+    async def start(self) -> None:
+        """Bind and serve. Raises ConfigRefused, "port_in_use", "socket_in_use" or "address_unusable"."""
+        self._socket = _bind(self._http)
+        try:
+            await self.receiver.start()
+        except BaseException:
+            self._socket.close()
+            raise
+        if not _is_loopback(self._socket):
+            log.warning(
+                "%s is open to the network: anyone who reaches it can read metrics and request ids", self.http_url
+            )
+        self._tasks = [
+            asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http"),
+            asyncio.create_task(self._tick(), name="tick"),
+        ]
+        while not self._server.started and not self._tasks[0].done():
+            await asyncio.sleep(0.01)
+
+    async def wait(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set. Raises what a task of the collector failed with."""
+        stopped = asyncio.create_task(stop.wait())
+        done, _ = await asyncio.wait((*self._tasks, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        for task in done - {stopped}:
+            task.result()
+
+    async def stop(self) -> None:
+        """Acknowledge what is held, end the streams, close the sockets."""
+        await self.receiver.stop(_STOP_SECONDS)
+        self._server.should_exit = True
+        http, tick = self._tasks
+        tick.cancel()
+        await asyncio.wait((http, tick))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            self.pipeline.tick(time.time())
+
+    def _process(self) -> ProcessFacts:
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return ProcessFacts(self._start_seconds, resident_pages * os.sysconf("SC_PAGE_SIZE"), time.process_time())
+
+
+async def serve(settings: Settings, *, started: Callable[[Service], None]) -> None:
+    """Run a collector until SIGINT or SIGTERM. `started` is called once every address is bound.
+
+    Raises: Refusal: the watchlist or an address cannot be used.
+    """
+    service = Service(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await service.start()
+    try:
+        started(service)
+        await service.wait(stop)
+    finally:
+        await service.stop()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the service's: the receiver has to stop first."""
+        yield
+
+
+def _http_target(text: str) -> Target:
+    target = Target.parse(text, listening=True)
+    if target.socket_path:
+        raise ConfigRefused(
+            f"--http {text}",
+            found="it is a Unix socket, which neither Prometheus nor a browser can read",
+            instead="Give host:port, such as 127.0.0.1:9464.",
+            reason="target_invalid",
+        )
+    return target
+
+
+def _bind(target: Target) -> socket.socket:
+    host = target.host.strip("[]")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, target.port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen(128)
+        except BaseException:
+            bound.close()
+            raise
+    except OSError as error:
+        in_use = error.errno == errno.EADDRINUSE
+        raise ConfigRefused(
+            f"--http {target}",
+            found=error.strerror or str(error),
+            instead="Stop what uses it, or give another port with --http."
+            if in_use
+            else "Give an address of this host.",
+            reason="port_in_use" if in_use else "address_unusable",
+        ) from error
+    return bound
+
+
+def _is_loopback(bound: socket.socket) -> bool:
+    return ipaddress.ip_address(bound.getsockname()[0]).is_loopback

@@ -1,0 +1,215 @@
+"""The collector's HTTP side: /metrics, the read-only JSON API, and the live page. Everything runs in the caller's loop.
+
+Nothing here writes to the pipeline. Request ids are the client's text: they travel as JSON and the page sets them as
+text, never as markup; the Content-Security-Policy allows only this collector's own files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable, MutableMapping
+from importlib.resources import files
+from typing import Annotated, Any, Final
+
+from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
+from fastapi.responses import JSONResponse
+
+from monitor import __version__
+from monitor.collector.exposition import Families, ProcessFacts
+from monitor.collector.overview import Overview, overview
+from monitor.collector.pipeline import Pipeline
+from monitor.collector.requests import MAX_ID_CHARACTERS
+from monitor.collector.views import Exceedance, RequestView
+from monitor.export.prometheus import Exposition, negotiate
+from monitor.watchlist.card import MAX_FEATURES
+
+_PAGE: Final = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+}
+_HEADERS: Final = (
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Asgi = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """That the collector answers, and how many engines stream to it."""
+
+    status: str
+    version: str
+    streams: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """The watchlist's features with their totals."""
+
+    watchlist: str
+    sha256: str
+    features: list[FeatureTotals]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureTotals:
+    """One feature, as the watchlist describes it and as this collector counted it over all models."""
+
+    id: str
+    label: str
+    severity: str
+    hook_point: str
+    kind: str
+    gate: str
+    units: str
+    limit: dict[str, Any] | None
+    skip_first_positions: int
+    source: dict[str, Any]
+    evidence: dict[str, Any]
+    fired_tokens: int
+    requests: int
+    exceedances: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Requests that this collector holds."""
+
+    requests: list[RequestView]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exceedances:
+    """Exceedances that this collector holds, newest first."""
+
+    exceedances: list[Exceedance]
+
+
+def make_app(pipeline: Pipeline, *, clock: Callable[[], float], process: Callable[[], ProcessFacts]) -> Asgi:
+    """The ASGI application. `clock` gives seconds since the Unix epoch."""
+    app = FastAPI(
+        title="latentwatch collector",
+        version=__version__,
+        description="Read-only view of what a served model's watched features did.",
+        # The documentation pages load scripts from a CDN; the schema itself stays at /openapi.json.
+        docs_url=None,
+        redoc_url=None,
+    )
+    _add_operations(app, pipeline, clock, process)
+    _add_api(app, pipeline, clock)
+    for path, (name, media) in _PAGE.items():
+        _add_file(app, path, files("monitor.collector").joinpath("static", name).read_bytes(), media)
+    return _secured(app)
+
+
+def _add_operations(
+    app: FastAPI, pipeline: Pipeline, clock: Callable[[], float], process: Callable[[], ProcessFacts]
+) -> None:
+    families, exposition = Families(pipeline.watchlist), Exposition()
+
+    @app.get("/metrics", response_class=Response, tags=["operations"])
+    async def metrics(accept: Annotated[str, Header()] = "") -> Response:
+        """Metrics as Prometheus text, or as OpenMetrics with exemplars where the Accept header asks for it."""
+        media, open_metrics = negotiate(accept)
+        snapshot = pipeline.snapshot(clock())
+        return Response(
+            exposition.render(families.of(snapshot, process()), open_metrics=open_metrics),
+            headers={"content-type": media},
+        )
+
+    @app.get("/healthz", response_model=Health, tags=["operations"])
+    async def healthz() -> Response:
+        """Answers while the collector's loop runs, whether or not engines are connected."""
+        connected = sum(replica.connected for replica in pipeline.snapshot(clock()).replicas)
+        return _json(Health("ok", __version__, connected))
+
+
+def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> None:
+    @app.get("/v1/overview", response_model=Overview, tags=["api"])
+    async def get_overview(features: Annotated[int, Query(ge=0, le=MAX_FEATURES)] = 48) -> Response:
+        """Verdicts, coverage, the most abnormal features over time, latest exceedances, engines."""
+        return _json(overview(pipeline, clock(), most_features=features))
+
+    @app.get("/v1/features", response_model=Features, tags=["api"])
+    async def get_features() -> Response:
+        """Every feature of the watchlist."""
+        return _json(Features(pipeline.watchlist.name, pipeline.watchlist.sha256, _feature_totals(pipeline, clock())))
+
+    @app.get("/v1/exceedances", response_model=Exceedances, tags=["api"])
+    async def get_exceedances(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+        """Requests that went above a feature's limit."""
+        return _json(Exceedances(pipeline.exceedances(limit)))
+
+    @app.get("/v1/requests", response_model=Requests, tags=["api"])
+    async def get_requests(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
+        """Open requests, newest first, then ended ones, latest end first."""
+        return _json(Requests(pipeline.requests(limit)))
+
+    @app.get(
+        "/v1/requests/{request_id:path}",
+        response_model=Requests,
+        responses={404: {"description": "no such request is held"}},
+        tags=["api"],
+    )
+    async def get_request(request_id: Annotated[str, Path(max_length=4 * MAX_ID_CHARACTERS)]) -> Response:
+        """The requests with this engine request id, or with this id of an OpenAI-compatible response."""
+        found = pipeline.find(request_id)
+        if not found:
+            raise HTTPException(
+                404,
+                f"request {request_id[:MAX_ID_CHARACTERS]!r}: this collector does not hold it. It keeps the last "
+                f"{pipeline.bounds.closed_requests} that ended; another collector may have it.",
+            )
+        return _json(Requests(found))
+
+
+def _add_file(app: FastAPI, path: str, content: bytes, media: str) -> None:
+    @app.get(path, include_in_schema=False)
+    async def get_file() -> Response:
+        return Response(content, headers={"content-type": media})
+
+
+def _feature_totals(pipeline: Pipeline, now: float) -> list[FeatureTotals]:
+    models = pipeline.snapshot(now).models
+    points = [str(rows.hook_point) for rows in pipeline.watchlist.hooks for _ in rows.features]
+    return [
+        FeatureTotals(
+            **dataclasses.asdict(feature),
+            hook_point=point,
+            fired_tokens=sum(int(model.fired_F[i]) for model in models),
+            requests=sum(int(model.requests_F[i]) for model in models),
+            exceedances=sum(int(model.exceedances_F[i]) for model in models),
+        )
+        for i, (feature, point) in enumerate(zip(pipeline.features, points, strict=True))
+    ]
+
+
+def _json(value: Any) -> JSONResponse:
+    return JSONResponse(dataclasses.asdict(value))
+
+
+def _secured(app: Asgi) -> Asgi:
+    """Security headers on every response, errors included."""
+
+    async def secured(scope: Message, receive: Receive, send: Send) -> None:
+        async def send_secured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_HEADERS]
+            await send(message)
+
+        await app(scope, receive, send_secured if scope["type"] == "http" else send)
+
+    return secured
