@@ -200,6 +200,7 @@ def weights(seed: int = 2) -> dict[str, torch.Tensor]:
         "b_dec": torch.randn(D, generator=generator) * 0.2,
         "threshold": torch.linspace(0.0, 0.8, F),
     }
+    made["W_enc"] /= made["W_enc"].norm(dim=0)
     return made
 
 
