@@ -1,0 +1,140 @@
+"""Arming: the layers are found without guessing, another model is refused by the field that differs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from monitor.engine import encoder
+from monitor.errors import EngineRefused, WatchlistRefused
+from tests.support import tiny
+
+
+class FusedNorm(torch.nn.Module):
+    """As vLLM's RMSNorm: with a residual it returns (normed, sum)."""
+
+    def forward_native(self, x: Any, residual: Any = None) -> Any:
+        return x if residual is None else (x * 0.5, x + residual)
+
+    def forward(self, *args: Any) -> Any:
+        return self.forward_native(*args)
+
+
+class FusedLayer(torch.nn.Module):
+    """As vLLM's Llama layer: the sum of what it returns is resid_post."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm = FusedNorm()
+
+    def forward(self, hidden: Any, residual: Any) -> Any:
+        if residual is None:
+            hidden, residual = self.input_layernorm(hidden), hidden
+        else:
+            hidden, residual = self.input_layernorm(hidden, residual)
+        return hidden * 0.1, residual
+
+
+class PlainLayer(torch.nn.Module):
+    """As vLLM's GPT-2 block: it returns resid_post itself."""
+
+    def forward(self, hidden: Any) -> Any:
+        return hidden * 1.1
+
+
+class Model(torch.nn.Module):
+    def __init__(self, layer: type[torch.nn.Module], layers: int = tiny.LAYERS) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layer() for _ in range(layers))
+        self.norm = FusedNorm()
+        self.streams: list[Any] = []
+
+    def forward(self, hidden: Any) -> Any:
+        residual = None
+        self.streams = []
+        for layer in self.layers:
+            if isinstance(layer, PlainLayer):
+                hidden = layer(hidden)
+                self.streams.append(hidden)
+            else:
+                hidden, residual = layer(hidden, residual)
+                self.streams.append(hidden + residual)
+        return hidden if residual is None else self.norm(hidden, residual)[0]
+
+
+def arm(model: Model, watchlist: Any) -> Any:
+    return encoder.arm(model, watchlist, max_rows=16, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("layer", [FusedLayer, PlainLayer])
+def test_every_kind_of_layer_is_scored_on_the_summed_stream(layer, tmp_path):
+    """Layer 1 is read behind the next layer's norm, layer 3 behind the final one, a plain layer at its output."""
+    watchlist = tiny.watchlist(tmp_path / "w.safetensors")
+    model = Model(layer)
+    hooks = arm(model, watchlist)
+    x_TD = torch.randn(5, tiny.D_MODEL)
+    model(x_TD)
+    for hook in hooks:
+        stream = model.streams[hook.rows.hook_point.layer].numpy()
+        np.testing.assert_allclose(hook.stat_T3[:5, 0].numpy(), np.linalg.norm(stream, axis=1), rtol=1e-5)
+        dense = np.array([f.dense for f in hook.rows.features])
+        expected = stream @ hook.rows.w_KD[dense].T + hook.rows.scale_6K[2, dense]
+        np.testing.assert_allclose(hook.act_TK[:5].numpy()[:, dense], expected, atol=1e-4)
+
+
+def test_the_models_own_output_is_the_same_with_the_hooks(tmp_path):
+    model = Model(FusedLayer)
+    x_TD = torch.randn(5, tiny.D_MODEL)
+    before = model(x_TD)
+    arm(model, tiny.watchlist(tmp_path / "w.safetensors"))
+    assert torch.equal(before, model(x_TD))
+
+
+def test_our_buffers_stay_out_of_the_models_checkpoint(tmp_path):
+    model = Model(FusedLayer)
+    before = set(model.state_dict())
+    arm(model, tiny.watchlist(tmp_path / "w.safetensors"))
+    assert set(model.state_dict()) == before
+
+
+def test_two_lists_of_the_same_length_are_refused_not_guessed():
+    model = torch.nn.Module()
+    model.text, model.draft = Model(PlainLayer), Model(PlainLayer)
+    with pytest.raises(EngineRefused, match="2 lists of 4 modules") as caught:
+        encoder.find_layers(model, tiny.LAYERS)
+    assert caught.value.reason == "architecture_unknown"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("hidden_size", 128, "watchlist_width"),
+        ("num_hidden_layers", 8, "watchlist_model"),
+        ("vocab_size", 1000, "watchlist_model"),
+        ("architectures", ["MistralForCausalLM"], "watchlist_model"),
+    ],
+)
+def test_a_watchlist_for_another_model_is_refused_by_the_field_that_differs(field, value, reason, tmp_path):
+    served: dict[str, Any] = {
+        "hidden_size": tiny.D_MODEL,
+        "num_hidden_layers": tiny.LAYERS,
+        "vocab_size": tiny.VOCABULARY,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    expected = tiny.watchlist(tmp_path / "w.safetensors").model
+    encoder.check_model(SimpleNamespace(**served), torch.bfloat16, expected)
+    with pytest.raises(WatchlistRefused) as caught:
+        encoder.check_model(SimpleNamespace(**{**served, field: value}), torch.bfloat16, expected)
+    assert caught.value.reason == reason
+    assert str(value[0] if isinstance(value, list) else value) in caught.value.found
+
+
+def test_a_dtype_that_the_watchlist_was_not_measured_in_is_refused(tmp_path):
+    served = SimpleNamespace(hidden_size=tiny.D_MODEL, num_hidden_layers=tiny.LAYERS, vocab_size=tiny.VOCABULARY, architectures=["LlamaForCausalLM"])
+    with pytest.raises(WatchlistRefused, match="float16") as caught:
+        encoder.check_model(served, torch.float16, tiny.watchlist(tmp_path / "w.safetensors").model)
+    assert caught.value.reason == "watchlist_dtype"

@@ -1,0 +1,201 @@
+"""The engine's side of the hand-over, without an engine: what the tap writes, the exporter's ledger reads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from monitor.engine import finish, rowmap
+from monitor.engine.drain import Drain, HostBuffers
+from monitor.engine.encoder import SENTINEL, ArmedHook
+from monitor.engine.tap import Tap
+from monitor.exporter.ledger import Ledger
+from monitor.names import Reason, TokenState
+from monitor.ring import Geometry, Ring
+from monitor.step import EngineCounters
+from tests.support import tiny
+
+
+@pytest.fixture
+def hooks(tmp_path: Any) -> tuple[ArmedHook, ...]:
+    watchlist = tiny.watchlist(tmp_path / "w.safetensors", sparse=4, dense=1)
+    made = tuple(ArmedHook(rows, torch.zeros(32, 5), torch.ones(32, 3)) for rows in watchlist.hooks)
+    for hook in made:
+        hook.stat_T3[:, 2] = 0
+        hook.reset()
+    return made
+
+
+def forward(hooks: tuple[ArmedHook, ...], rows: int, value: float = 2.0) -> None:
+    """What the op does to the buffers in one step: feature 1 fires on even rows, the probe says `value`."""
+    for hook in hooks:
+        hook.act_TK[:rows] = 0.0
+        hook.act_TK[:rows:2, 1] = value
+        hook.act_TK[:rows, 4] = -value
+        hook.stat_T3[:rows, 0] = 7.0
+
+
+def scheduled(new: list[tuple[str, int]], counts: dict[str, int], finished: dict[str, tuple[int, bool]] | None = None) -> Any:
+    """A SchedulerOutput with the fields that the tap reads."""
+    output = SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=name, prompt_token_ids=[0] * prompt, num_computed_tokens=0, lora_request=None)
+            for name, prompt in new
+        ],
+        finished_req_ids=set(finished or {}),
+        total_num_scheduled_tokens=sum(counts.values()),
+        num_scheduled_tokens=counts,
+    )
+    setattr(output, finish.ATTRIBUTE, finished or {})
+    return output
+
+
+def v1_runner(starts: dict[str, int]) -> Any:
+    batch = SimpleNamespace(
+        req_ids=list(starts), num_reqs=len(starts), num_computed_tokens_cpu=np.array([*starts.values(), 99], np.int32)
+    )
+    return SimpleNamespace(input_batch=batch, execute_model_state=None)
+
+
+def geometry(hooks: tuple[ArmedHook, ...]) -> Geometry:
+    return Geometry(max_requests=8, max_rows=32, features=5 * len(hooks), dense=len(hooks), hook_points=len(hooks))
+
+
+def test_scores_arrive_at_the_ledger_with_their_request_and_position(hooks):
+    ring = Ring.create(geometry(hooks))
+    reader = Ring(ring.fd, ring.geometry, create=False)
+    tap, ledger = Tap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
+    forward(hooks, 5)
+    tap.after_step(v1_runner({"a": 0, "b": 0}), scheduled([("a", 3), ("b", 2)], {"a": 3, "b": 2}))
+    tap.after_step(v1_runner({}), scheduled([], {}, {"a": (1, False), "b": (1, False)}))
+    batches = []
+    while (raw := reader.peek()) is not None:
+        batches.append(ledger.take(raw, EngineCounters()))
+        reader.release()
+    scored = batches[1]
+    assert [(int(s["start"]), int(s["count"])) for s in scored.segments_S] == [(0, 3), (0, 2)]
+    assert scored.fires_N.tolist() == [(r, f, 2.0) for r in (0, 2, 4) for f in (1, 6)]
+    assert (scored.dense_RP == -2.0).all()
+    assert (scored.norm_RH == 7.0).all()
+    assert [closed.request_id for closed in scored.closed] == ["a", "b"]
+
+
+def test_a_forward_without_the_op_is_reported_silent_and_the_next_one_is_not(hooks):
+    ring = Ring.create(geometry(hooks))
+    tap = Tap(ring, hooks, on_gpu=False)
+    forward(hooks, 2)
+    tap.after_step(v1_runner({"a": 0}), scheduled([("a", 2)], {"a": 2}))
+    tap.after_step(v1_runner({"a": 2}), scheduled([], {"a": 1}))  # no forward() before: nothing was written
+    assert ring.peek().silent is False
+    ring.release()
+    assert ring.peek().silent is True
+
+
+def test_a_full_ring_costs_steps_but_no_opening_or_closing(hooks):
+    ring = Ring.create(geometry(hooks))
+    reader = Ring(ring.fd, ring.geometry, create=False)
+    tap, ledger = Tap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
+    steps = ring.slots + 5
+    for step in range(steps):
+        forward(hooks, 1)
+        tap.after_step(v1_runner({"a": step}), scheduled([("a", 1)] if step == 0 else [], {"a": 1}))
+    reader.peek()
+    batches = [ledger.take(reader.peek(), EngineCounters())]
+    reader.release()
+    tap.after_step(v1_runner({}), scheduled([], {}, {"a": (steps, False)}))
+    while (raw := reader.peek()) is not None:
+        batches.append(ledger.take(raw, EngineCounters()))
+        reader.release()
+    assert ring.dropped_steps == 5
+    tokens = {TokenState.SCORED: 0, TokenState.DROPPED: 0}
+    for batch in batches:
+        for segment in batch.segments_S:
+            tokens[TokenState(segment["state"])] += int(segment["count"])
+            assert segment["reason"] in (Reason.NONE, Reason.RING_FULL)
+    assert tokens == {TokenState.SCORED: ring.slots, TokenState.DROPPED: 5}
+    assert batches[-1].closed[0].total_tokens == steps
+
+
+def test_an_exporter_started_again_is_told_every_live_request(hooks):
+    ring = Ring.create(geometry(hooks))
+    tap = Tap(ring, hooks, on_gpu=False)
+    forward(hooks, 2)
+    tap.after_step(v1_runner({"a": 0}), scheduled([("a", 2)], {"a": 2}))
+    ring.peek()
+    ring.release()
+    tap.announce_again()
+    forward(hooks, 1)
+    tap.after_step(v1_runner({"a": 2}), scheduled([], {"a": 1}))
+    ledger = Ledger(armed=True, drafts=False)
+    batch = ledger.take(ring.peek(), EngineCounters())
+    assert [opened.request_id for opened in batch.opened] == ["a"]
+    assert ledger.finish().segments_S["start"].tolist() == [2]
+
+
+def test_more_activations_than_the_slot_holds_cut_whole_rows_and_say_which(hooks):
+    ring = Ring.create(geometry(hooks))
+    slot = ring.reserve()
+    for hook in hooks:
+        hook.act_TK[:6, :4] = 1.0
+        hook.stat_T3[:6, 0] = 1.0
+    views = HostBuffers(hooks).views(6)
+    assert Drain(hooks).write(slot, *views)[:2] == (6, 48)
+    slot.fires_N = slot.fires_N[:23]  # eight activations a row: two whole rows fit
+    assert Drain(hooks).write(slot, *views)[:2] == (2, 16)
+
+
+def test_the_sentinel_is_put_back_after_every_step(hooks):
+    tap = Tap(Ring.create(geometry(hooks)), hooks, on_gpu=False)
+    forward(hooks, 2)
+    tap.after_step(v1_runner({"a": 0}), scheduled([("a", 2)], {"a": 2}))
+    assert all(float(hook.stat_T3[0, 0]) == SENTINEL for hook in hooks)
+
+
+def test_the_v2_row_map_follows_the_batch_order_not_the_schedulers():
+    batch = SimpleNamespace(
+        req_ids=["decode", "prefill"],
+        num_reqs=2,
+        num_tokens=6,
+        num_computed_tokens_np=np.array([9, 0]),
+        query_start_loc_np=np.array([0, 1, 6, 6]),
+    )
+    runner = SimpleNamespace(execute_model_state=SimpleNamespace(input_batch=batch))
+    step = rowmap.read(runner, scheduled([], {"prefill": 5, "decode": 1}))
+    assert (list(step.request_ids), step.start.tolist(), step.count.tolist(), step.rows) == (["decode", "prefill"], [9, 0], [1, 5], 6)
+
+
+class _Status:
+    FINISHED_STOPPED, FINISHED_ABORTED = 1, 2
+
+
+class _Scheduler:
+    """The two methods of vLLM's scheduler that finish.install() wraps."""
+
+    def __init__(self) -> None:
+        self.finished: set[str] = set()
+
+    def _free_request(self, request: Any) -> str:
+        self.finished.add(request.request_id)
+        return "freed"
+
+    def schedule(self) -> Any:
+        finished, self.finished = self.finished, set()
+        return SimpleNamespace(finished_req_ids=finished)
+
+
+def test_how_a_request_ended_travels_with_the_schedulers_own_message():
+    finish.install(_Scheduler, _Status)
+    finish.install(_Scheduler, _Status)  # a second load of the plugin changes nothing
+    scheduler = _Scheduler()
+    assert scheduler._free_request(SimpleNamespace(request_id="a", num_output_tokens=7, status=1)) == "freed"
+    scheduler._free_request(SimpleNamespace(request_id="b", num_output_tokens=0, status=2))
+    assert finish.ended_requests(scheduler.schedule()) == {"a": (7, False), "b": (0, True)}
+    assert finish.ended_requests(scheduler.schedule()) == {}
+
+
+def test_a_scheduler_that_does_not_say_how_a_request_ended_is_read_as_unknown():
+    assert finish.ended_requests(SimpleNamespace(finished_req_ids={"a"})) == {"a": (-1, False)}
