@@ -122,11 +122,15 @@ class Run:
         if not found:
             return None
         token_at, sent_at = min(found)
-        first_page = next((page for page in self.pages if page.alert == PAGING_ALERT and page.status == "firing"), None)
+        # False alarms before the incident must not count as its detection.
+        before = max((sample.critical for sample in self.samples if sample.at <= token_at), default=0)
+        metrics_at = (sample.at for sample in self.samples if sample.at > token_at and sample.critical > before)
+        pages = (page for page in self.pages if page.alert == PAGING_ALERT and page.at > token_at)
+        first_page = next(pages, None)
         return Moments(
             sent_at=sent_at,
             token_at=token_at,
-            metrics_at=next((sample.at for sample in self.samples if sample.critical), None),
+            metrics_at=next(metrics_at, None),
             rule_at=None if first_page is None else first_page.starts_at,
             page_at=None if first_page is None else first_page.at,
         )
@@ -160,6 +164,11 @@ class Run:
             ),
             Check("nothing dropped", dropped == 0, f"{dropped:,} tokens dropped"),
             Check("tokens were scored", states.get("scored", 0) > 0, f"{states.get('scored', 0):,} tokens scored"),
+            Check(
+                "every exceedance listed",
+                len(self.exceedances) == self.settled.exceedances,
+                f"{self.settled.exceedances} counted on /metrics, {len(self.exceedances)} listed by the API",
+            ),
             Check(
                 "the incident was seen",
                 self.caught > 0,

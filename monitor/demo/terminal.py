@@ -41,7 +41,7 @@ class Terminal:
 
     def done(self, step: str, text: str, *, mark: str = "✓", style: str = "green") -> None:
         """A step that ended; it stays."""
-        self._write(f"{self._stamp()} {self.style(mark, style)} {step:<13} {text}")
+        self._write(f"{self._stamp()} {self.style(mark, style)} {step:<14} {text}")
         self._said = time.monotonic()
 
     def tick(self, step: str, text: str) -> None:
@@ -49,9 +49,9 @@ class Terminal:
         if self._live:
             self._frame += 1
             mark = self.style(SPINNER[self._frame % len(SPINNER)], "cyan")
-            # The stamp, the mark and the step's name take 27 columns; a wrapped line could not be redrawn.
-            room = shutil.get_terminal_size().columns - 28
-            self._out.write(f"\r\x1b[K{self._stamp()} {mark} {step:<13} {text[:room]}")
+            # The stamp, the mark and the step's name take 28 columns; a wrapped line could not be redrawn.
+            room = shutil.get_terminal_size().columns - 29
+            self._out.write(f"\r\x1b[K{self._stamp()} {mark} {step:<14} {text[:room]}")
             self._out.flush()
         elif time.monotonic() - self._said >= LOG_EVERY_SECONDS:
             self.done(step, text, mark="…", style="dim")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,13 @@ def settled(run: Run, **states: int) -> Run:
     """The run with another last reading."""
     last = run.samples[-1]
     return replace(run, samples=[*run.samples[:-1], replace(last, states={**last.states, **states})])
+
+
+def exceeded(run: Run, exceedances: list[Exceedance]) -> Run:
+    """The run with other exceedances, listed and counted."""
+    counts = Counter((e.feature, e.severity) for e in exceedances)
+    last = replace(run.samples[-1], exceeded=counts)
+    return replace(run, exceedances=exceedances, samples=[*run.samples[:-1], last])
 
 
 def exceedance(run: Run, *, feared: bool, severity: str = "critical") -> Exceedance:
@@ -55,20 +63,20 @@ def test_a_critical_exceedance_on_an_ordinary_request_fails_even_within_the_wind
     false_alarm = exceedance(run, feared=False)
     begin, end = run.incident
     assert begin < false_alarm.at < end
-    run = replace(run, exceedances=[*run.exceedances, false_alarm])
+    run = exceeded(run, [*run.exceedances, false_alarm])
     assert broken(run) == {"no critical exceedance outside"}
     assert run.as_json()["exceedances"]["critical_outside"] == 1
 
 
 def test_a_warning_on_an_ordinary_request_is_counted_outside_and_passes() -> None:
     run = a_run()
-    run = replace(run, exceedances=[*run.exceedances, exceedance(run, feared=False, severity="warning")])
+    run = exceeded(run, [*run.exceedances, exceedance(run, feared=False, severity="warning")])
     assert run.passed
     assert run.as_json()["exceedances"]["outside"] == 1
 
 
 def test_an_incident_that_nobody_saw_fails() -> None:
-    run = replace(a_run(), exceedances=[])
+    run = exceeded(a_run(), [])
     assert {"the incident was seen", "the page arrived"} <= broken(run)
 
 
@@ -94,7 +102,7 @@ def test_seconds_count_from_the_moment_the_client_held_the_first_anomalous_token
 def test_an_exceedance_in_the_prompt_counts_from_the_sending_of_its_request() -> None:
     run = a_run()
     early = replace(exceedance(run, feared=True), position=3)
-    run = replace(run, exceedances=[early])
+    run = exceeded(run, [early])
     assert run.moments is not None
     assert run.moments.token_at == run.by_id[early.response_id].sent_at
 
@@ -112,6 +120,23 @@ def test_a_step_that_was_not_shown_is_null_and_says_why() -> None:
     figures = a_run(paging="--no-prometheus was given").as_json()
     assert figures["seconds_to_page"] is None
     assert figures["paging"] == "--no-prometheus was given"
+
+
+def test_an_exceedance_that_the_api_does_not_list_fails() -> None:
+    run = a_run()
+    assert broken(replace(run, exceedances=run.exceedances[1:])) == {"every exceedance listed"}
+
+
+def test_a_false_alarm_before_the_incident_does_not_count_as_its_detection() -> None:
+    run = a_run()
+    early = {("probe.0", "critical"): 1}
+    samples = [
+        replace(s, exceeded=dict(Counter(s.exceeded) + Counter(early))) if s.at > BEGAN + 5 else s for s in run.samples
+    ]
+    page = replace(run.pages[0], at=BEGAN + 7)
+    fooled = replace(run, samples=samples, pages=[page, *run.pages])
+    assert fooled.seconds_to_metrics == run.seconds_to_metrics
+    assert fooled.seconds_to_page == run.seconds_to_page
 
 
 def test_a_run_without_any_traffic_is_judged_and_not_an_error() -> None:

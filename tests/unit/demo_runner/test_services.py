@@ -68,7 +68,7 @@ def test_the_compile_cache_is_kept_where_the_user_said(monkeypatch: pytest.Monke
 def test_the_engines_phase_is_the_latest_that_its_log_names(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("")
-    assert services.engine_phase(log, first_start=False) == "starting"
+    assert services.engine_phase(log, first_start=False) == "importing torch and vLLM"
     log.write_text("Starting to load model /m\nWarming up model for the compilation\n")
     assert services.engine_phase(log, first_start=False) == "compiling and warming up the model"
     assert "first start" in services.engine_phase(log, first_start=True)

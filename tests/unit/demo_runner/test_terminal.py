@@ -33,7 +33,7 @@ def test_on_a_terminal_the_running_step_is_redrawn_in_one_line(monkeypatch: pyte
     shown.tick("vLLM", "x" * 200)
     shown.tick("vLLM", "again")
     assert "\n" not in out.getvalue()
-    assert out.getvalue().count("x") == 32
+    assert out.getvalue().count("x") == 31
 
 
 def test_no_color_turns_colour_off_and_keeps_the_redraw(monkeypatch: pytest.MonkeyPatch) -> None:
