@@ -1,0 +1,147 @@
+"""Step time with the monitor on / off on the CPU engine: `make bench-step-time` writes results/step-time.json.
+
+Two engines with the demo model are up at once, one with the monitor and one without, compiled as vLLM ships. They
+generate the same waves in turn, A B B A ..., so that a machine whose speed drifts slows both alike, and each pair of
+waves gives one ratio. Checked first: both give the same tokens, and the collector's books hold every one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monitor.watchlist import card
+from tests.support.engine_run import ENVIRONMENT
+from tests.support.engines import ROOT, cache_root, random_prompts
+from tests.support.recording import RecordingCollector
+
+RESULT = ROOT / "tests/bench/results/step-time.json"
+ASSETS = ROOT / "monitor/demo/assets"
+MODEL, WATCHLIST = ASSETS / "model", ASSETS / "demo.watchlist.safetensors"
+PAIRS = 15
+OUTPUT_TOKENS = 64
+BATCHES = (1, 8, 32)
+
+
+def child() -> None:
+    """An engine that generates the wave on each line of standard input, and says how long it took."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=str(MODEL), skip_tokenizer_init=True, max_model_len=512, max_num_seqs=32, enable_prefix_caching=False)
+    print("READY", flush=True)
+    for line in sys.stdin:
+        prompts: Any = [{"prompt_token_ids": prompt} for prompt in json.loads(line)]
+        sampling = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        print("DONE", json.dumps([seconds, [list(o.outputs[0].token_ids) for o in outputs]]), flush=True)
+    llm.llm_engine.engine_core.shutdown()
+
+
+class Engine:
+    """One child process."""
+
+    def __init__(self, log: Path, env: dict[str, str]) -> None:
+        self._log = log.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.bench.step_time", "--child"],
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT, "VLLM_CACHE_ROOT": str(cache_root()), **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def wait_for(self, word: str) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        raise SystemExit(f"an engine ended early; see {self._log.name}")
+
+    def run(self, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(prompts) + "\n")
+        self._process.stdin.flush()
+        seconds, outputs = json.loads(self.wait_for("DONE"))
+        return seconds, outputs
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+def measure(on: Engine, off: Engine, batch: int) -> dict[str, Any]:
+    """One row: the paired ratios of `batch` concurrent requests."""
+    prompts = [item["prompt"] for item in random_prompts(batch, vocabulary=1000, longest=24, seed=batch)]
+    assert on.run(prompts)[1] == off.run(prompts)[1], "the monitor changed the model's output"
+    on_seconds, off_seconds = [], []
+    for pair in range(PAIRS):
+        for engine in (on, off) if pair % 2 else (off, on):
+            (on_seconds if engine is on else off_seconds).append(engine.run(prompts)[0])
+    ratio = np.array(off_seconds) / np.array(on_seconds)
+    # The prompt's step and one per further token; scheduling alone, so the count is the same on both sides.
+    step_ms = 1000 * np.median(off_seconds) / OUTPUT_TOKENS
+    p20, p50, p80 = np.percentile(ratio, [20, 50, 80])
+    row = {"batch": batch, "pairs": PAIRS, "step_ms_off": round(float(step_ms), 3)}
+    return row | {f"throughput_ratio_{name}": round(float(value), 4) for name, value in (("p20", p20), ("p50", p50), ("p80", p80))}
+
+
+def main() -> None:
+    import torch
+    import vllm
+
+    from monitor import __version__
+
+    with tempfile.TemporaryDirectory(prefix="lw") as folder, RecordingCollector(Path(folder) / "c.sock") as collector:
+        env = {"LATENTWATCH_WATCHLIST": str(WATCHLIST), "LATENTWATCH_COLLECTOR": collector.target}
+        on = Engine(Path(folder) / "on.log", env)
+        on.wait_for("READY")
+        off = Engine(Path(folder) / "off.log", {"LATENTWATCH_DISABLE": "1"})
+        off.wait_for("READY")
+        rows = []
+        for batch in BATCHES:
+            rows.append(measure(on, off, batch))
+            print(rows[-1], flush=True)
+        requests = sum((1 + PAIRS) * batch for batch in BATCHES)
+        collector.wait_closed(requests)
+        closed = [c for b in collector.sink.batches for c in b.closed]
+        books = sum(int(b.segments_S["count"].sum()) for b in collector.sink.batches)
+        assert len(closed) == requests and books == sum(c.total_tokens for c in closed), "the books do not balance"
+        on.close()
+        off.close()
+    RESULT.write_text(
+        json.dumps(
+            {
+                "what": "throughput with the monitor on / off, same waves in turn on two CPU engines that are up at once",
+                "date": datetime.date.today().isoformat(),
+                "hardware": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+                "versions": {"latentwatch": __version__, "vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+                "features": len(card.read(WATCHLIST).features),
+                "rows": rows,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    print(f"wrote {RESULT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    child() if parser.parse_args().child else main()
