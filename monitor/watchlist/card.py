@@ -260,7 +260,11 @@ def read(path: Path) -> Watchlist:
             "hook_point_unknown".
     """
     what = f"watchlist {path}"
-    data = _read_bytes(path, what)
+    return parse(_read_bytes(path, what), what)
+
+
+def parse(data: bytes, what: str = "watchlist") -> Watchlist:
+    """Check the bytes of a watchlist file; `what` names them in errors. Raises as `read`."""
     card, tensors = _unpack(data, what)
     if card.get("format") != FORMAT:
         found = f"format {card.get('format')!r}, this version reads {FORMAT!r}"

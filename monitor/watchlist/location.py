@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from monitor.errors import WatchlistRefused
 
@@ -57,6 +59,10 @@ class Location:
         """Whether the source is one file and not a folder."""
         return self.has("")
 
+    def config(self, name: str) -> Config:
+        """A JSON object from the source's folder, whose values are checked as they are asked for."""
+        return Config(self, name, self.json(name))
+
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object from the source's folder."""
         path = self.file(name)
@@ -99,6 +105,57 @@ class Location:
                 f"the hub gives no {path!r} ({type(error).__name__}: {str(error).splitlines()[0][:160]})",
                 "Check the name and revision, or download the files and give a local path.",
             ) from error
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a source's configuration. A value of another type than asked for is refused, never converted."""
+
+    location: Location
+    file: str
+    fields: Mapping[str, Any]
+
+    def text(self, key: str) -> str | None:
+        """A string; None where the key is missing or null."""
+        return cast(str | None, self._typed(key, "text", str))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._typed(key, "true or false", bool)
+        return default if value is None else bool(value)
+
+    def count(self, key: str) -> int | None:
+        """A whole number above zero."""
+        value = self._typed(key, "a whole number above zero", int)
+        if value is not None and value < 1:
+            raise self.refuse(key, "a whole number above zero")
+        return cast(int | None, value)
+
+    def number(self, key: str) -> float | None:
+        """A finite number."""
+        value = self._typed(key, "a number", int, float)
+        if value is not None and not math.isfinite(value):
+            raise self.refuse(key, "a finite number")
+        return None if value is None else float(value)
+
+    def section(self, key: str) -> Config:
+        """An object; an empty one where the key is missing or null."""
+        return Config(self.location, self.file, self._typed(key, "an object", dict) or {})
+
+    def noted(self, *keys: str) -> dict[str, Any]:
+        """Those of the fields that are plain values, for a card."""
+        return {key: self.fields[key] for key in keys if isinstance(self.fields.get(key), str | int | bool)}
+
+    def refuse(self, key: str, expected: str) -> WatchlistRefused:
+        """The error of one field."""
+        found = f"{self.file} has {key} = {str(self.fields.get(key))[:80]!r}, not {expected}"
+        return self.location.refuse(found, "Fetch the file again, or check the 'format' of this source.")
+
+    def _typed(self, key: str, expected: str, *types: type) -> Any:
+        value = self.fields.get(key)
+        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            raise self.refuse(key, expected)
+        return value
 
 
 def sha256_of(path: Path) -> str:

@@ -96,6 +96,33 @@ class Tensors(ABC):
             "Check that the configuration and the weights belong together.",
         )
 
+    def matrix(self, name: str) -> tuple[int, int]:
+        """The two sizes of a matrix that is not empty; anything else is refused."""
+        shape = self.shape(name)
+        if len(shape) != 2 or 0 in shape:
+            raise self.refuse(
+                f"tensor {name!r} has shape {list(shape)}, not a matrix", "Check the 'format' of this source."
+            )
+        return shape[0], shape[1]
+
+    def vector(self, name: str) -> int:
+        """The size of a vector that is not empty; anything else is refused."""
+        shape = self.shape(name)
+        if len(shape) != 1 or 0 in shape:
+            raise self.refuse(
+                f"tensor {name!r} has shape {list(shape)}, not a vector", "Check the 'format' of this source."
+            )
+        return shape[0]
+
+    def scalar(self, name: str) -> float:
+        """A single number; anything else is refused."""
+        shape = self.shape(name)
+        if math.prod(shape) != 1:
+            raise self.refuse(
+                f"tensor {name!r} has shape {list(shape)}, not one number", "Check the 'format' of this source."
+            )
+        return float(self.whole(name).reshape(()))
+
     def rows(self, name: str, index_K: Sequence[int]) -> F64:
         """The chosen slices along the first axis, float64 [K, ...], in the order asked for."""
         entry = self.entries[name]

@@ -8,15 +8,14 @@ Upstream truth: circuit_tracer/transcoder/{single_layer,cross_layer}_transcoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import yaml
 
 from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
-from monitor.watchlist.location import Location
+from monitor.watchlist.location import Config, Location
 from monitor.watchlist.sources import About, Options, Source
 from monitor.watchlist.tensors import SafetensorsFile
 
@@ -25,12 +24,12 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
     """Open the layer of a transcoder folder that reads the hook point."""
     options.refuse_unused(location)
     config = _config(location)
-    layer = _layer(location, str(config.get("feature_input_hook")), hook_point)
+    layer = _layer(location, config.text("feature_input_hook") or "", hook_point)
     cross = location.has(f"W_enc_{layer}.safetensors")
     suffix = f"_{layer}" if cross else ""
     tensors = SafetensorsFile(location.file(f"W_enc_{layer}.safetensors" if cross else f"layer_{layer}.safetensors"))
-    width = tensors.shape(f"b_enc{suffix}")[0]
-    d_in = tensors.shape(f"b_dec{suffix}")[0]
+    width = tensors.vector(f"b_enc{suffix}")
+    d_in = tensors.vector(f"b_dec{suffix}")
     tensors.expect(f"W_enc{suffix}", (width, d_in))
     threshold = f"threshold{suffix}" if cross else "activation_function.threshold"
 
@@ -48,22 +47,22 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         d_in=d_in,
         width=width,
         hook=f"blocks.{hook_point.layer}.hook_resid_post",
-        notes={key: config[key] for key in ("model_name", "feature_input_hook") if key in config},
-        k=int(tensors.whole("k")) if "k" in tensors.entries else None,
+        notes=config.noted("model_name", "feature_input_hook"),
+        k=int(tensors.scalar("k")) if "k" in tensors.entries else None,
     )
     return Source(about, (location.file("config.yaml"), tensors.path), rows)
 
 
-def _config(location: Location) -> Mapping[str, Any]:
+def _config(location: Location) -> Config:
     try:
         config = yaml.safe_load(location.file("config.yaml").read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise location.refuse(
             f"config.yaml is not YAML ({' '.join(str(error).split())[:160]})", "Fetch it again."
         ) from error
-    if not isinstance(config, dict) or "feature_input_hook" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("feature_input_hook"), str):
         raise location.refuse("config.yaml names no feature_input_hook", "Add it: the tensor that the encoder reads.")
-    return config
+    return Config(location, "config.yaml", config)
 
 
 def _layer(location: Location, hook: str, hook_point: HookPoint) -> int:

@@ -8,14 +8,14 @@ Upstream truth: dictionary_learning/dictionary.py and trainers/{top_k,batch_top_
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
-from monitor.watchlist.location import Location
+from monitor.watchlist.location import Config, Location
 from monitor.watchlist.sources import About, Options, Source, refuse_architecture, refuse_other_layer
 from monitor.watchlist.tensors import F64
 from monitor.watchlist.tensors_torch import TorchFile
@@ -26,11 +26,10 @@ Rows = Callable[[TorchFile, Sequence[int]], EncoderRows]
 def open_source(location: Location, hook_point: HookPoint, options: Options) -> Source:
     """Open a trainer's folder."""
     options.refuse_unused(location)
-    config = location.json("config.json")
-    trainer = config.get("trainer")
-    if not isinstance(trainer, dict) or not isinstance(trainer.get("dict_class"), str):
+    trainer = location.config("config.json").section("trainer")
+    name = trainer.text("dict_class")
+    if name is None:
         raise location.refuse("config.json names no trainer.dict_class", "Give a folder saved by dictionary_learning.")
-    name = trainer["dict_class"]
     if name not in _CLASSES:
         raise refuse_architecture(location, name, "it is not a dictionary class with a linear row per feature")
     transposed, class_rows = _CLASSES[name]
@@ -39,7 +38,7 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
     _check_threshold(location, name, tensors)
     hook = _hook(trainer)
     if hook is None:
-        refuse_other_layer(location, trainer.get("layer"), hook_point)
+        refuse_other_layer(location, _layer(trainer), hook_point)
 
     def rows(index_K: Sequence[int]) -> EncoderRows:
         return class_rows(tensors, index_K)
@@ -51,32 +50,35 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         d_in=d_in,
         width=width,
         hook=hook,
-        notes={key: trainer[key] for key in ("lm_name", "submodule_name", "layer") if trainer.get(key) is not None},
-        k=int(tensors.whole("k")) if name == "AutoEncoderTopK" else None,
+        notes=trainer.noted("lm_name", "submodule_name", "layer"),
+        k=int(tensors.scalar("k")) if name == "AutoEncoderTopK" else None,
     )
     return Source(about, (location.file("config.json"), tensors.path), rows)
 
 
 def _sizes(tensors: TorchFile, transposed: bool) -> tuple[int, int]:
     """Width and d_model; `transposed` classes store [width, d_model]."""
-    shape = tensors.shape("encoder.weight" if transposed else "W_enc")
-    if len(shape) != 2:
-        raise tensors.refuse(f"the encoder has shape {list(shape)}", "Fetch the file again.")
-    return (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+    first, second = tensors.matrix("encoder.weight" if transposed else "W_enc")
+    return (first, second) if transposed else (second, first)
 
 
 def _check_threshold(location: Location, name: str, tensors: TorchFile) -> None:
-    if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE") and float(tensors.whole("threshold")) < 0:
+    if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE") and tensors.scalar("threshold") < 0:
         raise location.refuse(
             "its threshold was never learnt (it is below zero), so its features have no gate of their own",
             "Train past threshold_start_step, or set the threshold.",
         )
 
 
-def _hook(trainer: Mapping[str, Any]) -> str | None:
+def _layer(trainer: Config) -> int | None:
+    layer = trainer.number("layer")  # a layer may be 0, so it is no count
+    return None if layer is None else int(layer)
+
+
+def _hook(trainer: Config) -> str | None:
     """`submodule_name` is like resid_post_layer_5; where it is missing, only the layer is known."""
-    layer, submodule = trainer.get("layer"), trainer.get("submodule_name")
-    if not isinstance(submodule, str) or not isinstance(layer, int):
+    layer, submodule = _layer(trainer), trainer.text("submodule_name")
+    if submodule is None or layer is None:
         return None
     return f"blocks.{layer}.hook_resid_post" if "resid_post" in submodule else f"{submodule} of layer {layer}"
 
@@ -111,13 +113,13 @@ def _top_k(tensors: TorchFile, index_K: Sequence[int]) -> EncoderRows:
 
 
 def _batch_top_k(tensors: TorchFile, index_K: Sequence[int]) -> EncoderRows:
-    threshold_K = np.full(len(index_K), float(tensors.whole("threshold")))
+    threshold_K = np.full(len(index_K), tensors.scalar("threshold"))
     w_KD, bias_K = _linear(tensors, index_K)
     return canonical.jumprelu(w_KD, bias_K, threshold_K, tensors.whole("b_dec"))
 
 
 def _matryoshka(tensors: TorchFile, index_K: Sequence[int]) -> EncoderRows:
-    threshold_K = np.full(len(index_K), float(tensors.whole("threshold")))
+    threshold_K = np.full(len(index_K), tensors.scalar("threshold"))
     w_KD, bias_K = tensors.columns("W_enc", index_K), tensors.rows("b_enc", index_K)
     return canonical.jumprelu(w_KD, bias_K, threshold_K, tensors.whole("b_dec"))
 

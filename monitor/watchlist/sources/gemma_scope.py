@@ -45,9 +45,8 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
 
 
 def _sizes(tensors: NpzFile) -> tuple[int, int]:
-    shape = tensors.shape("W_enc")
-    width = tensors.shape("threshold")[0]
-    d_in = shape[1] if shape[0] == width != shape[-1] else shape[0]
+    d_in, _ = tensors.matrix("W_enc")
+    width = tensors.vector("threshold")
     tensors.expect("W_enc", (d_in, width))
     tensors.expect("b_enc", (width,))
     return d_in, width

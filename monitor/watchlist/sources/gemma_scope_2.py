@@ -7,13 +7,13 @@ Upstream truth: SAELens' gemma_3 loaders; the names are lower case in the files.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
-from monitor.watchlist.location import Location
+from monitor.watchlist.location import Config, Location
 from monitor.watchlist.sources import About, Options, Source, layer_in, refuse_architecture, refuse_other_layer
 from monitor.watchlist.tensors import SafetensorsFile
 
@@ -31,14 +31,14 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
     """Open a Gemma Scope 2 folder, or one .safetensors file of it."""
     options.refuse_unused(location)
     single = location.text.endswith(".safetensors")
-    config: Mapping[str, Any] = {}
-    if not single and location.has("config.json"):
-        config = location.json("config.json")
-    if config.get("architecture", "jump_relu") != "jump_relu":
-        raise refuse_architecture(location, str(config["architecture"]), "this format has JumpReLU encoders only")
+    configured = not single and location.has("config.json")
+    config = location.config("config.json") if configured else Config(location, "config.json", {})
+    architecture = config.text("architecture") or "jump_relu"
+    if architecture != "jump_relu":
+        raise refuse_architecture(location, architecture, "this format has JumpReLU encoders only")
     tensors = SafetensorsFile(location.file("" if single else "params.safetensors"))
     d_in, width = _sizes(tensors)
-    hook = config.get("hf_hook_point_in") or _hook(location)
+    hook = config.text("hf_hook_point_in") or _hook(location)
     if hook is None:
         refuse_other_layer(location, layer_in(location.text, r"layer_(\d+)"), hook_point)
 
@@ -54,16 +54,15 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         d_in=d_in,
         width=width,
         hook=hook,
-        notes={key: config[key] for key in _NOTED if key in config},
+        notes=config.noted(*_NOTED),
     )
-    files = (tensors.path,) if single or not config else (location.file("config.json"), tensors.path)
+    files = (location.file("config.json"), tensors.path) if configured else (tensors.path,)
     return Source(about, files, rows)
 
 
 def _sizes(tensors: SafetensorsFile) -> tuple[int, int]:
-    shape = tensors.shape("w_enc")
-    width = tensors.shape("threshold")[0]
-    d_in = shape[1] if shape[0] == width != shape[-1] else shape[0]
+    d_in, _ = tensors.matrix("w_enc")
+    width = tensors.vector("threshold")
     tensors.expect("w_enc", (d_in, width))
     tensors.expect("b_enc", (width,))
     return d_in, width

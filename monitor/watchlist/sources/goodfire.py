@@ -19,7 +19,7 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
     """Open the state dict."""
     options.refuse_unused(location)
     tensors = TorchFile(location.file())
-    width, d_in = tensors.shape("encoder_linear.weight")
+    width, d_in = tensors.matrix("encoder_linear.weight")
     tensors.expect("encoder_linear.bias", (width,))
     layer = layer_in(location.text, r"SAE-l(\d+)")
 

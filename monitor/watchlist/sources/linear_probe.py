@@ -58,13 +58,11 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
 def _check_tensors(location: Location, tensors: SafetensorsFile) -> tuple[int, int]:
     if unknown := sorted(set(tensors.entries) - set(_KNOWN)):
         raise location.refuse(f"unknown tensors {', '.join(unknown)}", f"A probe file holds {', '.join(_KNOWN)}.")
-    shape = tensors.shape("direction")
-    if len(shape) != 2 or 0 in shape:
-        raise location.refuse(f"'direction' has shape {list(shape)}", "Give one row per probe, [K, d_model].")
-    for name, size in (("bias", shape[0]), ("threshold", shape[0]), ("mean", shape[1]), ("scale", shape[1])):
+    width, d_in = tensors.matrix("direction")
+    for name, size in (("bias", width), ("threshold", width), ("mean", d_in), ("scale", d_in)):
         if name in tensors.entries:
             tensors.expect(name, (size,))
-    return shape[0], shape[1]
+    return width, d_in
 
 
 def _rows(location: Location, tensors: SafetensorsFile, index_K: Sequence[int]) -> EncoderRows:

@@ -13,15 +13,14 @@ are f times these.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
-from monitor.watchlist.location import Location
+from monitor.watchlist.location import Config, Location
 from monitor.watchlist.sources import About, Options, Source, refuse_architecture
 from monitor.watchlist.tensors import SafetensorsFile
 
@@ -29,19 +28,17 @@ from monitor.watchlist.tensors import SafetensorsFile
 def open_source(location: Location, hook_point: HookPoint, options: Options) -> Source:  # noqa: ARG001
     """Open one SAE's folder."""
     options.refuse_unused(location)
-    config = location.json("hyperparams.json")
+    config = location.config("hyperparams.json")
     threshold = _threshold(location, config)
-    if config.get("use_glu_encoder"):
+    if config.flag("use_glu_encoder", False):
         raise refuse_architecture(location, "GLU encoder", "its pre-activation is a product of two linear ones")
     tensors = SafetensorsFile(location.file("checkpoints/final.safetensors"))
-    width, d_in = tensors.shape("encoder.weight")
+    width, d_in = tensors.matrix("encoder.weight")
     tensors.expect("encoder.bias", (width,))
     tensors.expect("decoder.weight", (d_in, width))
     scale_in, scale_out = _scales(location, config, d_in)
-    include_norm = bool(config.get("sparsity_include_decoder_norm", True))
-    subtracts = bool(config.get("use_decoder_bias", True)) and bool(
-        config.get("apply_decoder_bias_to_pre_encoder", True)
-    )
+    include_norm = config.flag("sparsity_include_decoder_norm", True)
+    subtracts = config.flag("use_decoder_bias", True) and config.flag("apply_decoder_bias_to_pre_encoder", True)
 
     def rows(index_K: Sequence[int]) -> EncoderRows:
         factor_K = np.ones(len(index_K))
@@ -50,7 +47,9 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         bias_K = tensors.rows("encoder.bias", index_K) / scale_in
         offset_D = tensors.whole("decoder.bias") / scale_out if subtracts else None
         w_KD = tensors.rows("encoder.weight", index_K)
-        return canonical.scaled(canonical.jumprelu(w_KD, bias_K, threshold / factor_K, offset_D), factor_K)
+        with np.errstate(divide="ignore"):  # a dead decoder column; fold() refuses its gain of zero
+            threshold_K = threshold / factor_K
+        return canonical.scaled(canonical.jumprelu(w_KD, bias_K, threshold_K, offset_D), factor_K)
 
     about = About(
         architecture="jumprelu",
@@ -58,35 +57,36 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         units="activation as its authors' loader gives it, in units of the residual stream",
         d_in=d_in,
         width=width,
-        hook=config.get("hook_point_in"),
-        notes={"trained_as": config.get("act_fn"), "top_k": config.get("top_k")},
+        hook=config.text("hook_point_in"),
+        notes=config.noted("act_fn", "top_k"),
     )
     return Source(about, (location.file("hyperparams.json"), tensors.path), rows)
 
 
-def _threshold(location: Location, config: Mapping[str, Any]) -> float:
-    activation, threshold = config.get("act_fn"), config.get("jump_relu_threshold", 0.0)
+def _threshold(location: Location, config: Config) -> float:
+    activation, threshold = config.text("act_fn"), config.number("jump_relu_threshold") or 0.0
     if activation == "relu":
         return 0.0
-    if activation not in ("jumprelu", "topk") or not isinstance(threshold, int | float) or threshold <= 0:
+    if activation not in ("jumprelu", "topk") or threshold <= 0:
         raise location.refuse(
             f"act_fn is {activation!r} with jump_relu_threshold {threshold!r}: no feature has a gate of its own",
             "Use the published JumpReLU form, or the openmoss format for newer checkpoints.",
             "source_architecture",
         )
-    return float(threshold)
+    return threshold
 
 
-def _scales(location: Location, config: Mapping[str, Any], d_in: int) -> tuple[float, float]:
+def _scales(location: Location, config: Config, d_in: int) -> tuple[float, float]:
     """f_in and f_out."""
-    mode = config.get("norm_activation", "none")
+    mode = config.text("norm_activation") or "none"
     if mode in ("none", "inference"):
         return 1.0, 1.0
-    norms = config.get("dataset_average_activation_norm")
-    if mode != "dataset-wise" or not isinstance(norms, dict) or not all(norms.get(key) for key in ("in", "out")):
+    norms = config.section("dataset_average_activation_norm")
+    norm_in, norm_out = norms.number("in") or 0.0, norms.number("out") or 0.0
+    if mode != "dataset-wise" or norm_in <= 0 or norm_out <= 0:
         raise location.refuse(
-            f"norm_activation is {mode!r} with dataset_average_activation_norm {norms!r}",
+            f"norm_activation is {mode!r} with dataset_average_activation_norm {dict(norms.fields)}",
             "Only 'dataset-wise' with its two norms can be folded into the rows.",
             "source_scale_missing",
         )
-    return math.sqrt(d_in) / float(norms["in"]), math.sqrt(d_in) / float(norms["out"])
+    return math.sqrt(d_in) / norm_in, math.sqrt(d_in) / norm_out

@@ -27,7 +27,7 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
     if activation not in ("ReLU", "TopK"):
         raise refuse_architecture(location, str(activation), "only ReLU and TopK are read")
     k = _k(location, tensors.other.get("activation_state_dict")) if activation == "TopK" else None
-    width, d_in = tensors.shape("encoder.weight")
+    width, d_in = tensors.matrix("encoder.weight")
     tensors.expect("latent_bias", (width,))
     tensors.expect("pre_bias", (d_in,))
     norm = "none" if k is None else "layer_norm"

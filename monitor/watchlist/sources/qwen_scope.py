@@ -26,8 +26,8 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
             "source_option",
         )
     tensors = TorchFile(location.file())
-    d_in = tensors.shape("b_dec")[0]
-    width = tensors.shape("b_enc")[0]
+    d_in = tensors.vector("b_dec")
+    width = tensors.vector("b_enc")
     tensors.expect("W_enc", (width, d_in))
     layer = layer_in(location.text, r"layer(\d+)\.sae\.pt")
 

@@ -8,15 +8,15 @@ version 6, the `scaling_factor` tensor belongs to the decoder and leaves activat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
-from monitor.watchlist.location import Location
+from monitor.watchlist.location import Config, Location
 from monitor.watchlist.sources import About, Options, Source, refuse_architecture
 from monitor.watchlist.tensors import F64, SafetensorsFile
 
@@ -35,48 +35,50 @@ _TRAINING_ONLY: Final = ("batchtopk", "matryoshka_batchtopk")
 _NOTED: Final = ("model_name", "sae_lens_version", "prepend_bos", "context_size", "dataset_path", "neuronpedia_id")
 
 
-class _Config:
+class _Saelens:
     """cfg.json of any version, read as version 6 reads it."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
-        self.fields = location.json("cfg.json")
-        metadata = self.fields.get("metadata")
-        self.metadata: Mapping[str, Any] = metadata if isinstance(metadata, dict) else self.fields
-        version = str(self.metadata.get("sae_lens_version") or "0")
-        self.flat = not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6
+        self.config = location.config("cfg.json")
+        metadata = self.config.section("metadata")
+        self.metadata = metadata if metadata.fields else self.config
+        major = (self.metadata.text("sae_lens_version") or "0").split(".")[0]
+        self.flat = not major.isdigit() or int(major) < 6
         """Written before version 6: names and defaults differ."""
         self.architecture = self._architecture()
         self.transcoder = "transcoder" in self.architecture
-        self.subtracts_b_dec = bool(self.fields.get("apply_b_dec_to_input", True)) and not self.transcoder
-        self.hook = self.metadata.get("hook_name") or self.fields.get("hook_point")
-        mode = self.fields.get("normalize_activations") or "none"
-        self.norm_mode = "expected_average_only_in" if mode is True else mode
-        self.d_in, self.width = self._sizes()
+        self.subtracts_b_dec = self.config.flag("apply_b_dec_to_input", True) and not self.transcoder
+        self.hook = self.metadata.text("hook_name") or self.config.text("hook_point")
+        self.norm_mode = self._norm_mode()
+        self.d_in, self.width = self._size("d_in"), self._size("d_sae")
+        self.k = self._k() if self.architecture == "topk" else None
 
     def _architecture(self) -> str:
-        architecture = str(self.fields.get("architecture", "standard"))
-        activation = self.fields.get("activation_fn", self.fields.get("activation_fn_str", "relu"))
+        architecture = self.config.text("architecture") or "standard"
+        activation = self.config.text("activation_fn") or self.config.text("activation_fn_str") or "relu"
         if self.flat and activation == "topk":
             return "topk"
         if self.flat and activation != "relu":
             raise refuse_architecture(self._location, architecture, f"its activation is {activation!r}, not ReLU")
         return architecture
 
-    def _sizes(self) -> tuple[int, int]:
-        sizes = [self.fields.get("d_in"), self.fields.get("d_sae")]
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise self._location.refuse(f"cfg.json has d_in, d_sae = {sizes}", "Fetch the file again.")
-        return int(sizes[0] or 0), int(sizes[1] or 0)
+    def _norm_mode(self) -> str:
+        mode = self.config.fields.get("normalize_activations")
+        if isinstance(mode, bool):  # before version 4
+            return "expected_average_only_in" if mode else "none"
+        return self.config.text("normalize_activations") or "none"
 
-    @property
-    def k(self) -> int | None:
-        """Of a TopK encoder."""
-        if self.architecture != "topk":
-            return None
-        k = self.fields.get("k", (self.fields.get("activation_fn_kwargs") or {}).get("k"))
-        if not isinstance(k, int) or k < 1:
-            raise self._location.refuse(f"a TopK SAE whose cfg.json has k = {k}", "Fetch the file again.")
+    def _size(self, key: str) -> int:
+        size = self.config.count(key)
+        if size is None:
+            raise self.config.refuse(key, "a whole number above zero")
+        return size
+
+    def _k(self) -> int:
+        k = self.config.count("k") or self.config.section("activation_fn_kwargs").count("k")
+        if k is None:
+            raise self.config.refuse("k", "a whole number above zero")
         return k
 
     def check(self) -> None:
@@ -88,7 +90,8 @@ class _Config:
         if base not in ("standard", "jumprelu", "gated", "topk", "transcoder"):
             why = _NOT_LINEAR.get(self.architecture, "it is unknown here")
             raise refuse_architecture(self._location, self.architecture, why)
-        if self.fields.get("reshape_activations", "none") != "none" or self.metadata.get("hook_head_index") is not None:
+        reshaped = (self.config.text("reshape_activations") or "none") != "none"
+        if reshaped or self.metadata.fields.get("hook_head_index") is not None:
             raise self._location.refuse(
                 "it reads attention heads, not the residual stream", "Only the residual stream can be watched."
             )
@@ -102,7 +105,7 @@ class _Config:
 def open_source(location: Location, hook_point: HookPoint, options: Options) -> Source:  # noqa: ARG001
     """Open a SAELens folder. The hook point is checked by the caller, against cfg.json."""
     options.refuse_unused(location, "input_scale", "centre")
-    config = _Config(location)
+    config = _Saelens(location)
     config.check()
     norm = _centred(location, NORM_OF[config.norm_mode], config.metadata, options)
     scale = _input_scale(location, config.norm_mode, options)
@@ -112,7 +115,7 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
     def rows(index_K: Sequence[int]) -> EncoderRows:
         return canonical.input_scaled(_rows(tensors, config, names, norm, index_K), scale)
 
-    noted = {key: config.metadata[key] for key in _NOTED if config.metadata.get(key) is not None}
+    noted = config.metadata.noted(*_NOTED)
     if "scaling_factor" in tensors.entries:
         noted["scaling_factor"] = "of the decoder; activations are before it, as in SAELens"
     about = About(
@@ -128,7 +131,7 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
     return Source(about, (location.file("cfg.json"), tensors.path), rows)
 
 
-def _check_tensors(tensors: SafetensorsFile, config: _Config) -> tuple[str, ...]:
+def _check_tensors(tensors: SafetensorsFile, config: _Saelens) -> tuple[str, ...]:
     """The names of the per-feature vectors, with every shape checked."""
     if config.architecture == "gated":
         names: tuple[str, ...] = ("b_gate", "b_mag", "r_mag")
@@ -145,7 +148,7 @@ def _check_tensors(tensors: SafetensorsFile, config: _Config) -> tuple[str, ...]
 
 
 def _rows(
-    tensors: SafetensorsFile, config: _Config, names: Sequence[str], norm: str, index_K: Sequence[int]
+    tensors: SafetensorsFile, config: _Saelens, names: Sequence[str], norm: str, index_K: Sequence[int]
 ) -> EncoderRows:
     w_KD = tensors.columns("W_enc", index_K)
     vectors = [tensors.rows(name, index_K) for name in names]
@@ -156,12 +159,12 @@ def _rows(
         threshold_K = np.exp(vectors[1]) if names[1] == "log_threshold" else vectors[1]
         return canonical.jumprelu(w_KD, vectors[0], threshold_K, offset_D, norm)
     rows = canonical.relu(w_KD, vectors[0], offset_D, norm)
-    if config.k is not None and config.fields.get("rescale_acts_by_decoder_norm"):
+    if config.k is not None and config.config.flag("rescale_acts_by_decoder_norm", False):
         return canonical.scaled(rows, _decoder_norms(tensors, config, index_K))
     return rows
 
 
-def _decoder_norms(tensors: SafetensorsFile, config: _Config, index_K: Sequence[int]) -> F64:
+def _decoder_norms(tensors: SafetensorsFile, config: _Saelens, index_K: Sequence[int]) -> F64:
     tensors.expect("W_dec", (config.width, config.d_in))
     return np.asarray(np.linalg.norm(tensors.rows("W_dec", index_K), axis=1))
 
@@ -182,10 +185,9 @@ def _input_scale(location: Location, mode: str, options: Options) -> float:
     return options.input_scale or 1.0
 
 
-def _centred(location: Location, norm: str, metadata: Mapping[str, Any], options: Options) -> str:
+def _centred(location: Location, norm: str, metadata: Config, options: Options) -> str:
     """TransformerLens may subtract each token's mean from the stream; the files only say how the model was loaded."""
-    loaded_with = metadata.get("model_from_pretrained_kwargs")
-    processed = isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights"))
+    processed = metadata.section("model_from_pretrained_kwargs").flag("center_writing_weights", False)
     if processed and options.centre is None:
         raise location.refuse(
             "it was trained on a model loaded with center_writing_weights",

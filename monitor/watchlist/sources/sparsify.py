@@ -22,19 +22,19 @@ from monitor.watchlist.tensors import SafetensorsFile
 def open_source(location: Location, hook_point: HookPoint, options: Options) -> Source:  # noqa: ARG001
     """Open the folder of one hookpoint."""
     options.refuse_unused(location)
-    config = location.json("cfg.json")
-    activation = config.get("activation", "topk")
+    config = location.config("cfg.json")
+    activation = config.text("activation") or "topk"
     if activation != "topk":
-        raise refuse_architecture(location, str(activation), "whether a feature fires depends on its group")
-    if config.get("signed"):
+        raise refuse_architecture(location, activation, "whether a feature fires depends on its group")
+    if config.flag("signed", False):
         raise refuse_architecture(location, "signed topk", "it keeps the sign of the k largest magnitudes")
-    k = config.get("k")
-    if not isinstance(k, int) or k < 1:
-        raise location.refuse(f"cfg.json has k = {k}", "Fetch the file again.")
+    k = config.count("k")
+    if k is None:
+        raise config.refuse("k", "a whole number above zero")
     tensors = SafetensorsFile(location.file("sae.safetensors"))
-    width, d_in = tensors.shape("encoder.weight")
+    width, d_in = tensors.matrix("encoder.weight")
     tensors.expect("encoder.bias", (width,))
-    transcode = bool(config.get("transcode", False))
+    transcode = config.flag("transcode", False)
     if not transcode:
         tensors.expect("b_dec", (d_in,))
 
