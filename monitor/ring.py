@@ -157,7 +157,17 @@ class Ring:
         return self._slots[self._head % len(self._slots)]
 
     def commit(
-        self, slot: Slot, *, step: int, time_unix_nano: int, requests: int, rows: int, scored_rows: int, fires: int, silent: bool, events: int
+        self,
+        slot: Slot,
+        *,
+        step: int,
+        time_unix_nano: int,
+        requests: int,
+        rows: int,
+        scored_rows: int,
+        fires: int,
+        silent: bool,
+        events: int,
     ) -> None:
         """Publish the slot that reserve() gave."""
         slot.header[:8] = (step, time_unix_nano, requests, rows, scored_rows, fires, silent, events)

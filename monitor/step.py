@@ -138,7 +138,11 @@ def tokens_by_state(segments_S: Array) -> Mapping[tuple[TokenState, Reason, Phas
     """Tokens per (state, reason, phase); the terms of invariant I1."""
     if not len(segments_S):
         return {}
-    key = (segments_S["state"].astype(np.int32) << 16) | (segments_S["reason"].astype(np.int32) << 8) | segments_S["phase"]
+    key = (
+        (segments_S["state"].astype(np.int32) << 16)
+        | (segments_S["reason"].astype(np.int32) << 8)
+        | segments_S["phase"]
+    )
     keys, inverse = np.unique(key, return_inverse=True)
     tokens = np.bincount(inverse, weights=segments_S["count"]).astype(np.int64)
     return {

@@ -15,8 +15,6 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Final
 
-import torch
-
 from monitor import __version__
 from monitor.engine import encoder, rowmap, settings
 from monitor.engine.encoder import SENTINEL, ArmedHook
@@ -83,9 +81,13 @@ class Attachment:
             function(*args, **kwargs)
         except Exception:
             self._failures += 1
-            logger.exception("latentwatch: %s failed (%d of %d); serving goes on", function.__name__, self._failures, MAX_FAILURES)
+            logger.exception(
+                "latentwatch: %s failed (%d of %d); serving goes on", function.__name__, self._failures, MAX_FAILURES
+            )
             if self._failures == MAX_FAILURES:
-                logger.error("latentwatch: the monitor takes itself off this worker; its tokens are not scored from here on")
+                logger.error(
+                    "latentwatch: the monitor takes itself off this worker; its tokens are not scored from here on"
+                )
                 self._stop_exporter()
 
     # load_model: after the weights are there and before the first forward is traced.
@@ -108,14 +110,16 @@ class Attachment:
                 device=self._worker.device,
             )
             logger.info(
-                "latentwatch: armed %d features at %s", len(watchlist.features), ", ".join(str(h.rows.hook_point) for h in self._hooks)
+                "latentwatch: armed %d features at %s",
+                len(watchlist.features),
+                ", ".join(str(h.rows.hook_point) for h in self._hooks),
             )
         except Refusal as refusal:
             self._disarm(refusal)
 
     def _reports(self) -> bool:
         """One rank of an engine reports: the residual stream is the same on all tensor-parallel ranks."""
-        return int(self._worker.rank) % self._worker.parallel_config.world_size == 0
+        return int(self._worker.rank) % int(self._worker.parallel_config.world_size) == 0
 
     def _check_engine(self) -> None:
         """Refuse every mode in which rows could be attributed wrongly."""
@@ -158,7 +162,7 @@ class Attachment:
                 EngineRefused(
                     "score op in the compiled graph",
                     found="a forward left no trace in the score buffers, so the graph that runs does not hold the op",
-                    instead="Delete vLLM's compile cache (VLLM_CACHE_ROOT) and start again; report it if that does not help.",
+                    instead="Delete vLLM's compile cache (VLLM_CACHE_ROOT) and start again.",
                     reason="canary_dead",
                 )
             )
@@ -212,7 +216,10 @@ class Attachment:
 
     def _start_exporter(self) -> None:
         if not self._settings.collector:
-            logger.error("latentwatch: %s is not set; nothing is exported. Set it to unix:///path or host:port.", settings.COLLECTOR)
+            logger.error(
+                "latentwatch: %s is not set; nothing is exported. Set it to unix:///path or host:port.",
+                settings.COLLECTOR,
+            )
             return
         assert self._ring is not None
         self._exporter_starts += 1

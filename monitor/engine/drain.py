@@ -63,9 +63,12 @@ class Drain:
             return Written(scored_rows=0, fires=0, silent=True)
         found = [np.nonzero(act_nK[:, columns.sparse]) for act_nK, columns in zip(acts, self._columns, strict=True)]
         n = len(acts[0])
-        scored = n if sum(len(row) for row, _ in found) <= len(slot.fires_N) else _rows_that_fit(found, n, len(slot.fires_N))
+        fires_found = sum(len(row) for row, _ in found)
+        scored = n if fires_found <= len(slot.fires_N) else _rows_that_fit(found, n, len(slot.fires_N))
         at = 0
-        for hook, (act_nK, stat_n3, columns, (row, column)) in enumerate(zip(acts, stats, self._columns, found, strict=True)):
+        for hook, (act_nK, stat_n3, columns, (row, column)) in enumerate(
+            zip(acts, stats, self._columns, found, strict=True)
+        ):
             fits = row < scored
             row, column = row[fits], column[fits]
             fires = slot.fires_N[at : at + len(row)]
@@ -80,9 +83,9 @@ class Drain:
         return Written(scored_rows=scored, fires=at, silent=False)
 
 
-def _rows_that_fit(found: Sequence[tuple[Any, Any]], rows: int, room: int) -> int:
+def _rows_that_fit(found: Sequence[tuple[Any, ...]], rows: int, room: int) -> int:
     """How many leading rows have all their activations within `room`."""
-    per_row = sum(np.bincount(row, minlength=rows) for row, _ in found)
+    per_row = sum(np.bincount(row, minlength=rows) for row, _column in found)
     return int(np.searchsorted(np.cumsum(per_row), room, side="right"))
 
 
@@ -112,8 +115,9 @@ class DeviceCopy:
     def __init__(self, hooks: Sequence[ArmedHook]) -> None:
         self._hooks = hooks
         device = hooks[0].act_TK.device
-        self._stream = torch.cuda.Stream(device)
-        self._event = torch.cuda.Event()
+        # torch's stubs leave these two untyped.
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._snapshot = [(torch.empty_like(h.act_TK), torch.empty_like(h.stat_T3)) for h in hooks]
         self._host = [
             (torch.empty(h.act_TK.shape, pin_memory=True), torch.empty(h.stat_T3.shape, pin_memory=True)) for h in hooks

@@ -85,7 +85,9 @@ def find_layers(model: torch.nn.Module, count: int) -> tuple[torch.nn.ModuleList
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] in ("layers", "h") and len(module) == count
+        if isinstance(module, torch.nn.ModuleList)
+        and name.rpartition(".")[2] in ("layers", "h")
+        and len(module) == count
     ]
     if len(found) != 1:
         raise EngineRefused(
@@ -104,7 +106,9 @@ def _place(layers: torch.nn.ModuleList, owner: torch.nn.Module, layer: int) -> t
     A layer whose forward takes `residual` returns it unsummed; the norm behind it then returns the sum.
     """
     decoder = layers[layer]
-    norm = getattr(layers[layer + 1], "input_layernorm", None) if layer + 1 < len(layers) else getattr(owner, "norm", None)
+    norm = (
+        getattr(layers[layer + 1], "input_layernorm", None) if layer + 1 < len(layers) else getattr(owner, "norm", None)
+    )
     if norm is not None and _takes_residual(decoder) and _takes_residual(norm):
         return norm, hook.after_norm
     return decoder, hook.after_layer

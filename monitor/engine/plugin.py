@@ -52,7 +52,7 @@ def _attach_to_workers(worker_class: Any, chosen: Settings) -> None:
     original = worker_class.__init__
 
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         try:
             from monitor.engine.attach import Attachment
@@ -61,7 +61,7 @@ def _attach_to_workers(worker_class: Any, chosen: Settings) -> None:
         except Exception:
             logger.exception("latentwatch: could not attach to the worker; the model is served unwatched")
 
-    worker_class.__init__ = __init__
+    worker_class.__init__ = init
 
 
 def _salt_compile_cache(config_class: Any, chosen: Settings) -> None:

@@ -56,7 +56,7 @@ def _from_v1(batch: Any, scheduler_output: Any) -> RowMap:
 
 
 def check_runner(runner: Any) -> str:
-    """"" where the runner has the attributes that read() needs, else the name of the first one that is missing."""
+    """ "" where the runner has the attributes that read() needs, else the name of the first one that is missing."""
     if hasattr(runner, "input_batch"):
         missing = [n for n in ("req_ids", "num_reqs", "num_computed_tokens_cpu") if not hasattr(runner.input_batch, n)]
         return missing[0] if missing else ""

@@ -22,7 +22,7 @@ DISABLE: Final = "LATENTWATCH_DISABLE"
 
 @dataclass(frozen=True)
 class Settings:
-    """The plugin's whole configuration. `wanted` is False where neither variable is set: installed, but not asked for."""
+    """The plugin's whole configuration; `wanted` is False where neither variable is set: installed, not asked for."""
 
     watchlist: str
     collector: str

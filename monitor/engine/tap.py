@@ -120,7 +120,9 @@ class Tap:
         requests_Q["count"] = step.count
         return requests_Q
 
-    def _publish(self, step: int, now_ns: int, requests_Q: Any, rows: int, source: HostBuffers | DeviceCopy | None) -> None:
+    def _publish(
+        self, step: int, now_ns: int, requests_Q: Any, rows: int, source: HostBuffers | DeviceCopy | None
+    ) -> None:
         slot = self._ring.reserve()
         if slot is None:
             self._ring.count_dropped(rows)
@@ -137,7 +139,15 @@ class Tap:
             if rows and source is not None and self._drain is not None:
                 scored, fires, silent = self._drain.write(slot, *source.views(rows))
             self._ring.commit(
-                slot, step=step, time_unix_nano=now_ns, requests=n, rows=rows, scored_rows=scored, fires=fires, silent=silent, events=len(events)
+                slot,
+                step=step,
+                time_unix_nano=now_ns,
+                requests=n,
+                rows=rows,
+                scored_rows=scored,
+                fires=fires,
+                silent=silent,
+                events=len(events),
             )
         if isinstance(source, HostBuffers):
             source.reset()

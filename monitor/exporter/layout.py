@@ -90,7 +90,8 @@ def span(handle: int, start: int, stop: int, prompt_tokens: int, reason: Reason)
     pieces = ((start, min(stop, prompt_tokens), Phase.PROMPT), (max(start, prompt_tokens), stop, Phase.OUTPUT))
     state = state_of(np.array([reason], np.uint8))[0]
     return np.array(
-        [(handle, first, last - first, state, reason, phase) for first, last, phase in pieces if last > first], SEGMENT_DTYPE
+        [(handle, first, last - first, state, reason, phase) for first, last, phase in pieces if last > first],
+        SEGMENT_DTYPE,
     )
 
 
@@ -105,7 +106,13 @@ def _runs(handle: I64, position: I64, state: Array, reason: Array, phase: Array)
     first = np.flatnonzero(cut)
     segments = np.empty(len(first), SEGMENT_DTYPE)
     segments["count"] = np.diff(np.append(first, len(handle)))
-    for name, column in (("handle", handle), ("start", position), ("state", state), ("reason", reason), ("phase", phase)):
+    for name, column in (
+        ("handle", handle),
+        ("start", position),
+        ("state", state),
+        ("reason", reason),
+        ("phase", phase),
+    ):
         segments[name] = column[first]
     return segments
 

@@ -154,7 +154,8 @@ class Ledger:
         gaps = [
             span(int(self._handle[slot]), int(first), int(stop), int(self._prompt[slot]), Reason.RING_FULL)
             for slot, first, stop in zip(
-                *(column[known_Q & (start_Q > from_Q)] for column in (slot_Q, from_Q, np.minimum(start_Q, to_Q))), strict=True
+                *(column[known_Q & (start_Q > from_Q)] for column in (slot_Q, from_Q, np.minimum(start_Q, to_Q))),
+                strict=True,
             )
         ]
         reached_Q = np.maximum(np.minimum(start_Q + count_Q, to_Q), from_Q)
@@ -203,7 +204,9 @@ class Ledger:
             handle=request.handle,
             request_id=request.request_id,
             prompt_tokens=request.prompt_tokens,
-            output_tokens=closing.output_tokens if closing.output_tokens >= 0 else max(0, total + 1 - request.prompt_tokens),
+            output_tokens=closing.output_tokens
+            if closing.output_tokens >= 0
+            else max(0, total + 1 - request.prompt_tokens),
             total_tokens=total,
             outcome=Outcome.ABORTED if closing.aborted else Outcome.FINISHED,
         )

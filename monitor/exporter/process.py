@@ -64,7 +64,10 @@ class Exporter:
             self._sender.offer(batch)
         stats = self._sender.close(DRAIN_SECONDS)
         if stats.dropped_tokens:
-            log.error("latentwatch: %d tokens were not delivered to the collector before the engine ended", stats.dropped_tokens)
+            log.error(
+                "latentwatch: %d tokens were not delivered to the collector before the engine ended",
+                stats.dropped_tokens,
+            )
 
     def _offer(self, batch: StepBatch, now: float) -> None:
         self._sender.offer(batch)

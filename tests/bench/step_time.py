@@ -38,7 +38,9 @@ def child() -> None:
     """An engine that generates the wave on each line of standard input, and says how long it took."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=str(MODEL), skip_tokenizer_init=True, max_model_len=512, max_num_seqs=32, enable_prefix_caching=False)
+    llm = LLM(
+        model=str(MODEL), skip_tokenizer_init=True, max_model_len=512, max_num_seqs=32, enable_prefix_caching=False
+    )
     print("READY", flush=True)
     for line in sys.stdin:
         prompts: Any = [{"prompt_token_ids": prompt} for prompt in json.loads(line)]
@@ -98,7 +100,9 @@ def measure(on: Engine, off: Engine, batch: int) -> dict[str, Any]:
     step_ms = 1000 * np.median(off_seconds) / OUTPUT_TOKENS
     p20, p50, p80 = np.percentile(ratio, [20, 50, 80])
     row = {"batch": batch, "pairs": PAIRS, "step_ms_off": round(float(step_ms), 3)}
-    return row | {f"throughput_ratio_{name}": round(float(value), 4) for name, value in (("p20", p20), ("p50", p50), ("p80", p80))}
+    return row | {
+        f"throughput_ratio_{name}": round(float(value), 4) for name, value in (("p20", p20), ("p50", p50), ("p80", p80))
+    }
 
 
 def main() -> None:
@@ -127,10 +131,15 @@ def main() -> None:
     RESULT.write_text(
         json.dumps(
             {
-                "what": "throughput with the monitor on / off, same waves in turn on two CPU engines that are up at once",
+                "what": "throughput with the monitor on / off: the same waves in turn on two CPU engines",
                 "date": datetime.date.today().isoformat(),
                 "hardware": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
-                "versions": {"latentwatch": __version__, "vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+                "versions": {
+                    "latentwatch": __version__,
+                    "vllm": vllm.__version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
                 "features": len(card.read(WATCHLIST).features),
                 "rows": rows,
             },

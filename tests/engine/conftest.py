@@ -53,8 +53,19 @@ class Monitored:
     def sink(self) -> RecordingSink:
         return self._collector.sink
 
-    def run(self, watchlist: Path | str, *, waves: list[list[dict[str, Any]]], env: dict[str, str] | None = None, **kwargs: Any) -> EngineResult:
-        monitored = {"LATENTWATCH_WATCHLIST": str(watchlist), "LATENTWATCH_COLLECTOR": self._collector.target, **(env or {})}
+    def run(
+        self,
+        watchlist: Path | str,
+        *,
+        waves: list[list[dict[str, Any]]],
+        env: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> EngineResult:
+        monitored = {
+            "LATENTWATCH_WATCHLIST": str(watchlist),
+            "LATENTWATCH_COLLECTOR": self._collector.target,
+            **(env or {}),
+        }
         result = run_engine(self._folder, waves=waves, env=monitored, **kwargs)
         if self.sink.hellos:
             self._collector.wait_closed(sum(len(wave) for wave in waves))
@@ -66,4 +77,3 @@ def monitored(folder: Path) -> Iterator[Monitored]:
     # A Unix socket's path is short; pytest's folders are not.
     with tempfile.TemporaryDirectory(prefix="lw") as short, RecordingCollector(Path(short) / "c.sock") as collector:
         yield Monitored(folder, collector)
-

@@ -67,7 +67,9 @@ def test_a_bad_watchlist_leaves_the_server_serving_and_every_token_counted_as_un
     assert books == {(TokenState.UNSEEN, Reason.NOT_ARMED): tokens(result)}
 
 
-def test_without_a_collector_the_server_serves_and_says_once_that_it_waits(plain: EngineResult, model: Path, watchlist_path: Path, tmp_path: Path):
+def test_without_a_collector_the_server_serves_and_says_once_that_it_waits(
+    plain: EngineResult, model: Path, watchlist_path: Path, tmp_path: Path
+):
     env = {"LATENTWATCH_WATCHLIST": str(watchlist_path), "LATENTWATCH_COLLECTOR": f"unix://{tmp_path}/nobody.sock"}
     result = run_engine(tmp_path, engine={"model": str(model), **ENGINE}, waves=WAVES, env=env)
     assert result.outputs == plain.outputs
@@ -76,7 +78,9 @@ def test_without_a_collector_the_server_serves_and_says_once_that_it_waits(plain
 
 def test_one_switch_turns_everything_off(plain: EngineResult, model: Path, watchlist_path: Path, tmp_path: Path):
     with monitored(tmp_path) as engine:
-        result = engine.run(watchlist_path, engine={"model": str(model), **ENGINE}, waves=WAVES, env={"LATENTWATCH_DISABLE": "1"})
+        result = engine.run(
+            watchlist_path, engine={"model": str(model), **ENGINE}, waves=WAVES, env={"LATENTWATCH_DISABLE": "1"}
+        )
         assert engine.sink.hellos == []
     assert result.outputs == plain.outputs
     assert "latentwatch" not in result.log.replace("latentwatch-", "").lower() or "armed" not in result.log

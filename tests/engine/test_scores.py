@@ -57,7 +57,9 @@ class Run:
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path, watchlist_path: Path) -> Run:
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path, watchlist_path: Path
+) -> Run:
     return Run(tmp_path_factory.mktemp("run"), model, watchlist_path, request.param)
 
 
@@ -78,8 +80,10 @@ def test_every_token_that_vllm_counted_is_accounted_for_and_none_is_dropped(run:
     assert total[TokenState.UNSEEN, Reason.PREFIX_CACHE, Phase.PROMPT] == 7 * 64
 
 
-def test_scores_are_those_of_hugging_faces_hidden_states_at_the_same_position(run: Run, watchlist: card.Watchlist, model: Path):
-    """Sparse scores to 1e-3 of a scale of 30, dense ones to float16's resolution; gates equal but within 1e-3 of tau."""
+def test_scores_are_those_of_hugging_faces_hidden_states_at_the_same_position(
+    run: Run, watchlist: card.Watchlist, model: Path
+):
+    """Sparse scores to 1e-3 (they reach 30), dense ones to float16's resolution; gates equal but within 1e-3 of tau."""
     sparse = watchlist.sparse_F
     positions = 0
     for fed, scores in run.requests(watchlist):

@@ -37,17 +37,23 @@ def main(job_path: str, result_path: str) -> None:
     for wave in job["waves"]:
         prompts: Any = [{"prompt_token_ids": item["prompt"]} for item in wave]
         sampling = [
-            SamplingParams(temperature=0, max_tokens=item["max_tokens"], detokenize=False, stop_token_ids=item.get("stop"))
+            SamplingParams(
+                temperature=0, max_tokens=item["max_tokens"], detokenize=False, stop_token_ids=item.get("stop")
+            )
             for item in wave
         ]
         began = time.monotonic()
         outputs += [list(result.outputs[0].token_ids) for result in llm.generate(prompts, sampling, use_tqdm=False)]
         wave_seconds.append(time.monotonic() - began)
     metrics = {
-        metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value") and metric.name.endswith("tokens")
+        metric.name: metric.value
+        for metric in llm.get_metrics()
+        if hasattr(metric, "value") and metric.name.endswith("tokens")
     }
     Path(result_path).write_text(
-        json.dumps({"outputs": outputs, "metrics": metrics, "start_seconds": start_seconds, "wave_seconds": wave_seconds})
+        json.dumps(
+            {"outputs": outputs, "metrics": metrics, "start_seconds": start_seconds, "wave_seconds": wave_seconds}
+        )
     )
     # The exporter drains on its own; an engine that ends the ordinary way gives it the time.
     llm.llm_engine.engine_core.shutdown()

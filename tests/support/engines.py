@@ -60,7 +60,9 @@ def run_engine(
     return EngineResult(log=text, **json.loads(result.read_text()))
 
 
-def random_prompts(count: int, *, vocabulary: int, longest: int, seed: int, max_tokens: int = 16) -> list[dict[str, Any]]:
+def random_prompts(
+    count: int, *, vocabulary: int, longest: int, seed: int, max_tokens: int = 16
+) -> list[dict[str, Any]]:
     """Distinct prompts of many lengths, as engine_run takes them."""
     rng = np.random.default_rng(seed)
     return [

@@ -38,7 +38,13 @@ def llama(path: Path, seed: int = 0) -> Path:
 
 
 def watchlist(
-    path: Path, *, layers: tuple[int, ...] = (1, 3), sparse: int = 12, dense: int = 2, d_model: int = D_MODEL, seed: int = 0
+    path: Path,
+    *,
+    layers: tuple[int, ...] = (1, 3),
+    sparse: int = 12,
+    dense: int = 2,
+    d_model: int = D_MODEL,
+    seed: int = 0,
 ) -> card.Watchlist:
     """A random watchlist for `llama()`: `sparse` gated features and `dense` probes at each layer."""
     rng = np.random.default_rng(seed)

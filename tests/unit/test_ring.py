@@ -25,7 +25,17 @@ def put(ring: Ring, step: int, rows: int = 3, events: bytes = b"") -> bool:
     slot.dense_TP[:rows] = step
     slot.norm_TH[:rows] = 7.0
     slot.events[: len(events)] = np.frombuffer(events, np.uint8)
-    ring.commit(slot, step=step, time_unix_nano=123, requests=1, rows=rows, scored_rows=rows, fires=2, silent=False, events=len(events))
+    ring.commit(
+        slot,
+        step=step,
+        time_unix_nano=123,
+        requests=1,
+        rows=rows,
+        scored_rows=rows,
+        fires=2,
+        silent=False,
+        events=len(events),
+    )
     return True
 
 
@@ -109,6 +119,8 @@ print(seen, torn)
         while (slot := ring.reserve()) is None:
             pass
         slot.dense_TP[:3] = step % 2048
-        ring.commit(slot, step=step, time_unix_nano=0, requests=0, rows=3, scored_rows=3, fires=0, silent=False, events=0)
+        ring.commit(
+            slot, step=step, time_unix_nano=0, requests=0, rows=3, scored_rows=3, fires=0, silent=False, events=0
+        )
     output, _ = child.communicate(timeout=60)
     assert output.split() == [str(steps), "0"]

@@ -8,9 +8,9 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import numpy as np  # noqa: E402
-import triton.backends  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
+import numpy as np
+import triton.backends
+from triton.backends.compiler import GPUTarget
 
 
 class _Compiler:

@@ -6,33 +6,57 @@ graph could not be shown. Python imports this module at start from PYTHONPATH, i
 
 import importlib.abc
 import importlib.util
+import os
+import pathlib
+import re
 import sys
 from typing import Any
 
 
 class _Patched(importlib.abc.Loader):
-    """Loads vllm.platforms.cpu and then wraps one method of it."""
+    """Loads a module with something done before or after it."""
 
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
+    def __init__(self, loader: Any, before: Any, after: Any) -> None:
+        self._loader, self._before, self._after = loader, before, after
 
     def create_module(self, spec: Any) -> Any:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
+        self._before()
         self._loader.exec_module(module)
-        keep_mode(module.CpuPlatform)
+        self._after(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    """Wraps the loaders of the modules in `patches`, each once."""
+
+    def __init__(self, patches: dict[str, tuple[Any, Any]]) -> None:
+        self._patches = patches
+
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != "vllm.platforms.cpu":
+        if name not in self._patches:
             return None
-        sys.meta_path.remove(self)
+        before, after = self._patches.pop(name)
         spec = importlib.util.find_spec(name)
         assert spec is not None
-        spec.loader = _Patched(spec.loader)
+        spec.loader = _Patched(spec.loader, before, after)
         return spec
+
+
+def define_missing_ops() -> None:
+    """Schemas of the CUDA ops that vLLM's graph passes name when they are imported; none is ever called here."""
+    import torch
+    import vllm
+    import vllm._custom_ops
+
+    folder = pathlib.Path(vllm.__file__).parent / "compilation"
+    names = {name for file in folder.rglob("*.py") for name in re.findall(r"ops\._C\.(\w+)", file.read_text())}
+    library = torch.library.Library("_C", "FRAGMENT")
+    for name in sorted(names):
+        if not hasattr(torch.ops._C, name):
+            library.define(f"{name}(Tensor! result, Tensor input) -> ()")
+    kept.append(library)
 
 
 def keep_mode(platform: Any) -> None:
@@ -48,4 +72,22 @@ def keep_mode(platform: Any) -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-sys.meta_path.insert(0, _Finder())
+def leave_cache_unsalted(plugin: Any) -> None:
+    """What every vLLM plugin does that does not know of the trap."""
+    plugin._salt_compile_cache = nothing
+
+
+def nothing(*_: Any) -> None: ...
+
+
+kept: list[Any] = []
+sys.meta_path.insert(
+    0,
+    _Finder(
+        {
+            "vllm.platforms.cpu": (nothing, lambda module: keep_mode(module.CpuPlatform)),
+            "vllm.compilation.passes.pass_manager": (define_missing_ops, nothing),
+            "monitor.engine.plugin": (nothing, leave_cache_unsalted if os.environ.get("UNSALTED") else nothing),
+        }
+    ),
+)

@@ -134,7 +134,12 @@ def test_a_watchlist_for_another_model_is_refused_by_the_field_that_differs(fiel
 
 
 def test_a_dtype_that_the_watchlist_was_not_measured_in_is_refused(tmp_path):
-    served = SimpleNamespace(hidden_size=tiny.D_MODEL, num_hidden_layers=tiny.LAYERS, vocab_size=tiny.VOCABULARY, architectures=["LlamaForCausalLM"])
+    served = SimpleNamespace(
+        hidden_size=tiny.D_MODEL,
+        num_hidden_layers=tiny.LAYERS,
+        vocab_size=tiny.VOCABULARY,
+        architectures=["LlamaForCausalLM"],
+    )
     with pytest.raises(WatchlistRefused, match="float16") as caught:
         encoder.check_model(served, torch.float16, tiny.watchlist(tmp_path / "w.safetensors").model)
     assert caught.value.reason == "watchlist_dtype"

@@ -39,7 +39,9 @@ def forward(hooks: tuple[ArmedHook, ...], rows: int, value: float = 2.0) -> None
         hook.stat_T3[:rows, 0] = 7.0
 
 
-def scheduled(new: list[tuple[str, int]], counts: dict[str, int], finished: dict[str, tuple[int, bool]] | None = None) -> Any:
+def scheduled(
+    new: list[tuple[str, int]], counts: dict[str, int], finished: dict[str, tuple[int, bool]] | None = None
+) -> Any:
     """A SchedulerOutput with the fields that the tap reads."""
     output = SimpleNamespace(
         scheduled_new_reqs=[
@@ -165,7 +167,12 @@ def test_the_v2_row_map_follows_the_batch_order_not_the_schedulers():
     )
     runner = SimpleNamespace(execute_model_state=SimpleNamespace(input_batch=batch))
     step = rowmap.read(runner, scheduled([], {"prefill": 5, "decode": 1}))
-    assert (list(step.request_ids), step.start.tolist(), step.count.tolist(), step.rows) == (["decode", "prefill"], [9, 0], [1, 5], 6)
+    assert (list(step.request_ids), step.start.tolist(), step.count.tolist(), step.rows) == (
+        ["decode", "prefill"],
+        [9, 0],
+        [1, 5],
+        6,
+    )
 
 
 class _Status:

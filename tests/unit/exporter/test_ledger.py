@@ -282,9 +282,9 @@ class Simulation:
         self.handles += 1
         prompt = int(self.rng.integers(1, 20))
         cached = int(self.rng.integers(0, prompt)) if self.rng.random() < 0.3 else 0
-        self.live[slot] = {
-            "handle": self.handles, "prompt": prompt, "at": cached, "out": 0, "want": int(self.rng.integers(1, 6)), "stopped": 0, "done": 0,
-        }  # fmt: skip
+        want = int(self.rng.integers(1, 6))
+        state = {"at": cached, "out": 0, "want": want, "stopped": 0, "done": 0}
+        self.live[slot] = {"handle": self.handles, "prompt": prompt, **state}
         self.pending.append(opened(slot, self.handles, prompt, cached))
 
     def end(self, slot: int, aborted: bool) -> None:
