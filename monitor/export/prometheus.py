@@ -7,6 +7,7 @@ template with one `%s` per value. At 1,024 features (20,000 lines) this is some 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +25,8 @@ TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_METRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 _EXEMPLAR_CHARACTERS: Final = 128
 """OpenMetrics' bound on the names and values of an exemplar's labels together."""
+_PLAIN_ID: Final = re.compile(r"[A-Za-z0-9._:/@=+-]+")
+"""Ids hold the client's text, and parsers differ on quotes in exemplars: no client shall be able to break a scrape."""
 _TEMPLATES: Final = 4096
 """Templates kept. Label rows come from watchlist and replicas, so that only replaced pods leave any behind."""
 
@@ -33,7 +36,7 @@ class ExemplarLine:
     """What stands behind the `#` of a counter's line in OpenMetrics."""
 
     labels: tuple[tuple[str, str], ...]
-    """The first ones that fit the standard's bound of 128 characters are shown."""
+    """Those are shown that are plain ids and, in this order, fit the standard's bound of 128 characters."""
     value: float
     seconds: float
 
@@ -156,7 +159,7 @@ def _with_exemplars(text: str, exemplars: Mapping[int, ExemplarLine]) -> str:
 def _exemplar_labels(labels: tuple[tuple[str, str], ...]) -> str:
     room, shown = _EXEMPLAR_CHARACTERS, []
     for name, value in labels:
-        if value and len(name) + len(value) <= room:
+        if _PLAIN_ID.fullmatch(value) and len(name) + len(value) <= room:
             room -= len(name) + len(value)
-            shown.append(f'{name}="{escape(value)}"')
+            shown.append(f'{name}="{value}"')
     return ",".join(shown)

@@ -1,0 +1,126 @@
+"""The process: what it binds, what it refuses to start on, and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from monitor.collector.service import Service, Settings
+from monitor.errors import ConfigRefused, WatchlistRefused
+from monitor.watchlist import card
+from tests.support.streams import sparse, watchlist
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    card.write(watchlist([sparse("f")]), tmp_path / "w.safetensors")
+    return tmp_path / "w.safetensors"
+
+
+def settings(built: Path, http: str = "127.0.0.1:0") -> Settings:
+    return Settings(built, (f"unix://{built.parent}/c.sock",), http)
+
+
+def test_a_service_serves_both_sides_and_leaves_nothing_bound(built):
+    async def scenario() -> str:
+        service = Service(settings(built))
+        await service.start()
+        body = await asyncio.to_thread(lambda: urllib.request.urlopen(service.http_url + "/metrics").read().decode())
+        assert (built.parent / "c.sock").exists()
+        port = service.http_url.rsplit(":", 1)[1]
+        await service.stop()
+        again = Service(settings(built, f"127.0.0.1:{port}"))
+        await again.start()
+        await again.stop()
+        return body
+
+    assert "latentwatch_watchlist_info" in asyncio.run(scenario())
+    assert not (built.parent / "c.sock").exists()
+
+
+def test_a_port_in_use_is_one_clear_refusal_and_frees_what_was_bound(built):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigRefused, match="in use") as refused:
+            asyncio.run(Service(settings(built, f"127.0.0.1:{taken.getsockname()[1]}")).start())
+    assert refused.value.reason == "port_in_use" and "--http" in refused.value.instead
+    assert not (built.parent / "c.sock").exists()
+
+
+def test_an_engine_address_in_use_frees_the_http_port_again(built):
+    async def scenario() -> None:
+        first, second = Service(settings(built)), Service(settings(built))
+        await first.start()
+        with pytest.raises(ConfigRefused) as refused:
+            await second.start()
+        assert refused.value.reason == "socket_in_use"
+        with pytest.raises(urllib.error.URLError):
+            await asyncio.to_thread(urllib.request.urlopen, second.http_url, timeout=2)
+        await first.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("http", "reason"),
+    [("unix:///tmp/x.sock", "target_invalid"), ("nonsense", "target_invalid"), ("192.0.2.1:0", "address_unusable")],
+)
+def test_an_address_that_cannot_be_served_is_refused(built, http, reason):
+    async def scenario() -> None:
+        await Service(settings(built, http)).start()
+
+    with pytest.raises(ConfigRefused) as refused:
+        asyncio.run(scenario())
+    assert refused.value.reason == reason
+
+
+def test_a_missing_or_truncated_watchlist_is_refused(built):
+    with pytest.raises(WatchlistRefused) as refused:
+        Service(settings(built.parent / "none.safetensors"))
+    assert refused.value.reason == "watchlist_missing"
+    built.write_bytes(built.read_bytes()[:-20])
+    with pytest.raises(WatchlistRefused) as refused:
+        Service(settings(built))
+    assert refused.value.reason == "watchlist_format"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_verb_says_where_it_listens_and_stops_on_a_signal(built, number):
+    argv = [sys.executable, "-m", "monitor", "collector", "--watchlist", str(built)]
+    argv += ["--listen", f"unix://{built.parent}/c.sock", "--http", "127.0.0.1:0"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(4)]
+        url = next(line.split()[1] for line in lines if "page" in line)
+        with urllib.request.urlopen(url + "healthz", timeout=10) as answer:
+            assert answer.status == 200
+        started = time.monotonic()
+        os.kill(process.pid, number)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0, errors
+    assert time.monotonic() - started < 10 and "Traceback" not in errors
+
+
+def test_the_verb_refuses_a_missing_watchlist_in_one_line_with_exit_code_2(tmp_path):
+    argv = [sys.executable, "-m", "monitor", "collector", "--watchlist", str(tmp_path / "none")]
+    ran = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert len(ran.stderr.strip().splitlines()) == 1 and "watchlist build" in ran.stderr
+
+
+def test_the_help_of_the_verb_ends_with_a_line_to_paste():
+    ran = subprocess.run(
+        [sys.executable, "-m", "monitor", "collector", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0 and "example:  latentwatch collector --watchlist" in ran.stdout
