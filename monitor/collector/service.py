@@ -82,6 +82,7 @@ class Service:
             await self.receiver.start()
         except BaseException:
             self._socket.close()
+            self._socket = None
             raise
         if not _is_loopback(self._socket):
             log.warning(

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from monitor.collector.service import Service, Settings
 from monitor.errors import ConfigRefused, WatchlistRefused
 from monitor.watchlist import card
 from tests.support.streams import sparse, watchlist
+from tests.support.wire import in_loop
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_service_serves_both_sides_and_leaves_nothing_bound(built):
         await again.stop()
         return body
 
-    assert "latentwatch_watchlist_info" in asyncio.run(scenario())
+    assert "latentwatch_watchlist_info" in in_loop(scenario())
     assert not (built.parent / "c.sock").exists()
 
 
@@ -53,23 +53,26 @@ def test_a_port_in_use_is_one_clear_refusal_and_frees_what_was_bound(built):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ConfigRefused, match="in use") as refused:
-            asyncio.run(Service(settings(built, f"127.0.0.1:{taken.getsockname()[1]}")).start())
+            in_loop(Service(settings(built, f"127.0.0.1:{taken.getsockname()[1]}")).start())
     assert refused.value.reason == "port_in_use" and "--http" in refused.value.instead
     assert not (built.parent / "c.sock").exists()
 
 
 def test_an_engine_address_in_use_frees_the_http_port_again(built):
     async def scenario() -> None:
-        first, second = Service(settings(built)), Service(settings(built))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        first, second = Service(settings(built)), Service(settings(built, f"127.0.0.1:{port}"))
         await first.start()
         with pytest.raises(ConfigRefused) as refused:
             await second.start()
         assert refused.value.reason == "socket_in_use"
-        with pytest.raises(urllib.error.URLError):
-            await asyncio.to_thread(urllib.request.urlopen, second.http_url, timeout=2)
+        with socket.socket() as again:
+            again.bind(("127.0.0.1", port))
         await first.stop()
 
-    asyncio.run(scenario())
+    in_loop(scenario())
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,7 @@ def test_an_address_that_cannot_be_served_is_refused(built, http, reason):
         await Service(settings(built, http)).start()
 
     with pytest.raises(ConfigRefused) as refused:
-        asyncio.run(scenario())
+        in_loop(scenario())
     assert refused.value.reason == reason
 
 
