@@ -16,7 +16,18 @@ from monitor.export.prometheus import ExemplarLine, Family, LabelRows
 from monitor.names import Outcome
 from monitor.watchlist.card import Feature, Watchlist
 
-REFUSALS: Final = ("watchlist_mismatch", "malformed_batch", "replica_name", "too_many_replicas", "too_many_models")
+REFUSALS: Final = (
+    "watchlist_mismatch",
+    "protocol_version",
+    "malformed_hello",
+    "malformed_batch",
+    "replica_name",
+    "too_many_replicas",
+    "too_many_models",
+    "too_many_streams",
+    "superseded",
+    "collector_error",
+)
 """Reasons that have a series at 0 from the start, so that increase() sees the first one."""
 
 

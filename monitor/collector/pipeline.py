@@ -40,7 +40,6 @@ from monitor.collector.requests import (
     Slots,
     bounded,
 )
-from monitor.errors import StreamRefused
 from monitor.names import Outcome, Phase, Reason, TokenState, response_id
 from monitor.step import RequestClosed, RequestOpened, StepBatch, validate
 from monitor.transport.session import Hello
@@ -110,11 +109,7 @@ class Pipeline:
 
         A hello with a boot id that is new for its replica ends the requests of the earlier boots as LOST.
         """
-        try:
-            boot, over = self._replicas.greet(hello, now)
-        except StreamRefused as refusal:
-            self.refused(refusal.reason)
-            raise
+        boot, over = self._replicas.greet(hello, now)
         self._engine(hello)
         self._model(hello.model_name)
         for other in over:
@@ -126,16 +121,12 @@ class Pipeline:
 
         Raises: StreamRefused: "malformed_batch", or "unknown_boot" for a stream that never said hello here.
         """
-        try:
-            boot = self._replicas.boot(hello)
-            if sequence <= boot.high_sequence:
-                self._messages += 1
-                self._duplicates += 1
-                return
-            validate(batch, sparse_F=self._sparse_F, hook_points=len(self.watchlist.hooks))
-        except StreamRefused as refusal:
-            self.refused(refusal.reason)
-            raise
+        boot = self._replicas.boot(hello)
+        if sequence <= boot.high_sequence:
+            self._messages += 1
+            self._duplicates += 1
+            return
+        validate(batch, sparse_F=self._sparse_F, hook_points=len(self.watchlist.hooks))
         self._messages += 1
         if boot.high_sequence:
             self._lost_sequences += sequence - boot.high_sequence - 1
@@ -150,7 +141,7 @@ class Pipeline:
         self._replicas.leave(hello, now)
 
     def refused(self, reason: str) -> None:
-        """Count a stream or message that was refused, here or before it got here."""
+        """Count a refused stream or message. The receiver calls this: it refuses some before they get here."""
         known = reason in self._refused or len(self._refused) < _REASON_SLUGS
         self._refused[reason if known else "other"] += 1
 

@@ -53,7 +53,7 @@ class Service:
         self._start_seconds = time.time()
         self._http = _http_target(settings.http)
         self.pipeline = Pipeline(card.read(settings.watchlist), settings.bounds)
-        self.receiver = Receiver(self.pipeline, settings.listen, clock=time.time)
+        self.receiver = Receiver(self.pipeline, settings.listen, clock=time.time, on_refused=self.pipeline.refused)
         self._server = _Server(
             uvicorn.Config(
                 make_app(self.pipeline, clock=time.time, process=self._process),

@@ -93,6 +93,7 @@ class Receiver:
         listen: Sequence[str],
         *,
         clock: Callable[[], float],
+        on_refused: Callable[[str], None] | None = None,
         collector_id: str | None = None,
         max_streams: int = 1024,
         ack_batches: int = _ACK_BATCHES,
@@ -101,12 +102,14 @@ class Receiver:
         """
         Args:   listen: addresses, each `unix:///path` or `host:port`; port 0 takes a free one.
                 clock: the `now` that the Sink is given, seconds.
+                on_refused: told the reason of every refusal that is sent, the Sink's own included.
                 collector_id: 32 hex digits; drawn anew when absent.
         Raises: ConfigRefused, "target_invalid".
         """
         self._sink = sink
         self._targets = [Target.parse(text, listening=True) for text in listen]
         self._clock = clock
+        self._on_refused = on_refused
         self.collector_id = collector_id or uuid.uuid4().hex
         self._max_streams = max_streams
         self._ack_batches = ack_batches
@@ -307,6 +310,8 @@ class Receiver:
             await context.write(codec.encode_reply(codec.Ack(stream.held)))
 
     async def _refuse(self, context: Any, refusal: StreamRefused) -> None:
+        if self._on_refused is not None:
+            self._on_refused(refusal.reason)
         if self._may_log(refusal.reason):
             # The text may hold what the peer sent, so it is logged as a value and bounded.
             log.warning("stream of %s refused, %s: %.500r", context.peer(), refusal.reason, str(refusal))

@@ -174,7 +174,6 @@ def test_a_hello_that_cannot_be_served_is_refused_by_reason_and_leaves_no_trace(
         made.hello(hello(**changes), 1000.0)
     assert refused.value.reason == reason and refused.value.instead
     snapshot = made.snapshot(0)
-    assert snapshot.collector.streams_refused == {reason: 1}
     assert not snapshot.replicas and not snapshot.models and not snapshot.engines
 
 

@@ -12,12 +12,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+import grpc
 import pytest
 
 from monitor.collector.service import Service, Settings
 from monitor.errors import ConfigRefused, WatchlistRefused
+from monitor.transport import codec
 from monitor.watchlist import card
-from tests.support.streams import sparse, watchlist
+from tests.support.streams import hello, sparse, watchlist
 from tests.support.wire import in_loop
 
 
@@ -127,3 +129,24 @@ def test_the_help_of_the_verb_ends_with_a_line_to_paste():
         [sys.executable, "-m", "monitor", "collector", "--help"], capture_output=True, text=True, timeout=60
     )
     assert ran.returncode == 0 and "example:  latentwatch collector --watchlist" in ran.stdout
+
+
+def test_every_refused_stream_is_counted_once_whoever_refused_it(built):
+    """A sender with another watchlist (the pipeline refuses) and one that sends no hello (the receiver does)."""
+
+    async def scenario() -> dict[str, int]:
+        service = Service(settings(built))
+        await service.start()
+        async with grpc.aio.insecure_channel(f"unix://{built.parent}/c.sock") as channel:
+            for first in (codec.encode_hello(hello(), last_acked_sequence=0, time_unix_nano=0), b"\xff nonsense"):
+                stream = channel.stream_stream(codec.METHOD)()
+                await stream.write(first)
+                await stream.done_writing()
+                await stream.read()
+                stream.cancel()
+        refused = service.pipeline.snapshot(0).collector.streams_refused
+        await service.stop()
+        return dict(refused)
+
+    refused = in_loop(scenario())
+    assert refused.pop("watchlist_mismatch") == 1 and sum(refused.values()) == 1
