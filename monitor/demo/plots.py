@@ -6,15 +6,19 @@ Every plot is WIDTH units wide and scales with the page. Numbers in the path dat
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
 
 WIDTH: Final = 1000.0
-LEFT: Final = 210.0
+LEFT: Final = 250.0
 """Where the time axis begins; labels stand left of it."""
 RIGHT: Final = WIDTH - 16.0
+LABEL_CHARACTERS: Final = 28
+"""What fits left of LEFT at the page's label size; a lane's smaller type takes LANE_CHARACTERS."""
+LANE_CHARACTERS: Final = 34
 AXIS: Final = 30.0
 """Height of the time axis below the rows."""
 
@@ -112,7 +116,9 @@ def lanes(rows: Sequence[Lane], span: Span) -> str:
         top = first + i * height
         width = (RIGHT - LEFT) / max(1, len(row.rates))
         highest = max(row.rates, default=0.0)
-        body.append(_text("lane", LEFT - 10, top + 12.5, _cut(row.label, 30), "end", f"{row.label} · {row.detail}"))
+        body.append(
+            _text("lane", LEFT - 10, top + 12.5, _cut(row.label, LANE_CHARACTERS), "end", f"{row.label} · {row.detail}")
+        )
         body += [
             _element(
                 "rect",
@@ -201,10 +207,11 @@ def _incident(style: str, span: Span, y: float, height: float) -> str:
 
 
 def _row_label(label: str, detail: str, middle: float) -> list[str]:
-    return [
-        _text("label", LEFT - 12, middle - 2, _cut(label, 27), "end", label),
-        _text("small muted", LEFT - 12, middle + 14, _cut(detail, 34), "end"),
-    ]
+    """Up to two lines of the label over one of detail, centred on `middle`."""
+    lines = textwrap.wrap(label, LABEL_CHARACTERS, max_lines=2, placeholder="…")
+    first = middle + 6 - 9 * len(lines)
+    texts = [_text("label", LEFT - 12, first + 17 * i, line, "end", label) for i, line in enumerate(lines)]
+    return [*texts, _text("small muted", LEFT - 12, first + 17 * len(lines), _cut(detail, LANE_CHARACTERS), "end")]
 
 
 def _time_axis(span: Span, top: float) -> list[str]:

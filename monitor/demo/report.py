@@ -11,6 +11,7 @@ from string import Template
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from monitor.demo import plots
 from monitor.demo.outcome import Exceedance, Run
@@ -19,7 +20,7 @@ from monitor.names import Severity, TokenState
 from monitor.watchlist.card import Feature
 
 BINS: Final = 40
-MAX_LANES: Final = 40
+MAX_LANES: Final = 28
 MAX_STRIPS: Final = 8
 MAX_ROWS: Final = 60
 """Bounds of the page, so that a larger watchlist or a longer demo stays readable."""
@@ -89,7 +90,7 @@ def _tiles(run: Run) -> str:
     seen = states.get("scored", 0) + states.get("inherited", 0)
     tiles = [
         (
-            f"{run.settled.tokens:,} of {run.engine.fed:,}",
+            f"{run.settled.tokens:,} / {run.engine.fed:,}",
             f"tokens accounted for; {seen:,} of them scored or inherited",
         ),
         (
@@ -138,11 +139,11 @@ def _strip(run: Run, feature: Feature) -> plots.Strip:
         for answer in run.answers
         if feature.id in run.scores.get(answer.response_id, {})
     ]
-    return plots.Strip(feature.label, f"{feature.kind} {feature.id}", feature.limit.value, dots)
+    return plots.Strip(feature.label, feature.id, feature.limit.value, dots)
 
 
 def _lanes(run: Run, span: plots.Span) -> list[plots.Lane]:
-    """Firing rates of sparse features in BINS time bins, the most severe and then the most active first."""
+    """Firing rates of sparse features in BINS time bins, those that rose most in the incident first."""
     edges = run.traffic_at + np.linspace(0.0, span.seconds, BINS + 1)
     seen = np.array([sample.states.get("scored", 0) + sample.states.get("inherited", 0) for sample in run.samples])
     at = np.searchsorted([sample.at for sample in run.samples], edges).clip(0, len(run.samples) - 1)
@@ -152,11 +153,18 @@ def _lanes(run: Run, span: plots.Span) -> list[plots.Lane]:
         fired = np.diff(np.array([sample.fired.get(feature.id, 0) for sample in run.samples])[at])
         if not feature.dense and fired.any():
             rates = np.divide(fired, tokens, out=np.zeros(BINS), where=tokens > 0)
-            lanes.append((list(Severity).index(feature.severity), -int(fired.sum()), feature, rates))
-    lanes.sort(key=lambda lane: lane[:2])
-    return [
-        plots.Lane(f.label, f"{f.severity} {f.id}", [float(r) for r in rates]) for _, _, f, rates in lanes[:MAX_LANES]
-    ]
+            lanes.append((_rise(rates, edges, run.incident), feature, rates))
+    lanes.sort(key=lambda lane: -lane[0])
+    return [plots.Lane(f"{f.id} {f.label}", f.severity, rates.tolist()) for _, f, rates in lanes[:MAX_LANES]]
+
+
+def _rise(rates: npt.NDArray[np.float64], edges: npt.NDArray[np.float64], incident: tuple[float, float]) -> float:
+    """Mean firing rate in the bins that touch the incident, over the mean of the others."""
+    begin, end = incident
+    inside = (edges[1:] > begin) & (edges[:-1] < end)
+    outside_rate = float(rates[~inside].sum()) / max(1, int((~inside).sum()))
+    # The floor gives a feature that never fired outside a finite place in the order.
+    return float(rates[inside].sum()) / max(1, int(inside.sum())) / max(outside_rate, 1e-5)
 
 
 def _events(run: Run) -> list[plots.Event]:
