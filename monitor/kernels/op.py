@@ -8,6 +8,7 @@ into a compiled graph and captured into a CUDA graph. Importing this module twic
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import torch
@@ -48,6 +49,23 @@ def _score_cpu(
     del w_lo_KD, scratch  # the float32 rows are whole, and one thread pool needs no partial sums
     _check_rows(x_TD, act_TK, stat_T3)
     score_cpu.score(x_TD, residual_TD, w_hi_KD, scale_6K, act_TK, stat_T3)
+
+
+def _score_cuda(
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    w_hi_KD: Tensor,
+    w_lo_KD: Tensor | None,
+    scale_6K: Tensor,
+    act_TK: Tensor,
+    stat_T3: Tensor,
+    scratch: Tensor | None = None,
+) -> None:
+    # Imported here, so that a CPU engine never loads Triton.
+    from monitor.kernels import score as gpu
+
+    _check_rows(x_TD, act_TK, stat_T3)
+    gpu.score(x_TD, residual_TD, w_hi_KD, w_lo_KD, scale_6K, act_TK, stat_T3, scratch)
 
 
 def _score_fake(
@@ -96,11 +114,52 @@ def pack(rows: HookRows, device: torch.device | str, dtype: torch.dtype) -> tupl
     return hi_KD, lo_KD, scale_6K
 
 
+def scratch(tokens: int, features: Iterable[int], d_model: int, device: torch.device | str) -> Tensor | None:
+    """Room for partial sums of steps of up to `tokens` tokens; None on a CPU, which needs none.
+
+    One buffer serves all hook points, given by their numbers of features, as long as they run one after the other on
+    one stream. The kernel leaves it as it found it.
+    """
+    if torch.device(device).type == "cpu":
+        return None
+    from monitor.kernels import score as gpu
+
+    words = max(gpu.scratch_words(tokens, K, d_model) for K in features)
+    return torch.zeros(words, dtype=torch.float32, device=device)
+
+
+def warm_up(
+    w_hi_KD: Tensor,
+    w_lo_KD: Tensor | None,
+    scale_6K: Tensor,
+    act_TK: Tensor,
+    stat_T3: Tensor,
+    scratch: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    residual: bool,
+) -> None:
+    """Compile every shape of the kernel that a step may take, so that none is compiled while serving.
+
+    Writes zeros' scores into the buffers; call it before they mean anything. Does nothing on a CPU.
+    """
+    if act_TK.device.type == "cpu":
+        return
+    from monitor.kernels import score as gpu
+
+    for tokens in gpu.steps(act_TK.shape[0]):
+        x_TD = torch.zeros(tokens, w_hi_KD.shape[1], dtype=dtype, device=act_TK.device)
+        torch.ops.latentwatch.score(
+            x_TD, x_TD if residual else None, w_hi_KD, w_lo_KD, scale_6K, act_TK, stat_T3, scratch
+        )
+
+
 def _register() -> torch.library.Library:
     # torch leaves Library without types.
     library = torch.library.Library("latentwatch", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(SCHEMA)  # type: ignore[no-untyped-call]
     library.impl("score", _score_cpu, "CPU")  # type: ignore[no-untyped-call]
+    library.impl("score", _score_cuda, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake("latentwatch::score", _score_fake, lib=library)
     return library
 

@@ -1,9 +1,9 @@
-"""Compile the GPU kernels ahead of time, without a GPU, and report what each takes. Run as a script: JSON lines out.
+"""Compile the GPU kernels ahead of time, without a GPU, and report what each takes. JSON lines out.
 
-    python -m tests.support.kernel_aot [--arch 80,90,100] [--all]
+    python -m tests.support.kernel_aot [--all] [--arch 80,90,100]
 
-Needs a process without TRITON_INTERPRET. What is read: registers and stack from cuobjdump (a stack frame is a spill),
-shared memory from Triton, the kind of matrix instruction from the PTX.
+Needs a process without TRITON_INTERPRET. Registers and stack are what cuobjdump reads from the machine code (a stack
+frame is a spill), shared memory what Triton asks for, the kind of matrix instruction what stands in the PTX.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,13 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from monitor.kernels import score
+from monitor.kernels import compact, score
 
-EXTRA = {}
 WIDTHS = (2048, 4096, 5120, 8192)
 FEATURES = (8, 64, 256, 1024)
-STEPS = (1, 64, 256, 1024, 2048, 8192)
-POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+STEPS = (1, 64, 256, 1024, 2048, 4096, 8192)
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
 class Build(NamedTuple):
@@ -39,29 +37,42 @@ class Build(NamedTuple):
     function: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    warps: int
-    stages: int
+    options: dict[str, Any]
 
 
 def score_build(
     shape: score.Variant, D: int, *, dtype: torch.dtype = torch.bfloat16, residual: bool = True, lo: bool = True
 ) -> Build:
     function = score._score_kernel
-    constants: dict[str, Any] = score.constants(shape, D, dtype) | {"INTERPRETED": False}
+    constants: dict[str, Any] = {**score.constants(shape, D, dtype)}
     signature = dict.fromkeys(function.arg_names, "*fp32")
-    signature |= {"x_ptr": POINTER[dtype], "residual_ptr": POINTER[dtype], "hi_ptr": "*bf16", "lo_ptr": "*bf16"}
+    signature |= {"x_ptr": POINTERS[dtype], "residual_ptr": POINTERS[dtype], "hi_ptr": "*bf16", "lo_ptr": "*bf16"}
     signature |= {"T": "i32", "K": "i32", "x_stride": "i32", "residual_stride": "i32"}
     for name, present in (("residual_ptr", residual), ("lo_ptr", lo), ("scratch_ptr", shape.split > 1)):
         if not present:
             constants[name] = None
-    signature |= dict.fromkeys(constants, "constexpr")
-    name = f"score D{D} {'x'.join(map(str, shape[:4]))} w{shape.warps} s{shape.stages} {str(dtype)[6:]}"
-    name += "" if residual else " summed"
-    return Build(name + ("" if lo else " hi"), function, signature, constants, shape.warps, shape.stages)
+    name = (
+        f"score {str(dtype).removeprefix('torch.')} D{D} {'x'.join(map(str, shape[:4]))} w{shape.warps} s{shape.stages}"
+    )
+    name += (" x+residual" if residual else " summed") + (" hi+lo" if lo else " hi")
+    return Build(name, function, signature | dict.fromkeys(constants, "constexpr"), constants, {**score.options(shape)})
+
+
+def compact_build(F: int, P: int, H: int, rows: int, *, counted: bool = False) -> Build:
+    """`counted`: the device knows the number of real rows."""
+    acts = [torch.zeros(8, F // H) for _ in range(H)]
+    stats = [torch.zeros(8, 3) for _ in range(H)]
+    compactor = compact.Compactor(acts, stats, torch.arange(F) < P, capacity=1 << 16)
+    function = compact._compact_kernel
+    constants: dict[str, Any] = {**compactor.constants(rows)} | ({} if counted else {"real_rows_ptr": None})
+    signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in function.arg_names}
+    signature |= {"column_ptr": "*i64", "stat_ptr": "*i64"} | dict.fromkeys(constants, "constexpr")
+    name = f"compact F{F} P{P} H{H} {constants['BLOCK_R']}x{constants['BLOCK_F']}"
+    return Build(name, function, signature, constants, {**compact.OPTIONS})
 
 
 def compiled(build: Build, arch: int) -> dict[str, Any]:
-    """Compile for sm_<arch>; the arguments are marked as a launch would specialise them."""
+    """Compile for sm_<arch>, with the arguments marked as a launch would specialise them."""
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(build.function.arg_names)
@@ -70,13 +81,14 @@ def compiled(build: Build, arch: int) -> dict[str, Any]:
     kernel = triton.compile(
         ASTSource(fn=build.function, signature=build.signature, constexprs=build.constants, attrs=attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True, **EXTRA},
+        options=build.options,
     )
-    ptx = kernel.asm["ptx"]
     registers, stack = resources(kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
     return {
         "kernel": build.name,
         "arch": arch,
+        "threads": 32 * build.options["num_warps"],
         "registers": registers,
         "stack": stack,
         "shared": kernel.metadata.shared,
@@ -86,35 +98,62 @@ def compiled(build: Build, arch: int) -> dict[str, Any]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of stack a thread)"""
+    """(registers of a thread, bytes of stack of a thread)"""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return int(registers), int(stack)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
 
 
-def every_build() -> Iterator[Build]:
+def sample(arch: int) -> Iterator[Build]:
+    """Every kind of shape once, for tests that run at each change."""
+    yield score_build(score.choose(8, 64, 4096, split=True, capability=arch), 4096)
+    yield score_build(score.choose(8192, 64, 4096, split=True, capability=arch), 4096)
+    yield score_build(score.choose(8192, 1024, 4096, split=True, capability=arch), 4096, residual=False)
+    if arch == 90:
+        yield score_build(score.choose(300, 256, 4096, split=True, capability=arch), 4096, dtype=torch.float16)
+        yield score_build(score.choose(300, 64, 2304, split=True, dtype=torch.float32), 2304, dtype=torch.float32)
+        yield score_build(score.INVARIANT.fit(64, 4096, split=False), 4096, lo=False)
+        yield compact_build(256, 16, 4, 256)
+
+
+def everything(arch: int) -> Iterator[Build]:
+    """Every shape that the table can give for the benchmark's grid."""
     shapes = {
-        score.choose(T, K, D, split=split) for T in STEPS for K in FEATURES for D in WIDTHS for split in (True, False)
-    }
-    for shape in sorted(shapes | {score.INVARIANT.fit(K, 4096, split=False) for K in FEATURES}):
-        yield score_build(shape, 4096)
-        yield score_build(shape, 4096, residual=False)
+        (score.choose(T, K, D, split=split, capability=arch), D)
+        for T in STEPS
+        for K in FEATURES
+        for D in WIDTHS
+        for split in (True, False)
+    } | {(score.INVARIANT.fit(K, 4096, split=False), 4096) for K in FEATURES}
+    for shape, D in sorted(shapes):
+        for residual in (True, False):
+            yield score_build(shape, D, residual=residual)
+            if D == 4096:
+                yield score_build(shape, D, residual=residual, lo=False)
+                yield score_build(shape, D, residual=residual, dtype=torch.float16)
+    for T in (1, 8192):
+        for K in FEATURES:
+            yield score_build(score.choose(T, K, 4096, split=True, dtype=torch.float32), 4096, dtype=torch.float32)
+            yield score_build(score.choose(T, K, 4096, split=False, dtype=torch.float32), 4096, dtype=torch.float32)
+    for F, P, H in ((8, 0, 1), (256, 16, 4), (1024, 64, 8)):
+        for rows in (256, 4096, 8192, 65536):
+            yield compact_build(F, P, H, rows, counted=P > 0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", default="80,90,100")
-    parser.add_argument("--match", default="")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every shape of the table instead of one of each kind")
+    parser.add_argument("--arch", default="80,90,100", help="compute capabilities (default: %(default)s)")
     options = parser.parse_args()
-    for build in every_build():
-        for arch in map(int, options.arch.split(",")):
-            if options.match in build.name:
-                print(json.dumps(compiled(build, arch)), flush=True)
+    for arch in map(int, options.arch.split(",")):
+        for build in (everything if options.all else sample)(arch):
+            print(json.dumps(compiled(build, arch)), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
