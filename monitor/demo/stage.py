@@ -15,6 +15,7 @@ from monitor.demo import services
 from monitor.demo.processes import Child, ProcessGroup, free_ports
 from monitor.demo.terminal import Terminal
 from monitor.demo.webhook import Webhook
+from monitor.errors import ConfigRefused
 
 READY_SECONDS: Final = 30.0
 ENGINE_READY_SECONDS: Final = 420.0
@@ -120,7 +121,13 @@ def why_no_paging(wanted: bool) -> str:
     if not wanted:
         return "--no-prometheus was given"
     missing = [name for name in ("prometheus", "prometheus-alertmanager") if services.installed(name) is None]
-    return f"{' and '.join(missing)} not installed ({services.INSTALL_HINT})" if missing else ""
+    if missing:
+        return f"{' and '.join(missing)} not installed ({services.INSTALL_HINT})"
+    try:
+        services.dashboards()
+    except ConfigRefused as refusal:
+        return str(refusal)
+    return ""
 
 
 async def _start_paging(

@@ -57,6 +57,14 @@ def test_a_missing_prometheus_is_named_with_the_way_to_install_it(monkeypatch: p
     assert stage.why_no_paging(wanted=False) == "--no-prometheus was given"
 
 
+def test_an_installation_without_the_rules_goes_on_without_the_page_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(services, "installed", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(services.monitor, "__file__", str(tmp_path / "site-packages" / "monitor" / "__init__.py"))
+    assert "Run the demo from a checkout" in stage.why_no_paging(wanted=True)
+
+
 def test_the_compile_cache_is_kept_where_the_user_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "a"))
     assert services.cache_root() == tmp_path / "a"
