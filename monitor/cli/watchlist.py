@@ -13,7 +13,9 @@ EPILOG = "example:  latentwatch watchlist build watchlist.yaml --out prod.safete
 
 _BUILD = """Compile a watchlist.yaml and the SAEs and probes that it names into one .safetensors file.
 The same input gives the same bytes: the engine and the collector know the file by its SHA-256."""
-_VERIFY = """Check that a built file is whole; with --against, that its rows are those of the sources today."""
+_VERIFY = """Check that a built file is whole; with --against, that its rows are those of the sources today; with
+--activations too, that its scores are those of the source's own library and that the SAE fits this stream, so that a
+wrong hook point or scale is found before serving. Exit code 1 when something does not hold."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--against", type=Path, metavar="YAML", help="the watchlist.yaml it should have been built from"
     )
+    verify.add_argument(
+        "--activations",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="X",
+        help="with --against: .safetensors files of recorded tokens, tensor x [tokens, d_model] and metadata "
+        "hook_point; scores them with the source's own library where it is installed, and prints errors, gate flips, "
+        "L0 and the fraction of variance unexplained",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,9 +93,17 @@ def _verify(args: argparse.Namespace) -> int:
     watchlist = card.read(args.file)
     print(f"{args.file}: whole, {len(watchlist.features)} features, sha256 {watchlist.sha256}")
     if args.against is None:
+        if args.activations:
+            raise ConfigRefused(
+                "--activations", found="--against is missing", instead="Give the YAML too.", reason="against_missing"
+            )
         return 0
     differences = verify.differences(watchlist, args.against)
     for line in differences:
         print(line)
     print("the rows are those of the sources" if not differences else f"{len(differences)} differences")
-    return 1 if differences else 0
+    problems = len(differences)
+    for measured in verify.measure(watchlist, args.against, args.activations):
+        print("\n".join(verify.report(measured)))
+        problems += len(measured.problems)
+    return 1 if problems else 0

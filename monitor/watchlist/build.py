@@ -63,7 +63,7 @@ def _hook_rows(hook: HookChoice, model: ModelCard, progress: Progress) -> HookRo
         with _at(choice.where):
             source = open_source(choice.format, choice.location, hook.hook_point, choice.options)
             _check_width(source, choice, model)
-        index_K = [_index(feature, source) for feature in choice.features]
+        index_K = [row_index(feature, source) for feature in choice.features]
         _refuse_duplicate_rows(choice, index_K, taken)
         with _at(choice.where):
             rows, gates = _gated_rows(choice, source, index_K, hook.hook_point)
@@ -104,7 +104,7 @@ def _check_width(source: Source, choice: SourceChoice, model: ModelCard) -> None
         )
 
 
-def _index(feature: FeatureChoice, source: Source) -> int:
+def row_index(feature: FeatureChoice, source: Source) -> int:
     """The row that a feature names, checked."""
     if feature.name is not None:
         if feature.name not in source.about.names:

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from monitor.errors import WatchlistRefused
-from monitor.watchlist.card import F32, NORMS, U16, bf16_from_f32, f32_from_bf16
+from monitor.watchlist.card import F32, NORMS, SCALE_ROWS, U16, bf16_from_f32, f32_from_bf16
 from monitor.watchlist.tensors import F64
 
 LAYER_NORM_EPSILON: Final = 1e-5
@@ -145,14 +145,31 @@ def normalised(norm: str, x_TD: F64) -> F64:
     raise ValueError(f"unknown norm {norm!r}, known are {NORMS}")
 
 
-def activations(hi_KD: U16, lo_KD: U16, scale_6K: F32, x_TD: F64) -> F64:
-    """Canonical activations, float64 [T, K]; 0 where a gated feature does not fire. The engine's op must equal this."""
-    tau, gain, bias, lo, _, norm = scale_6K.astype(np.float64)
+def scores(hi_KD: U16, lo_KD: U16, scale_6K: F32, x_TD: F64) -> F64:
+    """s of the canonical form, float64 [T, K], each row under its own norm."""
+    norm = scale_6K[SCALE_ROWS.index("norm")]
     s_TK = np.empty((len(x_TD), len(hi_KD)))
     for code in np.unique(norm):
         chosen = norm == code
         s_TK[:, chosen] = normalised(NORMS[int(code)], x_TD) @ stored(hi_KD[chosen], lo_KD[chosen]).T
+    return s_TK
+
+
+def activations(hi_KD: U16, lo_KD: U16, scale_6K: F32, x_TD: F64) -> F64:
+    """Canonical activations, float64 [T, K]; 0 where a gated feature does not fire. The engine's op must equal this."""
+    tau, gain, bias, lo, _, _ = scale_6K.astype(np.float64)
+    s_TK = scores(hi_KD, lo_KD, scale_6K, x_TD)
     return np.where(s_TK > tau, np.maximum(gain * s_TK + bias, lo), 0.0)
+
+
+def authors(rows: EncoderRows, x_TD: F64) -> F64:
+    """Activations by the authors' own formula, float64 [T, K]: nothing folded, no row rounded."""
+    n_TD = normalised(rows.norm, x_TD)
+    if rows.offset_D is not None:
+        n_TD = n_TD - rows.offset_D
+    u_TK = n_TD @ rows.w_KD.T
+    act_TK = rows.gain_K * u_TK + rows.bias_K
+    return act_TK if rows.dense else np.where(u_TK > rows.gate_K, np.maximum(act_TK, 0.0), 0.0)
 
 
 def _refuse(found: str, instead: str) -> WatchlistRefused:

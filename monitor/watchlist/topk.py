@@ -73,7 +73,7 @@ def calibrate(
     x_TD = x_TD[skip:]
     kth_T, l0_threshold = _full_pass(source, x_TD, k)
     rows = source.rows(index_K)
-    act_TK = _activations(rows, x_TD)
+    act_TK = canonical.authors(rows, x_TD)
     rank_TK = act_TK * _rank(rows)
     true_TK = (rank_TK >= kth_T[:, None]) & (rank_TK > 0)
     if match == "l0":
@@ -98,15 +98,20 @@ def calibrate(
     return Calibrated(replace(rows, gate_K=gate_K), notes)
 
 
+def kth_largest(source: Source, x_TD: F64, k: int) -> F64:
+    """The smallest rank that a TopK encoder keeps on each token, [T]; 0 where fewer than k features are positive."""
+    return _full_pass(source, x_TD, k)[0]
+
+
 def _full_pass(source: Source, x_TD: F64, k: int) -> tuple[F64, float]:
     """Each token's k-th largest activation, and the threshold that k activations of the average token pass."""
     tokens = len(x_TD)
     best_Tk = np.zeros((tokens, min(k, source.about.width)))
     best = np.zeros(0)
     keep = k * tokens + 1
-    for index in _chunks(source.about.width):
+    for index in chunks(source.about.width):
         rows = source.rows(index)
-        rank_TC = _activations(rows, x_TD) * _rank(rows)
+        rank_TC = canonical.authors(rows, x_TD) * _rank(rows)
         both = np.concatenate([best_Tk, rank_TC], axis=1)
         best_Tk = np.partition(both, both.shape[1] - best_Tk.shape[1], axis=1)[:, -best_Tk.shape[1] :]
         flat = np.concatenate([best, rank_TC[rank_TC > 0]])
@@ -116,16 +121,10 @@ def _full_pass(source: Source, x_TD: F64, k: int) -> tuple[F64, float]:
     return best_Tk.min(axis=1), threshold
 
 
-def _chunks(width: int) -> Iterator[range]:
+def chunks(width: int) -> Iterator[range]:
+    """All feature indices, some thousand at a time."""
     for start in range(0, width, CHUNK):
         yield range(start, min(start + CHUNK, width))
-
-
-def _activations(rows: EncoderRows, x_TD: F64) -> F64:
-    n_TD = canonical.normalised(rows.norm, x_TD)
-    if rows.offset_D is not None:
-        n_TD = n_TD - rows.offset_D
-    return np.asarray(np.maximum(rows.gain_K * (n_TD @ rows.w_KD.T) + rows.bias_K, 0))
 
 
 def _rank(rows: EncoderRows) -> F64:

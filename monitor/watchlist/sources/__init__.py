@@ -17,6 +17,7 @@ from monitor.errors import WatchlistRefused
 from monitor.names import HookPoint
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Location
+from monitor.watchlist.tensors import F64
 
 FORMATS: Final = (
     "circuit_tracer",
@@ -91,6 +92,18 @@ def _no_notes(_: int) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """The other half of an SAE, read only to measure how well it explains a recorded stream."""
+
+    rows: Callable[[Sequence[int]], F64]
+    """What an activation of 1 adds to the reconstruction, per feature, [K, D]."""
+    bias: Callable[[], F64]
+    """[D]"""
+    input_scale: float = 1.0
+    """The reconstruction is of n(x) * input_scale."""
+
+
+@dataclass(frozen=True)
 class Source:
     """An opened source."""
 
@@ -101,6 +114,8 @@ class Source:
     """The encoder rows of the given features, in the given order."""
     row_notes: Callable[[int], Mapping[str, Any]] = _no_notes
     """What the source says of one row, for its card."""
+    decoder: Decoder | None = None
+    """None where the source has none, or where it writes to another place than it reads."""
 
 
 class Reader(Protocol):

@@ -16,7 +16,7 @@ from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Config, Location
-from monitor.watchlist.sources import About, Options, Source, refuse_architecture, refuse_other_layer
+from monitor.watchlist.sources import About, Decoder, Options, Source, refuse_architecture, refuse_other_layer
 from monitor.watchlist.tensors import F64
 from monitor.watchlist.tensors_torch import TorchFile
 
@@ -53,7 +53,8 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         notes=trainer.noted("lm_name", "submodule_name", "layer"),
         k=int(tensors.scalar("k")) if name == "AutoEncoderTopK" else None,
     )
-    return Source(about, (location.file("config.json"), tensors.path), rows)
+    decoder = Decoder(lambda index_K: _decoder(tensors, name, index_K), lambda: tensors.whole(_DECODER_BIAS[name]))
+    return Source(about, (location.file("config.json"), tensors.path), rows, decoder=decoder)
 
 
 def _sizes(tensors: TorchFile, transposed: bool) -> tuple[int, int]:
@@ -81,6 +82,13 @@ def _hook(trainer: Config) -> str | None:
     if submodule is None or layer is None:
         return None
     return f"blocks.{layer}.hook_resid_post" if "resid_post" in submodule else f"{submodule} of layer {layer}"
+
+
+def _decoder(tensors: TorchFile, name: str, index_K: Sequence[int]) -> F64:
+    if name in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
+        return tensors.rows("W_dec", index_K)
+    w_KD = tensors.columns("decoder.weight", index_K)
+    return w_KD / np.linalg.norm(w_KD, axis=1, keepdims=True) if name == "AutoEncoder" else w_KD
 
 
 def _linear(tensors: TorchFile, index_K: Sequence[int]) -> tuple[F64, F64]:
@@ -134,3 +142,12 @@ _CLASSES: Final[Mapping[str, tuple[bool, Rows]]] = {
     "MatryoshkaBatchTopKSAE": (False, _matryoshka),
 }
 """Class name to: whether it stores its encoder as [width, d_model], and its rows."""
+_DECODER_BIAS: Final = {
+    "AutoEncoder": "bias",
+    "AutoEncoderNew": "decoder.bias",
+    "GatedAutoEncoder": "decoder_bias",
+    "JumpReluAutoEncoder": "b_dec",
+    "AutoEncoderTopK": "b_dec",
+    "BatchTopKSAE": "b_dec",
+    "MatryoshkaBatchTopKSAE": "b_dec",
+}

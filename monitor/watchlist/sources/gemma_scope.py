@@ -13,7 +13,7 @@ from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Location
-from monitor.watchlist.sources import About, Options, Source, layer_in, refuse_other_layer
+from monitor.watchlist.sources import About, Decoder, Options, Source, layer_in, refuse_other_layer
 from monitor.watchlist.tensors_npz import NpzFile
 
 
@@ -41,7 +41,8 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         hook=hook,
         notes={} if l0 is None else {"declared_l0": l0},
     )
-    return Source(about, (tensors.path,), rows)
+    decoder = Decoder(lambda index_K: tensors.rows("W_dec", index_K), lambda: tensors.whole("b_dec"))
+    return Source(about, (tensors.path,), rows, decoder=decoder)
 
 
 def _sizes(tensors: NpzFile) -> tuple[int, int]:

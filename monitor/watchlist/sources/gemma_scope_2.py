@@ -14,7 +14,7 @@ from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Config, Location
-from monitor.watchlist.sources import About, Options, Source, layer_in, refuse_architecture, refuse_other_layer
+from monitor.watchlist.sources import About, Decoder, Options, Source, layer_in, refuse_architecture, refuse_other_layer
 from monitor.watchlist.tensors import SafetensorsFile
 
 _PLACES: Final = {
@@ -57,7 +57,8 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         notes=config.noted(*_NOTED),
     )
     files = (location.file("config.json"), tensors.path) if configured else (tensors.path,)
-    return Source(about, files, rows)
+    decoder = Decoder(lambda index_K: tensors.rows("w_dec", index_K), lambda: tensors.whole("b_dec"))
+    return Source(about, files, rows, decoder=decoder)
 
 
 def _sizes(tensors: SafetensorsFile) -> tuple[int, int]:

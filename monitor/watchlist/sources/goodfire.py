@@ -11,7 +11,7 @@ from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Location
-from monitor.watchlist.sources import About, Options, Source, layer_in
+from monitor.watchlist.sources import About, Decoder, Options, Source, layer_in
 from monitor.watchlist.tensors_torch import TorchFile
 
 
@@ -36,4 +36,7 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         width=width,
         hook=None if layer is None else f"blocks.{layer}.hook_resid_post",
     )
-    return Source(about, (tensors.path,), rows)
+    decoder = Decoder(
+        lambda index_K: tensors.columns("decoder_linear.weight", index_K), lambda: tensors.whole("decoder_linear.bias")
+    )
+    return Source(about, (tensors.path,), rows, decoder=decoder)

@@ -21,8 +21,8 @@ from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Config, Location
-from monitor.watchlist.sources import About, Options, Source, refuse_architecture
-from monitor.watchlist.tensors import SafetensorsFile
+from monitor.watchlist.sources import About, Decoder, Options, Source, refuse_architecture
+from monitor.watchlist.tensors import F64, SafetensorsFile
 
 
 def open_source(location: Location, hook_point: HookPoint, options: Options) -> Source:  # noqa: ARG001
@@ -60,7 +60,13 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         hook=config.text("hook_point_in"),
         notes=config.noted("act_fn", "top_k"),
     )
-    return Source(about, (location.file("hyperparams.json"), tensors.path), rows)
+
+    def decoder_rows(index_K: Sequence[int]) -> F64:
+        w_KD = tensors.columns("decoder.weight", index_K)
+        return w_KD / np.linalg.norm(w_KD, axis=1, keepdims=True) if include_norm else w_KD * scale_in / scale_out
+
+    decoder = Decoder(decoder_rows, lambda: tensors.whole("decoder.bias") / scale_out)
+    return Source(about, (location.file("hyperparams.json"), tensors.path), rows, decoder=decoder)
 
 
 def _threshold(location: Location, config: Config) -> float:

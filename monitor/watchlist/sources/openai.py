@@ -15,7 +15,7 @@ from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Location
-from monitor.watchlist.sources import About, Options, Source, layer_in, refuse_architecture
+from monitor.watchlist.sources import About, Decoder, Options, Source, layer_in, refuse_architecture
 from monitor.watchlist.tensors_torch import TorchFile
 
 
@@ -45,7 +45,8 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         hook=_hook(location),
         k=k,
     )
-    return Source(about, (tensors.path,), rows)
+    decoder = Decoder(lambda index_K: tensors.columns("decoder.weight", index_K), lambda: tensors.whole("pre_bias"))
+    return Source(about, (tensors.path,), rows, decoder=decoder)
 
 
 def _k(location: Location, state: Any) -> int:

@@ -17,7 +17,7 @@ from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Config, Location
-from monitor.watchlist.sources import About, Options, Source, refuse_architecture
+from monitor.watchlist.sources import About, Decoder, Options, Source, refuse_architecture
 from monitor.watchlist.tensors import F64, SafetensorsFile
 
 
@@ -41,10 +41,18 @@ class _Tensors:
         w_KD = self.file.rows("encoder.weight", index_K) if former else self.file.columns("W_E", index_K)
         return w_KD, self.file.rows(self._bias, index_K)
 
+    def decoder(self, index_K: Sequence[int]) -> F64:
+        """Rows of the decoder, [K, D]."""
+        return self.file.columns("decoder.weight", index_K) if self._former else self.file.rows("W_D", index_K)
+
+    def decoder_bias(self) -> F64:
+        """[D]; zero where the decoder has none."""
+        name = "decoder.bias" if self._former else "b_D"
+        return self.file.whole(name) if name in self.file.entries else np.zeros(self.d_in)
+
     def decoder_norms(self, index_K: Sequence[int]) -> F64:
-        if self._former:
-            return np.asarray(np.linalg.norm(self.file.columns("decoder.weight", index_K), axis=1))
-        return np.asarray(np.linalg.norm(self.file.rows("W_D", index_K), axis=1))
+        """Lengths of the decoder's rows."""
+        return np.asarray(np.linalg.norm(self.decoder(index_K), axis=1))
 
     def threshold(self, index_K: Sequence[int]) -> F64:
         name = "log_jumprelu_threshold"
@@ -82,7 +90,9 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         notes=config.noted("norm_activation"),
         k=config.count("top_k") if activation == "topk" else None,
     )
-    return Source(about, (location.file("config.json"), tensors.file.path), rows)
+    transcoder = config.text("hook_point_out") not in (None, config.text("hook_point_in"))
+    decoder = None if transcoder else Decoder(tensors.decoder, tensors.decoder_bias, scale)
+    return Source(about, (location.file("config.json"), tensors.file.path), rows, decoder=decoder)
 
 
 def _check(location: Location, config: Config) -> None:

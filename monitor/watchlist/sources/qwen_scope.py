@@ -11,7 +11,7 @@ from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Location
-from monitor.watchlist.sources import About, Options, Source, layer_in
+from monitor.watchlist.sources import About, Decoder, Options, Source, layer_in
 from monitor.watchlist.tensors_torch import TorchFile
 
 
@@ -43,4 +43,5 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         hook=None if layer is None else f"blocks.{layer}.hook_resid_post",
         k=k,
     )
-    return Source(about, (tensors.path,), rows)
+    decoder = Decoder(lambda index_K: tensors.columns("W_dec", index_K), lambda: tensors.whole("b_dec"))
+    return Source(about, (tensors.path,), rows, decoder=decoder)

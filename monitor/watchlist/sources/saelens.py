@@ -17,7 +17,7 @@ from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Config, Location
-from monitor.watchlist.sources import About, Options, Source, refuse_architecture
+from monitor.watchlist.sources import About, Decoder, Options, Source, refuse_architecture
 from monitor.watchlist.tensors import F64, SafetensorsFile
 
 NORM_OF: Final = {
@@ -128,7 +128,8 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         notes=noted,
         k=config.k,
     )
-    return Source(about, (location.file("cfg.json"), tensors.path), rows)
+    decoder = None if config.transcoder else _decoder(tensors, config, scale)
+    return Source(about, (location.file("cfg.json"), tensors.path), rows, decoder=decoder)
 
 
 def _check_tensors(tensors: SafetensorsFile, config: _Saelens) -> tuple[str, ...]:
@@ -162,6 +163,17 @@ def _rows(
     if config.k is not None and config.config.flag("rescale_acts_by_decoder_norm", False):
         return canonical.scaled(rows, _decoder_norms(tensors, config, index_K))
     return rows
+
+
+def _decoder(tensors: SafetensorsFile, config: _Saelens, input_scale: float) -> Decoder:
+    rescaled = config.k is not None and config.config.flag("rescale_acts_by_decoder_norm", False)
+
+    def rows(index_K: Sequence[int]) -> F64:
+        tensors.expect("W_dec", (config.width, config.d_in))
+        w_KD = tensors.rows("W_dec", index_K)
+        return w_KD / np.linalg.norm(w_KD, axis=1, keepdims=True) if rescaled else w_KD
+
+    return Decoder(rows, lambda: tensors.whole("b_dec"), input_scale)
 
 
 def _decoder_norms(tensors: SafetensorsFile, config: _Saelens, index_K: Sequence[int]) -> F64:

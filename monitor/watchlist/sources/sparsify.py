@@ -15,7 +15,7 @@ from monitor.names import HookPoint
 from monitor.watchlist import canonical
 from monitor.watchlist.canonical import EncoderRows
 from monitor.watchlist.location import Location
-from monitor.watchlist.sources import About, Options, Source, refuse_architecture
+from monitor.watchlist.sources import About, Decoder, Options, Source, refuse_architecture
 from monitor.watchlist.tensors import SafetensorsFile
 
 
@@ -51,7 +51,8 @@ def open_source(location: Location, hook_point: HookPoint, options: Options) -> 
         hook=_hook(location, transcode),
         k=k,
     )
-    return Source(about, (location.file("cfg.json"), tensors.path), rows)
+    decoder = Decoder(lambda index_K: tensors.rows("W_dec", index_K), lambda: tensors.whole("b_dec"))
+    return Source(about, (location.file("cfg.json"), tensors.path), rows, decoder=None if transcode else decoder)
 
 
 def _hook(location: Location, transcode: bool) -> str | None:
