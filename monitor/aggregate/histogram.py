@@ -45,6 +45,9 @@ class Histograms:
     """[F, B+1], values per bucket (not cumulative)."""
     sum_F: F64
 
+    def __post_init__(self) -> None:
+        self._shared = bool((self.edges_FB == self.edges_FB[:1]).all())
+
     @classmethod
     def empty(cls, edges_FB: npt.NDArray[Any]) -> Histograms:
         """Nothing counted yet. Raises ValueError when bounds are not finite and strictly ascending."""
@@ -59,7 +62,7 @@ class Histograms:
         values = values_NF.astype(np.float64)
         if counted_NF is not None:
             values = np.where(counted_NF, values, 0.0)
-        bucket = _buckets(values, self.edges_FB) + np.arange(F) * (B + 1)
+        bucket = self._buckets(values) + np.arange(F) * (B + 1)
         flat = bucket.ravel() if counted_NF is None else bucket[counted_NF]
         self.counts_FB += np.bincount(flat, minlength=F * (B + 1)).reshape(F, B + 1)
         self.sum_F += values.sum(axis=0)
@@ -74,18 +77,17 @@ class Histograms:
         """The same counts, free of later ones."""
         return Histograms(self.edges_FB, self.counts_FB.copy(), self.sum_F.copy())
 
+    def _buckets(self, values_NF: F64) -> npt.NDArray[np.intp]:
+        """Index of the bucket of each value, 0..B."""
+        if self._shared:
+            return np.searchsorted(self.edges_FB[0], values_NF)
+        below_NF: npt.NDArray[np.intp] = (values_NF[:, :, None] > self.edges_FB).sum(axis=2)
+        return below_NF
+
     @property
     def cumulative_FB(self) -> I64:
         """[F, B+1]: values at or below each bound, the last column is the count."""
         return np.cumsum(self.counts_FB, axis=1)
-
-
-def _buckets(values_NF: F64, edges_FB: F64) -> npt.NDArray[np.intp]:
-    """Index of the bucket of each value, 0..B."""
-    if len(edges_FB) > 1 and (edges_FB == edges_FB[0]).all():
-        return np.searchsorted(edges_FB[0], values_NF, side="left")
-    below_NF: npt.NDArray[np.intp] = (values_NF[:, :, None] > edges_FB).sum(axis=2)
-    return below_NF
 
 
 class ScalarHistogram:

@@ -27,11 +27,13 @@ def pack(value: npt.NDArray[Any], position: npt.NDArray[Any]) -> U64:
     return (ordered.astype(np.uint64) << np.uint64(32)) | (_LAST_POSITION - position.astype(np.uint32))
 
 
-def unpack(packed: U64) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Values and positions; NaN and -1 where nothing was seen."""
+def values(packed: U64, nothing: float = np.nan) -> npt.NDArray[np.float32]:
+    """The values, with `nothing` where nothing was seen."""
     ordered = (packed >> np.uint64(32)).astype(np.uint32)
     bits = np.where(ordered & _SIGN, ordered ^ _SIGN, ~ordered)
-    seen = packed != NOTHING
-    value = np.where(seen, bits.view(np.float32), np.float32(np.nan))
-    position = np.where(seen, (_LAST_POSITION - packed.astype(np.uint32)).astype(np.int64), -1)
-    return value, position
+    return np.where(packed != NOTHING, bits.view(np.float32), np.float32(nothing))
+
+
+def positions(packed: U64) -> npt.NDArray[np.int64]:
+    """The positions, -1 where nothing was seen."""
+    return np.where(packed != NOTHING, (_LAST_POSITION - packed.astype(np.uint32)).astype(np.int64), -1)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from monitor.aggregate.features import FeatureTable, phase_bit
-from monitor.aggregate.packed import NOTHING, pack, unpack
+from monitor.aggregate.packed import NOTHING, pack, positions, values
 from monitor.aggregate.rolling import RollingMeans
 from monitor.names import Phase
 from monitor.step import StepBatch, owns_rows
@@ -41,26 +41,26 @@ class StepView:
     fired_F: Array
     """Tokens on which each feature fired, int64; dense features 0. Positions that the feature skips do not count."""
     peak_F: Array
-    """Largest value of each feature's statistic in this step, float32; NaN where there was none."""
+    """Largest value of each feature's statistic in this step, float32; -inf where there was none."""
     crossings: Array
     """CROSSING_DTYPE, at most one per slot and feature in the whole life of a request."""
 
 
 @dataclass(frozen=True)
 class RequestFeatures:
-    """What is known of one request; copies, safe to keep."""
+    """What is known of n requests; copies, safe to keep. Shapes are [n, F]."""
 
-    max_F: Array
+    max_nF: Array
     """Largest activation or score over the counted tokens, float32; NaN where a sparse feature never fired."""
-    max_position_F: Array
-    """-1 where max_F is NaN."""
-    statistic_F: Array
+    max_position_nF: Array
+    """-1 where max_nF is NaN."""
+    statistic_nF: Array
     """The limit's statistic, else the maximum; float32, NaN where there is none yet."""
-    statistic_position_F: Array
+    statistic_position_nF: Array
     """Position of the maximum, or of the last token of the best window; -1 where there is none."""
-    fired_F: Array
+    fired_nF: Array
     """Tokens on which the feature fired, int64; 0 for dense features."""
-    exceeded_F: Array
+    exceeded_nF: Array
     """bool: the statistic went above the limit."""
 
 
@@ -97,43 +97,40 @@ class RequestStates:
         Args: slot_S: the slot of each segment's request, [S]; segments without rows may carry anything.
         """
         table = self.table
-        owners = np.flatnonzero(owns_rows(batch.segments_S))
-        segments, slot_S = batch.segments_S[owners], slot_S[owners]
+        owner_S = owns_rows(batch.segments_S)
         peak_F = np.full(table.features, NOTHING, np.uint64)
-        if not len(owners):
-            return StepView(0, np.zeros(table.features, np.int64), unpack(peak_F)[0], np.empty(0, CROSSING_DTYPE))
-        rows = _Rows.of(segments, slot_S)
+        if not owner_S.any():
+            fired_F, none = np.zeros(table.features, np.int64), np.empty(0, CROSSING_DTYPE)
+            return StepView(0, fired_F, values(peak_F, -np.inf), none)
+        rows = _Rows.of(batch.segments_S[owner_S], slot_S[owner_S])
         fired_F, crossings = self._sparse(batch.fires_N, rows, peak_F)
         found = [crossings]
         if len(table.dense_P):
             found.append(self._dense(batch.dense_RP, rows, peak_F))
         found += [self._roll(i, batch, rows, peak_F) for i in range(len(self._rolling))]
-        return StepView(rows.count, fired_F, unpack(peak_F)[0], self._first(np.concatenate(found)))
+        return StepView(rows.count, fired_F, values(peak_F, -np.inf), self._first(np.concatenate(found)))
 
-    def features_of(self, slot: int) -> RequestFeatures:
-        """Everything known of the request in this slot."""
-        largest, position = unpack(self._max[slot])
-        statistic, at = unpack(self.statistics(np.array([slot]))[0])
+    def features_of(self, slots: Array) -> RequestFeatures:
+        """Everything known of the requests in these slots."""
+        largest, statistic = self._max[slots], self._statistic(slots)
         return RequestFeatures(
-            max_F=largest,
-            max_position_F=position,
-            statistic_F=statistic,
-            statistic_position_F=at,
-            fired_F=self._fired[slot].astype(np.int64),
-            exceeded_F=self._exceeded[slot].copy(),
+            max_nF=values(largest),
+            max_position_nF=positions(largest),
+            statistic_nF=values(statistic),
+            statistic_position_nF=positions(statistic),
+            fired_nF=self._fired[slots].astype(np.int64),
+            exceeded_nF=self._exceeded[slots],
         )
 
-    def statistics(self, slots: Array) -> Array:
-        """Packed statistic of each feature (the limit's, else the maximum), [len(slots), F]."""
+    def statistic(self, slot: int, feature: int) -> float:
+        """The limit's statistic (else the maximum) of one feature of the request in this slot; NaN for none yet."""
+        return float(values(self._statistic(np.array([slot]))[:, feature])[0])
+
+    def _statistic(self, slots: Array) -> Array:
         special = self.table.special_F
         packed: Array = self._max[slots]
         packed[:, special >= 0] = self._special[slots][:, special[special >= 0]]
         return packed
-
-    def fired_requests(self, slots: Array) -> Array:
-        """In how many of these requests each feature fired, int64 [F]."""
-        requests_F: Array = np.count_nonzero(self._fired[slots], axis=0)
-        return requests_F
 
     def _sparse(self, fires_N: Array, rows: _Rows, peak_F: Array) -> tuple[Array, Array]:
         table, F = self.table, self.table.features

@@ -24,8 +24,7 @@ import numpy.typing as npt
 
 from monitor.aggregate.features import FeatureTable
 from monitor.aggregate.histogram import LAG_EDGES, NORM_EDGES, Histograms, ScalarHistogram
-from monitor.aggregate.packed import unpack
-from monitor.aggregate.requests import RequestStates, StepView
+from monitor.aggregate.requests import RequestFeatures, RequestStates, StepView
 from monitor.aggregate.window import FeatureWindow, WindowRing
 from monitor.collector import views
 from monitor.collector.config import Bounds
@@ -33,12 +32,13 @@ from monitor.collector.events import EVENT_DTYPE, EventRing
 from monitor.collector.replicas import Boot, Replicas
 from monitor.collector.requests import (
     ClosedRequest,
-    FeatureColumns,
+    FeatureSummary,
     HandleMap,
     OpenRequest,
     RequestIndex,
     Slots,
     bounded,
+    summarise,
 )
 from monitor.names import Outcome, Phase, Reason, TokenState, response_id
 from monitor.step import RequestClosed, RequestOpened, StepBatch, validate
@@ -200,8 +200,10 @@ class Pipeline:
         engine, model = self._engine(boot.hello), self._model(boot.hello.model_name)
         segments = batch.segments_S
         engine.tokens += _token_counts(segments)
-        self._open(boot, batch.opened, segments["handle"], now)
         slot_S = boot.handles.find(segments["handle"])
+        if batch.opened or (slot_S < 0).any():
+            self._open(boot, batch.opened, segments["handle"], now)
+            slot_S = boot.handles.find(segments["handle"])
         placed = slot_S >= 0
         self._slots.account(segments[placed], slot_S[placed], now)
         view = self._states.update(batch, np.where(placed, slot_S, self._scratch))
@@ -218,41 +220,48 @@ class Pipeline:
 
     def _open(self, boot: Boot, opened: tuple[RequestOpened, ...], handles_S: Array, now: float) -> None:
         """Give slots to the requests of a step; those that no message opened here are noted as such."""
-        for event in opened:
-            slot = int(boot.handles.find(np.array([event.handle]))[0])
-            request = self._slots.request(slot) if slot >= 0 else self._admit(boot, event.handle, now)
+        slots = boot.handles.find(np.array([event.handle for event in opened], np.int64)).tolist()
+        fresh = {event.handle: event for event, slot in zip(opened, slots, strict=True) if slot < 0}
+        for event, slot in zip(opened, slots, strict=True):
+            if slot >= 0:
+                self._learn(self._slots.request(slot), event)
+        unknown = handles_S[boot.handles.find(handles_S) < 0].tolist()
+        for handle, request in self._admit(boot, list(dict.fromkeys((*fresh, *unknown))), now).items():
             if request is None:
-                self._requests_evicted += 1
-                continue
-            request.opening_seen |= slot < 0
-            request.learn(event)
-            self._index.named(request.serial, request.request_id)
-        unknown = np.unique(handles_S[boot.handles.find(handles_S) < 0])
-        for handle in unknown.tolist():
-            if self._admit(boot, handle, now) is None:
+                self._requests_evicted += handle in fresh
+            elif handle in fresh:
+                request.opening_seen = True
+                self._learn(request, fresh[handle])
+
+    def _learn(self, request: OpenRequest, event: RequestOpened) -> None:
+        request.learn(event)
+        self._index.named(request.serial, request.request_id)
+
+    def _admit(self, boot: Boot, handles: list[int], now: float) -> dict[int, OpenRequest | None]:
+        """Give new requests slots; None for those that found all taken by requests that run."""
+        hello, admitted, slots = boot.hello, dict.fromkeys(handles), []
+        for handle in handles:
+            if self._slots.full() and not self._evict(now):
                 break
+            request = OpenRequest(
+                next(self._serial), handle, boot.handles, hello.replica, hello.model_name, hello.engine, now
+            )
+            slots.append(self._slots.claim(request, now))
+            admitted[handle] = request
+        self._states.clear(np.array(slots, np.int64))
+        boot.handles.add(handles[: len(slots)], slots)
+        return admitted
 
-    def _admit(self, boot: Boot, handle: int, now: float) -> OpenRequest | None:
-        """Give a request a slot; None when all are taken by requests that run."""
-        if self._slots.full():
-            slot, last_token = self._slots.quietest()
-            if now - last_token < self.bounds.evict_after_seconds:
-                return None
-            self._evict(slot)
-        hello = boot.hello
-        request = OpenRequest(
-            next(self._serial), handle, boot.handles, hello.replica, hello.model_name, hello.engine, now
-        )
-        slot = self._slots.claim(request, now)
-        self._states.clear(np.array([slot]))
-        boot.handles.add(handle, slot)
-        return request
-
-    def _evict(self, slot: int) -> None:
+    def _evict(self, now: float) -> bool:
+        """Free the slot of the request that was quiet longest; False when even that one runs."""
+        slot, last_token = self._slots.quietest()
+        if now - last_token < self.bounds.evict_after_seconds:
+            return False
         request = self._slots.release(slot)
         request.handles.remove(np.array([slot]))
         self._index.forget(request.serial, request.request_id)
         self._requests_evicted += 1
+        return True
 
     def _add_events(self, model: _Model, crossings: Array, now: float) -> None:
         if not len(crossings):
@@ -288,25 +297,27 @@ class Pipeline:
         if not ends:
             return
         slots = np.array(list(ends), np.int64)
-        self._count_statistics(slots)
-        for slot, event in ends.items():
-            self._close_one(slot, event, now)
+        features = self._states.features_of(slots)
+        self._count_statistics(slots, features)
+        summaries = summarise(features, self.table.limit_F, self.bounds.summary_features)
+        for i, (slot, event) in enumerate(ends.items()):
+            if summaries[i].exceeded:
+                self._events.settle(self._slots.request(slot).serial, features.statistic_nF[i])
+            self._close_one(slot, event, summaries[i], now)
         handles.remove(slots)
 
-    def _count_statistics(self, slots: Array) -> None:
+    def _count_statistics(self, slots: Array, features: RequestFeatures) -> None:
         """Add the per-request statistics of n closing requests of one model to its histograms."""
         model = self._models[self._slots.request(int(slots[0])).model_name]
         accounted = self._slots.accounted[slots]
-        seen = accounted[:, [TokenState.SCORED, TokenState.INHERITED]].sum(axis=(1, 2)) > 0
-        statistic_nF, _ = unpack(self._states.statistics(slots))
-        counted_nF = seen[:, None] & (self._sparse_F | ~np.isnan(statistic_nF))
+        seen_n = accounted[:, [TokenState.SCORED, TokenState.INHERITED]].sum(axis=(1, 2)) > 0
+        counted_nF = seen_n[:, None] & (self._sparse_F | ~np.isnan(features.statistic_nF))
         # A sparse feature's tokens without activation are zeros, and the maximum is over them too.
-        statistic_nF = np.where(self._sparse_F, np.fmax(statistic_nF, 0), np.nan_to_num(statistic_nF))
+        statistic_nF = np.where(self._sparse_F, np.fmax(features.statistic_nF, 0), features.statistic_nF)
         model.statistic.observe(statistic_nF, counted_nF)
-        model.requests_F += self._states.fired_requests(slots)
+        model.requests_F += np.count_nonzero(features.fired_nF, axis=0)
 
-    def _close_one(self, slot: int, event: RequestClosed | None, now: float) -> None:
-        features = self._states.features_of(slot)
+    def _close_one(self, slot: int, event: RequestClosed | None, summary: FeatureSummary, now: float) -> None:
         accounted = self._slots.accounted[slot].copy()
         request = self._slots.release(slot)
         engine = self._engines[request.model_name, request.engine]
@@ -314,8 +325,6 @@ class Pipeline:
         engine.requests[outcome] += 1
         if event is not None:
             self._settle(request, event, accounted, engine, now)
-        if features.exceeded_F.any():
-            self._events.settle(request.serial, features.statistic_F)
         self._index.close(
             ClosedRequest(
                 open=request,
@@ -324,7 +333,7 @@ class Pipeline:
                 output_tokens=None if event is None else event.output_tokens,
                 total_tokens=None if event is None else event.total_tokens,
                 tokens=accounted.sum(axis=1),
-                features=FeatureColumns.of(features, self.table.limit_F, self.bounds.summary_features),
+                features=summary,
             )
         )
 
@@ -416,7 +425,7 @@ class Pipeline:
         peak = float(event["peak"])
         slot = self._slots.by_serial.get(request.serial)
         if slot is not None:
-            peak = float(unpack(self._states.statistics(np.array([slot])))[0][0, int(event["feature"])])
+            peak = self._states.statistic(slot, int(event["feature"]))
         return views.Exceedance(
             seconds=float(event["seconds"]),
             request_id=request.request_id,
@@ -439,10 +448,10 @@ class Pipeline:
         if closed is None:
             slot = self._slots.by_serial[serial]
             request, tokens = self._slots.request(slot), self._slots.accounted[slot].sum(axis=1)
-            features = self._states.features_of(slot)
-            columns = FeatureColumns.of(features, self.table.limit_F, self.bounds.summary_features)
+            features = self._states.features_of(np.array([slot]))
+            (summary,) = summarise(features, self.table.limit_F, self.bounds.summary_features)
         else:
-            request, tokens, columns = closed.open, closed.tokens, closed.features
+            request, tokens, summary = closed.open, closed.tokens, closed.features
         return views.RequestView(
             request_id=request.request_id,
             response_id=response_id(request.request_id),
@@ -459,27 +468,26 @@ class Pipeline:
             output_tokens=closed.output_tokens if closed else None,
             total_tokens=closed.total_tokens if closed else None,
             tokens={state.name.lower(): int(tokens[state]) for state in TokenState},
-            exceeded_features=columns.exceeded_total,
-            features=tuple(self._feature_of_request(columns, i) for i in range(len(columns.index))),
-            features_left_out=columns.left_out,
+            exceeded_features=summary.exceeded,
+            features=tuple(self._feature_of_request(row) for row in summary.rows.tolist()),
+            features_left_out=summary.left_out,
         )
 
-    def _feature_of_request(self, columns: FeatureColumns, i: int) -> views.FeatureOfRequest:
-        index = int(columns.index[i])
+    def _feature_of_request(self, row: tuple[Any, ...]) -> views.FeatureOfRequest:
+        index, largest, position, statistic, statistic_position, fired, exceeded = row
         feature = self.features[index]
-        has_statistic = int(columns.statistic_position[i]) >= 0
         return views.FeatureOfRequest(
             feature=feature.id,
             label=feature.label,
             severity=feature.severity,
             units=feature.units,
-            max=float(columns.max[i]),
-            position=int(columns.position[i]),
-            fired_tokens=int(columns.fired[i]),
-            statistic=float(columns.statistic[i]) if has_statistic else None,
-            statistic_position=int(columns.statistic_position[i]) if has_statistic else None,
+            max=largest,
+            position=position,
+            fired_tokens=fired,
+            statistic=statistic if statistic_position >= 0 else None,
+            statistic_position=statistic_position if statistic_position >= 0 else None,
             limit=feature.limit.value if feature.limit else None,
-            exceeded=bool(columns.exceeded[i]),
+            exceeded=exceeded,
         )
 
 
@@ -492,5 +500,4 @@ def _token_counts(segments_S: Array) -> Array:
 
 def _window(view: StepView, segments_S: Array, exceeded_F: Array) -> FeatureWindow:
     tokens = np.bincount(segments_S["state"], weights=segments_S["count"], minlength=len(TokenState) + 1)
-    peak_F = np.where(np.isnan(view.peak_F), -np.inf, view.peak_F)
-    return FeatureWindow(tokens.astype(np.int64), view.fired_F, peak_F, exceeded_F)
+    return FeatureWindow(tokens.astype(np.int64), view.fired_F, view.peak_F, exceeded_F)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -49,11 +50,12 @@ class HandleMap:
         slots[known] = self._slots[at[known]]
         return slots
 
-    def add(self, handle: int, slot: int) -> None:
-        """Note a handle that is not held yet."""
-        at = int(np.searchsorted(self._handles, handle))
-        self._handles = np.insert(self._handles, at, handle)
-        self._slots = np.insert(self._slots, at, slot)
+    def add(self, handles: Sequence[int], slots: Sequence[int]) -> None:
+        """Note handles that are not held yet."""
+        all_handles = np.concatenate((self._handles, np.array(handles, np.int64)))
+        order = np.argsort(all_handles, kind="stable")
+        self._handles = all_handles[order]
+        self._slots = np.concatenate((self._slots, np.array(slots, np.int64)))[order]
 
     def remove(self, slots: Array) -> None:
         """Forget the handles that have these slots."""
@@ -87,37 +89,53 @@ class OpenRequest:
         self.prompt_tokens = opened.prompt_tokens
 
 
-@dataclass(frozen=True)
-class FeatureColumns:
-    """Features of a closed request in order of abnormality; NaN and -1 for none. At most Bounds.summary_features."""
+FEATURE_DTYPE: Final = np.dtype(
+    [
+        ("index", "<i2"),
+        ("max", "<f4"),
+        ("position", "<i4"),
+        ("statistic", "<f4"),  # NaN for none
+        ("statistic_position", "<i4"),  # -1 for none
+        ("fired", "<i4"),
+        ("exceeded", "?"),
+    ]
+)
+"""One feature of a request, as its summary keeps it."""
 
-    index: Array
-    max: Array
-    position: Array
-    statistic: Array
-    statistic_position: Array
-    fired: Array
-    exceeded: Array
-    exceeded_total: int
+
+@dataclass(frozen=True)
+class FeatureSummary:
+    """The features of one request that showed anything, at most Bounds.summary_features, the most abnormal first."""
+
+    rows: Array
+    """FEATURE_DTYPE."""
+    exceeded: int
+    """Features above their limit, those left out included."""
     left_out: int
 
-    @classmethod
-    def of(cls, features: RequestFeatures, limit_F: Array, most: int) -> FeatureColumns:
-        """The columns to keep of a request."""
-        order = rank(features.statistic_F, limit_F, features.exceeded_F)
-        order = order[~np.isnan(features.max_F[order])]
-        kept = order[:most]
-        return cls(
-            index=kept.astype(np.int16),
-            max=features.max_F[kept],
-            position=features.max_position_F[kept].astype(np.int32),
-            statistic=features.statistic_F[kept],
-            statistic_position=features.statistic_position_F[kept].astype(np.int32),
-            fired=features.fired_F[kept].astype(np.int32),
-            exceeded=features.exceeded_F[kept],
-            exceeded_total=int(features.exceeded_F.sum()),
-            left_out=len(order) - len(kept),
-        )
+
+def summarise(features: RequestFeatures, limit_F: Array, most: int) -> list[FeatureSummary]:
+    """Summaries of n requests."""
+    n, F = features.max_nF.shape
+    seen_nF = features.max_position_nF >= 0
+    kept_nk = rank(features.statistic_nF, limit_F, features.exceeded_nF, seen_nF)[:, :most]
+    rows_nk = np.empty(kept_nk.shape, FEATURE_DTYPE)
+    rows_nk["index"] = kept_nk
+    for name, column_nF in (
+        ("max", features.max_nF),
+        ("position", features.max_position_nF),
+        ("statistic", features.statistic_nF),
+        ("statistic_position", features.statistic_position_nF),
+        ("fired", features.fired_nF),
+        ("exceeded", features.exceeded_nF),
+    ):
+        rows_nk[name] = np.take_along_axis(column_nF, kept_nk, axis=1)
+    shown_n = seen_nF.sum(axis=1).tolist()
+    exceeded_n = features.exceeded_nF.sum(axis=1).tolist()
+    return [
+        FeatureSummary(rows_nk[i, : shown_n[i]].copy(), exceeded_n[i], max(0, shown_n[i] - min(most, F)))
+        for i in range(n)
+    ]
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,7 @@ class ClosedRequest:
     total_tokens: int | None
     tokens: Array
     """Accounted tokens by TokenState value."""
-    features: FeatureColumns
+    features: FeatureSummary
 
 
 class RequestIndex:
@@ -179,7 +197,7 @@ class RequestIndex:
         if len(self._closed) <= self._closed_bound:
             return
         serial, oldest = self._closed.popitem(last=False)
-        if oldest.features.exceeded_total:
+        if oldest.features.exceeded:
             self._flagged[serial] = oldest
             if len(self._flagged) <= self._flagged_bound:
                 return

@@ -207,14 +207,19 @@ def trace_id(traceparent: str) -> str:
     return parts[1]
 
 
-def rank(statistic_F: Array, limit_F: Array, exceeded_F: Array) -> Array:
-    """Order of features from most to least abnormal: exceeded, then nearest to the limit, then largest.
+def rank(statistic_nF: Array, limit_F: Array, exceeded_nF: Array, seen_nF: Array) -> Array:
+    """Order of the features of n requests, most abnormal first, as indices [n, F].
 
-    Args: statistic_F: NaN for none. limit_F: +inf for none; a feature without a limit ranks behind those with one.
+    Exceeded ones, then by nearness to the limit, then those without a limit by size, then those that were seen without
+    a value of their statistic, then the others.
+
+    Args: statistic_nF: NaN for none. limit_F: +inf for none. exceeded_nF, seen_nF: bool.
     """
     has_limit = np.isfinite(limit_F)
-    value = np.nan_to_num(statistic_F.astype(np.float64), nan=-np.inf)
     limit = np.where(has_limit, limit_F, 0.0)
-    nearness = np.where(has_limit, (value - limit) / np.maximum(np.abs(limit), 1e-6), -np.inf)
-    order: Array = np.lexsort((-value, -nearness, ~exceeded_F))
+    # Nearness is squeezed into -1..1 and size into -3..-1, so that one sort key holds both.
+    nearness = (statistic_nF - limit) / np.maximum(np.abs(limit), 1e-6)
+    key_nF = np.where(has_limit, nearness / (1 + np.abs(nearness)), statistic_nF / (1 + np.abs(statistic_nF)) - 2)
+    none_nF = np.where(seen_nF, 4.0, 5.0)
+    order: Array = np.argsort(np.where(np.isnan(key_nF), none_nF, -key_nF - 4 * exceeded_nF), axis=1, kind="stable")
     return order

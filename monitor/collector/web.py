@@ -7,12 +7,12 @@ text, never as markup; the Content-Security-Policy allows only this collector's 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from importlib.resources import files
 from typing import Annotated, Any, Final
 
 from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
-from fastapi.responses import JSONResponse
 
 from monitor import __version__
 from monitor.collector.exposition import Families, ProcessFacts
@@ -197,8 +197,10 @@ def _feature_totals(pipeline: Pipeline, now: float) -> list[FeatureTotals]:
     ]
 
 
-def _json(value: Any) -> JSONResponse:
-    return JSONResponse(dataclasses.asdict(value))
+def _json(value: Any) -> Response:
+    """A dataclass of plain values as JSON. Not by asdict: it copies, which takes seconds for a thousand requests."""
+    text = json.dumps(value, default=vars, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+    return Response(text.encode("utf-8", "replace"), media_type="application/json")
 
 
 def _secured(app: Asgi) -> Asgi:
