@@ -28,12 +28,13 @@ MAGIC: Final = 0x4C57_5249_4E47_0001
 HEADER_BYTES: Final = 4096
 MAX_RING_BYTES: Final = 192 << 20
 """Under DESIGN's 256 MiB of host memory for the whole plugin."""
-MAX_SLOTS: Final = 64
+MAX_SLOTS: Final = 1024
+"""Seconds of decoding: an exporter that the system leaves without a core for a while must not cost a step."""
 MIN_SLOTS: Final = 4
 MAX_FIRES: Final = 1 << 18
 """Activations a step may hold: 1,024 features at 3 % on 8,192 tokens."""
-EVENT_BYTES: Final = 1 << 18
-"""Room for the openings and closings of one step, as JSON lines of about 150 bytes."""
+EVENT_BYTES: Final = 1 << 16
+"""Room for the openings and closings of one step, as JSON lines of about 150 bytes; more wait for the next step."""
 
 REQUEST_DTYPE = np.dtype([("slot", "<i4"), ("start", "<i4"), ("count", "<i4")])
 """One request of the step: its place in the exporter's tables, the position of its first row, its rows."""

@@ -130,8 +130,7 @@ class StepBatch:
 
 def owns_rows(segments_S: Array) -> Array:
     """bool [S]: which segments carry scores (state SCORED or INHERITED)."""
-    state = segments_S["state"]
-    return (state == TokenState.SCORED) | (state == TokenState.INHERITED)
+    return np.isin(segments_S["state"], (TokenState.SCORED, TokenState.INHERITED))
 
 
 def tokens_by_state(segments_S: Array) -> Mapping[tuple[TokenState, Reason, Phase], int]:

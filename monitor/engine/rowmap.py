@@ -7,13 +7,15 @@ Verified against vLLM 0.26, 0.32 and 0.33, both model runners.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 
-class RowMap(NamedTuple):
+@dataclass(frozen=True)
+class RowMap:
     """The step's requests in the order of their rows in the batch."""
 
     request_ids: Sequence[str]
