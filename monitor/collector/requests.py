@@ -249,7 +249,10 @@ class Slots:
 
     def account(self, segments_S: Array, slot_S: Array, now: float) -> None:
         """Add the tokens of segments that have a slot."""
-        np.add.at(self.accounted, (slot_S, segments_S["state"], segments_S["phase"]), segments_S["count"])
+        _, states, phases = self.accounted.shape
+        # Flat keys, since add.at is some ten times slower with an index per axis.
+        key_S = (slot_S * states + segments_S["state"]) * phases + segments_S["phase"]
+        np.add.at(self.accounted.reshape(-1), key_S, segments_S["count"].astype(np.int64))
         self._touched[slot_S] = now
 
     def idle_since(self, before: float) -> list[int]:
