@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import tempfile
@@ -48,6 +49,10 @@ DEATH_SECONDS: Final = 1.0
 """How long a process that broke a connection may take to be seen as ended."""
 API_LIMIT: Final = 1000
 """Most rows that the collector's API gives at once; --traffic-seconds is bounded so that the demo stays below it."""
+COMPLAINTS: Final = 8
+OURS: Final = re.compile(r"\b(latentwatch|monitor\.\w+)\b")
+TROUBLE: Final = re.compile(r"\b(ERROR|WARNING|CRITICAL|refused)\b")
+_NUMBERS: Final = re.compile(r"\d+")
 REPORT_FILE: Final = Path("demo-report.json")
 
 
@@ -141,6 +146,9 @@ async def _demo(options: Options, inputs: Inputs, terminal: Terminal, logs: Path
             if options.keep:
                 await _keep(stage, stack)
         terminal.tick("ending", "the demo's processes")
+    if not seen.passed:
+        for line in complaints(logs):
+            terminal.line(f"  | {line}")
     terminal.line(f"  report   {(options.out / 'report.html').resolve().as_uri()}")
     terminal.line(f"  figures  {REPORT_FILE}   logs {logs}/")
     return 0 if seen.passed else 1
@@ -291,6 +299,16 @@ def _leave_reports(seen: Run, options: Options, terminal: Terminal) -> None:
     REPORT_FILE.write_text(json.dumps(seen.as_json(), indent=2) + "\n")
     (options.out / "report.html").write_text(report.to_html(seen), encoding="utf-8")
     report.to_terminal(seen, terminal)
+
+
+def complaints(logs: Path) -> list[str]:
+    """What our own parts complained of in the logs, the latest COMPLAINTS of them, each text once."""
+    found: dict[str, str] = {}
+    for path in sorted(logs.glob("*.log")):
+        for line in path.read_text(errors="replace").splitlines():
+            if OURS.search(line) and TROUBLE.search(line):
+                found[_NUMBERS.sub("", line)] = f"{path.stem}: {line[:300]}"
+    return list(found.values())[-COMPLAINTS:]
 
 
 async def _keep(stage: Stage, stack: Stack) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from monitor.demo import runner
 from tests.support.real import program
 
 ROOT = Path(__file__).parents[3]
@@ -144,3 +145,17 @@ def wait_for(log: Path, text: str) -> str:
             return log.read_text()
         time.sleep(0.1)
     raise AssertionError(f"{text!r} not in:\n{log.read_text()}")
+
+
+def test_complaints_are_our_own_and_each_stands_once(tmp_path: Path) -> None:
+    (tmp_path / "vllm.log").write_text(
+        "(Worker pid=7) ERROR 11-22 03:28:00 latentwatch: the exporter ended with code 1\n"
+        "(Worker pid=7) ERROR 11-22 03:28:05 latentwatch: the exporter ended with code 1\n"
+        "(Worker pid=7) INFO 11-22 03:28:05 latentwatch: armed 53 features\n"
+        "(Worker pid=7) WARNING 11-22 03:28:05 Triton is not installed\n"
+    )
+    (tmp_path / "collector.log").write_text("03:28 WARNING monitor.transport.receiver: stream refused, watchlist\n")
+    assert runner.complaints(tmp_path) == [
+        "collector: 03:28 WARNING monitor.transport.receiver: stream refused, watchlist",
+        "vllm: (Worker pid=7) ERROR 11-22 03:28:05 latentwatch: the exporter ended with code 1",
+    ]
