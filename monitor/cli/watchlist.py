@@ -1,4 +1,4 @@
-"""`latentwatch watchlist build|show|verify`: make, read and check the file that says what to watch."""
+"""`latentwatch watchlist build|show|search|verify`: make, read and check the file that says what to watch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ EPILOG = "example:  latentwatch watchlist build watchlist.yaml --out prod.safete
 
 _BUILD = """Compile a watchlist.yaml and the SAEs and probes that it names into one .safetensors file.
 The same input gives the same bytes: the engine and the collector know the file by its SHA-256."""
+_SEARCH = """Search published labels, and print the features found as YAML to paste under a source's 'features'.
+Labels say what somebody made of a feature; measure it on your own traffic before it pages anyone."""
 _VERIFY = """Check that a built file is whole; with --against, that its rows are those of the sources today; with
 --activations too, that its scores are those of the source's own library and that the SAE fits this stream, so that a
 wrong hook point or scale is found before serving. Exit code 1 when something does not hold."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the three actions."""
+    """Arguments of the actions."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     raw = argparse.RawDescriptionHelpFormatter
     build = actions.add_parser(
@@ -36,10 +38,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "show",
         help="print what a built file watches",
         description="Print the model, the hook points and every feature of a built watchlist file.",
-        epilog="example:  latentwatch watchlist show prod.safetensors",
+        epilog="example:  latentwatch watchlist show prod.safetensors --html prod.html",
         formatter_class=raw,
     )
     show.add_argument("file", type=Path, metavar="FILE", help="a built watchlist file")
+    show.add_argument("--html", type=Path, metavar="PATH", help="write a page with a card per feature to PATH instead")
+    search = actions.add_parser(
+        "search",
+        help="find features by what others say they mean",
+        description=_SEARCH,
+        epilog="example:  latentwatch watchlist search 20-gemmascope-res-16k 'deceive user' --format neuronpedia",
+        formatter_class=raw,
+    )
+    search.add_argument(
+        "labels", metavar="LABELS", help="a Neuronpedia export folder, or a .json or .csv list of labels"
+    )
+    search.add_argument("words", metavar="WORDS", help="words that a label must hold, in any order and case")
+    search.add_argument(
+        "--format",
+        choices=("csv", "json", "neuronpedia"),
+        default="neuronpedia",
+        help="of LABELS (default: %(default)s)",
+    )
+    search.add_argument("--limit", type=int, default=50, metavar="N", help="features to print (default: %(default)s)")
     verify = actions.add_parser(
         "verify",
         help="check a built file",
@@ -65,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run one action."""
-    return {"build": _build, "show": _show, "verify": _verify}[str(args.action)](args)
+    return {"build": _build, "show": _show, "search": _search, "verify": _verify}[str(args.action)](args)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -81,10 +102,31 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from monitor.watchlist import card, show
+    from monitor.watchlist import card, page, show
 
-    print(show.as_text(card.read(args.file)), end="")
+    watchlist = card.read(args.file)
+    if args.html is None:
+        print(show.as_text(watchlist), end="")
+    else:
+        args.html.write_text(page.as_html(watchlist), encoding="utf-8")
+        print(f"{args.html}: {len(watchlist.features)} cards")
     return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    import json
+
+    from monitor.watchlist import labels
+    from monitor.watchlist.location import Location
+
+    found = labels.search(labels.load(args.format, Location(args.labels, Path())), args.words)
+    for index, label in found[: args.limit]:
+        evidence = {"label_source": label.source}
+        fields = {"index": index, "id": f"f{index}", "label": label.text, "severity": "info", "evidence": evidence}
+        print(f"- {json.dumps(fields, ensure_ascii=False)}")  # JSON on one line is YAML
+    if len(found) > args.limit:
+        print(f"{len(found) - args.limit} more; raise --limit to see them", file=sys.stderr)
+    return 0 if found else 1
 
 
 def _verify(args: argparse.Namespace) -> int:

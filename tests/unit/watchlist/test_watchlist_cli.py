@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from monitor.cli import main
+from monitor.watchlist.build import build
 from tests.support.sources import document, hook, probe, source, write_yaml
 
 
@@ -55,3 +57,25 @@ def test_a_missing_file_is_refused_with_exit_code_2(
 ) -> None:
     assert main(["watchlist", verb, str(tmp_path / "none.safetensors")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_search_prints_features_as_yaml_to_paste(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "labels.csv").write_text("index,label\n7,\"says: it lies, 'knowingly'\"\n8,weather\n")
+    arguments = ["watchlist", "search", str(tmp_path / "labels.csv"), "lies", "--format", "csv"]
+    assert main(arguments) == 0
+    (feature,) = yaml.safe_load(capsys.readouterr().out)
+    assert feature["index"] == 7
+    assert feature["label"] == "says: it lies, 'knowingly'"
+    probe(tmp_path / "p.safetensors", rows=8)
+    build(
+        write_yaml(tmp_path / "w.yaml", document(hook(1, source("linear_probe", "p.safetensors", [feature])))),
+        tmp_path / "o",
+    )
+    assert main([*arguments[:3], "nothing", "--format", "csv"]) == 1
+
+
+def test_every_action_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ("build", "show", "search", "verify"):
+        with pytest.raises(SystemExit):
+            main(["watchlist", action, "--help"])
+        assert f"example:  latentwatch watchlist {action}" in capsys.readouterr().out
