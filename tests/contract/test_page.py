@@ -1,0 +1,66 @@
+"""The live page in a real browser: what it says, and what it makes of a client's text."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from monitor.collector.service import Service
+from tests.support.collectors import collector, exceed
+from tests.support.real import program
+
+EVIL = "chatcmpl-<img src=x onerror=\"document.title='taken'\">-0123abcd"
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    with collector(tmp_path) as made:
+        yield made
+
+
+def text_of(url: str, profile: Path) -> tuple[str, str]:
+    """The page's markup after its scripts ran for three seconds, and the text in it."""
+    argv = [
+        program("chromium"),
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=3000",
+        "--dump-dom",
+        url,
+    ]
+    ran = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", ran.stdout))
+    return ran.stdout, text
+
+
+@pytest.mark.e2e
+def test_before_any_engine_connects_the_page_says_what_it_waits_for(service, tmp_path):
+    _, text = text_of(service.http_url + "/", tmp_path / "profile")
+    assert "Waiting for an engine" in text and "Nothing to judge yet" in text
+    assert "No request has gone above a limit" in text and "does not answer" not in text
+
+
+@pytest.mark.e2e
+def test_an_exceedance_shows_with_its_request_and_values(service, tmp_path):
+    exceed(service)
+    markup, text = text_of(service.http_url + "/", tmp_path / "profile")
+    assert "1 critical exceedance" in text and "Everything is seen" in text
+    assert "5.00 over limit 1.00, from output token 2" in text
+    assert "chatcmpl-1-0123abcd" in text and "<title>✕ 1 critical exceedance" in markup
+
+
+@pytest.mark.e2e
+def test_text_of_clients_and_labels_stays_text(service, tmp_path):
+    exceed(service, EVIL)
+    markup, text = text_of(f"{service.http_url}/#request={quote(EVIL, safe='')}", tmp_path / "profile")
+    assert "&lt;img src=x onerror=" in markup and "<img" not in markup
+    assert "Complying &lt;b&gt;with&lt;/b&gt; a jailbreak" in markup
+    assert "taken" not in re.findall(r"<title>(.*?)</title>", markup)[0]
+    assert "Id in the response" in text and "Limits exceeded" in text, "the request itself is shown"

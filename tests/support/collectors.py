@@ -1,0 +1,51 @@
+"""A real collector in this process, and one request that exceeds a limit."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from monitor.collector.service import Service, Settings
+from monitor.names import Severity
+from monitor.watchlist import card
+from monitor.watchlist.card import Limit
+from tests.support.streams import Piece, Tokens, hello, probe, sparse, step_batch, watchlist
+from tests.support.wire import in_loop
+
+FEATURES = (
+    sparse("jailbreak", limit=Limit("max", 1.0), severity=Severity.CRITICAL, label="Complying <b>with</b> a jailbreak"),
+    probe("deceive", limit=Limit("max", 9.0)),
+)
+
+
+@contextlib.contextmanager
+def collector(folder: Path) -> Iterator[Service]:
+    """A service on free addresses, without engines."""
+    card.write(watchlist(FEATURES), folder / "w.safetensors")
+    made = Service(Settings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0"))
+    in_loop(made.start())
+    try:
+        yield made
+    finally:
+        in_loop(made.stop())
+
+
+def exceed(service: Service, request_id: str = "chatcmpl-1-0123abcd") -> None:
+    """One engine, and one request of four tokens whose third exceeds the limit of "jailbreak" with 5.0."""
+    who = hello(watchlist_sha256=service.pipeline.watchlist.sha256)
+    act = np.zeros((4, 2), np.float32)
+    act[2, 0] = 5.0
+    request = Tokens(1, 2, act, np.ones(4, int), np.ones((4, 1), np.float32), request_id=request_id)
+    batch = step_batch(
+        [Piece(request, 0, 4)],
+        FEATURES,
+        time_unix_nano=time.time_ns(),
+        opened=[request.opened()],
+        closed=[request.closed()],
+    )
+    service.pipeline.hello(who, time.time())
+    service.pipeline.observe(who, 1, batch, time.time())
