@@ -28,6 +28,10 @@ class Case:
     """Float32 values that are exactly the sum of two bfloat16 ones, as a watchlist's rows are."""
     scale_6K: Tensor
 
+    def to(self, device: str) -> Case:
+        residual_TD = None if self.residual_TD is None else self.residual_TD.to(device)
+        return Case(self.x_TD.to(device), residual_TD, self.w_KD.to(device), self.scale_6K.to(device))
+
     @property
     def tokens(self) -> int:
         return self.x_TD.shape[0]
@@ -50,7 +54,6 @@ def make_case(
     residual: bool = True,
     norms: Sequence[int] = (0,),
     seed: int = 0,
-    device: str = "cpu",
 ) -> Case:
     """A residual stream as models have it (a mean, a few loud channels) and features that fire on some rows.
 
@@ -61,10 +64,10 @@ def make_case(
     half = torch.randn(T, D, generator=rng)
     rows = canonical_rows(D, K, norms=norms, seed=seed)
     return Case(
-        (x - half if residual else x).to(dtype).to(device),
-        half.to(dtype).to(device) if residual else None,
-        torch.tensor(rows.w_KD).to(device),
-        torch.tensor(rows.scale_6K).to(device),
+        (x - half if residual else x).to(dtype),
+        half.to(dtype) if residual else None,
+        torch.tensor(rows.w_KD),
+        torch.tensor(rows.scale_6K),
     )
 
 
