@@ -18,7 +18,7 @@ LEFT: Final = 250.0
 RIGHT: Final = WIDTH - 16.0
 LABEL_CHARACTERS: Final = 28
 """What fits left of LEFT at the page's label size; a lane's smaller type takes LANE_CHARACTERS."""
-LANE_CHARACTERS: Final = 34
+LANE_CHARACTERS: Final = 31
 AXIS: Final = 30.0
 """Height of the time axis below the rows."""
 

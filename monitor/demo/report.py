@@ -11,7 +11,6 @@ from string import Template
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from monitor.demo import plots
 from monitor.demo.outcome import Exceedance, Run
@@ -22,9 +21,11 @@ from monitor.watchlist.card import Feature
 BINS: Final = 40
 MAX_LANES: Final = 28
 MAX_STRIPS: Final = 8
-MAX_ROWS: Final = 60
+MAX_ROWS: Final = 25
 """Bounds of the page, so that a larger watchlist or a longer demo stays readable."""
 PAGES_SHOWN: Final = 12
+MIN_BIN_TOKENS: Final = 10
+"""A firing rate over fewer tokens says nothing; its bin stays empty."""
 STATES: Final = tuple(state.name.lower() for state in TokenState)
 
 
@@ -145,26 +146,22 @@ def _strip(run: Run, feature: Feature) -> plots.Strip:
 def _lanes(run: Run, span: plots.Span) -> list[plots.Lane]:
     """Firing rates of sparse features in BINS time bins, those that rose most in the incident first."""
     edges = run.traffic_at + np.linspace(0.0, span.seconds, BINS + 1)
-    seen = np.array([sample.states.get("scored", 0) + sample.states.get("inherited", 0) for sample in run.samples])
     at = np.searchsorted([sample.at for sample in run.samples], edges).clip(0, len(run.samples) - 1)
+    seen = np.array([sample.states.get("scored", 0) + sample.states.get("inherited", 0) for sample in run.samples])
     tokens = np.diff(seen[at])
+    begin, end = run.incident
+    inside = (edges[1:] > begin) & (edges[:-1] < end)
     lanes = []
     for feature in run.features:
         fired = np.diff(np.array([sample.fired.get(feature.id, 0) for sample in run.samples])[at])
         if not feature.dense and fired.any():
-            rates = np.divide(fired, tokens, out=np.zeros(BINS), where=tokens > 0)
-            lanes.append((_rise(rates, edges, run.incident), feature, rates))
+            # One added token keeps a feature that never fired outside comparable with the others.
+            outside = (fired[~inside].sum() + 1) / (tokens[~inside].sum() + 1)
+            rise = fired[inside].sum() / (tokens[inside].sum() + 1) / outside
+            rates = np.divide(fired, tokens, out=np.zeros(BINS), where=tokens >= MIN_BIN_TOKENS)
+            lanes.append((float(rise), feature, rates))
     lanes.sort(key=lambda lane: -lane[0])
     return [plots.Lane(f"{f.id} {f.label}", f.severity, rates.tolist()) for _, f, rates in lanes[:MAX_LANES]]
-
-
-def _rise(rates: npt.NDArray[np.float64], edges: npt.NDArray[np.float64], incident: tuple[float, float]) -> float:
-    """Mean firing rate in the bins that touch the incident, over the mean of the others."""
-    begin, end = incident
-    inside = (edges[1:] > begin) & (edges[:-1] < end)
-    outside_rate = float(rates[~inside].sum()) / max(1, int((~inside).sum()))
-    # The floor gives a feature that never fired outside a finite place in the order.
-    return float(rates[inside].sum()) / max(1, int(inside.sum())) / max(outside_rate, 1e-5)
 
 
 def _events(run: Run) -> list[plots.Event]:
@@ -223,36 +220,46 @@ def _accounting_note(run: Run) -> str:
     return escape(
         f"vLLM's own counters: {engine.prompt:,} prompt + {engine.output:,} output tokens, less the last one of each "
         f"of {engine.finished:,} finished requests, which is sampled but never fed back. Inherited tokens came from "
-        "the prefix cache, with the scores of the request that filled it."
+        "the prefix cache, with the scores of the request that filled it." + _not_scored(run)
     )
 
 
+def _not_scored(run: Run) -> str:
+    reasons = [f"{count:,} {state} ({reason})" for (state, reason), count in run.settled.reasons.items() if count]
+    return f" Not scored: {', '.join(reasons)}." if reasons else ""
+
+
 def _exceedance_table(run: Run) -> str:
-    ordered = sorted(run.exceedances, key=lambda e: (e.response_id, e.at))
+    """One row per request, those that were not part of the incident first: they are the ones to look at."""
+    ordered = sorted(run.exceedances, key=lambda e: (e.response_id, e.severity != Severity.CRITICAL, e.at))
     by_request = [list(group) for _, group in groupby(ordered, key=lambda e: e.response_id)]
-    by_request.sort(key=lambda group: group[0].at)
+    by_request.sort(key=lambda group: (run.is_inside(group[0]), min(e.at for e in group)))
     rows = [_exceedance_row(run, group) for group in by_request[:MAX_ROWS]]
     if not rows:
         return _none("None.")
     left_out = len(by_request) - len(rows)
     more = f'<p class="note">{left_out} more requests are not shown.</p>' if left_out else ""
-    return _table(("after", "request", "what was said", "feature", "value / limit", "position"), rows) + more
+    return _table(("at", "request", "what was said", "what went over its limit"), rows) + more
 
 
 def _exceedance_row(run: Run, group: Sequence[Exceedance]) -> tuple[str, ...]:
     answer = run.by_id.get(group[0].response_id)
     said = '<span class="muted">not one of the demo\'s requests</span>'
+    about = "unknown request"
     if answer is not None:
         said = f'<p>{escape(answer.prompt.last_words)}</p><p class="answer">→ {escape(answer.text.strip())}</p>'
-    topic = "" if answer is None else f'<br><span class="muted">{escape(answer.prompt.topic)}</span>'
+        about = f"{'feared' if answer.prompt.feared else 'ordinary'}: {answer.prompt.topic}"
     return (
-        f"{group[0].at - run.traffic_at:.1f} s",
-        f"<code>{escape(group[0].response_id)}</code>{topic}",
+        f"{min(e.at for e in group) - run.traffic_at:.1f} s",
+        f'<code class="id">{escape(group[0].response_id)}</code><br><span class="muted">{escape(about)}</span>',
         f'<div class="said">{said}</div>',
-        "<br>".join(f"{_severity(e.severity, e.severity)} {escape(e.label)}" for e in group),
-        "<br>".join(f"{e.value:.2f} / {e.limit:.2f}" for e in group),
-        "<br>".join(f"{e.position} ({escape(e.phase)})" for e in group),
+        "".join(_exceeded(e) for e in group),
     )
+
+
+def _exceeded(e: Exceedance) -> str:
+    reached = f"{e.value:.2f} over {e.limit:.2f} at token {e.position} ({e.phase})"
+    return f'<p>{_severity(e.severity, e.severity)} {escape(e.label)} <span class="muted">{escape(reached)}</span></p>'
 
 
 def _page_table(run: Run) -> str:
