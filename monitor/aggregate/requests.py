@@ -37,7 +37,6 @@ CROSSING_DTYPE = np.dtype([("slot", "<i8"), ("feature", "<i8"), ("position", "<i
 class StepView:
     """What one step showed of the features, over all its requests."""
 
-    rows: int
     fired_F: Array
     """Tokens on which each feature fired, int64; dense features 0. Positions that the feature skips do not count."""
     peak_F: Array
@@ -69,7 +68,6 @@ class RequestStates:
 
     def __init__(self, table: FeatureTable, slots: int) -> None:
         self.table = table
-        self.slots = slots
         F, L = table.features, table.specials
         self._max = np.zeros((slots, F), np.uint64)
         self._special = np.zeros((slots, L), np.uint64)
@@ -101,14 +99,14 @@ class RequestStates:
         peak_F = np.full(table.features, NOTHING, np.uint64)
         if not owner_S.any():
             fired_F, none = np.zeros(table.features, np.int64), np.empty(0, CROSSING_DTYPE)
-            return StepView(0, fired_F, values(peak_F, -np.inf), none)
+            return StepView(fired_F, values(peak_F, -np.inf), none)
         rows = _Rows.of(batch.segments_S[owner_S], slot_S[owner_S])
         fired_F, crossings = self._sparse(batch.fires_N, rows, peak_F)
         found = [crossings]
         if len(table.dense_P):
             found.append(self._dense(batch.dense_RP, rows, peak_F))
         found += [self._roll(i, batch, rows, peak_F) for i in range(len(self._rolling))]
-        return StepView(rows.count, fired_F, values(peak_F, -np.inf), self._first(np.concatenate(found)))
+        return StepView(fired_F, values(peak_F, -np.inf), self._first(np.concatenate(found)))
 
     def features_of(self, slots: Array) -> RequestFeatures:
         """Everything known of the requests in these slots."""
@@ -238,10 +236,6 @@ class _Rows:
             position=np.arange(int(count_S.sum())) + np.repeat(row_offset_S, count_S),
             phase_bit=np.repeat(bit_S, count_S),
         )
-
-    @property
-    def count(self) -> int:
-        return len(self.slot)
 
     @cached_property
     def by_position(self) -> Array:

@@ -184,15 +184,47 @@ class Pipeline:
         """The latest exceedances, newest first."""
         return [self._exceedance(event, request) for event, request in self._events.latest(limit)]
 
-    def requests(self, limit: int) -> list[views.RequestView]:
-        """Open requests, newest first, then closed ones, latest end first."""
+    def latest(self, limit: int) -> list[int]:
+        """Numbers for `request`: open requests, newest first, then closed ones, latest end first."""
         opened = sorted(self._slots.by_serial, reverse=True)[:limit]
-        closed = self._index.latest_closed(limit - len(opened))
-        return [self._request_view(serial) for serial in (*opened, *closed)]
+        return [*opened, *self._index.latest_closed(limit - len(opened))]
 
-    def find(self, name: str) -> list[views.RequestView]:
-        """The requests with this engine request id or response id, newest first; empty when none is held."""
-        return [self._request_view(serial) for serial in reversed(self._index.find(name))]
+    def find(self, name: str) -> list[int]:
+        """Numbers of the requests with this engine request id or response id, newest first; empty when none is held."""
+        return list(reversed(self._index.find(name)))
+
+    def request(self, serial: int) -> views.RequestView | None:
+        """One request, by a number that `latest` or `find` gave; None when it was let go since."""
+        closed = self._index.closed_request(serial)
+        if closed is None:
+            slot = self._slots.by_serial.get(serial)
+            if slot is None:
+                return None
+            request, tokens = self._slots.request(slot), self._slots.accounted[slot].sum(axis=1)
+            features = self._states.features_of(np.array([slot]))
+            (summary,) = summarise(features, self.table.limit_F, self.bounds.summary_features)
+        else:
+            request, tokens, summary = closed.open, closed.tokens, closed.features
+        return views.RequestView(
+            request_id=request.request_id,
+            response_id=response_id(request.request_id),
+            replica=request.replica,
+            model_name=request.model_name,
+            engine=request.engine,
+            adapter=request.adapter,
+            trace_id=views.trace_id(request.traceparent),
+            outcome=_OUTCOMES[closed.outcome] if closed else "open",
+            opened_seconds=request.opened_seconds,
+            closed_seconds=closed.closed_seconds if closed else None,
+            opening_seen=request.opening_seen,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=closed.output_tokens if closed else None,
+            total_tokens=closed.total_tokens if closed else None,
+            tokens={state.name.lower(): int(tokens[state]) for state in TokenState},
+            exceeded_features=summary.exceeded,
+            features=tuple(self._feature_of_request(row) for row in summary.rows.tolist()),
+            features_left_out=summary.left_out,
+        )
 
     # -- one step
 
@@ -211,7 +243,9 @@ class Pipeline:
         if not placed.all():
             self._states.clear(np.array([self._scratch]))
         model.fired_F += view.fired_F
-        model.norm.observe(batch.norm_RH)
+        if batch.rows:
+            # Without rows the columns may be absent too.
+            model.norm.observe(batch.norm_RH)
         exceeded_F = np.bincount(crossings["feature"], minlength=len(self.features))
         model.exceedances_F += exceeded_F
         self._add_events(model, crossings, now)
@@ -441,36 +475,6 @@ class Pipeline:
             # An evicted request leaves no final peak; the crossing is then the most that is known.
             peak=float(event["value"]) if math.isnan(peak) else peak,
             trace_id=views.trace_id(request.traceparent),
-        )
-
-    def _request_view(self, serial: int) -> views.RequestView:
-        closed = self._index.closed_request(serial)
-        if closed is None:
-            slot = self._slots.by_serial[serial]
-            request, tokens = self._slots.request(slot), self._slots.accounted[slot].sum(axis=1)
-            features = self._states.features_of(np.array([slot]))
-            (summary,) = summarise(features, self.table.limit_F, self.bounds.summary_features)
-        else:
-            request, tokens, summary = closed.open, closed.tokens, closed.features
-        return views.RequestView(
-            request_id=request.request_id,
-            response_id=response_id(request.request_id),
-            replica=request.replica,
-            model_name=request.model_name,
-            engine=request.engine,
-            adapter=request.adapter,
-            trace_id=views.trace_id(request.traceparent),
-            outcome=_OUTCOMES[closed.outcome] if closed else "open",
-            opened_seconds=request.opened_seconds,
-            closed_seconds=closed.closed_seconds if closed else None,
-            opening_seen=request.opening_seen,
-            prompt_tokens=request.prompt_tokens,
-            output_tokens=closed.output_tokens if closed else None,
-            total_tokens=closed.total_tokens if closed else None,
-            tokens={state.name.lower(): int(tokens[state]) for state in TokenState},
-            exceeded_features=summary.exceeded,
-            features=tuple(self._feature_of_request(row) for row in summary.rows.tolist()),
-            features_left_out=summary.left_out,
         )
 
     def _feature_of_request(self, row: tuple[Any, ...]) -> views.FeatureOfRequest:

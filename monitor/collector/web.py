@@ -6,13 +6,15 @@ text, never as markup; the Content-Security-Policy allows only this collector's 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from importlib.resources import files
 from typing import Annotated, Any, Final
 
 from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
+from fastapi.responses import StreamingResponse
 
 from monitor import __version__
 from monitor.collector.exposition import Families, ProcessFacts
@@ -156,7 +158,7 @@ def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> No
     @app.get("/v1/requests", response_model=Requests, tags=["api"])
     async def get_requests(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
         """Open requests, newest first, then ended ones, latest end first."""
-        return _json(Requests(pipeline.requests(limit)))
+        return _requests(pipeline, pipeline.latest(limit))
 
     @app.get(
         "/v1/requests/{request_id:path}",
@@ -173,7 +175,7 @@ def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> No
                 f"request {request_id[:MAX_ID_CHARACTERS]!r}: this collector does not hold it. It keeps the last "
                 f"{pipeline.bounds.closed_requests} that ended; another collector may have it.",
             )
-        return _json(Requests(found))
+        return _requests(pipeline, found)
 
 
 def _add_file(app: FastAPI, path: str, content: bytes, media: str) -> None:
@@ -197,10 +199,30 @@ def _feature_totals(pipeline: Pipeline, now: float) -> list[FeatureTotals]:
     ]
 
 
+def _requests(pipeline: Pipeline, serials: list[int]) -> Response:
+    """`Requests`, piece by piece: a thousand summaries at once would keep the loop from the streams for a second."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b'{"requests":['
+        comma = b""
+        for serial in serials:
+            if (view := pipeline.request(serial)) is not None:
+                yield comma + _encoded(view)
+                comma = b","
+            await asyncio.sleep(0)
+        yield b"]}"
+
+    return StreamingResponse(pieces(), media_type="application/json")
+
+
 def _json(value: Any) -> Response:
-    """A dataclass of plain values as JSON. Not by asdict: it copies, which takes seconds for a thousand requests."""
+    return Response(_encoded(value), media_type="application/json")
+
+
+def _encoded(value: Any) -> bytes:
+    """A dataclass of plain values as JSON. Not by asdict, which copies everything first."""
     text = json.dumps(value, default=vars, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
-    return Response(text.encode("utf-8", "replace"), media_type="application/json")
+    return text.encode("utf-8", "replace")
 
 
 def _secured(app: Asgi) -> Asgi:

@@ -419,7 +419,8 @@ async function ask() {
 }
 
 async function refresh() {
-  setTimeout(refresh, document.hidden ? 5 * REFRESH_MS : REFRESH_MS);
+  // A hidden page, and one that shows a thousand features, asks less often.
+  setTimeout(refresh, document.hidden || most > 256 ? 4 * REFRESH_MS : REFRESH_MS);
   let view = null;
   try {
     view = await ask();

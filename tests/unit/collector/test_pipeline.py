@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from monitor.collector.config import Bounds
 from monitor.collector.pipeline import Pipeline
+from monitor.collector.views import RequestView
 from monitor.errors import ConfigRefused, StreamRefused
 from monitor.names import Outcome, Phase, Reason, Severity, TokenState
 from monitor.step import EngineCounters, StepBatch
@@ -55,6 +56,10 @@ def state_totals(made: Pipeline) -> dict[TokenState, int]:
     return {state: int(totals[state]) for state in TokenState}
 
 
+def views_of(made: Pipeline, name: str) -> list[RequestView]:
+    return [view for serial in made.find(name) if (view := made.request(serial))]
+
+
 # -- accounting
 
 
@@ -73,7 +78,7 @@ def test_every_token_of_a_closed_request_is_counted_once_even_when_messages_are_
     totals = state_totals(made)
     assert sum(totals.values()) == sum(r.total for r in requests)
     for r in requests:
-        (view,) = made.find(r.request_id)
+        (view,) = views_of(made, r.request_id)
         assert sum(view.tokens.values()) == r.total == view.total_tokens
     assert made.snapshot(0).collector.accounting_excess_tokens == 0
 
@@ -105,7 +110,7 @@ def test_a_request_that_began_before_this_collector_is_not_reconciled():
     request = tokens(np.random.default_rng(0), FEATURES, handle=1, total=20, prompt_tokens=8)
     feed(made, who, [step_batch([Piece(request, 10, 20)], FEATURES, closed=[request.closed()])], first=77)
     assert sum(state_totals(made).values()) == 10
-    (view,) = made.find(request.request_id)
+    (view,) = views_of(made, request.request_id)
     assert not view.opening_seen and view.outcome == "finished"
 
 
@@ -249,7 +254,7 @@ def test_a_new_boot_ends_the_requests_of_the_one_before_as_lost():
     made.hello(hello(boot_id="1" * 32), 1001.0)
     engine = made.snapshot(0).engines[0]
     assert engine.requests[Outcome.LOST] == 1 and engine.open_requests == 0
-    assert made.find(request.request_id)[0].outcome == "lost"
+    assert views_of(made, request.request_id)[0].outcome == "lost"
 
 
 @pytest.mark.parametrize(("silence", "lost"), [(599.0, 0), (601.0, 1)])
@@ -314,9 +319,9 @@ def test_requests_beyond_the_slots_are_counted_without_driving_out_those_that_ru
     assert sum(state_totals(made).values()) == sum(r.total for r in requests)
     assert made.snapshot(0).collector.requests_evicted == 3
     for request in requests[:2]:
-        (view,) = made.find(request.request_id)
+        (view,) = views_of(made, request.request_id)
         assert sum(view.tokens.values()) == request.total
-    assert not any(made.find(request.request_id) for request in requests[2:])
+    assert not any(views_of(made, request.request_id) for request in requests[2:])
     assert made.snapshot(0).engines[0].requests[Outcome.FINISHED] == 5
 
 
@@ -329,7 +334,7 @@ def test_closed_summaries_are_bounded_and_those_with_an_exceedance_stay_longer()
     requests = [Tokens(i, 2, loud if i in (1, 2) else quiet, scored, norm) for i in range(1, 9)]
     for i, request in enumerate(requests):
         feed(made, who, Schedule.one_step([request]).batches(FEATURES), first=i + 1)
-    held = [r.handle for r in requests if made.find(r.request_id)]
+    held = [r.handle for r in requests if views_of(made, r.request_id)]
     assert held == [2, 6, 7, 8]
     assert made.snapshot(0).collector.summaries_evicted == 4
 
@@ -338,7 +343,7 @@ def test_a_summary_keeps_the_most_abnormal_features_and_says_how_many_it_left_ou
     made, who = connected(summary_features=1)
     request = tokens(np.random.default_rng(3), FEATURES, handle=1, total=50, prompt_tokens=20, fire_rate=0.9)
     feed(made, who, Schedule.one_step([request]).batches(FEATURES))
-    (view,) = made.find(request.request_id)
+    (view,) = views_of(made, request.request_id)
     assert len(view.features) == 1 and view.features_left_out == 3
     assert view.exceeded_features >= 1 and view.features[0].exceeded
 
@@ -400,7 +405,7 @@ def test_client_text_is_cut_to_a_bound_and_still_found():
     request = one_loud_request([0, 5])
     request.request_id = "x" * 5000
     feed(made, who, Schedule.one_step([request]).batches(FEATURES))
-    (view,) = made.find(request.request_id)
+    (view,) = views_of(made, request.request_id)
     assert len(view.request_id) == 256
 
 
