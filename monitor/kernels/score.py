@@ -83,10 +83,10 @@ TABLE: Final[tuple[tuple[int, tuple[tuple[int, Variant], ...]], ...]] = (
     (64, (
         (64, Variant(16, 16, 128, 8, 4, 4)),
         (256, Variant(16, 32, 128, 4, 4, 4)),
-        (1024, Variant(16, 64, 128, 2, 4, 3)),
+        (1024, Variant(16, 64, 64, 2, 4, 4)),
     )),
     (256, (
-        (64, Variant(16, 64, 128, 8, 4, 3)),
+        (64, Variant(16, 64, 64, 8, 4, 4)),
         (256, Variant(32, 64, 64, 4, 4, 4)),
         (1024, Variant(64, 64, 64, 2, 8, 3)),
     )),
@@ -105,7 +105,7 @@ TABLE_FLOAT32: Final[tuple[tuple[int, tuple[tuple[int, Variant], ...]], ...]] = 
     (1 << 30, ((1024, Variant(64, 64, 32, 1, 8, 3)),)),
 )
 """A float32 model gets exact products without tensor cores; what serves at speed is not float32."""
-INVARIANT: Final = Variant(16, 64, 128, 1, 4, 3)
+INVARIANT: Final = Variant(16, 64, 64, 1, 4, 4)
 """For engines that promise the same bits whatever the batch; costs reads of w at prefill and parallelism at decode."""
 INVARIANT_FLOAT32: Final = Variant(16, 16, 128, 1, 4, 4)
 
