@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -239,6 +240,7 @@ class Attachment:
         engine = str(getattr(config.parallel_config, "data_parallel_index", config.parallel_config.data_parallel_rank))
         watchlist = settings.load_watchlist(self._settings)
         return {
+            "engine_pid": os.getpid(),
             "fd": self._ring.fd,
             "geometry": self._ring.geometry.to_args(),
             "collector": self._settings.collector,

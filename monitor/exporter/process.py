@@ -90,7 +90,6 @@ class Exporter:
 def main(argument: str) -> int:
     """Run until the engine is done. `argument`: the JSON object that engine/attach.py writes."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [latentwatch exporter] %(message)s")
-    engine = os.getppid()
     stop = False
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -107,7 +106,7 @@ def main(argument: str) -> int:
     sender.start()
     while not stop:
         # Before the look at the ring: what was written before the engine went is then still read.
-        gone = ring.closed or os.getppid() != engine
+        gone = ring.closed or os.getppid() != config["engine_pid"]
         if not exporter.take_one(time.monotonic()):
             if gone:
                 break

@@ -12,58 +12,7 @@ import torch
 from monitor.engine import encoder
 from monitor.errors import EngineRefused, WatchlistRefused
 from tests.support import tiny
-
-
-class FusedNorm(torch.nn.Module):
-    """As vLLM's RMSNorm: with a residual it returns (normed, sum)."""
-
-    def forward_native(self, x: Any, residual: Any = None) -> Any:
-        return x if residual is None else (x * 0.5, x + residual)
-
-    def forward(self, *args: Any) -> Any:
-        return self.forward_native(*args)
-
-
-class FusedLayer(torch.nn.Module):
-    """As vLLM's Llama layer: the sum of what it returns is resid_post."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_layernorm = FusedNorm()
-
-    def forward(self, hidden: Any, residual: Any) -> Any:
-        if residual is None:
-            hidden, residual = self.input_layernorm(hidden), hidden
-        else:
-            hidden, residual = self.input_layernorm(hidden, residual)
-        return hidden * 0.1, residual
-
-
-class PlainLayer(torch.nn.Module):
-    """As vLLM's GPT-2 block: it returns resid_post itself."""
-
-    def forward(self, hidden: Any) -> Any:
-        return hidden * 1.1
-
-
-class Model(torch.nn.Module):
-    def __init__(self, layer: type[torch.nn.Module], layers: int = tiny.LAYERS) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(layer() for _ in range(layers))
-        self.norm = FusedNorm()
-        self.streams: list[Any] = []
-
-    def forward(self, hidden: Any) -> Any:
-        residual = None
-        self.streams = []
-        for layer in self.layers:
-            if isinstance(layer, PlainLayer):
-                hidden = layer(hidden)
-                self.streams.append(hidden)
-            else:
-                hidden, residual = layer(hidden, residual)
-                self.streams.append(hidden + residual)
-        return hidden if residual is None else self.norm(hidden, residual)[0]
+from tests.support.fake_model import FusedLayer, Model, PlainLayer
 
 
 def arm(model: Model, watchlist: Any) -> Any:

@@ -18,6 +18,7 @@ from monitor.names import Reason, TokenState
 from monitor.ring import Geometry, Ring
 from monitor.step import EngineCounters
 from tests.support import tiny
+from tests.support.fake_model import scheduled
 
 
 @pytest.fixture
@@ -39,23 +40,6 @@ def forward(hooks: tuple[ArmedHook, ...], rows: int, value: float = 2.0) -> None
         hook.stat_T3[:rows, 0] = 7.0
 
 
-def scheduled(
-    new: list[tuple[str, int]], counts: dict[str, int], finished: dict[str, tuple[int, bool]] | None = None
-) -> Any:
-    """A SchedulerOutput with the fields that the tap reads."""
-    output = SimpleNamespace(
-        scheduled_new_reqs=[
-            SimpleNamespace(req_id=name, prompt_token_ids=[0] * prompt, num_computed_tokens=0, lora_request=None)
-            for name, prompt in new
-        ],
-        finished_req_ids=set(finished or {}),
-        total_num_scheduled_tokens=sum(counts.values()),
-        num_scheduled_tokens=counts,
-    )
-    setattr(output, finish.ATTRIBUTE, finished or {})
-    return output
-
-
 def v1_runner(starts: dict[str, int]) -> Any:
     batch = SimpleNamespace(
         req_ids=list(starts), num_reqs=len(starts), num_computed_tokens_cpu=np.array([*starts.values(), 99], np.int32)
@@ -72,8 +56,8 @@ def test_scores_arrive_at_the_ledger_with_their_request_and_position(hooks):
     reader = Ring(ring.fd, ring.geometry, create=False)
     tap, ledger = Tap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
     forward(hooks, 5)
-    tap.after_step(v1_runner({"a": 0, "b": 0}), scheduled([("a", 3), ("b", 2)], {"a": 3, "b": 2}))
-    tap.after_step(v1_runner({}), scheduled([], {}, {"a": (1, False), "b": (1, False)}))
+    tap.after_step(v1_runner({"a": 0, "b": 0}), scheduled({"a": 3, "b": 2}, new=[("a", 3), ("b", 2)]))
+    tap.after_step(v1_runner({}), scheduled({}, finished={"a": (1, False), "b": (1, False)}))
     batches = []
     while (raw := reader.peek()) is not None:
         batches.append(ledger.take(raw, EngineCounters()))
@@ -90,8 +74,8 @@ def test_a_forward_without_the_op_is_reported_silent_and_the_next_one_is_not(hoo
     ring = Ring.create(geometry(hooks))
     tap = Tap(ring, hooks, on_gpu=False)
     forward(hooks, 2)
-    tap.after_step(v1_runner({"a": 0}), scheduled([("a", 2)], {"a": 2}))
-    tap.after_step(v1_runner({"a": 2}), scheduled([], {"a": 1}))  # no forward() before: nothing was written
+    tap.after_step(v1_runner({"a": 0}), scheduled({"a": 2}, new=[("a", 2)]))
+    tap.after_step(v1_runner({"a": 2}), scheduled({"a": 1}))  # no forward() before: nothing was written
     assert ring.peek().silent is False
     ring.release()
     assert ring.peek().silent is True
@@ -104,11 +88,11 @@ def test_a_full_ring_costs_steps_but_no_opening_or_closing(hooks):
     steps = ring.slots + 5
     for step in range(steps):
         forward(hooks, 1)
-        tap.after_step(v1_runner({"a": step}), scheduled([("a", 1)] if step == 0 else [], {"a": 1}))
+        tap.after_step(v1_runner({"a": step}), scheduled({"a": 1}, new=[("a", 1)] if step == 0 else []))
     reader.peek()
     batches = [ledger.take(reader.peek(), EngineCounters())]
     reader.release()
-    tap.after_step(v1_runner({}), scheduled([], {}, {"a": (steps, False)}))
+    tap.after_step(v1_runner({}), scheduled({}, finished={"a": (steps, False)}))
     while (raw := reader.peek()) is not None:
         batches.append(ledger.take(raw, EngineCounters()))
         reader.release()
@@ -126,12 +110,12 @@ def test_an_exporter_started_again_is_told_every_live_request(hooks):
     ring = Ring.create(geometry(hooks))
     tap = Tap(ring, hooks, on_gpu=False)
     forward(hooks, 2)
-    tap.after_step(v1_runner({"a": 0}), scheduled([("a", 2)], {"a": 2}))
+    tap.after_step(v1_runner({"a": 0}), scheduled({"a": 2}, new=[("a", 2)]))
     ring.peek()
     ring.release()
     tap.announce_again()
     forward(hooks, 1)
-    tap.after_step(v1_runner({"a": 2}), scheduled([], {"a": 1}))
+    tap.after_step(v1_runner({"a": 2}), scheduled({"a": 1}))
     ledger = Ledger(armed=True, drafts=False)
     batch = ledger.take(ring.peek(), EngineCounters())
     assert [opened.request_id for opened in batch.opened] == ["a"]
@@ -153,7 +137,7 @@ def test_more_activations_than_the_slot_holds_cut_whole_rows_and_say_which(hooks
 def test_the_sentinel_is_put_back_after_every_step(hooks):
     tap = Tap(Ring.create(geometry(hooks)), hooks, on_gpu=False)
     forward(hooks, 2)
-    tap.after_step(v1_runner({"a": 0}), scheduled([("a", 2)], {"a": 2}))
+    tap.after_step(v1_runner({"a": 0}), scheduled({"a": 2}, new=[("a", 2)]))
     assert all(float(hook.stat_T3[0, 0]) == SENTINEL for hook in hooks)
 
 
@@ -166,7 +150,7 @@ def test_the_v2_row_map_follows_the_batch_order_not_the_schedulers():
         query_start_loc_np=np.array([0, 1, 6, 6]),
     )
     runner = SimpleNamespace(execute_model_state=SimpleNamespace(input_batch=batch))
-    step = rowmap.read(runner, scheduled([], {"prefill": 5, "decode": 1}))
+    step = rowmap.read(runner, scheduled({"prefill": 5, "decode": 1}))
     assert (list(step.request_ids), step.start.tolist(), step.count.tolist(), step.rows) == (
         ["decode", "prefill"],
         [9, 0],

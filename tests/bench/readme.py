@@ -1,0 +1,80 @@
+"""README's tables, rendered from the files that hold the figures: `python -m tests.bench.readme [--check]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tests.support.engines import ROOT
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "tests/bench/results"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def step_time() -> str:
+    result = json.loads((RESULTS / "step-time.json").read_text())
+    rows = [
+        [
+            str(row["batch"]),
+            f"{row['step_ms_off']:.2f} ms",
+            f"{row['throughput_ratio_p50']:.3f}",
+            f"{row['throughput_ratio_p20']:.3f} to {row['throughput_ratio_p80']:.3f}",
+        ]
+        for row in result["rows"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    caption = (
+        f"{result['features']} features, {result['rows'][0]['pairs']} pairs a row, {result['hardware']}, {result['date']}"
+    )
+    return table(["concurrent requests", "step, off", "median ratio", "p20 to p80"], rows) + f"\n\n{caption}; {versions}."
+
+
+def probes() -> str:
+    card: dict[str, Any] = json.loads((ROOT / "monitor/demo/assets/card.json").read_text())
+    rows = [
+        [
+            name.replace("_", " "),
+            f"{probe['heldout']['auroc']:.3f}",
+            f"{probe['heldout']['tpr_at_fpr_1pct']:.0%}",
+            f"{probe['heldout']['n']} ({probe['heldout']['n_positive']})",
+        ]
+        for name, probe in card["probes"].items()
+    ]
+    return table(["act", "AUROC", "TPR at 1 % FPR", "dialogues (acts)"], rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"step-time": step_time, "probes": probes}
+
+
+def rendered(text: str) -> str:
+    """README's text with every block rendered anew."""
+    for name, block in BLOCKS.items():
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        assert pattern.search(text), f"README has no block {name}"
+        body = block()
+        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where README is stale")
+    text = README.read_text()
+    new = rendered(text)
+    if parser.parse_args().check:
+        return int(new != text)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

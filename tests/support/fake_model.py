@@ -1,0 +1,138 @@
+"""Models shaped like vLLM's, and a worker around one: the attachment's other side without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from monitor.engine import finish
+from tests.support import tiny
+
+
+class FusedNorm(torch.nn.Module):
+    """As vLLM's RMSNorm: with a residual it returns (normed, sum)."""
+
+    def forward_native(self, x: Any, residual: Any = None) -> Any:
+        return x if residual is None else (x * 0.5, x + residual)
+
+    def forward(self, *args: Any) -> Any:
+        return self.forward_native(*args)
+
+
+class FusedLayer(torch.nn.Module):
+    """As vLLM's Llama layer: the sum of what it returns is resid_post."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm = FusedNorm()
+
+    def forward(self, hidden: Any, residual: Any) -> Any:
+        if residual is None:
+            hidden, residual = self.input_layernorm(hidden), hidden
+        else:
+            hidden, residual = self.input_layernorm(hidden, residual)
+        return hidden * 0.1, residual
+
+
+class PlainLayer(torch.nn.Module):
+    """As vLLM's GPT-2 block: it returns resid_post itself."""
+
+    def forward(self, hidden: Any) -> Any:
+        return hidden * 1.1
+
+
+class Model(torch.nn.Module):
+    def __init__(self, layer: type[torch.nn.Module], layers: int = tiny.LAYERS) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layer() for _ in range(layers))
+        self.norm = FusedNorm()
+        self.streams: list[Any] = []
+
+    def forward(self, hidden: Any) -> Any:
+        residual = None
+        self.streams = []
+        for layer in self.layers:
+            if isinstance(layer, PlainLayer):
+                hidden = layer(hidden)
+                self.streams.append(hidden)
+            else:
+                hidden, residual = layer(hidden, residual)
+                self.streams.append(hidden + residual)
+        return hidden if residual is None else self.norm(hidden, residual)[0]
+
+
+class Worker:
+    """What the attachment touches of a vLLM worker: four methods, a runner in V1's shape, a configuration."""
+
+    rank = 0
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.parallel_config = SimpleNamespace(world_size=1, pipeline_parallel_size=1, data_parallel_rank=0)
+        self.vllm_config = SimpleNamespace(
+            parallel_config=self.parallel_config,
+            model_config=SimpleNamespace(
+                hf_config=SimpleNamespace(
+                    architectures=["LlamaForCausalLM"],
+                    hidden_size=tiny.D_MODEL,
+                    num_hidden_layers=tiny.LAYERS,
+                    vocab_size=tiny.VOCABULARY,
+                ),
+                dtype=torch.float32,
+                runner_type="generate",
+                served_model_name="fake",
+            ),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=8),
+            compilation_config=SimpleNamespace(pass_config=SimpleNamespace()),
+            cache_config=SimpleNamespace(),
+            speculative_config=None,
+        )
+        self.model = Model(FusedLayer)
+        batch = SimpleNamespace(req_ids=[], num_reqs=0, num_computed_tokens_cpu=np.zeros(8, np.int32))
+        self.model_runner = SimpleNamespace(
+            input_batch=batch, execute_model_state=None, get_model=lambda: self.model, _dummy_run=self._forward
+        )
+
+    def load_model(self) -> None: ...
+
+    def compile_or_warm_up_model(self) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+    def execute_model(self, output: Any) -> str:
+        """One step, with the batch in the order of `num_scheduled_tokens` and its starts in `starts`."""
+        batch = self.model_runner.input_batch
+        batch.req_ids = list(output.num_scheduled_tokens)
+        batch.num_reqs = len(batch.req_ids)
+        batch.num_computed_tokens_cpu[: batch.num_reqs] = [output.starts[name] for name in batch.req_ids]
+        if output.total_num_scheduled_tokens:
+            self._forward(output.total_num_scheduled_tokens)
+        return "the engine's own result"
+
+    def _forward(self, rows: int) -> None:
+        self.model(torch.randn(rows, tiny.D_MODEL))
+
+
+def scheduled(
+    counts: dict[str, int],
+    *,
+    starts: dict[str, int] | None = None,
+    new: list[tuple[str, int]] | None = None,
+    finished: dict[str, tuple[int, bool]] | None = None,
+) -> Any:
+    """A SchedulerOutput with the fields that the tap reads: tokens per request, (id, prompt tokens) of new ones."""
+    output = SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=name, prompt_token_ids=[0] * prompt, num_computed_tokens=0, lora_request=None)
+            for name, prompt in new or []
+        ],
+        finished_req_ids=set(finished or {}),
+        total_num_scheduled_tokens=sum(counts.values()),
+        num_scheduled_tokens=counts,
+        starts=starts or {},
+    )
+    setattr(output, finish.ATTRIBUTE, finished or {})
+    return output
