@@ -52,7 +52,7 @@ def test_an_exceedance_shows_with_its_request_and_values(service, tmp_path):
     exceed(service)
     markup, text = text_of(service.http_url + "/", tmp_path / "profile")
     assert "1 critical exceedance" in text and "Everything is seen" in text
-    assert "5.00 over limit 1.00, from output token 2" in text
+    assert "5.00 over limit 1.00, from token 2 (output)" in text
     assert "chatcmpl-1-0123abcd" in text and "<title>✕ 1 critical exceedance" in markup
 
 

@@ -269,7 +269,7 @@ function updateExceedance(row, event) {
   setText(row.querySelector("b"), event.label || event.feature);
   setText(row.querySelector("time"), ago(shown.now - event.seconds));
   row.querySelector("time").dateTime = new Date(event.seconds * 1000).toISOString();
-  const words = `${figure(event.peak)} over limit ${figure(event.limit)}, from ${event.phase} token ${event.position}`;
+  const words = `${figure(event.peak)} over limit ${figure(event.limit)}, from token ${event.position} (${event.phase})`;
   const values = row.querySelector(".values");
   if (values.words !== words) {
     values.words = words;
