@@ -6,13 +6,14 @@ Legend: n rows of the step, K features at one hook point, F features of the watc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from monitor.engine.encoder import SENTINEL, ArmedHook
+from monitor.kernels.reference import Compacted
 from monitor.ring import Slot
 
 F32 = npt.NDArray[np.float32]
@@ -25,6 +26,9 @@ class Written(NamedTuple):
     scored_rows: int
     fires: int
     silent: bool
+
+
+UNSCORED: Final = Written(scored_rows=0, fires=0, silent=False)
 
 
 class _Columns(NamedTuple):
@@ -90,59 +94,44 @@ def _rows_that_fit(found: Sequence[tuple[Any, ...]], rows: int, room: int) -> in
 
 
 class HostBuffers:
-    """The op's buffers on the CPU: numpy sees them where they are."""
+    """The op's buffers on the CPU: numpy sees them where they are, and they are compacted on the engine's thread."""
 
     def __init__(self, hooks: Sequence[ArmedHook]) -> None:
-        self._hooks = hooks
+        self._drain = Drain(hooks)
         self._acts = [hook.act_TK.numpy() for hook in hooks]
         self._stats = [hook.stat_T3.numpy() for hook in hooks]
 
-    def views(self, rows: int) -> tuple[list[F32], list[F32]]:
-        return [act[:rows] for act in self._acts], [stat[:rows] for stat in self._stats]
+    def write(self, slot: Slot, rows: int) -> Written:
+        return self._drain.write(slot, [act[:rows] for act in self._acts], [stat[:rows] for stat in self._stats])
 
     def reset(self) -> None:
+        """Put the sentinels back, once the step is written or given up."""
         for stat in self._stats:
             stat[0, 0] = SENTINEL
 
 
-class DeviceCopy:
-    """One step's scores on their way from the GPU to pinned host memory.
+def write_compacted(slot: Slot, step: Compacted, *, silent: bool) -> Written:
+    """Copy a step that the GPU compacted into a slot. Rows behind `scored_rows` do not fit and are left out."""
+    if silent:
+        return Written(scored_rows=0, fires=0, silent=True)
+    scored, fires = step.scored_rows, len(step.row_N)
+    slot.fires_N["row"][:fires] = step.row_N.numpy()
+    slot.fires_N["feature"][:fires] = step.feature_N.numpy()
+    slot.fires_N["act"][:fires] = step.act_N.numpy()
+    slot.dense_TP[:scored] = step.dense_TP[:scored].numpy()
+    slot.norm_TH[:scored] = step.norm_TH[:scored].numpy()
+    return Written(scored_rows=scored, fires=fires, silent=False)
 
-    The snapshot is queued on the stream that ran the forward, so that the next forward cannot write over it, and the
-    copy to the host runs on a side stream. `ready()` asks the event; nothing here waits for the GPU.
-    """
 
-    def __init__(self, hooks: Sequence[ArmedHook]) -> None:
-        self._hooks = hooks
-        device = hooks[0].act_TK.device
-        # torch's stubs leave these two untyped.
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._snapshot = [(torch.empty_like(h.act_TK), torch.empty_like(h.stat_T3)) for h in hooks]
-        self._host = [
-            (torch.empty(h.act_TK.shape, pin_memory=True), torch.empty(h.stat_T3.shape, pin_memory=True)) for h in hooks
-        ]
-        self._arrays = [(act.numpy(), stat.numpy()) for act, stat in self._host]
+def device_handovers(hooks: Sequence[ArmedHook], capacity: int, count: int) -> list[Any]:
+    """`count` ways for a step from the GPU to the host, compacted there. Only where the hooks' buffers are on a GPU."""
+    # Imported here, so that a CPU engine never loads Triton.
+    from monitor.kernels.compact import Compactor, Handover
 
-    def start(self, rows: int) -> None:
-        """Queue the copy of the first `rows` rows; returns at once."""
-        for hook, (act, stat) in zip(self._hooks, self._snapshot, strict=True):
-            act[:rows].copy_(hook.act_TK[:rows])
-            stat[:rows].copy_(hook.stat_T3[:rows])
-            hook.stat_T3[:1].fill_(SENTINEL)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for (act, stat), (act_host, stat_host) in zip(self._snapshot, self._host, strict=True):
-                act_host[:rows].copy_(act[:rows], non_blocking=True)
-                stat_host[:rows].copy_(stat[:rows], non_blocking=True)
-            self._event.record(self._stream)
-
-    def ready(self) -> bool:
-        return bool(self._event.query())
-
-    def wait(self) -> None:
-        """Only for a step without a forward: the engine is idle then."""
-        self._event.synchronize()
-
-    def views(self, rows: int) -> tuple[list[F32], list[F32]]:
-        return [act[:rows] for act, _ in self._arrays], [stat[:rows] for _, stat in self._arrays]
+    dense_F = torch.tensor([feature.dense for hook in hooks for feature in hook.rows.features])
+    acts, stats = [hook.act_TK for hook in hooks], [hook.stat_T3 for hook in hooks]
+    compactor = Compactor(acts, stats, dense_F, capacity=capacity)
+    compactor.warm_up()
+    # torch's stubs leave it untyped.
+    stream = torch.cuda.Stream(acts[0].device)  # type: ignore[no-untyped-call]
+    return [Handover(compactor, stream) for _ in range(count)]

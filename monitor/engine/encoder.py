@@ -41,9 +41,10 @@ def arm(
     """
     layers, owner = find_layers(model, watchlist.model.layers)
     places = [_place(layers, owner, rows.hook_point.layer) for rows in watchlist.hooks]
+    scratch = op.scratch(max_rows, [len(rows.features) for rows in watchlist.hooks], watchlist.model.d_model, device)
     return tuple(
-        _arm_one(module, function, rows, max_rows, dtype, device)
-        for (module, function), rows in zip(places, watchlist.hooks, strict=True)
+        _arm_one(place, rows, max_rows, dtype, device, scratch)
+        for place, rows in zip(places, watchlist.hooks, strict=True)
     )
 
 
@@ -100,18 +101,28 @@ def find_layers(model: torch.nn.Module, count: int) -> tuple[torch.nn.ModuleList
     return layers, model.get_submodule(name.rpartition(".")[0])
 
 
-def _place(layers: torch.nn.ModuleList, owner: torch.nn.Module, layer: int) -> tuple[torch.nn.Module, Any]:
-    """The module to hook for resid_post.<layer>, and the hook.
+@dataclass(frozen=True)
+class _Place:
+    """Where the hook for one hook point goes."""
+
+    module: torch.nn.Module
+    function: Any
+    residual: bool
+    """The hook sees the stream as two halves."""
+
+
+def _place(layers: torch.nn.ModuleList, owner: torch.nn.Module, layer: int) -> _Place:
+    """The place for resid_post.<layer>.
 
     A layer whose forward takes `residual` returns it unsummed; the norm behind it then returns the sum.
     """
     decoder = layers[layer]
-    norm = (
-        getattr(layers[layer + 1], "input_layernorm", None) if layer + 1 < len(layers) else getattr(owner, "norm", None)
-    )
-    if norm is not None and _takes_residual(decoder) and _takes_residual(norm):
-        return norm, hook.after_norm
-    return decoder, hook.after_layer
+    last = layer + 1 == len(layers)
+    norm = getattr(owner, "norm", None) if last else getattr(layers[layer + 1], "input_layernorm", None)
+    fused = _takes_residual(decoder)
+    if norm is not None and fused and _takes_residual(norm):
+        return _Place(norm, hook.after_norm, residual=False)
+    return _Place(decoder, hook.after_layer, residual=fused)
 
 
 def _takes_residual(module: torch.nn.Module) -> bool:
@@ -121,14 +132,20 @@ def _takes_residual(module: torch.nn.Module) -> bool:
 
 
 def _arm_one(
-    module: torch.nn.Module, function: Any, rows: HookRows, max_rows: int, dtype: torch.dtype, device: torch.device
+    place: _Place,
+    rows: HookRows,
+    max_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch: torch.Tensor | None,
 ) -> ArmedHook:
     w_hi, w_lo, scale = op.pack(rows, device, dtype)
     act = torch.zeros(max_rows, len(rows.features), dtype=torch.float32, device=device)
     stat = torch.zeros(max_rows, 3, dtype=torch.float32, device=device)
-    for name, tensor in zip(hook.BUFFERS, (w_hi, w_lo, scale, act, stat), strict=True):
-        module.register_buffer(hook.PREFIX + name, tensor, persistent=False)
-    module.register_forward_hook(function)
+    op.warm_up(w_hi, w_lo, scale, act, stat, scratch, dtype=dtype, residual=place.residual)
+    for name, tensor in zip(hook.BUFFERS, (w_hi, w_lo, scale, act, stat, scratch), strict=True):
+        place.module.register_buffer(hook.PREFIX + name, tensor, persistent=False)
+    place.module.register_forward_hook(place.function)
     armed = ArmedHook(rows, act, stat)
     armed.reset()
     return armed

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-BUFFERS: Final = ("w_hi", "w_lo", "scale", "act", "stat")
+BUFFERS: Final = ("w_hi", "w_lo", "scale", "act", "stat", "scratch")
 PREFIX: Final = "_latentwatch_"
 """Buffer names on the hooked module: the op's arguments, in the order of BUFFERS."""
 
@@ -41,4 +41,5 @@ def _score(module: Any, x_TD: torch.Tensor, residual_TD: torch.Tensor | None) ->
         module._latentwatch_scale,
         module._latentwatch_act,
         module._latentwatch_stat,
+        module._latentwatch_scratch,
     )

@@ -6,19 +6,20 @@ The target is 50 microseconds at 256 requests, so the work is array copies and o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from monitor.engine import finish, rowmap
-from monitor.engine.drain import DeviceCopy, Drain, HostBuffers
+from monitor.engine.drain import UNSCORED, HostBuffers, Written, device_handovers, write_compacted
 from monitor.engine.encoder import ArmedHook
 from monitor.events import Closed, Opened, encode_events
-from monitor.ring import EVENT_BYTES, REQUEST_DTYPE, Ring
+from monitor.ring import EVENT_BYTES, REQUEST_DTYPE, Ring, Slot
 
-_COPIES_IN_FLIGHT = 3
+_STEPS_IN_FLIGHT = 3
 
 
 class _Queued(NamedTuple):
@@ -29,7 +30,7 @@ class _Queued(NamedTuple):
     requests_Q: Any
     rows: int
     events: list[Opened | Closed]
-    copy: DeviceCopy
+    handover: Any
 
 
 class Requests:
@@ -82,10 +83,12 @@ class Tap:
 
     def __init__(self, ring: Ring, hooks: Sequence[ArmedHook], *, on_gpu: bool) -> None:
         self._ring = ring
-        self._drain = Drain(hooks) if hooks else None
-        self._through_copies = bool(hooks) and on_gpu
+        self._hooks = hooks
+        self._through_handovers = bool(hooks) and on_gpu
         self._host = HostBuffers(hooks) if hooks and not on_gpu else None
-        self._copies = [DeviceCopy(hooks) for _ in range(_COPIES_IN_FLIGHT)] if self._through_copies else []
+        self._handovers = (
+            device_handovers(hooks, ring.geometry.max_fires, _STEPS_IN_FLIGHT) if self._through_handovers else []
+        )
         self._queue: list[_Queued] = []
         self._requests = Requests()
         self._owed: list[Opened | Closed] = []
@@ -102,10 +105,19 @@ class Tap:
         elif not self._owed:
             return
         requests_Q = self._read_rows(runner, scheduler_output) if rows else self._row_map[:0]
-        if self._through_copies and rows:
-            self._queue_copy(requests_Q, rows)
-        else:
-            self._publish(self._step, time.time_ns(), requests_Q, rows, self._host)
+        if rows and self._through_handovers:
+            self._queue_handover(requests_Q, rows)
+            return
+        host = self._host
+        self._publish(
+            self._step,
+            time.time_ns(),
+            requests_Q,
+            rows,
+            lambda slot: host.write(slot, rows) if host and rows else UNSCORED,
+        )
+        if host is not None:
+            host.reset()
 
     def announce_again(self) -> None:
         """The exporter was started again and knows no request."""
@@ -121,36 +133,31 @@ class Tap:
         return requests_Q
 
     def _publish(
-        self, step: int, now_ns: int, requests_Q: Any, rows: int, source: HostBuffers | DeviceCopy | None
+        self, step: int, now_ns: int, requests_Q: Any, rows: int, write_scores: Callable[[Slot], Written]
     ) -> None:
         slot = self._ring.reserve()
         if slot is None:
             self._ring.count_dropped(rows)
-        else:
-            events = self._events_that_fit()
-            slot.events[: len(events)] = np.frombuffer(events, np.uint8)
-            if self._owed:
-                # Rows of a request that is not announced yet could not be attributed.
-                self._ring.count_dropped(rows)
-                rows = 0
-            n = len(requests_Q) if rows else 0
-            slot.requests_Q[:n] = requests_Q[:n]
-            scored, fires, silent = 0, 0, False
-            if rows and source is not None and self._drain is not None:
-                scored, fires, silent = self._drain.write(slot, *source.views(rows))
-            self._ring.commit(
-                slot,
-                step=step,
-                time_unix_nano=now_ns,
-                requests=n,
-                rows=rows,
-                scored_rows=scored,
-                fires=fires,
-                silent=silent,
-                events=len(events),
-            )
-        if isinstance(source, HostBuffers):
-            source.reset()
+            return
+        events = self._events_that_fit()
+        slot.events[: len(events)] = np.frombuffer(events, np.uint8)
+        written = write_scores(slot)
+        if self._owed:
+            # Rows of a request that is not announced yet could not be attributed.
+            self._ring.count_dropped(rows)
+            requests_Q, rows, written = requests_Q[:0], 0, UNSCORED
+        slot.requests_Q[: len(requests_Q)] = requests_Q
+        self._ring.commit(
+            slot,
+            step=step,
+            time_unix_nano=now_ns,
+            requests=len(requests_Q),
+            rows=rows,
+            scored_rows=written.scored_rows,
+            fires=written.fires,
+            silent=written.silent,
+            events=len(events),
+        )
 
     def _events_that_fit(self) -> bytes:
         """The owed events as bytes, leaving in `_owed` those that the slot has no room for."""
@@ -164,13 +171,16 @@ class Tap:
         self._owed = self._owed[data[:cut].count(b"\n") :]
         return data[:cut]
 
-    def _queue_copy(self, requests_Q: Any, rows: int) -> None:
-        if not self._copies:
+    def _queue_handover(self, requests_Q: Any, rows: int) -> None:
+        if not self._handovers:
+            # The GPU's copies are further behind than we have buffers for; the events wait for the next step.
             self._ring.count_dropped(rows)
+            for hook in self._hooks:
+                hook.reset()
             return
-        copy = self._copies.pop()
-        copy.start(rows)
-        self._queue.append(_Queued(self._step, time.time_ns(), requests_Q.copy(), rows, self._owed, copy))
+        handover = self._handovers.pop()
+        handover.start(rows)
+        self._queue.append(_Queued(self._step, time.time_ns(), requests_Q.copy(), rows, self._owed, handover))
         self._owed = []
 
     def _flush_ready(self, *, wait: bool) -> None:
@@ -178,11 +188,18 @@ class Tap:
         while self._queue:
             queued = self._queue[0]
             if wait:
-                queued.copy.wait()
-            elif not queued.copy.ready():
+                queued.handover.wait()
+            elif not queued.handover.ready():
                 return
             self._queue.pop(0)
+            compacted, silent = queued.handover.take()
             owed, self._owed = self._owed, queued.events
-            self._publish(queued.step, queued.time_unix_nano, queued.requests_Q, queued.rows, queued.copy)
+            self._publish(
+                queued.step,
+                queued.time_unix_nano,
+                queued.requests_Q,
+                queued.rows,
+                functools.partial(write_compacted, step=compacted, silent=silent),
+            )
             self._owed += owed
-            self._copies.append(queued.copy)
+            self._handovers.append(queued.handover)

@@ -191,7 +191,7 @@ class Handover:
     """One step's way from the GPU to pinned host memory. Keep as many as steps may be on their way at once.
 
     The compaction is queued on the stream that ran the forward, so that the next forward cannot write over what it
-    reads; the copy runs on a side stream. `start` returns at once, `ready` asks, and nothing here waits.
+    reads; the copy runs on a side stream. `start` returns at once and `ready` asks; only `wait` waits.
     """
 
     def __init__(self, compactor: Compactor, stream: torch.cuda.Stream) -> None:
@@ -214,6 +214,10 @@ class Handover:
 
     def ready(self) -> bool:
         return bool(self._arrived.query())
+
+    def wait(self) -> None:
+        """Block until the step has arrived: only where the engine has nothing else to do."""
+        self._arrived.synchronize()
 
     def take(self) -> tuple[Compacted, bool]:
         """The step, as views that hold until the next `start`; only once `ready()` is True."""

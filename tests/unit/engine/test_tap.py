@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from monitor.engine import finish, rowmap
-from monitor.engine.drain import Drain, HostBuffers
+from monitor.engine.drain import HostBuffers, write_compacted
 from monitor.engine.encoder import SENTINEL, ArmedHook
 from monitor.engine.tap import Tap
 from monitor.exporter.ledger import Ledger
+from monitor.kernels import reference
 from monitor.names import Reason, TokenState
 from monitor.ring import Geometry, Ring
 from monitor.step import EngineCounters
@@ -128,10 +129,29 @@ def test_more_activations_than_the_slot_holds_cut_whole_rows_and_say_which(hooks
     for hook in hooks:
         hook.act_TK[:6, :4] = 1.0
         hook.stat_T3[:6, 0] = 1.0
-    views = HostBuffers(hooks).views(6)
-    assert Drain(hooks).write(slot, *views)[:2] == (6, 48)
+    buffers = HostBuffers(hooks)
+    assert buffers.write(slot, 6)[:2] == (6, 48)
     slot.fires_N = slot.fires_N[:23]  # eight activations a row: two whole rows fit
-    assert Drain(hooks).write(slot, *views)[:2] == (2, 16)
+    assert buffers.write(slot, 6)[:2] == (2, 16)
+
+
+def test_what_a_gpu_compacted_lies_in_the_slot_as_what_a_cpu_compacted(hooks):
+    """The GPU's own compaction is held against the same reference in tests/unit/kernels."""
+    forward(hooks, 5)
+    ring = Ring.create(geometry(hooks))
+    slot = ring.reserve()
+    on_cpu = HostBuffers(hooks).write(slot, 5)
+    fires, dense, norm = slot.fires_N[: on_cpu.fires].copy(), slot.dense_TP[:5].copy(), slot.norm_TH[:5].copy()
+    slot.fires_N[:], slot.dense_TP[:], slot.norm_TH[:] = 0, 0, 0
+    dense_F = torch.tensor([feature.dense for hook in hooks for feature in hook.rows.features])
+    acts, stats = [hook.act_TK for hook in hooks], [hook.stat_T3 for hook in hooks]
+    compacted = reference.compact(acts, stats, dense_F, 5, capacity=100, strongest=2)
+    assert write_compacted(slot, compacted, silent=False) == on_cpu
+    np.testing.assert_array_equal(
+        np.sort(slot.fires_N[: on_cpu.fires], order=["row", "feature"]), np.sort(fires, order=["row", "feature"])
+    )
+    np.testing.assert_array_equal(slot.dense_TP[:5], dense)
+    np.testing.assert_array_equal(slot.norm_TH[:5], norm)
 
 
 def test_the_sentinel_is_put_back_after_every_step(hooks):
