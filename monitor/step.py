@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -128,9 +128,18 @@ class StepBatch:
         )
 
 
+# Looked up by a column's u1 values: some ten times as fast as np.isin on the few segments of a step.
+_OWNS_ROWS: Final = np.isin(np.arange(256), (TokenState.SCORED, TokenState.INHERITED))
+_UNKNOWN: Final = {
+    name: ~np.isin(np.arange(256), [int(member) for member in allowed])
+    for name, allowed in (("state", TokenState), ("reason", Reason), ("phase", Phase))
+}
+
+
 def owns_rows(segments_S: Array) -> Array:
     """bool [S]: which segments carry scores (state SCORED or INHERITED)."""
-    return np.isin(segments_S["state"], (TokenState.SCORED, TokenState.INHERITED))
+    owners_S: Array = _OWNS_ROWS[segments_S["state"]]
+    return owners_S
 
 
 def tokens_by_state(segments_S: Array) -> Mapping[tuple[TokenState, Reason, Phase], int]:
@@ -157,14 +166,10 @@ def validate(batch: StepBatch, *, sparse_F: Array, hook_points: int) -> None:
     Raises: StreamRefused, reason "malformed_batch", naming the column and the offending value.
     """
     segments, fires = batch.segments_S, batch.fires_N
-    for name, column, allowed in (
-        ("state", segments["state"], TokenState),
-        ("reason", segments["reason"], Reason),
-        ("phase", segments["phase"], Phase),
-    ):
-        unknown = ~np.isin(column, [int(member) for member in allowed])
-        if unknown.any():
-            _malformed(batch, f"segment {name} {int(column[unknown][0])} is not one this version knows")
+    for name, unknown in _UNKNOWN.items():
+        foreign = unknown[segments[name]]
+        if foreign.any():
+            _malformed(batch, f"segment {name} {int(segments[name][foreign][0])} is not one this version knows")
     if (segments["count"] < 1).any() or (segments["start"] < 0).any():
         _malformed(batch, "a segment has count < 1 or start < 0")
     named = segments["reason"] != Reason.NONE

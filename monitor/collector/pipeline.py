@@ -243,7 +243,7 @@ class Pipeline:
         if not placed.all():
             self._states.clear(np.array([self._scratch]))
         model.fired_F += view.fired_F
-        if batch.rows:
+        if len(batch.norm_RH):
             # Without rows the columns may be absent too.
             model.norm.observe(batch.norm_RH)
         exceeded_F = np.bincount(crossings["feature"], minlength=len(self.features))

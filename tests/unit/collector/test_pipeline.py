@@ -138,6 +138,16 @@ def test_a_batch_that_comes_again_changes_nothing_but_the_duplicate_count():
     assert after.engines[0].requests == before.engines[0].requests
 
 
+def test_a_heartbeat_that_does_not_know_the_widths_is_taken():
+    """An idle or unarmed engine still says that it is there."""
+    made, who = connected()
+    request = some_requests(1)[0]
+    made.observe(who, 1, StepBatch(step=0, time_unix_nano=0), 1005.0)
+    made.observe(who, 2, StepBatch(step=0, time_unix_nano=0, opened=(request.opened(),)), 1005.0)
+    snapshot = made.snapshot(0)
+    assert snapshot.replicas[0].last_seen_seconds == 1005.0 and snapshot.engines[0].open_requests == 1
+
+
 def test_a_gap_in_the_sequence_is_counted_but_not_one_before_the_first_message_seen():
     made, who = connected()
     batch = step_batch([], FEATURES)
