@@ -18,7 +18,7 @@ from monitor.demo.terminal import Terminal
 from monitor.names import Severity, TokenState
 from monitor.watchlist.card import Feature
 
-BINS: Final = 40
+MAX_BINS: Final = 40
 MAX_LANES: Final = 28
 MAX_STRIPS: Final = 8
 MAX_ROWS: Final = 25
@@ -144,8 +144,9 @@ def _strip(run: Run, feature: Feature) -> plots.Strip:
 
 
 def _lanes(run: Run, span: plots.Span) -> list[plots.Lane]:
-    """Firing rates of sparse features in BINS time bins, those that rose most in the incident first."""
-    edges = run.traffic_at + np.linspace(0.0, span.seconds, BINS + 1)
+    """Firing rates of sparse features in bins of a second or more, those that rose most in the incident first."""
+    bins = min(MAX_BINS, max(10, int(span.seconds)))
+    edges = run.traffic_at + np.linspace(0.0, span.seconds, bins + 1)
     at = np.searchsorted([sample.at for sample in run.samples], edges).clip(0, len(run.samples) - 1)
     seen = np.array([sample.states.get("scored", 0) + sample.states.get("inherited", 0) for sample in run.samples])
     tokens = np.diff(seen[at])
@@ -158,7 +159,7 @@ def _lanes(run: Run, span: plots.Span) -> list[plots.Lane]:
             # One added token keeps a feature that never fired outside comparable with the others.
             outside = (fired[~inside].sum() + 1) / (tokens[~inside].sum() + 1)
             rise = fired[inside].sum() / (tokens[inside].sum() + 1) / outside
-            rates = np.divide(fired, tokens, out=np.zeros(BINS), where=tokens >= MIN_BIN_TOKENS)
+            rates = np.divide(fired, tokens, out=np.zeros(bins), where=tokens >= MIN_BIN_TOKENS)
             lanes.append((float(rise), feature, rates))
     lanes.sort(key=lambda lane: -lane[0])
     return [plots.Lane(f"{f.id} {f.label}", f.severity, rates.tolist()) for _, f, rates in lanes[:MAX_LANES]]
