@@ -1,4 +1,4 @@
-"""`latentwatch watchlist build|show|search|verify`: make, read and check the file that says what to watch."""
+"""`latentwatch watchlist ...`: find what to watch, and make, read and check the file that says it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from monitor.cli import watchlist_discover
 from monitor.errors import ConfigRefused
 
-HELP = "Build, show and verify the file that says what to watch."
+HELP = "Find what to watch; build, show and verify the file that says it."
 EPILOG = "example:  latentwatch watchlist build watchlist.yaml --out prod.safetensors"
 
 _BUILD = """Compile a watchlist.yaml and the SAEs and probes that it names into one .safetensors file.
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of LABELS (default: %(default)s)",
     )
     search.add_argument("--limit", type=int, default=50, metavar="N", help="features to print (default: %(default)s)")
+    watchlist_discover.add_arguments(actions)
     verify = actions.add_parser(
         "verify",
         help="check a built file",
@@ -86,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run one action."""
-    return {"build": _build, "show": _show, "search": _search, "verify": _verify}[str(args.action)](args)
+    own = {"build": _build, "show": _show, "search": _search, "verify": _verify}
+    return own.get(str(args.action), watchlist_discover.run)(args)
 
 
 def _build(args: argparse.Namespace) -> int:

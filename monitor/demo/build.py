@@ -46,13 +46,21 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """One round of training the model, from warm-up to the end of the cosine; the next starts with its weights."""
+
+    tokens: int
+    learning_rate: float
+    dictation: float
+    """Extra share of dictation dialogues: they teach the model to copy names."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How much of everything. The defaults take about 20 minutes on two idle cores."""
 
     tokenizer_dialogues: int = 20_000
-    model_tokens: int = 4_500_000
-    dictation: float = 0.12
-    """Extra share of dictation dialogues while the model trains: they teach it to copy names."""
+    model_cycles: tuple[Cycle, ...] = (Cycle(4_500_000, 3e-3, 0.12), Cycle(3_500_000, 2e-3, 0.06))
     sae_dialogues: int = 7_000
     sae_tokens: int = 2_000_000
     probe_dialogues: int = 5_000
@@ -157,7 +165,7 @@ class Build:
             seed=self.seed,
             model={
                 "parameters": sum(p.numel() for p in self.model.parameters()),
-                "training_tokens": self.plan.model_tokens,
+                "training_tokens": sum(cycle.tokens for cycle in self.plan.model_cycles),
                 "training_loss_nats": round(loss_nats, 3),
                 **figures.model,
             },
@@ -179,10 +187,12 @@ class Build:
         dialogues = self._take("train", 1, self.plan.tokenizer_dialogues)
         tokenizer = model.train_tokenizer(turn.content for dialogue in dialogues for turn in dialogue.turns)
         network = model.new_model(len(tokenizer), seed=self.seed)
-        stream = dg.stream("train", self._rng(2), dictation=self.plan.dictation)
-        plan = model.TrainPlan(tokens=self.plan.model_tokens)
-        loss_nats = model.train(network, tokenizer, stream, plan, progress=self.progress)
-        model.save(network, tokenizer, self.out_dir / "model")
+        loss_nats = float("nan")
+        for number, cycle in enumerate(self.plan.model_cycles):
+            stream = dg.stream("train", np.random.default_rng([self.seed, 2, number]), dictation=cycle.dictation)
+            plan = model.TrainPlan(tokens=cycle.tokens, learning_rate=cycle.learning_rate)
+            loss_nats = model.train(network, tokenizer, stream, plan, progress=self.progress)
+            model.save(network, tokenizer, self.out_dir / "model")
         return loss_nats
 
     def train_saes(self) -> dict[HookPoint, dict[str, float]]:

@@ -133,11 +133,14 @@ def new_model(vocab_size: int, *, seed: int) -> Any:
 
 
 def train(model: Any, tokenizer: Any, dialogues: Iterator[Dialogue], plan: TrainPlan, *, progress: Progress) -> float:
-    """Train in place on fresh dialogues; returns the mean loss in nats a token over the last twentieth of the steps."""
+    """Train in place, in float32, on fresh dialogues.
+
+    Returns: the mean loss over the last twentieth of the steps, nats a token, prompt tokens weighing PROMPT_WEIGHT.
+    """
+    model.float().train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=plan.weight_decay
     )
-    model.train()
     seen, started, step, losses = 0, time.monotonic(), 0, []
     for batch in batches(tokenizer, dialogues, plan.batch_tokens):
         if seen >= plan.tokens:

@@ -20,6 +20,7 @@ from monitor.events import Closed, Opened, encode_events
 from monitor.ring import EVENT_BYTES, REQUEST_DTYPE, Ring, Slot
 
 _STEPS_IN_FLIGHT = 3
+_KEPT_SLOTS = 2
 
 
 class _Queued(NamedTuple):
@@ -135,7 +136,8 @@ class Tap:
     def _publish(
         self, step: int, now_ns: int, requests_Q: Any, rows: int, write_scores: Callable[[Slot], Written]
     ) -> None:
-        slot = self._ring.reserve()
+        # A step without rows only says how requests ended; an idle engine makes no other, so it must get through.
+        slot = self._ring.reserve(keep=_KEPT_SLOTS if rows else 0)
         if slot is None:
             self._ring.count_dropped(rows)
             return
