@@ -77,13 +77,17 @@ def _card(feature: Feature) -> str:
             f"<article class='card' data-text=\"{text}\"><h3>{escape(feature.label)}</h3>",
             f"<div class='line'><code>{escape(feature.id)}</code>"
             f"<b class='{feature.severity.value}'>{feature.severity.value}</b><span>{escape(feature.kind)}</span>"
-            f"<span>limit {escape(limit_text(feature.limit))}</span></div>",
+            f"<span>{escape(_limit(feature))}</span></div>",
             _definitions(_known(feature)),
             _histogram(evidence.get("histogram"), feature.limit.value if feature.limit else None),
             _tokens(evidence.get("top_tokens", ())),
-            f"<details><summary>source</summary>{_definitions(_source(feature))}</details></article>",
+            f"<details><summary>source and details</summary>{_definitions(_source(feature))}</details></article>",
         ]
     )
+
+
+def _limit(feature: Feature) -> str:
+    return "no limit" if feature.limit is None else f"limit {limit_text(feature.limit)}"
 
 
 def _known(feature: Feature) -> Iterator[tuple[str, str]]:
@@ -99,9 +103,8 @@ def _known(feature: Feature) -> Iterator[tuple[str, str]]:
             yield name, _number(evidence[key])
     if quantiles := evidence.get("quantiles"):
         yield "quantiles", ", ".join(f"{name} {_number(value)}" for name, value in quantiles.items())
-    confounds = list(evidence.get("confounds", ()))
-    if confounds:
-        more = f"; and {len(confounds) - SHOWN_CONFOUNDS} more" if len(confounds) > SHOWN_CONFOUNDS else ""
+    if confounds := list(evidence.get("confounds", ())):
+        more = f"; and {len(confounds) - SHOWN_CONFOUNDS} more, below" if len(confounds) > SHOWN_CONFOUNDS else ""
         yield "confounds", "; ".join(confounds[:SHOWN_CONFOUNDS]) + more
     yield "gate", _GATES[feature.gate]
     if gate := feature.source.get("gate_calibration"):
@@ -114,6 +117,9 @@ def _known(feature: Feature) -> Iterator[tuple[str, str]]:
 
 
 def _source(feature: Feature) -> Iterator[tuple[str, str]]:
+    confounds = list(feature.evidence.get("confounds", ()))
+    if len(confounds) > SHOWN_CONFOUNDS:
+        yield "all confounds", "; ".join(confounds)
     for key, value in feature.source.items():
         if isinstance(value, Mapping):
             for name, inner in value.items():
