@@ -1,9 +1,16 @@
 """`python -m monitor.exporter JSON`: started by the engine, never by hand."""
 
+import contextlib
+import os
 import sys
 
-from monitor.errors import Refusal
-from monitor.exporter.process import main
+# vLLM pins its CPU worker to cores and keeps them busy, and a child inherits the pinning: there even the imports below
+# would take half a minute.
+with contextlib.suppress(OSError):
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+from monitor.errors import Refusal  # noqa: E402
+from monitor.exporter.process import main  # noqa: E402
 
 try:
     raise SystemExit(main(sys.argv[1]))

@@ -6,7 +6,6 @@ when the engine closes the ring or is gone, after at most DRAIN_SECONDS.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -100,9 +99,6 @@ def main(argument: str) -> int:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = json.loads(argument)
-    # vLLM pins its CPU worker to cores, and a child inherits that: there the exporter would starve, or cost steps.
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     hello = Hello(**config["hello"])
     ring = Ring(config["fd"], Geometry(**config["geometry"]), create=False)
     sender = Sender(config["collector"], hello)

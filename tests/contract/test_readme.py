@@ -12,6 +12,7 @@ from tests.bench import readme
 from tests.support.engines import ROOT
 
 TEXT = readme.README.read_text()
+FENCED = re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
 def test_tables_are_those_of_the_result_files():
@@ -28,7 +29,7 @@ def test_every_test_that_is_named_exists(path):
     assert (ROOT / path).exists()
 
 
-@pytest.mark.parametrize("line", re.findall(r"^latentwatch [^\n]+", TEXT, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^latentwatch [^\n]+", "\n".join(FENCED), re.MULTILINE))
 def test_every_command_parses(line):
     build_parser().parse_args(shlex.split(line.rstrip("& "))[1:])
 
