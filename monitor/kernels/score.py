@@ -254,20 +254,18 @@ def _round_to_bfloat16(x):
 
 @triton.jit
 def _stream(x, residual, INTERPRETED: tl.constexpr):
-    """x + residual as the model would hold it: rounded to its dtype, returned in float32."""
+    """x + residual as the model would hold it, rounded to its dtype (in the interpreter, float32 of the same value)."""
     total = x.to(tl.float32) + residual.to(tl.float32)
-    if x.dtype == tl.float32:
-        return total
     if INTERPRETED and x.dtype == tl.bfloat16:
         return _round_to_bfloat16(total)
-    return total.to(x.dtype).to(tl.float32)
+    return total.to(x.dtype)
 
 
 @triton.jit
 def _multiply(x, w, acc, INTERPRETED: tl.constexpr):
-    """acc_TK + x_TD @ w_KD.T; x is float32 but holds bfloat16 values, so the cast is exact."""
+    """acc_TK + x_TD @ w_KD.T, where x holds values that bfloat16 has, so that the cast is exact."""
     if INTERPRETED:
-        return tl.dot(x, tl.trans(w.to(tl.float32)), acc, input_precision="ieee")
+        return tl.dot(x.to(tl.float32), tl.trans(w.to(tl.float32)), acc, input_precision="ieee")
     return tl.dot(x.to(tl.bfloat16), tl.trans(w), acc)
 
 
@@ -332,27 +330,27 @@ def _score_kernel(
         d = (part * CHUNKS + chunk) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         x_mask = in_step[:, None] & (d < D)
         w_mask = real[:, None] & (d < D)
-        raw = tl.load(x_ptr + x_rows + d, mask=x_mask, other=0.0)
+        stream = tl.load(x_ptr + x_rows + d, mask=x_mask, other=0.0)
         if residual_ptr is not None:
-            x = _stream(raw, tl.load(residual_ptr + residual_rows + d, mask=x_mask, other=0.0), INTERPRETED)
-        else:
-            x = raw.to(tl.float32)
+            stream = _stream(stream, tl.load(residual_ptr + residual_rows + d, mask=x_mask, other=0.0), INTERPRETED)
+        x = stream.to(tl.float32)
         hi = tl.load(hi_ptr + w_rows + d, mask=w_mask, other=0.0)
-        if raw.dtype == tl.float32:
+        if x_ptr.dtype.element_ty == tl.float32:
             w = hi.to(tl.float32)
             if lo_ptr is not None:
                 w += tl.load(lo_ptr + w_rows + d, mask=w_mask, other=0.0).to(tl.float32)
             acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
         else:
-            coarse = x
+            # A bfloat16 stream goes to the tensor cores as it was loaded, from shared memory if nothing was added.
+            coarse = stream
             if HALF:
-                coarse = x.to(tl.bfloat16).to(tl.float32)
-                acc = _multiply(x - coarse, hi, acc, INTERPRETED)
+                coarse = x.to(tl.bfloat16)
+                acc = _multiply(x - coarse.to(tl.float32), hi, acc, INTERPRETED)
             acc = _multiply(coarse, hi, acc, INTERPRETED)
             if lo_ptr is not None:
                 lo = tl.load(lo_ptr + w_rows + d, mask=w_mask, other=0.0)
                 if HALF:
-                    acc = _multiply(x - coarse, lo, acc, INTERPRETED)
+                    acc = _multiply(x - coarse.to(tl.float32), lo, acc, INTERPRETED)
                 acc = _multiply(coarse, lo, acc, INTERPRETED)
         total += tl.sum(x, axis=1)
         squares += tl.sum(x * x, axis=1)
