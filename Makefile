@@ -41,6 +41,18 @@ engine: $(VENV)/.dev ## the tests on a real vLLM engine
 bench-step-time: $(VENV)/.dev ## step time with the monitor on / off on the CPU engine
 	$(BIN)/python -m tests.bench.step_time
 
+bench-parity: $(VENV)/.dev ## our scores against every upstream library's, from the golden fixtures
+	$(BIN)/python -m tests.bench.parity
+
+bench-watchlist: $(VENV)/.dev ## time and memory of building a large watchlist
+	$(BIN)/python -m tests.bench.watchlist_build
+
+bench-kernels-gpu: $(VENV)/.dev ## the kernels on a GPU; refuses where there is none
+	$(BIN)/python -m tests.bench.kernels.run
+
+bench-engine-gpu: $(VENV)/.dev ## vLLM on a GPU with the monitor on / off; refuses where there is none
+	$(BIN)/python -m tests.bench.engine_gpu.run
+
 system: ## Debian packages that the demo and the tests use, where they lack
 	@$(REQ)/system.sh
 
