@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 from monitor.errors import EngineRefused
 from monitor.kernels import op, reference
@@ -119,36 +120,54 @@ def test_the_op_passes_torchs_own_checks() -> None:
     )
 
 
-class Layer(torch.nn.Module):
-    """A decoder layer with the op behind it, as the engine's hook leaves it."""
+class Layers(torch.nn.Module):
+    """Two decoder layers with the op behind each, as the engine's hooks leave them; scratch is one buffer for both."""
 
     def __init__(self, case: Case, rows: int) -> None:
         super().__init__()
-        act_TK, stat_T3 = poisoned_buffers(rows, case.features)
-        for name, value in (("w_KD", case.w_KD), ("scale_6K", case.scale_6K), ("act_TK", act_TK), ("stat_T3", stat_T3)):
-            self.register_buffer(name, value, persistent=False)
+        self.hooked = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
+        scratch = torch.zeros(64)
+        for module in self.hooked:
+            act_TK, stat_T3 = poisoned_buffers(rows, case.features)
+            for name, value in (("w", case.w_KD), ("scale", case.scale_6K), ("act", act_TK), ("stat", stat_T3)):
+                module.register_buffer(name, value, persistent=False)
+            module.register_buffer("scratch", scratch, persistent=False)
 
     def forward(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
-        hidden_TD = torch.tanh(x_TD)
-        torch.ops.latentwatch.score(hidden_TD, residual_TD, self.w_KD, None, self.scale_6K, self.act_TK, self.stat_T3)
-        return hidden_TD * 2
+        for m in self.hooked:
+            x_TD = torch.tanh(x_TD)
+            torch.ops.latentwatch.score(x_TD, residual_TD, m.w, None, m.scale, m.act, m.stat, m.scratch)
+        return x_TD * 2
 
 
-def test_the_compiled_op_writes_the_same_buffers_whatever_the_number_of_tokens() -> None:
-    """vLLM compiles once with a dynamic token count and keeps the buffers as graph inputs; nothing may recompile."""
+@pytest.mark.parametrize("functionalized_v2", [False, True], ids=["as-vllm-does", "as-torch-does"])
+def test_the_compiled_op_writes_the_same_buffers_whatever_the_number_of_tokens(functionalized_v2: bool) -> None:
+    """vLLM compiles once with a dynamic token count and keeps the buffers as graph inputs; no buffer may be copied."""
+    torch._dynamo.reset()
     case = make_case(16, 64, 8)
-    layer = Layer(case, rows=16)
-    address = layer.act_TK.data_ptr()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
-    with torch.inference_mode(), torch.compiler.set_stance("default"):
+    layers = Layers(case, rows=16)
+    addresses = [m.act.data_ptr() for m in layers.hooked]
+    with (
+        torch.inference_mode(),
+        torch._inductor.config.patch(enable_auto_functionalized_v2=functionalized_v2, force_disable_caches=True),
+    ):
+        compiled = torch.compile(layers, fullgraph=True, dynamic=True)
+        _, code = run_and_get_code(compiled, case.x_TD, case.residual_TD)
+        calls = [line for source in code for line in source.splitlines() if "latentwatch.score.default(" in line]
+        assert len(calls) == 2
+        assert not [line for source in code for line in source.splitlines() if "copy_(" in line or "clone" in line]
         for T in (16, 5, 9, 2):
-            layer.act_TK.fill_(math.nan)
-            layer.stat_T3.fill_(math.nan)
+            for m in layers.hooked:
+                m.act.fill_(math.nan)
+                m.stat.fill_(math.nan)
             compiled(case.x_TD[:T], case.residual_TD[:T])
-            step = Case(torch.tanh(case.x_TD[:T]), case.residual_TD[:T], case.w_KD, case.scale_6K)
-            assert_matches(step, layer.act_TK[:T], layer.stat_T3[:T])
-            assert layer.act_TK[T:].isnan().all()
-    assert layer.act_TK.data_ptr() == address
+            x_TD = case.x_TD[:T]
+            for m in layers.hooked:
+                x_TD = torch.tanh(x_TD)
+                step = Case(x_TD, case.residual_TD[:T], case.w_KD, case.scale_6K)
+                assert_matches(step, m.act[:T], m.stat[:T])
+                assert m.act[T:].isnan().all()
+    assert [m.act.data_ptr() for m in layers.hooked] == addresses
 
 
 def test_packed_rows_are_the_cards_rows() -> None:
