@@ -33,6 +33,12 @@ def after_layer(module: torch.nn.Module, _args: Any, output: Any) -> None:
 
 
 def _score(module: Any, x_TD: torch.Tensor, residual_TD: torch.Tensor | None) -> None:
+    if x_TD.is_cpu:
+        # The CPU engine compiles one graph for the whole model, in which the stream need not exist as a bfloat16
+        # tensor. Were it the op's input, it would, and what follows would read it rounded: other answers than without
+        # the monitor. Its float32 copy is nobody else's. On a GPU the stream leaves each piece of the graph anyway.
+        x_TD = x_TD.float()
+        residual_TD = None if residual_TD is None else residual_TD.float()
     torch.ops.latentwatch.score(
         x_TD,
         residual_TD,
