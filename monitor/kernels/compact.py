@@ -32,15 +32,16 @@ UNWRITTEN: Final = -1.0
 HEAD: Final = 8
 """int32 words: non-zeros found, rows kept whole, non-zeros stored, hook points whose op did not run; the rest spare."""
 # Without a bound ptxas spills a word here and there to fit one more program onto a processor.
-OPTIONS: Final = {"num_warps": 4, "maxnreg": 128}
+OPTIONS: Final = {"num_warps": 4, "maxnreg": 168}
 """How the compiler is to build the kernel."""
-_BLOCKS_MAX: Final = 512
-"""Programs of one launch: each reads the numbers of all the others at once."""
-_BLOCK_ROWS: Final = 4
+_BLOCKS: Final = 512
+"""Programs of one launch, as long as 16 rows each are enough: each reads the numbers of all the others at once."""
+_BLOCK_ROWS: Final = (4, 8, 16)
+"""Rows of a program. Few at decode, where each pass over the features is a wait; past 16 registers spill."""
 _TILE: Final = 1024
-"""Elements a program holds at a time: few rows of many features at decode, where each pass over them is a wait."""
-_DONE, _STATUS = 1, 2
-"""Words of the work buffer; word 0 deals out the tickets."""
+"""Elements that a program holds at a time."""
+_DONE, _COUNTS = 1, 2
+"""Words of the work buffer: tickets dealt out, programs that are done, counts per feature, non-zeros per program."""
 
 
 def _power_of_two(at_least: int) -> int:
@@ -90,8 +91,9 @@ class Compactor:
         dense_at_F = torch.where(dense_F.cpu(), dense_F.cpu().cumsum(0) - 1, -1)
         self._dense_at_F = dense_at_F.to(dtype=torch.int32, device=device)
         self._stat_H = torch.tensor([stat.data_ptr() for stat in stats], dtype=torch.int64, device=device)
-        # Tickets, arrivals, each program's non-zeros, counts per feature; the kernel leaves it zero.
-        self._work = torch.zeros(_STATUS + _BLOCKS_MAX + self.features, dtype=torch.int32, device=device)
+        blocks = self.constants(self.max_rows)["BLOCKS"]
+        # The kernel leaves it as it found it, zero.
+        self._work = torch.zeros(_COUNTS + self.features + blocks, dtype=torch.int32, device=device)
         for stat in stats:
             stat[:1, 0] = UNWRITTEN
 
@@ -144,22 +146,24 @@ class Compactor:
 
     def warm_up(self) -> None:
         """Compile every shape of the kernel, so that none is compiled while serving; before the buffers hold scores."""
-        rows = self.max_rows
-        while rows:
+        for rows in self.steps():
             self.run(rows, torch.empty(self.layout(rows).words, dtype=torch.int32, device=self._work.device))
-            rows //= 2
+
+    def steps(self) -> list[int]:
+        """Numbers of rows that together take every shape: they change at powers of two."""
+        return [1 << i for i in range((self.max_rows - 1).bit_length())] + [self.max_rows]
 
     def constants(self, rows: int) -> dict[str, int]:
         """The kernel's compile-time arguments; also what the ahead-of-time check compiles."""
-        block_rows = max(_BLOCK_ROWS, _power_of_two(ceil_div(rows, _BLOCKS_MAX)))
+        block_rows = next((few for few in _BLOCK_ROWS if ceil_div(rows, few) <= _BLOCKS), _BLOCK_ROWS[-1])
         return {
             "F": self.features,
             "P": self.dense,
             "H": self.hook_points,
             "BLOCK_R": block_rows,
-            "BLOCK_F": max(16, _TILE // block_rows),
+            "BLOCK_F": _TILE // block_rows,
             "BLOCK_H": _power_of_two(self.hook_points),
-            "BLOCKS": _BLOCKS_MAX,
+            "BLOCKS": max(_BLOCKS, _power_of_two(ceil_div(rows, block_rows))),
             "STRONGEST": self.strongest,
         }
 
@@ -224,7 +228,7 @@ class Handover:
         return self._compactor.unpack(self._host, self._rows)
 
 
-_status: tl.constexpr = tl.constexpr(_STATUS)
+_counts: tl.constexpr = tl.constexpr(_COUNTS)
 _done: tl.constexpr = tl.constexpr(_DONE)
 _head: tl.constexpr = tl.constexpr(HEAD)
 _unwritten: tl.constexpr = tl.constexpr(UNWRITTEN)
@@ -285,7 +289,7 @@ def _compact_kernel(
     column_F    addresses of act[0, k] of every feature, stride_F its row stride; stat_H addresses of the statistics
     dense_at_F  place of a dense feature among the dense ones, -1 for a sparse one
     out         int32 words, see Layout; a *_at argument is where a part begins
-    work        int32: tickets, arrivals, non-zeros + 1 per program, counts per feature; zero before and after
+    work        int32: tickets, programs done, counts per feature, non-zeros + 1 per program; zero before and after
 
     A program's place is its ticket, so that it only ever waits for programs that already run: it counts its non-zeros,
     publishes the number, adds up those before it and writes behind them. The output is therefore the same every time.
@@ -296,7 +300,8 @@ def _compact_kernel(
         rows = tl.minimum(rows, tl.load(real_rows_ptr))
     r = place * BLOCK_R + tl.arange(0, BLOCK_R)
     in_step = r < rows
-    count_ptr = work_ptr + _status + BLOCKS
+    count_ptr = work_ptr + _counts
+    published_ptr = count_ptr + F
 
     fired = tl.zeros((BLOCK_R,), tl.int32)
     dense_ptr = (out_ptr + dense_at).to(tl.pointer_type(tl.float16), bitcast=True)
@@ -313,12 +318,12 @@ def _compact_kernel(
             tl.store(dense_ptr + r[:, None] * P + among_dense[None, :], clipped, mask=is_dense)
 
     found = tl.sum(fired, axis=0)
-    tl.atomic_xchg(work_ptr + _status + place, found + 1, sem="relaxed")
+    tl.atomic_xchg(published_ptr + place, found + 1, sem="relaxed")
     others = tl.arange(0, BLOCKS)
     # The number itself says that it is there, so no order of memory accesses is needed between the two.
-    published = tl.load(work_ptr + _status + others, mask=others < place, other=1, volatile=True)
+    published = tl.load(published_ptr + others, mask=others < place, other=1, volatile=True)
     while tl.min(published, axis=0) == 0:
-        published = tl.load(work_ptr + _status + others, mask=others < place, other=1, volatile=True)
+        published = tl.load(published_ptr + others, mask=others < place, other=1, volatile=True)
     begin = tl.sum(published - 1, axis=0)
 
     at = begin + tl.cumsum(fired, axis=0) - fired
@@ -391,6 +396,6 @@ def _compact_kernel(
             count = tl.load(count_ptr + f, mask=f < F, other=0, cache_modifier=".cg")
             tl.store(out_ptr + _head + f, count, mask=f < F)
             tl.store(count_ptr + f, tl.zeros((BLOCK_F,), tl.int32), mask=f < F)
-        tl.store(work_ptr + _status + others, tl.zeros((BLOCKS,), tl.int32))
+        tl.store(published_ptr + others, tl.zeros((BLOCKS,), tl.int32), mask=others < programs)
         tl.store(work_ptr + _done, 0)
         tl.store(work_ptr, 0)

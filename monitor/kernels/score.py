@@ -127,7 +127,12 @@ def choose(
     shape = next((shape for most, shape in by_features if most >= K), by_features[-1][1])
     if shape is WIDE and capability >= 100:
         shape = WIDE_FROM_SM_100
-    return shape.fit(K, D, split=split)
+    shape = shape.fit(K, D, split=split)
+    # A thread holds more of a tile where there is no wgmma, and twice the operands where float16 is taken apart.
+    heavy = (capability < 90 and shape.block_t * shape.block_k >= 8192) or (
+        dtype == torch.float16 and shape.block_t * shape.block_k >= 2048
+    )
+    return shape._replace(block_d=32, stages=4) if heavy else shape
 
 
 def scratch_words(T_max: int, K: int, D: int) -> int:
