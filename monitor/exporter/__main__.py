@@ -9,8 +9,8 @@ import sys
 with contextlib.suppress(OSError):
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
-from monitor.errors import Refusal  # noqa: E402
-from monitor.exporter.process import main  # noqa: E402
+from monitor.errors import Refusal
+from monitor.exporter.process import main
 
 try:
     raise SystemExit(main(sys.argv[1]))

@@ -32,10 +32,9 @@ def step_time() -> str:
         for row in result["rows"]
     ]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    caption = (
-        f"{result['features']} features, {result['rows'][0]['pairs']} pairs a row, {result['hardware']}, {result['date']}"
-    )
-    return table(["concurrent requests", "step, off", "median ratio", "p20 to p80"], rows) + f"\n\n{caption}; {versions}."
+    run = f"{result['features']} features, {result['rows'][0]['pairs']} pairs a row"
+    header = ["concurrent requests", "step, off", "median ratio", "p20 to p80"]
+    return f"{table(header, rows)}\n\n{run}, {result['hardware']}, {result['date']}; {versions}."
 
 
 def probes() -> str:
