@@ -1,6 +1,6 @@
 """Compile the GPU kernels ahead of time, without a GPU, and report what each takes. JSON lines out.
 
-    python -m tests.support.kernel_aot [--all] [--arch 80,90,100]
+    python -m tests.support.kernel_aot [--all] [--arch 80,90,100] [--match TEXT]
 
 Needs a process without TRITON_INTERPRET. Registers and stack are what cuobjdump reads from the machine code (a stack
 frame is a spill), shared memory what Triton asks for, the kind of matrix instruction what stands in the PTX.
@@ -115,7 +115,8 @@ def sample(arch: int) -> Iterator[Build]:
     yield score_build(score.choose(8192, 64, 4096, split=True, capability=arch), 4096)
     yield score_build(score.choose(8192, 1024, 4096, split=True, capability=arch), 4096, residual=False)
     if arch == 90:
-        yield score_build(score.choose(300, 256, 4096, split=True, capability=arch), 4096, dtype=torch.float16)
+        half = score.choose(300, 256, 4096, split=True, dtype=torch.float16, capability=arch)
+        yield score_build(half, 4096, dtype=torch.float16)
         yield score_build(score.choose(300, 64, 2304, split=True, dtype=torch.float32), 2304, dtype=torch.float32)
         yield score_build(score.INVARIANT.fit(64, 4096, split=False), 4096, lo=False)
         yield compact_build(256, 16, 4, 256)
@@ -123,36 +124,44 @@ def sample(arch: int) -> Iterator[Build]:
 
 def everything(arch: int) -> Iterator[Build]:
     """Every shape that the table can give for the benchmark's grid."""
-    shapes = {
-        (score.choose(T, K, D, split=split, capability=arch), D)
-        for T in STEPS
-        for K in FEATURES
-        for D in WIDTHS
-        for split in (True, False)
-    } | {(score.INVARIANT.fit(K, 4096, split=False), 4096) for K in FEATURES}
-    for shape, D in sorted(shapes):
+    for D in WIDTHS:
+        for shape in _shapes(D, torch.bfloat16, arch):
+            for residual in (True, False):
+                yield score_build(shape, D, residual=residual)
+                if D == 4096:
+                    yield score_build(shape, D, residual=residual, lo=False)
+    for shape in _shapes(4096, torch.float16, arch):
         for residual in (True, False):
-            yield score_build(shape, D, residual=residual)
-            if D == 4096:
-                yield score_build(shape, D, residual=residual, lo=False)
-                yield score_build(shape, D, residual=residual, dtype=torch.float16)
-    for T in (1, 8192):
-        for K in FEATURES:
-            yield score_build(score.choose(T, K, 4096, split=True, dtype=torch.float32), 4096, dtype=torch.float32)
-            yield score_build(score.choose(T, K, 4096, split=False, dtype=torch.float32), 4096, dtype=torch.float32)
+            yield score_build(shape, 4096, residual=residual, dtype=torch.float16)
+    for shape in _shapes(4096, torch.float32, arch):
+        yield score_build(shape, 4096, dtype=torch.float32)
     for F, P, H in ((8, 0, 1), (256, 16, 4), (1024, 64, 8)):
         for rows in (256, 4096, 8192, 65536):
             yield compact_build(F, P, H, rows, counted=P > 0)
+
+
+def _shapes(D: int, dtype: torch.dtype, arch: int) -> list[score.Variant]:
+    return sorted(
+        {
+            score.choose(T, K, D, split=split, dtype=dtype, invariant=invariant, capability=arch)
+            for T in STEPS
+            for K in FEATURES
+            for split in (True, False)
+            for invariant in (True, False)
+        }
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every shape of the table instead of one of each kind")
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities (default: %(default)s)")
+    parser.add_argument("--match", default="", help="only kernels whose name holds this text")
     options = parser.parse_args()
     for arch in map(int, options.arch.split(",")):
         for build in (everything if options.all else sample)(arch):
-            print(json.dumps(compiled(build, arch)), flush=True)
+            if options.match in build.name:
+                print(json.dumps(compiled(build, arch)), flush=True)
 
 
 if __name__ == "__main__":
