@@ -114,7 +114,7 @@ def test_keep_leaves_everything_running_until_ctrl_c(tmp_path: Path) -> None:
 def test_the_page_comes_through_the_real_prometheus_and_alertmanager(tmp_path: Path) -> None:
     program("prometheus")
     program("prometheus-alertmanager")
-    # Long enough for the watchdog too: Prometheus sends an alert again, and so safely, only some seconds after its start.
+    # Long enough for the watchdog too: Prometheus sends an alert safely only some seconds after its start.
     ran = demo(tmp_path, "--prometheus", "--seconds", "12")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     figures = json.loads((tmp_path / "demo-report.json").read_text())
