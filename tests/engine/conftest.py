@@ -67,8 +67,9 @@ class Monitored:
             **(env or {}),
         }
         result = run_engine(self._folder, waves=waves, env=monitored, **kwargs)
-        if self.sink.hellos:
-            self._collector.wait_closed(sum(len(wave) for wave in waves))
+        if "LATENTWATCH_DISABLE" not in monitored:
+            # On a busy machine the exporter may connect only after the engine has ended; it then drains the ring.
+            self._collector.wait_closed(sum(len(wave) for wave in waves), seconds=90.0)
         return result
 
 
