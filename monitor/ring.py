@@ -40,8 +40,8 @@ REQUEST_DTYPE = np.dtype([("slot", "<i4"), ("start", "<i4"), ("count", "<i4")])
 """One request of the step: its place in the exporter's tables, the position of its first row, its rows."""
 
 # Words of the ring's header page (uint64), each cursor on a cache line of its own.
-_MAGIC, _SLOTS, _STRIDE, _HEAD, _TAIL, _DROPPED_STEPS, _DROPPED_ROWS, _CLOSED, _RESTARTS = (
-    0, 1, 2, 8, 16, 24, 25, 26, 27,
+_MAGIC, _SLOTS, _STRIDE, _HEAD, _TAIL, _DROPPED_STEPS, _DROPPED_ROWS, _CLOSED, _RESTARTS, _ATTACHED = (
+    0, 1, 2, 8, 16, 24, 25, 26, 27, 32,
 )  # fmt: skip
 # Words of a slot's header (int64).
 _STEP, _TIME, _REQUESTS, _ROWS, _SCORED_ROWS, _FIRES, _SILENT, _EVENTS = range(8)
@@ -193,6 +193,10 @@ class Ring:
 
     # The exporter's end.
 
+    def attach(self) -> None:
+        """Tell the engine that steps are read from here on."""
+        self._header[_ATTACHED] = 1
+
     def peek(self) -> RawStep | None:
         """The oldest unread step, or None. Its arrays are views: copy what must outlive release()."""
         if int(self._header[_HEAD]) == self._tail:
@@ -228,6 +232,11 @@ class Ring:
     @property
     def restarts(self) -> int:
         return int(self._header[_RESTARTS])
+
+    @property
+    def attached(self) -> bool:
+        """Whether an exporter has ever taken up this ring."""
+        return bool(self._header[_ATTACHED])
 
     @property
     def closed(self) -> bool:

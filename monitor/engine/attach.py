@@ -6,11 +6,8 @@ in a row the monitor takes itself off. The worker's own result is returned whate
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -18,6 +15,7 @@ from typing import Any, Final
 
 from monitor import __version__
 from monitor.engine import encoder, rowmap, settings
+from monitor.engine.child import ExporterChild
 from monitor.engine.encoder import SENTINEL, ArmedHook
 from monitor.engine.settings import Settings
 from monitor.engine.tap import Tap
@@ -29,8 +27,6 @@ logger = logging.getLogger("vllm.latentwatch")
 """Under vLLM's own logger, so that its handlers and format apply."""
 
 MAX_FAILURES: Final = 3
-EXPORTER_CHECK_SECONDS: Final = 1.0
-MAX_EXPORTER_STARTS: Final = 20
 
 
 class Attachment:
@@ -43,9 +39,7 @@ class Attachment:
         self._refusal: Refusal | None = None
         self._ring: Ring | None = None
         self._tap: Tap | None = None
-        self._exporter: subprocess.Popen[bytes] | None = None
-        self._exporter_starts = 0
-        self._exporter_checked = 0.0
+        self._exporter: ExporterChild | None = None
         self._failures = 0
         self._boot_id = uuid.uuid4().hex
         for name, before, after in (
@@ -117,6 +111,25 @@ class Attachment:
             )
         except Refusal as refusal:
             self._disarm(refusal)
+        self._ring = Ring.create(self._geometry())
+        if self._settings.collector:
+            self._exporter = ExporterChild(self._ring)
+        else:
+            logger.error(
+                "latentwatch: %s is not set; nothing is exported. Set it to unix:///path or host:port.",
+                settings.COLLECTOR,
+            )
+
+    def _geometry(self) -> Geometry:
+        scheduler = self._worker.vllm_config.scheduler_config
+        features = [feature for hook in self._hooks for feature in hook.rows.features]
+        return Geometry(
+            max_requests=scheduler.max_num_seqs,
+            max_rows=scheduler.max_num_batched_tokens,
+            features=len(features),
+            dense=sum(feature.dense for feature in features),
+            hook_points=len(self._hooks),
+        )
 
     def _reports(self) -> bool:
         """One rank of an engine reports: the residual stream is the same on all tensor-parallel ranks."""
@@ -156,7 +169,7 @@ class Attachment:
     # compile_or_warm_up_model: the graph that will run exists now.
 
     def _warmed_up(self, *_args: Any, **_kwargs: Any) -> None:
-        if not self._reports():
+        if self._ring is None:
             return
         if self._hooks and not self._canary_alive():
             self._disarm(
@@ -167,20 +180,11 @@ class Attachment:
                     reason="canary_dead",
                 )
             )
-        scheduler = self._worker.vllm_config.scheduler_config
-        features = [feature for hook in self._hooks for feature in hook.rows.features]
-        geometry = Geometry(
-            max_requests=scheduler.max_num_seqs,
-            max_rows=scheduler.max_num_batched_tokens,
-            features=len(features),
-            dense=sum(feature.dense for feature in features),
-            hook_points=len(self._hooks),
-        )
-        self._ring = Ring.create(geometry)
         for hook in self._hooks:
             hook.reset()
         self._tap = Tap(self._ring, self._hooks, on_gpu=self._worker.device.type != "cpu")
-        self._start_exporter()
+        if self._exporter is not None:
+            self._exporter.configure(self._exporter_config(self._ring))
 
     def _canary_alive(self) -> bool:
         """Whether a forward since arming went through every armed op."""
@@ -198,51 +202,23 @@ class Attachment:
         if self._tap is None:
             return
         self._tap.after_step(self._worker.model_runner, scheduler_output)
-        now = time.monotonic()
-        if now - self._exporter_checked > EXPORTER_CHECK_SECONDS:
-            self._exporter_checked = now
-            self._keep_exporter()
+        if self._exporter is not None and self._exporter.keep(time.monotonic()):
+            self._tap.announce_again()
         self._failures = 0
 
     # The exporter process.
 
-    def _keep_exporter(self) -> None:
-        if self._exporter is None or self._exporter.poll() is None or self._exporter_starts >= MAX_EXPORTER_STARTS:
-            return
-        logger.error("latentwatch: the exporter ended with code %s; starting it again", self._exporter.returncode)
-        assert self._ring is not None and self._tap is not None
-        self._ring.count_restart()
-        self._tap.announce_again()
-        self._start_exporter()
-
-    def _start_exporter(self) -> None:
-        if not self._settings.collector:
-            logger.error(
-                "latentwatch: %s is not set; nothing is exported. Set it to unix:///path or host:port.",
-                settings.COLLECTOR,
-            )
-            return
-        assert self._ring is not None
-        self._exporter_starts += 1
-        self._exporter = subprocess.Popen(
-            [sys.executable, "-m", "monitor.exporter", json.dumps(self._exporter_config())],
-            pass_fds=[self._ring.fd],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    def _exporter_config(self) -> dict[str, Any]:
+    def _exporter_config(self, ring: Ring) -> dict[str, Any]:
         import vllm
 
-        assert self._ring is not None
         config = self._worker.vllm_config
         served = config.model_config.served_model_name
         engine = str(getattr(config.parallel_config, "data_parallel_index", config.parallel_config.data_parallel_rank))
         watchlist = settings.load_watchlist(self._settings)
         return {
             "engine_pid": os.getpid(),
-            "fd": self._ring.fd,
-            "geometry": self._ring.geometry.to_args(),
+            "fd": ring.fd,
+            "geometry": ring.geometry.to_args(),
             "collector": self._settings.collector,
             "drafts": config.speculative_config is not None,
             "hello": {

@@ -1,8 +1,7 @@
-"""`python -m monitor.exporter JSON`: started by the engine, never by hand."""
+"""`python -m monitor.exporter`: started by the engine, which writes its configuration to stdin; never by hand."""
 
 import contextlib
 import os
-import sys
 
 # vLLM pins its CPU worker to cores and keeps them busy, and a child inherits the pinning: there even the imports below
 # would take half a minute.
@@ -13,6 +12,6 @@ from monitor.errors import Refusal
 from monitor.exporter.process import main
 
 try:
-    raise SystemExit(main(sys.argv[1]))
+    raise SystemExit(main())
 except Refusal as refusal:
     raise SystemExit(f"latentwatch exporter: {refusal}") from refusal

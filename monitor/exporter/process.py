@@ -1,4 +1,4 @@
-"""The exporter's main loop: ring in, batches out. Started by the engine's worker as `python -m monitor.exporter`.
+"""The exporter's main loop: ring in, batches out. Started by the engine's worker (engine/child.py).
 
 It lives in a session of its own, so that a signal meant for the server does not end it before it has drained. It ends
 when the engine closes the ring or is gone, after at most DRAIN_SECONDS.
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
 from types import FrameType
 from typing import Final
@@ -87,8 +88,8 @@ class Exporter:
         )
 
 
-def main(argument: str) -> int:
-    """Run until the engine is done. `argument`: the JSON object that engine/attach.py writes."""
+def main() -> int:
+    """Wait on stdin for the JSON object that engine/attach.py writes, then run until the engine is done."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [latentwatch exporter] %(message)s")
     stop = False
 
@@ -98,12 +99,16 @@ def main(argument: str) -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config = json.loads(argument)
+    told = sys.stdin.readline()
+    if not told:
+        return 0  # the engine ended while its model loaded
+    config = json.loads(told)
     hello = Hello(**config["hello"])
     ring = Ring(config["fd"], Geometry(**config["geometry"]), create=False)
     sender = Sender(config["collector"], hello)
     exporter = Exporter(ring, Ledger(armed=hello.armed, drafts=config["drafts"]), sender)
     sender.start()
+    ring.attach()
     while not stop:
         # Before the look at the ring: what was written before the engine went is then still read.
         gone = ring.closed or os.getppid() != config["engine_pid"]

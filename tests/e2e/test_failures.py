@@ -91,7 +91,7 @@ class Engine:
 
     @property
     def exporter(self) -> Any:
-        return self.attachment._exporter
+        return self.attachment._exporter.process
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
@@ -200,6 +200,16 @@ def test_a_monitor_that_keeps_failing_takes_itself_off_and_the_engine_never_noti
     assert engine.attachment._tap is None
     assert "takes itself off" in caplog.text
     engine.exporter.wait(15)
+
+
+def test_an_exporter_whose_engine_never_gets_to_serve_ends_by_itself(watchlist: Path, collector: Collector):
+    worker: Any = Worker()
+    attachment = Attachment(worker, Settings(str(watchlist), collector.target, "fake", disabled=False))
+    worker.load_model()
+    exporter = attachment._exporter.process
+    assert exporter.poll() is None
+    exporter.stdin.close()  # what the system does for an engine that dies
+    assert exporter.wait(15) == 0
 
 
 def test_an_exporter_outlives_its_engine_just_long_enough_to_deliver(watchlist: Path, collector: Collector):
