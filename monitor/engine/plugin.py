@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from typing import Any
+import multiprocessing
+from typing import Any, Final
 
 from monitor.engine import settings
 from monitor.engine.settings import Settings
@@ -19,6 +20,8 @@ logger = logging.getLogger("vllm.latentwatch")
 
 _attachments: list[Any] = []
 """One per worker of this process."""
+_ENGINE_PROCESSES: Final = ("EngineCore", "VllmWorker")
+"""How vLLM names the processes that take no request from a client."""
 
 
 def register() -> None:
@@ -37,7 +40,7 @@ def _install(chosen: Settings) -> None:
     from vllm.v1.request import RequestStatus
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from monitor.engine import finish
+    from monitor.engine import finish, identity
 
     if hasattr(WorkerBase, "_latentwatch_wrapped"):
         return
@@ -45,6 +48,11 @@ def _install(chosen: Settings) -> None:
     finish.install(Scheduler, RequestStatus)
     _attach_to_workers(WorkerBase, chosen)
     _salt_compile_cache(VllmConfig, chosen)
+    if not multiprocessing.current_process().name.startswith(_ENGINE_PROCESSES):
+        # Requests come in here. The module costs an engine process half a second of its start, for nothing.
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        identity.install(AsyncLLM)
 
 
 def _attach_to_workers(worker_class: Any, chosen: Settings) -> None:

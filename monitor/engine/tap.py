@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from monitor.engine import finish, rowmap
+from monitor.engine import finish, identity, rowmap
 from monitor.engine.drain import UNSCORED, HostBuffers, Written, device_handovers, write_compacted
 from monitor.engine.encoder import ArmedHook
 from monitor.events import Closed, Opened, encode_events
@@ -72,7 +72,7 @@ class Requests:
             cached=int(new.num_computed_tokens),
             resumed=False,
             adapter=getattr(new.lora_request, "lora_name", None) or "",
-            traceparent="",
+            traceparent=identity.traceparent_of(new),
         )
         self.slot_of[new.req_id] = slot
         self._live[new.req_id] = opened

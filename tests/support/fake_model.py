@@ -126,7 +126,13 @@ def scheduled(
     """A SchedulerOutput with the fields that the tap reads: tokens per request, (id, prompt tokens) of new ones."""
     output = SimpleNamespace(
         scheduled_new_reqs=[
-            SimpleNamespace(req_id=name, prompt_token_ids=[0] * prompt, num_computed_tokens=0, lora_request=None)
+            SimpleNamespace(
+                req_id=name,
+                prompt_token_ids=[0] * prompt,
+                num_computed_tokens=0,
+                lora_request=None,
+                sampling_params=None,
+            )
             for name, prompt in new or []
         ],
         finished_req_ids=set(finished or {}),
