@@ -36,5 +36,9 @@ class StreamRefused(Refusal):
     """A stream or message that the collector does not accept."""
 
 
+class StateRefused(Refusal):
+    """State on disk that a collector cannot resume from."""
+
+
 class ConfigRefused(Refusal):
     """A command line, environment variable or configuration value that cannot be used."""

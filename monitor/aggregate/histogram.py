@@ -77,6 +77,16 @@ class Histograms:
         """The same counts, free of later ones."""
         return Histograms(self.edges_FB, self.counts_FB.copy(), self.sum_F.copy())
 
+    def state(self) -> dict[str, Any]:
+        """The counts, for `restore` of a histogram over the same bounds; copies."""
+        return {"edges": self.edges_FB, "counts": self.counts_FB.copy(), "sum": self.sum_F.copy()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`. Raises ValueError when its bounds are others."""
+        if not np.array_equal(state["edges"], self.edges_FB):
+            raise ValueError("a histogram's bounds are not those of the state")
+        self.counts_FB[:], self.sum_F[:] = state["counts"], state["sum"]
+
     def _buckets(self, values_NF: F64) -> npt.NDArray[np.intp]:
         """Index of the bucket of each value, 0..B."""
         if self._shared:

@@ -89,6 +89,21 @@ class RequestStates:
         for rolling in self._rolling:
             rolling.clear(slots)
 
+    def state(self, slots: Array) -> dict[str, Any]:
+        """What these slots hold, for `restore`; copies."""
+        rolling = [means.state(slots) for means in self._rolling]
+        return {"rolling": rolling} | {name: array[slots] for name, array in self._arrays().items()}
+
+    def restore(self, slots: Array, state: dict[str, Any]) -> None:
+        """Put what `state` told of as many slots into these."""
+        for name, array in self._arrays().items():
+            array[slots] = state[name]
+        for means, held in zip(self._rolling, state["rolling"], strict=True):
+            means.restore(slots, held)
+
+    def _arrays(self) -> dict[str, Array]:
+        return {"max": self._max, "special": self._special, "fired": self._fired, "exceeded": self._exceeded}
+
     def update(self, batch: StepBatch, slot_S: Array) -> StepView:
         """Take the scores of one validated step.
 

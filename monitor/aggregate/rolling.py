@@ -55,6 +55,18 @@ class RollingMeans:
         self._next_position[slots] = -1
         self._length[slots] = 0
 
+    def state(self, slots: Array) -> dict[str, Array]:
+        """What these slots hold, for `restore`; copies."""
+        return {name: array[slots] for name, array in self._arrays().items()}
+
+    def restore(self, slots: Array, state: dict[str, Array]) -> None:
+        """Put what `state` told of as many slots into these."""
+        for name, array in self._arrays().items():
+            array[slots] = state[name]
+
+    def _arrays(self) -> dict[str, Array]:
+        return {"last": self._last, "sum": self._sum, "next_position": self._next_position, "length": self._length}
+
     def update(self, slot_R: Array, position_R: Array, phase_bit_R: Array, score_RG: Array) -> RollingStep | None:
         """Take the rows of one step, ordered by slot and then by position; None where none of them counts.
 

@@ -78,6 +78,24 @@ class WindowRing:
         window = FeatureWindow(self._tokens[order], self._fired[order], self._peak[order], self._exceedances[order])
         return (self._number + 1) * self.window_seconds, window
 
+    def state(self) -> dict[str, Any]:
+        """The windows, for `restore` of a ring of the same size; copies."""
+        return {"number": self._number} | {name: array.copy() for name, array in self._arrays().items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self._number = state["number"]
+        for name, array in self._arrays().items():
+            array[:] = state[name]
+
+    def _arrays(self) -> dict[str, Array]:
+        return {
+            "tokens": self._tokens,
+            "fired": self._fired,
+            "peak": self._peak,
+            "exceedances": self._exceedances,
+        }
+
     def _advance(self, now: float) -> int:
         """Index of the window of `now`, with every window that was skipped emptied."""
         windows, number = len(self._tokens), int(now // self.window_seconds)

@@ -30,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"where engines connect, unix:///path or host:port; may be given more than once (default: {_LISTEN})",
     )
     parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="FOLDER",
+        help="keep counters and running requests in this folder, so that a collector that was killed goes on where it "
+        "was (default: in memory)",
+    )
+    parser.add_argument(
         "--http",
         default=_HTTP,
         metavar="HOST:PORT",
@@ -46,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     from monitor.collector.service import Service, Settings, serve
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings = Settings(watchlist=args.watchlist, listen=tuple(args.listen or (_LISTEN,)), http=args.http)
+    settings = Settings(
+        watchlist=args.watchlist, listen=tuple(args.listen or (_LISTEN,)), http=args.http, state=args.state
+    )
 
     def started(service: Service) -> None:
         watchlist = service.pipeline.watchlist

@@ -31,6 +31,9 @@ class Bounds:
     """Served model names; each has a series per feature, so they are the factor of the series count."""
     boots_per_replica: int = 4
     """Boots whose sequence marks are kept, so that a late resend of an earlier boot is not counted twice."""
+    sequence_marks: int = 4096
+    """Sequence marks kept of boots that are forgotten otherwise: an engine that was cut off for an hour sends again
+    what it was never told had arrived. About 300 bytes each."""
     stream_gone_seconds: float = 600.0
     """Without a stream for so long, a boot's open requests are closed as lost."""
     request_idle_seconds: float = 3600.0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from monitor.collector.requests import OpenRequest
+from monitor.collector.requests import OpenRequest, Roster
 
 Array = npt.NDArray[Any]
 
@@ -53,6 +53,19 @@ class EventRing:
         count = min(limit, self._added, len(self._events))
         for place in ((self._added - 1 - np.arange(count)) % len(self._events)).tolist():
             yield self._events[place], self._requests[place]
+
+    def state(self, roster: Roster) -> dict[str, Any]:
+        """What is held, for `restore` of a ring of the same capacity; copies. Its requests go to the roster."""
+        held = min(self._added, len(self._events))
+        roster.add(*self._requests[:held])
+        return {"added": self._added, "events": self._events[:held].copy(), "serials": self._serials[:held].copy()}
+
+    def restore(self, state: dict[str, Any], roster: Roster) -> None:
+        """Go on from `state`, with the requests that the roster knows."""
+        held = len(state["events"])
+        self._added = state["added"]
+        self._events[:held], self._serials[:held] = state["events"], state["serials"]
+        self._requests[:held] = [roster.request(serial) for serial in state["serials"].tolist()]
 
     def settle(self, serial: int, peak_F: Array) -> None:
         """Write the final peaks of a request that closed."""

@@ -32,12 +32,27 @@ REFUSALS: Final = (
 
 
 @dataclass(frozen=True)
+class StateFacts:
+    """How well the state is kept on a disk; as it stands, for a collector that keeps it in memory only."""
+
+    durable: bool = False
+    """What is acknowledged from now on survives the death of this process."""
+    checkpoint_seconds: float = 0.0
+    """When the newest checkpoint was taken, seconds since the Unix epoch; 0 for never."""
+    journal_bytes: int = 0
+    write_failures: int = 0
+    resumed_events: int = 0
+    """Events that were read back from the journal at the start."""
+
+
+@dataclass(frozen=True)
 class ProcessFacts:
     """What the operating system says of this process."""
 
     start_seconds: float
     resident_bytes: int
     cpu_seconds: float
+    state: StateFacts = StateFacts()
 
 
 class Families:
@@ -163,7 +178,15 @@ class Families:
         )
 
     def _about(self, process: ProcessFacts) -> Iterator[Family]:
-        watchlist = self._watchlist
+        watchlist, state = self._watchlist, process.state
+        for metric, value in (
+            (metrics.STATE_DURABLE, int(state.durable)),
+            (metrics.STATE_CHECKPOINT, state.checkpoint_seconds),
+            (metrics.STATE_JOURNAL, state.journal_bytes),
+            (metrics.STATE_WRITE_FAILURES, state.write_failures),
+            (metrics.STATE_RESUMED, state.resumed_events),
+        ):
+            yield Family(metric, ((),), [value])
         yield Family(metrics.WATCHLIST_INFO, ((watchlist.name, watchlist.sha256, str(len(self._features))),), [1])
         yield Family(metrics.BUILD_INFO, ((__version__,),), [1])
         yield Family(metrics.PROCESS_START, ((),), [process.start_seconds])

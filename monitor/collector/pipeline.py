@@ -12,11 +12,10 @@ What it promises:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from monitor.aggregate.histogram import LAG_EDGES, NORM_EDGES, Histograms, Scala
 from monitor.aggregate.requests import RequestFeatures, RequestStates, StepView
 from monitor.aggregate.window import FeatureWindow, WindowRing
 from monitor.collector import views
+from monitor.collector.checkpoint import State
 from monitor.collector.config import Bounds
 from monitor.collector.events import EVENT_DTYPE, EventRing
 from monitor.collector.replicas import Boot, Replicas
@@ -36,6 +36,7 @@ from monitor.collector.requests import (
     HandleMap,
     OpenRequest,
     RequestIndex,
+    Roster,
     Slots,
     bounded,
     summarise,
@@ -53,6 +54,9 @@ _OUTCOMES: Final[Mapping[Outcome, Literal["finished", "aborted", "lost"]]] = {
     Outcome.ABORTED: "aborted",
     Outcome.LOST: "lost",
 }
+_TOTALS: Final = ("serial", "messages", "duplicates", "lost_sequences", "requests_evicted", "excess_tokens")
+"""Plain counts of a Pipeline."""
+_MODEL_COLUMNS: Final = ("fired_F", "requests_F", "exceedances_F")
 _REASON_SLUGS: Final = 32
 """Distinct refusal reasons shown; they are slugs of our own code, so more means someone is inventing them."""
 
@@ -96,7 +100,7 @@ class Pipeline:
         self._replicas = Replicas(watchlist.sha256, self.bounds)
         self._engines: dict[tuple[str, str], _Engine] = {}
         self._models: dict[str, _Model] = {}
-        self._serial = itertools.count(1)
+        self._serial = 0
         self._lag = ScalarHistogram(LAG_EDGES)
         self._refused: Counter[str] = Counter()
         self._messages = self._duplicates = self._lost_sequences = 0
@@ -152,6 +156,61 @@ class Pipeline:
         idle = list(self._slots.idle_since(now - self.bounds.request_idle_seconds))
         for slot in idle:
             self._close(self._slots.request(slot).handles, {slot: None}, now)
+
+    def commit(self) -> None:
+        """Nothing: this state is kept in memory. `durable.DurableSink` keeps it on a disk."""
+
+    def shift_clock(self, seconds: float) -> None:
+        """The caller's clock jumped by so much without so much time having passed."""
+        self._replicas.shift(seconds)
+        self._slots.shift(seconds)
+
+    # -- the whole state, to go on from in another process
+
+    def state(self) -> State:
+        """Everything that the next batch or reading depends on, as values that later batches do not change."""
+        slots, roster = self._slots.taken, Roster()
+        state = {
+            "replicas": self._replicas.state(),
+            "slots": self._slots.state(roster),
+            "features": self._states.state(slots),
+            "index": self._index.state(roster),
+            "events": self._events.state(roster),
+            "windows": self._windows.state(),
+            "engines": [
+                [*key, engine.tokens.copy(), [engine.requests[outcome] for outcome in Outcome]]
+                for key, engine in self._engines.items()
+            ],
+            "models": {name: _model_state(model) for name, model in self._models.items()},
+            "lag": {"counts": list(self._lag.counts), "sum": self._lag.sum},
+            "refused": dict(self._refused),
+            "totals": {name: getattr(self, f"_{name}") for name in _TOTALS},
+        }
+        return state | {"requests": roster.state()}
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state` gave, in a pipeline that has seen nothing, of the same watchlist and bounds."""
+        roster = Roster.of(state["requests"])
+        handles = self._replicas.restore(state["replicas"])
+        self._slots.restore(state["slots"], roster, handles)
+        self._states.restore(self._slots.taken, state["features"])
+        self._index.restore(state["index"], roster)
+        self._events.restore(state["events"], roster)
+        self._windows.restore(state["windows"])
+        for model_name, engine, tokens, requests in state["engines"]:
+            self._engines[model_name, engine] = _Engine(tokens, Counter(dict(zip(Outcome, requests, strict=True))))
+        for name, held in state["models"].items():
+            _restore_model(self._model(name), held)
+        self._lag.counts[:], self._lag.sum = state["lag"]["counts"], state["lag"]["sum"]
+        self._refused.update(state["refused"])
+        for name in _TOTALS:
+            setattr(self, f"_{name}", state["totals"][name])
+        for serial in sorted((*state["slots"]["serials"], *state["index"]["serial"])):
+            self._index.named(serial, roster.request(serial).request_id)
+
+    def disconnect_all(self) -> None:
+        """The process that served these streams is gone; their engines say hello again."""
+        self._replicas.disconnect_all()
 
     # -- reading
 
@@ -277,8 +336,9 @@ class Pipeline:
         for handle in handles:
             if self._slots.full() and not self._evict(now):
                 break
+            self._serial += 1
             request = OpenRequest(
-                next(self._serial), handle, boot.handles, hello.replica, hello.model_name, hello.engine, now
+                self._serial, handle, boot.handles, hello.replica, hello.model_name, hello.engine, now
             )
             slots.append(self._slots.claim(request, now))
             admitted[handle] = request
@@ -493,6 +553,22 @@ class Pipeline:
             limit=feature.limit.value if feature.limit else None,
             exceeded=exceeded,
         )
+
+
+def _model_state(model: _Model) -> State:
+    return {name: getattr(model, name).copy() for name in _MODEL_COLUMNS} | {
+        "statistic": model.statistic.state(),
+        "norm": model.norm.state(),
+        "latest": [[feature, *astuple(exemplar)] for feature, exemplar in model.latest.items()],
+    }
+
+
+def _restore_model(model: _Model, state: State) -> None:
+    for name in _MODEL_COLUMNS:
+        getattr(model, name)[:] = state[name]
+    model.statistic.restore(state["statistic"])
+    model.norm.restore(state["norm"])
+    model.latest.update((feature, views.Exemplar(*exemplar)) for feature, *exemplar in state["latest"])
 
 
 def _token_counts(segments_S: Array) -> Array:

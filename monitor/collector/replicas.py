@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
 from monitor.collector.config import Bounds
 from monitor.collector.requests import HandleMap
@@ -49,6 +50,8 @@ class Replicas:
         self._bounds = bounds
         self.known: dict[str, Replica] = {}
         self._engines: set[tuple[str, str]] = set()
+        # Highest sequence of boots that were let go, the last one let go at the end.
+        self._marks: OrderedDict[tuple[str, str], int] = OrderedDict()
 
     def greet(self, hello: Hello, now: float) -> tuple[Boot, list[Boot]]:
         """Take a stream in: its boot, and the boots that it shows to be over.
@@ -61,8 +64,11 @@ class Replicas:
         self._check_capacity(hello)
         replica = self.known.get(hello.replica, Replica())
         fresh = hello.boot_id not in replica.boots
-        boot = replica.boots.get(hello.boot_id, Boot(hello))
+        boot = replica.boots.get(hello.boot_id)
+        if boot is None:
+            boot = Boot(hello, high_sequence=self._marks.get((hello.replica, hello.boot_id), 0))
         _check_same_engine(boot.hello, hello)
+        self._marks.pop((hello.replica, hello.boot_id), None)
         self._engines.add((hello.model_name, hello.engine))
         self.known[hello.replica] = replica
         replica.boots[hello.boot_id] = boot
@@ -71,7 +77,7 @@ class Replicas:
         boot.last_seen_seconds = now
         over = [other for other in replica.boots.values() if other is not boot] if fresh else []
         while len(replica.boots) > self._bounds.boots_per_replica:
-            replica.boots.popitem(last=False)
+            self._forget(replica.boots.popitem(last=False)[1])
         return boot, over
 
     def boot(self, hello: Hello) -> Boot:
@@ -107,7 +113,66 @@ class Replicas:
             newest = max(boot.last_seen_seconds for boot in boots)
             if not any(boot.streams for boot in boots) and now - newest > self._bounds.replica_forgotten_seconds:
                 del self.known[name]
+                for boot in boots:
+                    self._forget(boot)
         return [boot for _, boot in silent]
+
+    def shift(self, seconds: float) -> None:
+        """The clock jumped by so much: who was seen before was seen as long ago as it was."""
+        for boot in self._boots():
+            boot.last_seen_seconds += seconds
+
+    def disconnect_all(self) -> None:
+        """No stream outlives the process that served it."""
+        for boot in self._boots():
+            boot.streams = 0
+
+    def state(self) -> dict[str, Any]:
+        """Every boot and mark, for `restore`."""
+        return {
+            "engines": sorted(self._engines),
+            "marks": [[*key, sequence] for key, sequence in self._marks.items()],
+            "boots": [
+                {
+                    "hello": asdict(boot.hello),
+                    "handles": boot.handles.state(),
+                    "high_sequence": boot.high_sequence,
+                    "streams": boot.streams,
+                    "last_seen_seconds": boot.last_seen_seconds,
+                    "counters": asdict(boot.counters),
+                }
+                for boot in self._boots()
+            ],
+        }
+
+    def restore(self, state: dict[str, Any]) -> dict[int, HandleMap]:
+        """Go on from `state`. Returns the handles of each boot by the slots in them."""
+        by_slot: dict[int, HandleMap] = {}
+        self._engines = {(model, engine) for model, engine in state["engines"]}
+        self._marks.update(((replica, boot_id), sequence) for replica, boot_id, sequence in state["marks"])
+        for row in state["boots"]:
+            hello = Hello(**row["hello"])
+            boot = Boot(
+                hello,
+                high_sequence=row["high_sequence"],
+                streams=row["streams"],
+                last_seen_seconds=row["last_seen_seconds"],
+                counters=EngineCounters(**row["counters"]),
+            )
+            boot.handles.restore(row["handles"])
+            by_slot.update(dict.fromkeys(boot.handles.slots.tolist(), boot.handles))
+            self.known.setdefault(hello.replica, Replica()).boots[hello.boot_id] = boot
+        return by_slot
+
+    def _boots(self) -> Iterator[Boot]:
+        for replica in self.known.values():
+            yield from replica.boots.values()
+
+    def _forget(self, boot: Boot) -> None:
+        """Let a boot go, but not what it has delivered."""
+        self._marks[boot.hello.replica, boot.hello.boot_id] = boot.high_sequence
+        while len(self._marks) > self._bounds.sequence_marks:
+            self._marks.popitem(last=False)
 
     def _check_watchlist(self, hello: Hello) -> None:
         if hello.armed and hello.watchlist_sha256 != self._sha256:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Final, cast
 
 import numpy as np
@@ -62,6 +62,14 @@ class HandleMap:
         kept = ~np.isin(self._slots, slots)
         self._handles, self._slots = self._handles[kept], self._slots[kept]
 
+    def state(self) -> dict[str, Array]:
+        """The handles and their slots, for `restore`. The arrays are never written again."""
+        return {"handles": self._handles, "slots": self._slots}
+
+    def restore(self, state: dict[str, Array]) -> None:
+        """Go on from `state`."""
+        self._handles, self._slots = state["handles"], state["slots"]
+
 
 @dataclass
 class OpenRequest:
@@ -87,6 +95,35 @@ class OpenRequest:
         self.adapter = bounded(opened.adapter)
         self.traceparent = bounded(opened.traceparent)
         self.prompt_tokens = opened.prompt_tokens
+
+
+class Roster:
+    """Requests by serial number while a state is taken or put back: many parts of it point to one request."""
+
+    _FIELDS: Final = tuple(field.name for field in fields(OpenRequest) if field.name != "handles")
+
+    def __init__(self) -> None:
+        self._requests: dict[int, OpenRequest] = {}
+
+    def add(self, *requests: OpenRequest) -> None:
+        """Note requests that a state points to."""
+        self._requests.update((request.serial, request) for request in requests)
+
+    def request(self, serial: int) -> OpenRequest:
+        """The request with this number. Raises KeyError."""
+        return self._requests[serial]
+
+    def state(self) -> list[list[Any]]:
+        """Every request noted, a row each; whose handles it belongs to is the boots' to say."""
+        return [[getattr(request, name) for name in self._FIELDS] for request in self._requests.values()]
+
+    @classmethod
+    def of(cls, state: list[list[Any]]) -> Roster:
+        """The requests of `state`, each with handles of its own until `Slots.restore` gives it its boot's."""
+        roster = cls()
+        for row in state:
+            roster.add(OpenRequest(handles=HandleMap(), **dict(zip(cls._FIELDS, row, strict=True))))
+        return roster
 
 
 FEATURE_DTYPE: Final = np.dtype(
@@ -191,6 +228,42 @@ class RequestIndex:
         """Serial numbers of the requests that ended last, latest first."""
         return list(itertools.islice(itertools.chain(reversed(self._closed), reversed(self._flagged)), max(0, count)))
 
+    def state(self, roster: Roster) -> dict[str, Any]:
+        """The closed requests, oldest first, for `restore`; copies. Their openings go to the roster."""
+        closed = [*self._flagged.values(), *self._closed.values()]
+        roster.add(*(request.open for request in closed))
+        return {
+            "evicted": self.evicted,
+            "flagged": len(self._flagged),
+            "serial": [request.open.serial for request in closed],
+            "outcome": [int(request.outcome) for request in closed],
+            "closed_seconds": [request.closed_seconds for request in closed],
+            "output_tokens": [request.output_tokens for request in closed],
+            "total_tokens": [request.total_tokens for request in closed],
+            "tokens": np.array([request.tokens for request in closed], np.int64),
+            "exceeded": [request.features.exceeded for request in closed],
+            "left_out": [request.features.left_out for request in closed],
+            "features": [len(request.features.rows) for request in closed],
+            "rows": np.concatenate([np.empty(0, FEATURE_DTYPE), *(request.features.rows for request in closed)]),
+        }
+
+    def restore(self, state: dict[str, Any], roster: Roster) -> None:
+        """Go on from `state`, with the requests that the roster knows; the caller names them."""
+        self.evicted = state["evicted"]
+        ends = np.cumsum(state["features"], dtype=np.int64).tolist()
+        for i, serial in enumerate(state["serial"]):
+            rows = state["rows"][ends[i] - state["features"][i] : ends[i]].copy()
+            summary = FeatureSummary(rows, state["exceeded"][i], state["left_out"][i])
+            (self._flagged if i < state["flagged"] else self._closed)[serial] = ClosedRequest(
+                open=roster.request(serial),
+                outcome=Outcome(state["outcome"][i]),
+                closed_seconds=state["closed_seconds"][i],
+                output_tokens=state["output_tokens"][i],
+                total_tokens=state["total_tokens"][i],
+                tokens=state["tokens"][i],
+                features=summary,
+            )
+
     def close(self, request: ClosedRequest) -> None:
         """Keep a closed request, and let go of the oldest one beyond the bounds."""
         self._closed[request.open.serial] = request
@@ -254,6 +327,39 @@ class Slots:
         key_S = (slot_S * states + segments_S["state"]) * phases + segments_S["phase"]
         np.add.at(self.accounted.reshape(-1), key_S, segments_S["count"].astype(np.int64))
         self._touched[slot_S] = now
+
+    def shift(self, seconds: float) -> None:
+        """The clock jumped by so much: what was quiet before is as quiet now."""
+        self._touched += seconds
+
+    def state(self, roster: Roster) -> dict[str, Any]:
+        """Who sits where, for `restore` of as many slots; copies. The requests go to the roster."""
+        slots = self.taken
+        roster.add(*self.requests[slots])
+        return {
+            "slots": slots,
+            "serials": [request.serial for request in self.requests[slots]],
+            "accounted": self.accounted[slots],
+            "touched": self._touched.copy(),
+            "free": np.array(self._free, np.int64),
+        }
+
+    def restore(self, state: dict[str, Any], roster: Roster, handles: Mapping[int, HandleMap]) -> None:
+        """Go on from `state`. `handles`: by slot, those of the boot that its request runs in."""
+        slots = state["slots"]
+        self._touched[:] = state["touched"]
+        self._free = state["free"].tolist()
+        self.accounted[slots] = state["accounted"]
+        for slot, serial in zip(slots.tolist(), state["serials"], strict=True):
+            request = roster.request(serial)
+            request.handles = handles[slot]
+            self.requests[slot] = request
+            self.by_serial[serial] = slot
+
+    @property
+    def taken(self) -> Array:
+        """Every slot with a request in it, ascending."""
+        return np.array(sorted(self.by_serial.values()), np.int64)
 
     def idle_since(self, before: float) -> list[int]:
         """Taken slots whose last token came before this time."""

@@ -18,7 +18,8 @@ from pathlib import Path
 import uvicorn
 
 from monitor.collector.config import Bounds
-from monitor.collector.exposition import ProcessFacts
+from monitor.collector.durable import DurableSink
+from monitor.collector.exposition import ProcessFacts, StateFacts
 from monitor.collector.pipeline import Pipeline
 from monitor.collector.web import make_app
 from monitor.errors import ConfigRefused
@@ -29,6 +30,8 @@ from monitor.watchlist import card
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
+_JUMP_SECONDS = 5.0
+"""Beyond what time servers slew away unseen."""
 _STOP_SECONDS = 2.0
 """Time for streams to take their last ack and for a scrape in progress to finish."""
 
@@ -43,17 +46,21 @@ class Settings:
     http: str
     """Address for metrics, API and page: host:port."""
     bounds: Bounds = field(default_factory=Bounds)
+    state: Path | None = None
+    """Folder in which the state survives this process; None keeps it in memory."""
 
 
 class Service:
     """A collector that runs in the caller's loop."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises: WatchlistRefused, ConfigRefused "target_invalid"."""
+        """Raises: WatchlistRefused, ConfigRefused "target_invalid", StateRefused."""
         self._start_seconds = time.time()
         self._http = _http_target(settings.http)
         self.pipeline = Pipeline(card.read(settings.watchlist), settings.bounds)
-        self.receiver = Receiver(self.pipeline, settings.listen, clock=time.time, on_refused=self.pipeline.refused)
+        self._durable = DurableSink(self.pipeline, settings.state, time.time()) if settings.state else None
+        self._sink = self._durable or self.pipeline
+        self.receiver = Receiver(self._sink, settings.listen, clock=time.time, on_refused=self._sink.refused)
         self._server = _Server(
             uvicorn.Config(
                 make_app(self.pipeline, clock=time.time, process=self._process),
@@ -110,15 +117,32 @@ class Service:
         http, tick = self._tasks
         tick.cancel()
         await asyncio.wait((http, tick))
+        if self._durable is not None:
+            self._durable.close(time.time())
 
     async def _tick(self) -> None:
+        offset = time.time() - time.monotonic()
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            self.pipeline.tick(time.time())
+            now = time.time()
+            jump = now - time.monotonic() - offset
+            if abs(jump) > _JUMP_SECONDS:
+                # A clock that was set would otherwise end every open request, or keep each for ever.
+                log.warning("the clock was set by %+.1f s", jump)
+                self._sink.shift_clock(jump)
+                offset += jump
+            self._sink.tick(now)
+            if self._durable is not None:
+                await self._durable.maintain(now)
 
     def _process(self) -> ProcessFacts:
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return ProcessFacts(self._start_seconds, resident_pages * os.sysconf("SC_PAGE_SIZE"), time.process_time())
+        return ProcessFacts(
+            self._start_seconds,
+            resident_pages * os.sysconf("SC_PAGE_SIZE"),
+            time.process_time(),
+            self._durable.facts if self._durable is not None else StateFacts(),
+        )
 
 
 async def serve(settings: Settings, *, started: Callable[[Service], None]) -> None:

@@ -219,6 +219,30 @@ ACCOUNTING_EXCESS = Metric(
     (),
     "Tokens accounted to a request beyond the total that its engine reported. Anything above 0 is a bug.",
 )
+STATE_DURABLE = Metric(
+    "latentwatch_state_durable",
+    "gauge",
+    (),
+    "Whether what this collector acknowledges survives its death: 1, or 0 without --state and while its disk fails.",
+)
+STATE_CHECKPOINT = Metric(
+    "latentwatch_state_checkpoint_timestamp_seconds",
+    "gauge",
+    (),
+    "Unix time of the newest checkpoint of the state, 0 for none.",
+)
+STATE_JOURNAL = Metric(
+    "latentwatch_state_journal_bytes", "gauge", (), "Events written since the newest checkpoint began."
+)
+STATE_WRITE_FAILURES = Metric(
+    "latentwatch_state_write_failures_total", "counter", (), "Failed writes of the state since this process started."
+)
+STATE_RESUMED = Metric(
+    "latentwatch_state_resumed_events",
+    "gauge",
+    (),
+    "Events that this process took from the journal of the one before it when it started.",
+)
 WATCHLIST_INFO = Metric(
     "latentwatch_watchlist_info", "info", ("name", "sha256", "features"), "The watchlist that this collector explains."
 )
@@ -251,6 +275,11 @@ METRICS: Final = (
     REQUESTS_EVICTED,
     SUMMARIES_EVICTED,
     ACCOUNTING_EXCESS,
+    STATE_DURABLE,
+    STATE_CHECKPOINT,
+    STATE_JOURNAL,
+    STATE_WRITE_FAILURES,
+    STATE_RESUMED,
     WATCHLIST_INFO,
     BUILD_INFO,
     PROCESS_START,

@@ -1,9 +1,9 @@
 """The receiver: a grpc.aio server that hands the batches of many streams to one Sink.
 
-The guarantee. A batch is acknowledged only after `Sink.observe` returned for it, so that what is acknowledged is in
-the collector's state. Batches of one stream are observed in the order in which they were sent. Once a newer stream of
-the same (replica, boot_id) is welcomed, the older one is not read any further: a number the new stream was told to
-resume after cannot move behind its back.
+The guarantee. A batch is acknowledged only after `Sink.observe` returned for it and `Sink.commit` after that, so that
+what is acknowledged is in the collector's state. Batches of one stream are observed in the order in which they were
+sent. Once a newer stream of the same (replica, boot_id) is welcomed, the older one is not read any further: a number
+the new stream was told to resume after cannot move behind its back.
 
 Everything runs in the event loop that called `start`; the Sink is called in it too, and is expected to be quick.
 grpc.aio and not a thread pool: a pool serves as many streams as it has threads and starves the rest, health checks
@@ -260,6 +260,7 @@ class Receiver:
             self._goodbye(older)
         try:
             held = self._sink.hello(hello, self._clock())
+            self._sink.commit()
         except StreamRefused:
             raise
         except Exception as error:
@@ -307,6 +308,7 @@ class Receiver:
     async def _write_ack(self, stream: _Stream, context: Any) -> None:
         if stream.unacked:
             stream.unacked = 0
+            self._sink.commit()
             await context.write(codec.encode_reply(codec.Ack(stream.held)))
 
     async def _refuse(self, context: Any, refusal: StreamRefused) -> None:

@@ -38,5 +38,8 @@ class Sink(Protocol):
     def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
         """Take one batch into the state. A sequence at or below the highest one held is a counted duplicate."""
 
+    def commit(self) -> None:
+        """Called before a sender is told what is held: it forgets that then. Never raises."""
+
     def goodbye(self, hello: Hello, now: float) -> None:
         """The stream of this replica ended, for whatever reason."""

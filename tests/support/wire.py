@@ -81,7 +81,7 @@ class FakeSink:
         self.held = dict(held or {})
         self.batches: list[tuple[int, StepBatch]] = []
         self.calls: list[str] = []
-        self.duplicates = 0
+        self.duplicates = self.commits = 0
         self.refuse_hello: StreamRefused | None = None
         self.refuse_sequences: set[int] = set()
         self.seconds_per_batch = 0.0
@@ -103,6 +103,9 @@ class FakeSink:
             return
         self.held[key] = sequence
         self.batches.append((sequence, batch))
+
+    def commit(self) -> None:
+        self.commits += 1
 
     def goodbye(self, hello: Hello, now: float) -> None:
         self.calls.append("goodbye")
