@@ -52,6 +52,9 @@ class RecordingSink:
             self._held[hello.replica, hello.boot_id] = sequence
             self.batches.append(batch)
 
+    def commit(self) -> None:
+        pass
+
     def goodbye(self, hello: Hello, now: float) -> None:
         pass
 
