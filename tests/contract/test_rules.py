@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import time
 import urllib.request
@@ -13,9 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from monitor.collector.exposition import REFUSALS
 from monitor.export.metrics import METRICS, sample_names
 from monitor.names import Reason
 from tests.support.real import program
+from tests.support.stack import alertmanager
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RULE_FILES = sorted((DASHBOARDS / "rules").glob("*.yaml"))
@@ -57,7 +58,7 @@ def test_every_alert_is_tested_both_silent_and_firing() -> None:
 @pytest.mark.parametrize("rule", ALERTS, ids=alert_id)
 def test_every_alert_tells_a_person_what_to_do(rule: dict[str, dict[str, str]]) -> None:
     assert rule["labels"]["severity"] in ("critical", "warning", "none")
-    assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
+    assert set(rule["annotations"]) == {"summary", "description", "runbook_url", "dashboard_url"}
     assert rule["annotations"]["runbook_url"] == f"dashboards/runbook.md#{str(rule['alert']).lower()}"
 
 
@@ -102,6 +103,12 @@ def test_the_runbook_explains_every_reason_for_which_tokens_go_unwatched() -> No
             )
 
 
+def test_the_runbook_explains_every_reason_for_which_a_stream_is_refused() -> None:
+    (entry,) = re.findall(r"^## LatentwatchStreamRefused\n(.*?)^## ", RUNBOOK, re.DOTALL | re.MULTILINE)
+    explained = set(re.findall(r"\w+", " ".join(re.findall(r"^\| ([\w, ]+) \|", entry, re.MULTILINE))))
+    assert set(REFUSALS) - {"watchlist_mismatch", "superseded"} <= explained
+
+
 def test_recording_rules_are_named_level_metric_operation() -> None:
     for rule in RULES:
         if "record" in rule:
@@ -126,24 +133,14 @@ def test_every_inhibition_is_bound_to_the_thing_that_broke() -> None:
 
 
 def test_a_real_alertmanager_inhibits_only_on_the_collector_and_model_that_broke(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    argv = [
-        program("prometheus-alertmanager"),
-        f"--config.file={DASHBOARDS / 'alertmanager.yml'}",
-        f"--storage.path={tmp_path}",
-        f"--web.listen-address=127.0.0.1:{port}",
-        "--cluster.listen-address=",
-    ]
-    with (tmp_path / "log").open("w") as log:
-        alertmanager = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        url = f"http://127.0.0.1:{port}/api/v2/alerts"
+    config = yaml.safe_load((DASHBOARDS / "alertmanager.yml").read_text())
+    with alertmanager(tmp_path, config) as served:
+        url = f"{served}/api/v2/alerts"
         posted = [
             {"alertname": "LatentwatchCoverageLow", "severity": "critical", "model_name": "a"},
             {"alertname": "LatentwatchCoverageLow", "severity": "warning", "model_name": "a"},
             {"alertname": "LatentwatchCoverageLow", "severity": "warning", "model_name": "b"},
+            {"alertname": "LatentwatchTokensDropped", "severity": "warning", "model_name": "a", "instance": "c2"},
             {"alertname": "LatentwatchCollectorDown", "severity": "critical", "job": "latentwatch", "instance": "c0"},
             {"alertname": "LatentwatchReplicaSilent", "severity": "warning", "job": "latentwatch", "instance": "c0"},
             {"alertname": "LatentwatchReplicaSilent", "severity": "warning", "job": "latentwatch", "instance": "c1"},
@@ -155,11 +152,12 @@ def test_a_real_alertmanager_inhibits_only_on_the_collector_and_model_that_broke
             },
         ]
         post(url, [{"labels": labels} for labels in posted])
-        suppressed = eventually_suppressed(url, count=2)
-    finally:
-        alertmanager.terminate()
-        alertmanager.wait(10)
-    assert suppressed == {("LatentwatchCoverageLow", "a", ""), ("LatentwatchReplicaSilent", "", "c0")}
+        suppressed = eventually_suppressed(url, count=3)
+    assert suppressed == {
+        ("LatentwatchCoverageLow", "a", ""),
+        ("LatentwatchTokensDropped", "a", "c2"),
+        ("LatentwatchReplicaSilent", "", "c0"),
+    }
 
 
 def post(url: str, body: object) -> None:

@@ -1,0 +1,201 @@
+"""Every alert is made to fire and to clear: real collectors, a real Prometheus and Alertmanager, a webhook at the end.
+
+The rules are the shipped ones, 120 times as fast (`faster(rules, 120)`): ranges, `for` and `keep_firing_for` are
+divided, so that 5 minutes are 2.5 seconds, thresholds are not; Prometheus scrapes and evaluates every half second.
+Alertmanager runs with the sample configuration and waits of 0 to 1 second, without its inhibitions: they have tests of
+their own, and an alert that is inhibited would not arrive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from monitor.collector.config import Bounds
+from monitor.collector.service import Service, Settings
+from monitor.demo.processes import free_ports
+from monitor.demo.services import demo_alertmanager
+from monitor.demo.webhook import Page, Webhook
+from monitor.errors import StreamRefused
+from monitor.names import Outcome, Phase, Reason, Severity, TokenState
+from monitor.step import SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
+from monitor.watchlist import card
+from monitor.watchlist.card import Limit
+from tests.support.engines import ROOT
+from tests.support.stack import RULES, alertmanager, eventually, metrics_page, prometheus
+from tests.support.streams import Piece, Tokens, hello, sparse, step_batch, watchlist
+from tests.support.wire import in_loop
+
+FEATURES = (
+    sparse("p.deceive", limit=Limit("max", 1.0), severity=Severity.CRITICAL, label="Deceiving the user"),
+    sparse("f.refunds", limit=Limit("max", 1.0), severity=Severity.WARNING, label="Refunds"),
+)
+Fired = tuple[str, str, str]
+"""Alert name, severity, and the long window of the coverage rules."""
+WATCHDOG = ("Watchdog", "none", "")
+
+
+def shipped_alerts() -> set[Fired]:
+    groups = [group for path in RULES.glob("*.yaml") for group in yaml.safe_load(path.read_text())["groups"]]
+    alerts = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+    return {(rule["alert"], rule["labels"]["severity"], rule["labels"].get("long", "")) for rule in alerts}
+
+
+class Fleet:
+    """One collector that lives through everything that can go wrong with its engines, for as long as `troubled`."""
+
+    def __init__(self, folder: Path) -> None:
+        watched = card.write(watchlist(FEATURES), folder / "w.safetensors")
+        # Room for one request: a second one that runs cannot be followed.
+        bounds = Bounds(open_requests=1)
+        self.service = Service(Settings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", bounds))
+        self.troubled = True
+        self._sha256 = watched.sha256
+        self._boots = itertools.count(1)
+        self._handles = itertools.count(1)
+        self._batches = itertools.count(1)
+        self._who = self._hello("pod-0/0")
+        self._silent = self._hello("pod-1/0")
+        self._ended = threading.Event()
+
+    def _hello(self, replica: str, **changes: object):
+        boot = f"{next(self._boots):032d}"
+        return hello(replica=replica, model_name="m", boot_id=boot, **{"watchlist_sha256": self._sha256, **changes})
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Traffic, four steps a second, from a thread of its own."""
+        in_loop(self.service.start())
+        in_loop(self._greet())
+        thread = threading.Thread(target=self._run, name="fleet")
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
+            in_loop(self.service.stop())
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.25):
+            in_loop(self._trouble() if self.troubled else self._health())
+
+    async def _greet(self) -> None:
+        now = time.time()
+        self.service.pipeline.hello(self._who, now)
+        self.service.pipeline.hello(self._silent, now - 300)
+        blind = self._hello("pod-2/0", armed=False, not_armed_reason="watchlist_width", watchlist_sha256="")
+        self.service.pipeline.hello(blind, now)
+
+    async def _trouble(self) -> None:
+        pipeline = self.service.pipeline
+        try:
+            pipeline.hello(self._hello("pod-3/0", watchlist_sha256="c" * 64), time.time())
+        except StreamRefused as refusal:
+            pipeline.refused(refusal.reason)
+        pipeline.refused("protocol_version")
+        # Half of the tokens dropped, an exceedance of each severity, 30 seconds late, with an end that tells of one
+        # token fewer, while a second request runs that finds no room.
+        handle, other = next(self._handles), next(self._handles)
+        request = Tokens(
+            handle, 2, np.full((4, 2), 5.0, np.float32), np.array([1, 1, 4, 4]), np.ones((4, 1), np.float32)
+        )
+        late = time.time_ns() - 30_000_000_000
+        opened = (request.opened(), RequestOpened(other, f"chatcmpl-{other}-0123abcd", 1))
+        closed = (
+            RequestClosed(handle, request.request_id, 2, 2, 3, Outcome.FINISHED),
+            RequestClosed(other, f"chatcmpl-{other}-0123abcd", 1, 1, 0, Outcome.ABORTED),
+        )
+        batch = step_batch([Piece(request, 0, 4)], FEATURES, time_unix_nano=late, opened=opened, closed=closed)
+        pipeline.observe(self._who, next(self._batches), batch, time.time())
+
+    async def _health(self) -> None:
+        """Very many tokens, all scored: the budget of days is made good in seconds."""
+        pipeline, now, count = self.service.pipeline, time.time(), 50_000
+        if self._silent.replica == "pod-1/0":
+            self._silent = self._hello("pod-1/0")
+            pipeline.hello(self._silent, now)
+            pipeline.hello(self._hello("pod-2/0"), now)
+        handle = next(self._handles)
+        name = f"chatcmpl-{handle}-0123abcd"
+        batch = StepBatch(
+            step=1,
+            time_unix_nano=time.time_ns(),
+            segments_S=np.array([(handle, 0, count, TokenState.SCORED, Reason.NONE, Phase.PROMPT)], SEGMENT_DTYPE),
+            dense_RP=np.empty((count, 0), np.float16),
+            norm_RH=np.ones((count, 1), np.float32),
+            opened=(RequestOpened(handle, name, count),),
+            closed=(RequestClosed(handle, name, count, 1, count, Outcome.FINISHED),),
+        )
+        pipeline.observe(self._who, next(self._batches), batch, now)
+
+
+@contextlib.contextmanager
+def second_collector(folder: Path, port: int) -> Iterator[None]:
+    made = Service(Settings(folder / "w.safetensors", (f"unix://{folder}/c2.sock",), f"127.0.0.1:{port}"))
+    in_loop(made.start())
+    try:
+        yield
+    finally:
+        in_loop(made.stop())
+
+
+def key(page: Page) -> Fired:
+    return page.alert, page.labels["severity"], page.labels.get("long", "")
+
+
+@pytest.mark.e2e
+def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_webhook(tmp_path: Path) -> None:
+    fleet, served = Fleet(tmp_path), time.time()
+    sample = yaml.safe_load((ROOT / "dashboards" / "alertmanager.yml").read_text())
+
+    def vllm() -> str:
+        """Another model's engine, which runs without the plugin and goes idle when the trouble ends."""
+        nonlocal served
+        served = time.time() if fleet.troubled else served
+        return "".join(f'vllm:{name}_tokens_total{{model_name="n"}} {served}\n' for name in ("prompt", "generation"))
+
+    with Webhook() as webhook, contextlib.ExitStack() as stack:
+        config = demo_alertmanager(sample, webhook.port) | {"inhibit_rules": []}
+        for receiver in config["receivers"]:
+            receiver["webhook_configs"][0]["send_resolved"] = True
+        stack.enter_context(fleet.live())
+        (port,) = free_ports(1)
+        targets = [fleet.service.http_url.removeprefix("http://"), f"127.0.0.1:{port}"]
+        jobs = {"latentwatch": targets, "vllm": [stack.enter_context(metrics_page(vllm))]}
+        receiver_url = stack.enter_context(alertmanager(tmp_path, config))
+        stack.enter_context(prometheus(tmp_path, jobs, factor=120, alertmanager_url=receiver_url))
+
+        expected = shipped_alerts()
+        eventually(lambda: expected <= {key(page) for page in webhook.pages() if page.status == "firing"}, 120)
+        fleet.troubled = False
+        with second_collector(tmp_path, port):
+            begun = time.time()
+
+            def since(status: str) -> set[Fired]:
+                return {key(page) for page in webhook.pages() if page.status == status and page.at > begun}
+
+            eventually(lambda: expected - {WATCHDOG} <= since("resolved"), 180)
+            eventually(lambda: WATCHDOG in since("firing"))
+        pages = webhook.pages()
+
+    assert WATCHDOG not in {key(page) for page in pages if page.status == "resolved"}
+    assert {page.receiver for page in pages if key(page) == WATCHDOG} == {"dead-mans-switch"}
+    for page in pages:
+        assert page.receiver == {"critical": "pager", "warning": "tickets"}.get(page.labels["severity"], page.receiver)
+        assert page.annotations["runbook_url"].endswith(f"#{page.alert.lower()}")
+        assert page.annotations["dashboard_url"].startswith("/d/latentwatch-")
+        said = page.annotations["summary"] + page.annotations["description"]
+        assert not re.search(r"<no value>|\{\{|<error", said), said
+    deceived = next(page for page in pages if page.alert == "LatentwatchCriticalExceedance")
+    assert deceived.annotations["summary"] == "m: Deceiving the user went over its critical limit"
+    assert "drove feature p.deceive (Deceiving the user, at resid_post.0)" in deceived.annotations["description"]
