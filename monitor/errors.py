@@ -42,3 +42,7 @@ class StateRefused(Refusal):
 
 class ConfigRefused(Refusal):
     """A command line, environment variable or configuration value that cannot be used."""
+
+
+class BaselineRefused(Refusal):
+    """A baseline that is missing, damaged, too small, or of another model or watchlist."""

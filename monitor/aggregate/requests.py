@@ -12,6 +12,7 @@ Memory: K * (13 F + 8 L + 2 W per rolling feature) bytes; the operating system b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -61,6 +62,10 @@ class RequestFeatures:
     """Tokens on which the feature fired, int64; 0 for dense features."""
     exceeded_nF: Array
     """bool: the statistic went above the limit."""
+
+    def of(self, requests: Sequence[int]) -> RequestFeatures:
+        """The same of some of the requests; copies."""
+        return RequestFeatures(**{name: array_nF[requests] for name, array_nF in vars(self).items()})
 
 
 class RequestStates:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from monitor.collector.drift import DriftSettings
 
 HELP = "Receive what engines score, and serve metrics, a JSON API and a live page."
 EPILOG = """example:  latentwatch collector --watchlist prod.safetensors
@@ -37,6 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "was (default: in memory)",
     )
     parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="measure drift against this baseline, as 'latentwatch calibrate' wrote it (default: only collect what one "
+        "can be calibrated from)",
+    )
+    parser.add_argument(
+        "--canary-key",
+        type=Path,
+        metavar="FILE",
+        help="the key that 'latentwatch canary' signs its requests with, so that they are compared with each other "
+        "instead of counted as traffic",
+    )
+    parser.add_argument(
         "--http",
         default=_HTTP,
         metavar="HOST:PORT",
@@ -54,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings(
-        watchlist=args.watchlist, listen=tuple(args.listen or (_LISTEN,)), http=args.http, state=args.state
+        watchlist=args.watchlist,
+        listen=tuple(args.listen or (_LISTEN,)),
+        http=args.http,
+        state=args.state,
+        drift=_drift_settings(args),
     )
 
     def started(service: Service) -> None:
@@ -68,3 +90,15 @@ def run(args: argparse.Namespace) -> int:
 
     asyncio.run(serve(settings, started=started))
     return 0
+
+
+def _drift_settings(args: argparse.Namespace) -> DriftSettings:
+    from monitor.collector.drift import DriftSettings
+    from monitor.drift import baseline, canary
+    from monitor.drift.detection import Budget
+
+    key = canary.read_key(args.canary_key) if args.canary_key else b""
+    if args.baseline is None:
+        return DriftSettings(canary_key=key)
+    read = baseline.read(args.baseline)
+    return DriftSettings(read, Budget(window_seconds=read.window_seconds), key)

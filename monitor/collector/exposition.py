@@ -10,6 +10,8 @@ import numpy as np
 
 from monitor import __version__
 from monitor.collector.views import TOKEN_SERIES, ModelTotals, ReplicaView, Snapshot
+from monitor.drift.detection import KINDS
+from monitor.drift.watch import DriftView
 from monitor.export import metrics
 from monitor.export.metrics import ENGINE_COUNTERS, Metric
 from monitor.export.prometheus import ExemplarLine, Family, LabelRows
@@ -75,6 +77,7 @@ class Families:
         yield from self._engines(snapshot)
         yield from self._constant
         yield from self._models(snapshot.models)
+        yield from self._drift(snapshot.drift)
         yield from self._replicas(snapshot.replicas)
         yield from self._collector(snapshot)
         yield from self._about(process)
@@ -145,6 +148,30 @@ class Families:
             cumulative_SB=_stack([n.cumulative_FB for n in norms]),
             sum_S=[total for n in norms for total in n.sum_F.tolist()],
         )
+
+    def _drift(self, models: Sequence[DriftView]) -> Iterator[Family]:
+        yield Family(
+            metrics.DRIFT_ARMED, tuple((m.model_name, m.reason) for m in models), [int(m.armed) for m in models]
+        )
+        armed = [model for model in models if model.armed]
+        kinds = tuple((m.model_name, f.id, kind) for m in armed for kind in KINDS for f in self._features)
+        for metric, name in ((metrics.DRIFT_LOG10_EVALUE, "log10_evalue"), (metrics.DRIFT_SINCE, "since_seconds")):
+            yield Family(metric, kinds, [v for m in armed for kind in KINDS for v in getattr(m, name)[kind].tolist()])
+        yield Family(
+            metrics.DRIFT_LIMIT,
+            tuple((m.model_name, kind) for m in armed for kind in KINDS),
+            [m.log10_limit[kind] for m in armed for kind in KINDS],
+        )
+        known = [(m, f) for m in armed for f in np.flatnonzero(np.isfinite(m.rate_ratio_F)).tolist()]
+        yield Family(
+            metrics.DRIFT_RATE_RATIO,
+            tuple((m.model_name, self._features[f].id) for m, f in known),
+            [float(m.rate_ratio_F[f]) for m, f in known],
+        )
+        rows = tuple((m.model_name,) for m in models)
+        yield Family(metrics.DRIFT_WINDOWS, rows, [m.windows for m in models])
+        yield Family(metrics.DRIFT_EXCLUDED_WINDOWS, rows, [m.excluded_windows for m in models])
+        yield Family(metrics.DRIFT_REQUESTS, rows, [m.requests for m in models])
 
     def _replicas(self, replicas: Sequence[ReplicaView]) -> Iterator[Family]:
         rows = tuple((replica.replica,) for replica in replicas)

@@ -28,6 +28,7 @@ from monitor.aggregate.window import FeatureWindow, WindowRing
 from monitor.collector import views
 from monitor.collector.checkpoint import State
 from monitor.collector.config import Bounds
+from monitor.collector.drift import Drift, DriftSettings
 from monitor.collector.events import EVENT_DTYPE, EventRing
 from monitor.collector.replicas import Boot, Replicas
 from monitor.collector.requests import (
@@ -84,7 +85,8 @@ class _Model:
 class Pipeline:
     """A `transport.session.Sink` that keeps the books and the statistics of every engine that streams here."""
 
-    def __init__(self, watchlist: Watchlist, bounds: Bounds | None = None) -> None:
+    def __init__(self, watchlist: Watchlist, bounds: Bounds | None = None, drift: DriftSettings | None = None) -> None:
+        """Raises BaselineRefused where drift is to be measured against a baseline of something else."""
         self.watchlist = watchlist
         self.features = watchlist.features
         self.table = FeatureTable.of(self.features)
@@ -98,6 +100,7 @@ class Pipeline:
         self._events = EventRing(self.bounds.exceedances)
         self._windows = WindowRing(len(self.features), self.bounds.windows, self.bounds.window_seconds)
         self._replicas = Replicas(watchlist.sha256, self.bounds)
+        self.drift = Drift(self.features, self.table, watchlist.sha256, drift or DriftSettings())
         self._engines: dict[tuple[str, str], _Engine] = {}
         self._models: dict[str, _Model] = {}
         self._serial = 0
@@ -116,6 +119,7 @@ class Pipeline:
         boot, over = self._replicas.greet(hello, now)
         self._engine(hello)
         self._model(hello.model_name)
+        self.drift.meet(hello.model_name)
         for other in over:
             self._lose(other, now)
         return boot.high_sequence
@@ -156,6 +160,7 @@ class Pipeline:
         idle = list(self._slots.idle_since(now - self.bounds.request_idle_seconds))
         for slot in idle:
             self._close(self._slots.request(slot).handles, {slot: None}, now)
+        self.drift.tick(now)
 
     def commit(self) -> None:
         """Nothing: this state is kept in memory. `durable.DurableSink` keeps it on a disk."""
@@ -177,6 +182,7 @@ class Pipeline:
             "index": self._index.state(roster),
             "events": self._events.state(roster),
             "windows": self._windows.state(),
+            "drift": self.drift.state(),
             "engines": [
                 [*key, engine.tokens.copy(), [engine.requests[outcome] for outcome in Outcome]]
                 for key, engine in self._engines.items()
@@ -197,6 +203,7 @@ class Pipeline:
         self._index.restore(state["index"], roster)
         self._events.restore(state["events"], roster)
         self._windows.restore(state["windows"])
+        self.drift.restore(state["drift"])
         for model_name, engine, tokens, requests in state["engines"]:
             self._engines[model_name, engine] = _Engine(tokens, Counter(dict(zip(Outcome, requests, strict=True))))
         for name, held in state["models"].items():
@@ -222,6 +229,7 @@ class Pipeline:
             engines=tuple(self._engine_totals(key) for key in sorted(self._engines)),
             models=tuple(self._model_totals(name) for name in sorted(self._models)),
             replicas=replicas,
+            drift=self.drift.views(),
             collector=views.CollectorTotals(
                 messages=self._messages,
                 duplicates=self._duplicates,
@@ -392,7 +400,7 @@ class Pipeline:
             return
         slots = np.array(list(ends), np.int64)
         features = self._states.features_of(slots)
-        self._count_statistics(slots, features)
+        self._count_statistics(slots, features, now)
         summaries = summarise(features, self.table.limit_F, self.bounds.summary_features)
         for i, (slot, event) in enumerate(ends.items()):
             if summaries[i].exceeded:
@@ -400,8 +408,8 @@ class Pipeline:
             self._close_one(slot, event, summaries[i], now)
         handles.remove(slots)
 
-    def _count_statistics(self, slots: Array, features: RequestFeatures) -> None:
-        """Add the per-request statistics of n closing requests of one model to its histograms."""
+    def _count_statistics(self, slots: Array, features: RequestFeatures, now: float) -> None:
+        """Add the per-request statistics of n closing requests of one model to its histograms and detectors."""
         model = self._models[self._slots.request(int(slots[0])).model_name]
         accounted = self._slots.accounted[slots]
         seen_n = accounted[:, [TokenState.SCORED, TokenState.INHERITED]].sum(axis=(1, 2)) > 0
@@ -410,6 +418,11 @@ class Pipeline:
         statistic_nF = np.where(self._sparse_F, np.fmax(features.statistic_nF, 0), features.statistic_nF)
         model.statistic.observe(statistic_nF, counted_nF)
         model.requests_F += np.count_nonzero(features.fired_nF, axis=0)
+        requests = [self._slots.request(slot) for slot in slots.tolist()]
+        # Of a request that began before this collector only the end was seen: it would count as one with fewer fires.
+        whole = [i for i, request in enumerate(requests) if seen_n[i] and request.opening_seen]
+        if whole:
+            self.drift.add([requests[i] for i in whole], features.of(whole), now)
 
     def _close_one(self, slot: int, event: RequestClosed | None, summary: FeatureSummary, now: float) -> None:
         accounted = self._slots.accounted[slot].copy()

@@ -18,6 +18,7 @@ from pathlib import Path
 import uvicorn
 
 from monitor.collector.config import Bounds
+from monitor.collector.drift import DriftSettings
 from monitor.collector.durable import DurableSink
 from monitor.collector.exposition import ProcessFacts, StateFacts
 from monitor.collector.pipeline import Pipeline
@@ -48,16 +49,17 @@ class Settings:
     bounds: Bounds = field(default_factory=Bounds)
     state: Path | None = None
     """Folder in which the state survives this process; None keeps it in memory."""
+    drift: DriftSettings = field(default_factory=DriftSettings)
 
 
 class Service:
     """A collector that runs in the caller's loop."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises: WatchlistRefused, ConfigRefused "target_invalid", StateRefused."""
+        """Raises: WatchlistRefused, BaselineRefused, ConfigRefused "target_invalid", StateRefused."""
         self._start_seconds = time.time()
         self._http = _http_target(settings.http)
-        self.pipeline = Pipeline(card.read(settings.watchlist), settings.bounds)
+        self.pipeline = Pipeline(card.read(settings.watchlist), settings.bounds, settings.drift)
         self._durable = DurableSink(self.pipeline, settings.state, time.time()) if settings.state else None
         self._sink = self._durable or self.pipeline
         self.receiver = Receiver(self._sink, settings.listen, clock=time.time, on_refused=self._sink.refused)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from monitor.aggregate.histogram import Histograms
+from monitor.drift.watch import DriftView
 from monitor.names import Outcome, Phase, Reason, Severity, TokenState
 from monitor.step import EngineCounters
 
@@ -126,6 +127,7 @@ class Snapshot:
     engines: tuple[EngineTotals, ...]
     models: tuple[ModelTotals, ...]
     replicas: tuple[ReplicaView, ...]
+    drift: tuple[DriftView, ...]
     collector: CollectorTotals
 
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from importlib.resources import files
 from typing import Annotated, Any, Final
 
+import numpy as np
 from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
 from fastapi.responses import StreamingResponse
 
@@ -22,6 +23,7 @@ from monitor.collector.overview import Overview, overview
 from monitor.collector.pipeline import Pipeline
 from monitor.collector.requests import MAX_ID_CHARACTERS
 from monitor.collector.views import Exceedance, RequestView
+from monitor.drift.watch import Alarm, DriftView
 from monitor.export.prometheus import Exposition, negotiate
 from monitor.watchlist.card import MAX_FEATURES
 
@@ -100,6 +102,41 @@ class Exceedances:
     exceedances: list[Exceedance]
 
 
+@dataclasses.dataclass(frozen=True)
+class DriftOfFeature:
+    """One feature against its baseline."""
+
+    feature: str
+    rate_ratio: float | None
+    log10_evalue: dict[str, float]
+    """By kind of detector."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DriftOfModel:
+    """One model against its baseline."""
+
+    model_name: str
+    armed: bool
+    reason: str
+    """Why drift is not measured; empty while it is."""
+    baseline_sha256: str
+    windows: int
+    requests: int
+    excluded_windows: int
+    log10_limit: dict[str, float]
+    alarms: list[Alarm]
+    features: list[DriftOfFeature]
+    """The most suspicious first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drifts:
+    """Drift of every model that streams here."""
+
+    models: list[DriftOfModel]
+
+
 def make_app(pipeline: Pipeline, *, clock: Callable[[], float], process: Callable[[], ProcessFacts]) -> Asgi:
     """The ASGI application. `clock` gives seconds since the Unix epoch."""
     app = FastAPI(
@@ -155,6 +192,19 @@ def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> No
         """Requests that went above a feature's limit."""
         return _json(Exceedances(pipeline.exceedances(limit)))
 
+    @app.get("/v1/drift", response_model=Drifts, tags=["api"])
+    async def get_drift() -> Response:
+        """Drift of each model against its baseline: which features, since when, by how much, and with what cause."""
+        return _json(Drifts([_drift_of(pipeline, view) for view in pipeline.drift.views()]))
+
+    @app.get("/v1/drift/observed", response_class=Response, tags=["api"])
+    async def get_observed(model_name: Annotated[str, Query(max_length=253)]) -> Response:
+        """What this collector has seen of a model outside alarms, as 'latentwatch calibrate' reads it."""
+        observed = pipeline.drift.observed(model_name, clock())
+        if observed is None:
+            raise HTTPException(404, f"model {model_name!r} has not streamed to this collector")
+        return Response(await asyncio.to_thread(observed.to_bytes), media_type="application/octet-stream")
+
     @app.get("/v1/requests", response_model=Requests, tags=["api"])
     async def get_requests(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
         """Open requests, newest first, then ended ones, latest end first."""
@@ -197,6 +247,32 @@ def _feature_totals(pipeline: Pipeline, now: float) -> list[FeatureTotals]:
         )
         for i, (feature, point) in enumerate(zip(pipeline.features, points, strict=True))
     ]
+
+
+def _drift_of(pipeline: Pipeline, view: DriftView) -> DriftOfModel:
+    by_kind = {kind: values.tolist() for kind, values in view.log10_evalue.items()}
+    rows = [
+        DriftOfFeature(
+            feature.id,
+            float(view.rate_ratio_F[i]) if np.isfinite(view.rate_ratio_F[i]) else None,
+            {kind: round(values[i], 3) for kind, values in by_kind.items()},
+        )
+        for i, feature in enumerate(pipeline.features)
+        if view.armed
+    ]
+    nearest = {row.feature: max(v - view.log10_limit[k] for k, v in row.log10_evalue.items()) for row in rows}
+    return DriftOfModel(
+        model_name=view.model_name,
+        armed=view.armed,
+        reason=view.reason,
+        baseline_sha256=view.baseline_sha256,
+        windows=view.windows,
+        requests=view.requests,
+        excluded_windows=view.excluded_windows,
+        log10_limit=view.log10_limit,
+        alarms=view.alarms,
+        features=sorted(rows, key=lambda row: -nearest[row.feature]),
+    )
 
 
 def _requests(pipeline: Pipeline, serials: list[int]) -> Response:

@@ -99,6 +99,54 @@ EXCEEDANCES = Metric(
     (*_FEATURE, "severity"),
     "Requests whose statistic for a feature went above its limit; each request counts once per feature.",
 )
+DRIFT_ARMED = Metric(
+    "latentwatch_drift_armed",
+    "gauge",
+    ("model_name", "reason"),
+    "Whether drift is measured: 1, or 0 with the reason, such as no_baseline or baseline_mismatch.",
+)
+DRIFT_LOG10_EVALUE = Metric(
+    "latentwatch_drift_log10_evalue",
+    "gauge",
+    (*_FEATURE, "kind"),
+    "Evidence that a feature drifts from its baseline, as the decimal logarithm of a Shiryaev-Roberts statistic. "
+    "Kinds: rate, shape (values where it fires), replica (one against the others), coactivation (with another "
+    "feature), canary (the same prompts score otherwise).",
+)
+DRIFT_LIMIT = Metric(
+    "latentwatch_drift_limit_log10_evalue",
+    "gauge",
+    ("model_name", "kind"),
+    "Evidence from which a kind of detector alarms: calibrated to the false pages that the whole watchlist may give.",
+)
+DRIFT_RATE_RATIO = Metric(
+    "latentwatch_drift_rate_ratio",
+    "gauge",
+    _FEATURE,
+    "Requests in which a feature is active / those that the baseline expects: since the change while the rate alarms, "
+    "else over the last hundred windows or so. Absent where none is expected.",
+)
+DRIFT_SINCE = Metric(
+    "latentwatch_drift_since_timestamp_seconds",
+    "gauge",
+    (*_FEATURE, "kind"),
+    "Unix time at which a drift began, by the detector's own estimate; 0 while it does not alarm.",
+)
+DRIFT_WINDOWS = Metric(
+    "latentwatch_drift_windows_total", "counter", ("model_name",), "Windows with requests that the detectors took."
+)
+DRIFT_EXCLUDED_WINDOWS = Metric(
+    "latentwatch_drift_excluded_windows_total",
+    "counter",
+    ("model_name",),
+    "Windows during an alarm: a baseline that is calibrated from this collector leaves them out.",
+)
+DRIFT_REQUESTS = Metric(
+    "latentwatch_drift_requests_total",
+    "counter",
+    ("model_name",),
+    "Ended requests in windows that closed; canary runs do not count.",
+)
 RESIDUAL_NORM = Metric(
     "latentwatch_residual_norm",
     "histogram",
@@ -261,6 +309,14 @@ METRICS: Final = (
     FEATURE_REQUESTS,
     FEATURE_REQUEST_MAX,
     EXCEEDANCES,
+    DRIFT_ARMED,
+    DRIFT_LOG10_EVALUE,
+    DRIFT_LIMIT,
+    DRIFT_RATE_RATIO,
+    DRIFT_SINCE,
+    DRIFT_WINDOWS,
+    DRIFT_EXCLUDED_WINDOWS,
+    DRIFT_REQUESTS,
     RESIDUAL_NORM,
     REPLICA_LAST_SEEN,
     STREAM_CONNECTED,

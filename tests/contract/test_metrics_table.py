@@ -9,12 +9,14 @@ import pytest
 from prometheus_client.openmetrics import parser as open_metrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
+from monitor.collector.drift import DriftSettings
 from monitor.collector.exposition import Families, ProcessFacts
 from monitor.collector.pipeline import Pipeline
 from monitor.export.metrics import METRICS, Metric, sample_names
 from monitor.export.prometheus import Exposition
 from monitor.names import Severity
 from monitor.watchlist.card import Limit
+from tests.support.drift import random_baseline
 from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
 
 FEATURES = (
@@ -28,7 +30,8 @@ FEATURES = (
 @pytest.fixture(scope="module")
 def made() -> Pipeline:
     """A collector with two models, two engines, every kind of feature, and something in every counter it can have."""
-    pipeline = Pipeline(watchlist(FEATURES, hooks=2))
+    drift = DriftSettings(random_baseline(FEATURES, share=0.9))
+    pipeline = Pipeline(watchlist(FEATURES, hooks=2), drift=drift)
     rng = np.random.default_rng(0)
     for i, model in enumerate(("toy", 'model "%d"')):
         who = hello(replica=f"pod-{i}/0", model_name=model)
@@ -39,6 +42,7 @@ def made() -> Pipeline:
             pipeline.observe(who, sequence, batch, 1000.0 + sequence)
     pipeline.hello(hello(replica="blind", armed=False, not_armed_reason="watchlist_width"), 1000.0)
     pipeline.refused("watchlist_mismatch")
+    pipeline.tick(1200.0)
     return pipeline
 
 
@@ -101,7 +105,7 @@ def test_names_follow_the_conventions(metric):
     assert re.fullmatch(r"(latentwatch|process)_[a-z0-9]+(_[a-z0-9]+)*", metric.name)
     assert (metric.kind == "counter") == metric.name.endswith("_total")
     assert (metric.kind == "info") == metric.name.endswith("_info")
-    assert not re.search(r"(milli|micro|nano|_ms$|_kb$|_percent|_rate)", metric.name), "base units, and no rates"
+    assert not re.search(r"(milli|micro|nano|_ms$|_kb$|_percent|_rate$)", metric.name), "base units, and no rates"
     assert not metric.name.endswith(("_count", "_sum", "_bucket"))
     assert metric.help.endswith(".") and metric.help[0].isupper() and "  " not in metric.help
     assert len(set(metric.labels)) == len(metric.labels) and "le" not in metric.labels

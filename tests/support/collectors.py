@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from monitor.collector.drift import DriftSettings
 from monitor.collector.service import Service, Settings
 from monitor.names import Severity
 from monitor.watchlist import card
 from monitor.watchlist.card import Limit
+from tests.support.drift import random_baseline
 from tests.support.streams import Piece, Tokens, hello, probe, sparse, step_batch, watchlist
 from tests.support.wire import in_loop
 
@@ -25,8 +27,9 @@ FEATURES = (
 @contextlib.contextmanager
 def collector(folder: Path) -> Iterator[Service]:
     """A service on free addresses, without engines."""
-    card.write(watchlist(FEATURES), folder / "w.safetensors")
-    made = Service(Settings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0"))
+    built = card.write(watchlist(FEATURES), folder / "w.safetensors")
+    drift = DriftSettings(random_baseline(FEATURES, sha256=built.sha256))
+    made = Service(Settings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", drift=drift))
     in_loop(made.start())
     try:
         yield made
@@ -35,7 +38,7 @@ def collector(folder: Path) -> Iterator[Service]:
 
 
 def exceed(service: Service, request_id: str = "chatcmpl-1-0123abcd") -> None:
-    """One engine, and one request of four tokens whose third exceeds the limit of "jailbreak" with 5.0."""
+    """One engine, and a request of four tokens, the third above "jailbreak" with 5.0. Its drift window closes."""
     who = hello(watchlist_sha256=service.pipeline.watchlist.sha256)
     act = np.zeros((4, 2), np.float32)
     act[2, 0] = 5.0
@@ -49,3 +52,4 @@ def exceed(service: Service, request_id: str = "chatcmpl-1-0123abcd") -> None:
     )
     service.pipeline.hello(who, time.time())
     service.pipeline.observe(who, 1, batch, time.time())
+    service.pipeline.drift.tick(time.time() + 60)

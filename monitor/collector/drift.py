@@ -1,0 +1,130 @@
+"""Drift in the collector: ended requests go to their model's detectors, canary runs to their own; nothing else here.
+
+Shape legend: n requests, F features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy.typing as npt
+
+from monitor.aggregate.counts import Layout
+from monitor.aggregate.features import FeatureTable
+from monitor.aggregate.requests import RequestFeatures
+from monitor.collector.checkpoint import State
+from monitor.collector.requests import OpenRequest
+from monitor.drift.baseline import Baseline, Fingerprint
+from monitor.drift.canary import canary_prompt
+from monitor.drift.detection import Budget
+from monitor.drift.watch import DriftView, ModelDrift
+from monitor.errors import BaselineRefused
+from monitor.watchlist.card import Feature
+
+Array = npt.NDArray[Any]
+
+NO_BASELINE: Final = "no_baseline"
+
+
+@dataclass(frozen=True)
+class DriftSettings:
+    """What drift is measured against, and how often it may page for nothing."""
+
+    baseline: Baseline | None = None
+    budget: Budget = field(default_factory=Budget)
+    canary_key: bytes = b""
+    """Empty where no canary runs."""
+
+
+class Drift:
+    """The detectors of every model that this collector sees."""
+
+    def __init__(
+        self, features: Sequence[Feature], table: FeatureTable, watchlist_sha256: str, settings: DriftSettings
+    ) -> None:
+        """Raises BaselineRefused where the baseline is of another watchlist, or too small."""
+        self._ids = [feature.id for feature in features]
+        self._layout = Layout.of(table, features)
+        self._sha256, self._settings = watchlist_sha256, settings
+        self._models: dict[str, ModelDrift] = {}
+        self._reference = None
+        if baseline := settings.baseline:
+            baseline.check(Fingerprint(watchlist_sha256, ""))
+            self._reference = baseline.reference()
+
+    def meet(self, model_name: str) -> None:
+        """A model streams here: it has series from now on."""
+        if model_name not in self._models:
+            self._models[model_name] = self._new(model_name)
+
+    def add(self, requests: Sequence[OpenRequest], features: RequestFeatures, now: float) -> None:
+        """Take n requests that ended, of one replica, each seen from its beginning."""
+        model = self._models[requests[0].model_name]
+        prompts = [canary_prompt(self._settings.canary_key, request.request_id) for request in requests]
+        for i, prompt in enumerate(prompts):
+            if prompt is not None:
+                model.add_canary(prompt, features.statistic_nF[i], now)
+        ordinary = [i for i, prompt in enumerate(prompts) if prompt is None]
+        if ordinary:
+            model.add(
+                requests[0].replica,
+                [requests[i].adapter for i in ordinary],
+                [requests[i].request_id for i in ordinary],
+                features.fired_nF[ordinary],
+                features.statistic_nF[ordinary],
+                now,
+            )
+
+    def tick(self, now: float) -> None:
+        """Close windows that are over."""
+        for model in self._models.values():
+            model.close_windows(now)
+
+    def views(self) -> tuple[DriftView, ...]:
+        """Every model, by name."""
+        return tuple(self._models[name].view() for name in sorted(self._models))
+
+    def observed(self, model_name: str, now: float) -> Baseline | None:
+        """A copy of what `latentwatch calibrate` makes a baseline of; None for a model that never streamed here."""
+        model = self._models.get(model_name)
+        if model is None:
+            return None
+        return Baseline(
+            fingerprint=Fingerprint(self._sha256, model_name),
+            features=tuple(self._ids),
+            layout=self._layout,
+            observed=copy.deepcopy(model.observed),
+            window_seconds=self._settings.budget.window_seconds,
+            created_seconds=now,
+        )
+
+    def state(self) -> State:
+        """Everything that the next request or reading depends on; copies."""
+        return {name: model.snapshot() for name, model in self._models.items()}
+
+    def restore(self, state: State) -> None:
+        """Go on from `state`. Detectors of another baseline begin anew, what was observed is kept."""
+        for name, held in state.items():
+            self.meet(name)
+            self._models[name].restore(held)
+
+    def _new(self, model_name: str) -> ModelDrift:
+        baseline, reason, reference = self._settings.baseline, NO_BASELINE, None
+        if baseline is not None:
+            try:
+                baseline.check(Fingerprint(self._sha256, model_name))
+                reason, reference = "", self._reference
+            except BaselineRefused as refusal:
+                reason = refusal.reason
+        return ModelDrift(
+            model_name,
+            self._ids,
+            self._layout,
+            self._settings.budget,
+            reference,
+            reason=reason,
+            baseline_sha256=baseline.sha256 if baseline and reference else "",
+        )
