@@ -1,0 +1,93 @@
+{{/* What is added to a vLLM pod, whether this chart made it or you did. */}}
+
+{{- define "latentwatch.pluginFolder" -}}/opt/latentwatch/plugin{{- end -}}
+
+{{- define "latentwatch.injectedInitContainers" -}}
+{{- if eq .Values.injection.method "initContainer" }}
+- name: latentwatch-plugin
+  image: {{ include "latentwatch.image" (list .Values.image .Chart.AppVersion) | quote }}
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  command: [cp, -R, {{ include "latentwatch.pluginFolder" . }}/., /plugin/]
+  resources:
+    {{- toYaml .Values.injection.resources | nindent 4 }}
+  securityContext:
+    {{- include "latentwatch.containerSecurityContext" . | nindent 4 }}
+  volumeMounts:
+    - name: latentwatch-plugin
+      mountPath: /plugin
+{{- end }}
+{{- if eq .Values.mode "sidecar" }}
+# Starts before vLLM and ends after it, so that the engine can deliver its last scores.
+- name: latentwatch-collector
+  restartPolicy: Always
+  {{- include "latentwatch.collectorContainer" . | nindent 2 }}
+  # A container that keeps ending makes its pod unready, and a watched server would stop serving because its watcher is broken. So the
+  # collector starts again inside the container, which has no probes for the same reason; LatentwatchCollectorDown says that it is down.
+  command:
+    - /bin/sh
+    - -c
+    - |
+      trap 'kill "$pid" 2>/dev/null; wait "$pid"; exit 0' TERM INT
+      while :; do
+        latentwatch collector "$@" &
+        pid=$!
+        wait "$pid"
+        echo "latentwatch collector ended with code $?; it starts again in 10 seconds" >&2
+        sleep 10 &
+        pid=$!
+        wait "$pid"
+      done
+    - latentwatch
+  args:
+    {{- include "latentwatch.collectorArgs" . | nindent 4 }}
+  ports:
+    - name: lw-http
+      containerPort: {{ .Values.collector.httpPort }}
+  volumeMounts:
+    - name: latentwatch-run
+      mountPath: /run/latentwatch
+    {{- include "latentwatch.collectorMounts" . | nindent 4 }}
+{{- end }}
+{{- end -}}
+
+{{- define "latentwatch.injectedEnv" -}}
+- name: LATENTWATCH_WATCHLIST
+  value: {{ include "latentwatch.watchlistPath" . | quote }}
+- name: LATENTWATCH_COLLECTOR
+  value: {{ ternary "unix:///run/latentwatch/collector.sock" (include "latentwatch.gatewayAddress" .) (eq .Values.mode "sidecar") | quote }}
+- name: LATENTWATCH_REPLICA
+  valueFrom:
+    fieldRef:
+      fieldPath: metadata.name
+{{- if eq .Values.injection.method "initContainer" }}
+- name: PYTHONPATH
+  value: {{ list (include "latentwatch.pluginFolder" .) .Values.injection.pythonPath | compact | join ":" | quote }}
+{{- end }}
+{{- end -}}
+
+{{- define "latentwatch.injectedMounts" -}}
+{{ include "latentwatch.watchlistMount" . }}
+{{- if eq .Values.injection.method "initContainer" }}
+- name: latentwatch-plugin
+  mountPath: {{ include "latentwatch.pluginFolder" . }}
+  readOnly: true
+{{- end }}
+{{- if eq .Values.mode "sidecar" }}
+- name: latentwatch-run
+  mountPath: /run/latentwatch
+{{- end }}
+{{- end -}}
+
+{{- define "latentwatch.injectedVolumes" -}}
+{{- if eq .Values.mode "sidecar" }}
+{{ include "latentwatch.collectorVolumes" . }}
+- name: latentwatch-run
+  emptyDir: {}
+{{- else }}
+{{ include "latentwatch.watchlistVolume" . }}
+{{- end }}
+{{- if eq .Values.injection.method "initContainer" }}
+- name: latentwatch-plugin
+  emptyDir: {}
+{{- end }}
+{{- end -}}

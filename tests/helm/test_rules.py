@@ -1,0 +1,69 @@
+"""The chart's PrometheusRules and dashboards are what dashboards/ holds, and Prometheus' own tool takes them."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from pathlib import Path
+
+import yaml
+from helm_python import chart as helm_chart
+
+from tests.support import chart
+from tests.support.engines import ROOT
+from tests.support.real import program
+
+RULES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "dashboards" / "rules").glob("*.yaml")}
+
+
+def rendered(**over: object) -> dict[str, chart.Object]:
+    found = chart.objects(chart.least(prometheusRule={"enabled": True, **over}))
+    return {
+        one["metadata"]["name"].removeprefix(f"{chart.RELEASE}-latentwatch-"): one["spec"]
+        for one in chart.of_kind(found, "PrometheusRule")
+    }
+
+
+def test_the_rules_are_those_of_the_repository():
+    assert rendered() == RULES
+
+
+def test_promtool_accepts_what_is_rendered(tmp_path: Path):
+    for name, spec in rendered(runbookUrl="https://wiki.example.org/latentwatch", disabled=["Watchdog"]).items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(spec))
+    files = [str(path) for path in tmp_path.iterdir()]
+    ran = subprocess.run([program("promtool"), "check", "rules", *files], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_a_runbook_address_changes_every_link_and_nothing_else():
+    there = rendered(runbookUrl="https://wiki.example.org/latentwatch")
+    links = [rule["annotations"]["runbook_url"] for spec in there.values() for rule in alerts(spec)]
+    assert links
+    assert all(
+        link.startswith("https://wiki.example.org/latentwatch#latentwatch") for link in links if "watchdog" not in link
+    )
+    back = yaml.safe_load(
+        yaml.safe_dump(there).replace("https://wiki.example.org/latentwatch", "dashboards/runbook.md")
+    )
+    assert back == RULES
+
+
+def test_a_disabled_alert_is_left_out_and_no_other():
+    left = [rule["alert"] for spec in rendered(disabled=["Watchdog"]).values() for rule in alerts(spec)]
+    assert left == [rule["alert"] for spec in RULES.values() for rule in alerts(spec) if rule["alert"] != "Watchdog"]
+
+
+def alerts(spec: chart.Object) -> list[chart.Object]:
+    return [rule for group in spec["groups"] for rule in group["rules"] if "alert" in rule]
+
+
+def test_the_packaged_chart_holds_the_files_themselves(tmp_path: Path):
+    """In the repository they are links, which nothing outside it could follow."""
+    archive = helm_chart.package(chart.HELM, destination=tmp_path)
+    with tarfile.open(archive) as packed:
+        members = {member.name.removeprefix("latentwatch/"): member for member in packed.getmembers()}
+    assert {f"files/rules/{name}.yaml" for name in RULES} <= set(members)
+    assert all(member.isfile() for member in members.values())
+    assert not [name for name in members if "tests/" in name and not name.startswith("templates/")]
+    assert not {"Containerfile", "Containerfile.vllm"} & set(members)
