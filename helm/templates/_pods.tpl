@@ -63,6 +63,7 @@ seccompProfile:
 {{- else }}
 - --listen={{ .Values.collector.bindAddress }}:{{ .Values.collector.grpcPort }}
 {{- end }}
+- --state=/var/lib/latentwatch/state
 - --http={{ .Values.collector.bindAddress }}:{{ .Values.collector.httpPort }}
 {{- range .Values.collector.extraArgs }}
 - {{ . | quote }}
@@ -85,6 +86,8 @@ securityContext:
 
 {{- define "latentwatch.collectorMounts" -}}
 {{ include "latentwatch.watchlistMount" . }}
+- name: latentwatch-data
+  mountPath: /var/lib/latentwatch
 - name: latentwatch-tmp
   mountPath: /tmp
 {{- with .Values.collector.extraVolumeMounts }}
@@ -94,6 +97,15 @@ securityContext:
 
 {{- define "latentwatch.collectorVolumes" -}}
 {{ include "latentwatch.watchlistVolume" . }}
+- name: latentwatch-data
+{{- with .Values.state.persistence }}
+{{- if .enabled }}
+  persistentVolumeClaim:
+    claimName: {{ default (printf "%s-collector" (include "latentwatch.fullname" $)) .existingClaim }}
+{{- else }}
+  emptyDir: {}
+{{- end }}
+{{- end }}
 - name: latentwatch-tmp
   emptyDir: {}
 {{- with .Values.collector.extraVolumes }}

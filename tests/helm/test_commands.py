@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,7 +60,8 @@ def collector(tmp_path: Path) -> Iterator[tuple[chart.Object, list[chart.Object]
     (container,) = (c for c in containers(found) if c["name"] == "collector")
     card.write(watchlist(FEATURES), tmp_path / "watchlist.safetensors")
     assert container["command"] == ["latentwatch", "collector"]
-    argv = [argument.replace("/etc/latentwatch/watchlist", str(tmp_path)) for argument in container["args"]]
+    here = {"/etc/latentwatch/watchlist": str(tmp_path), "/var/lib/latentwatch": str(tmp_path)}
+    argv = [re.sub("|".join(here), lambda found: here[found[0]], argument) for argument in container["args"]]
     running = subprocess.Popen([sys.executable, "-m", "monitor", "collector", *argv])
     try:
         wait_for(f"http://127.0.0.1:{http}{container['startupProbe']['httpGet']['path']}", running)

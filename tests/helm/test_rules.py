@@ -6,6 +6,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import pytest
 import yaml
 from helm_python import chart as helm_chart
 
@@ -36,17 +37,22 @@ def test_promtool_accepts_what_is_rendered(tmp_path: Path):
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_a_runbook_address_changes_every_link_and_nothing_else():
-    there = rendered(runbookUrl="https://wiki.example.org/latentwatch")
-    links = [rule["annotations"]["runbook_url"] for spec in there.values() for rule in alerts(spec)]
-    assert links
-    assert all(
-        link.startswith("https://wiki.example.org/latentwatch#latentwatch") for link in links if "watchdog" not in link
-    )
-    back = yaml.safe_load(
-        yaml.safe_dump(there).replace("https://wiki.example.org/latentwatch", "dashboards/runbook.md")
-    )
-    assert back == RULES
+@pytest.mark.parametrize(
+    ("value", "annotation", "here", "there"),
+    [
+        ("runbookUrl", "runbook_url", "dashboards/runbook.md", "https://wiki.example.org/latentwatch"),
+        ("grafanaUrl", "dashboard_url", "/d/", "https://grafana.example.org/d/"),
+    ],
+)
+def test_an_address_changes_every_link_of_its_kind_and_nothing_else(value, annotation, here, there):
+    changed = rendered(**{value: there.removesuffix("/d/")})
+    for name, spec in changed.items():
+        for rule in alerts(spec):
+            link = rule["annotations"].get(annotation)
+            if link is not None:
+                assert link.startswith(there)
+                rule["annotations"][annotation] = here + link.removeprefix(there)
+        assert spec == RULES[name]
 
 
 def test_a_disabled_alert_is_left_out_and_no_other():
