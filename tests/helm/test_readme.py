@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 
@@ -31,7 +32,7 @@ def test_its_figures_are_those_of_the_tests():
 def test_the_install_command_renders():
     (install,) = (command for command in COMMANDS if command[:2] == ["helm", "install"])
     values: chart.Object = {}
-    for option, argument in zip(install, install[1:], strict=False):
+    for option, argument in itertools.pairwise(install):
         if option == "--set":
             for assignment in argument.split(","):
                 path, _, value = assignment.partition("=")
