@@ -52,7 +52,7 @@
 
 {{- define "latentwatch.injectedEnv" -}}
 - name: LATENTWATCH_WATCHLIST
-  value: {{ include "latentwatch.watchlistPath" . | quote }}
+  value: {{ include "latentwatch.artifactPath" (list "watchlist" .Values.watchlist) | quote }}
 - name: LATENTWATCH_COLLECTOR
   value: {{ ternary "unix:///run/latentwatch/collector.sock" (include "latentwatch.gatewayAddress" .) (eq .Values.mode "sidecar") | quote }}
 - name: LATENTWATCH_REPLICA
@@ -66,7 +66,7 @@
 {{- end -}}
 
 {{- define "latentwatch.injectedMounts" -}}
-{{ include "latentwatch.watchlistMount" . }}
+{{ include "latentwatch.artifactMount" (list "watchlist" .Values.watchlist) }}
 {{- if eq .Values.injection.method "initContainer" }}
 - name: latentwatch-plugin
   mountPath: {{ include "latentwatch.pluginFolder" . }}
@@ -84,7 +84,7 @@
 - name: latentwatch-run
   emptyDir: {}
 {{- else }}
-{{ include "latentwatch.watchlistVolume" . }}
+{{ include "latentwatch.artifactVolume" (list "watchlist" .Values.watchlist) }}
 {{- end }}
 {{- if eq .Values.injection.method "initContainer" }}
 - name: latentwatch-plugin

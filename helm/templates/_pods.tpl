@@ -23,45 +23,66 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
-{{- define "latentwatch.watchlistPath" -}}
-{{- $source := .Values.watchlist -}}
-/etc/latentwatch/watchlist/{{ with $source.configMap }}{{ .key }}{{ end }}{{ with $source.persistentVolumeClaim }}{{ .path }}{{ end }}{{ with $source.image }}{{ .path }}{{ end }}
+{{/* Args: "watchlist" or "baseline"; its value. Where the file is in a container. */}}
+{{- define "latentwatch.artifactPath" -}}
+{{- $source := index . 1 -}}
+/etc/latentwatch/{{ index . 0 }}/{{ with $source.configMap }}{{ .key }}{{ end }}{{ with $source.persistentVolumeClaim }}{{ .path }}{{ end }}{{ with $source.image }}{{ .path }}{{ end }}
 {{- end -}}
 
-{{- define "latentwatch.watchlistMount" -}}
-- name: latentwatch-watchlist
-  mountPath: /etc/latentwatch/watchlist
+{{/* Args: as above. */}}
+{{- define "latentwatch.artifactMount" -}}
+- name: latentwatch-{{ index . 0 }}
+  mountPath: /etc/latentwatch/{{ index . 0 }}
   readOnly: true
 {{- end -}}
 
-{{- define "latentwatch.watchlistVolume" -}}
-- name: latentwatch-watchlist
-{{- with .Values.watchlist.configMap }}
+{{/* Args: as above. */}}
+{{- define "latentwatch.artifactVolume" -}}
+- name: latentwatch-{{ index . 0 }}
+{{- with (index . 1).configMap }}
   configMap:
     name: {{ .name }}
     items:
       - key: {{ .key }}
         path: {{ .key }}
 {{- end }}
-{{- with .Values.watchlist.persistentVolumeClaim }}
+{{- with (index . 1).persistentVolumeClaim }}
   persistentVolumeClaim:
     claimName: {{ .claimName }}
     readOnly: true
 {{- end }}
-{{- with .Values.watchlist.image }}
+{{- with (index . 1).image }}
   image:
     reference: {{ .reference | quote }}
     pullPolicy: {{ default "IfNotPresent" .pullPolicy }}
 {{- end }}
 {{- end -}}
 
+{{/* Args: name of the volume; name and key of the Secret. Readable by every user: it belongs to root, a patched pod may
+     have no group of ours, and only the collector's container mounts it. */}}
+{{- define "latentwatch.secretVolume" -}}
+- name: {{ index . 0 }}
+  secret:
+    secretName: {{ (index . 1).name }}
+    defaultMode: 0444
+    items:
+      - key: {{ (index . 1).key }}
+        path: {{ (index . 1).key }}
+{{- end -}}
+
 {{/* Options of `latentwatch collector`, as a list. */}}
 {{- define "latentwatch.collectorArgs" -}}
-- --watchlist={{ include "latentwatch.watchlistPath" . }}
+- --watchlist={{ include "latentwatch.artifactPath" (list "watchlist" .Values.watchlist) }}
 {{- if eq .Values.mode "sidecar" }}
 - --listen=unix:///run/latentwatch/collector.sock
 {{- else }}
 - --listen={{ .Values.collector.bindAddress }}:{{ .Values.collector.grpcPort }}
+{{- end }}
+{{- with .Values.baseline }}
+- --baseline={{ include "latentwatch.artifactPath" (list "baseline" .) }}
+{{- end }}
+{{- with .Values.canaryKey }}
+- --canary-key=/etc/latentwatch/canary/{{ .key }}
 {{- end }}
 - --state=/var/lib/latentwatch/state
 - --http={{ .Values.collector.bindAddress }}:{{ .Values.collector.httpPort }}
@@ -85,7 +106,15 @@ securityContext:
 {{- end -}}
 
 {{- define "latentwatch.collectorMounts" -}}
-{{ include "latentwatch.watchlistMount" . }}
+{{ include "latentwatch.artifactMount" (list "watchlist" .Values.watchlist) }}
+{{- with .Values.baseline }}
+{{ include "latentwatch.artifactMount" (list "baseline" .) }}
+{{- end }}
+{{- with .Values.canaryKey }}
+- name: latentwatch-canary
+  mountPath: /etc/latentwatch/canary
+  readOnly: true
+{{- end }}
 - name: latentwatch-data
   mountPath: /var/lib/latentwatch
 - name: latentwatch-tmp
@@ -96,9 +125,15 @@ securityContext:
 {{- end -}}
 
 {{- define "latentwatch.collectorVolumes" -}}
-{{ include "latentwatch.watchlistVolume" . }}
+{{ include "latentwatch.artifactVolume" (list "watchlist" .Values.watchlist) }}
+{{- with .Values.baseline }}
+{{ include "latentwatch.artifactVolume" (list "baseline" .) }}
+{{- end }}
+{{- with .Values.canaryKey }}
+{{ include "latentwatch.secretVolume" (list "latentwatch-canary" .) }}
+{{- end }}
 - name: latentwatch-data
-{{- with .Values.state.persistence }}
+{{- with .Values.persistence }}
 {{- if .enabled }}
   persistentVolumeClaim:
     claimName: {{ default (printf "%s-collector" (include "latentwatch.fullname" $)) .existingClaim }}

@@ -108,7 +108,7 @@ def matrix() -> Iterator[tuple[str, Object]]:
                 "monitor": switches,
                 "prometheusRule": switches,
                 "networkPolicy": {"enabled": policy},
-                "state": {"persistence": {"enabled": operator and mode == "gateway"}},
+                "persistence": {"enabled": operator and mode == "gateway"},
                 "podDisruptionBudget": {"collector": switches},
             },
         )
