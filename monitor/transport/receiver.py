@@ -73,6 +73,7 @@ class _Stream:
         self.hello = hello
         self.held = held
         """Highest sequence in the state."""
+        self.reading = True
         self.unacked = 0
         """Batches observed since the last ack."""
         self.ack_due = asyncio.Event()
@@ -225,8 +226,10 @@ class Receiver:
             refusal = await _finish(reader)
             if stream.ended.done():
                 refusal = stream.ended.result()
-            await _finish(acker)
-            await self._write_ack(stream, context)
+            # Not cancelled: gRPC goes on with a write whose caller was, and refuses another one beside it.
+            stream.reading = False
+            stream.ack_due.set()
+            await acker
             if refusal is not None:
                 await self._refuse(context, refusal)
         finally:
@@ -300,9 +303,12 @@ class Receiver:
         return None
 
     async def _acknowledge(self, stream: _Stream, context: Any) -> None:
-        while True:
+        """Acknowledge whenever that is due, the last time when the stream is read no more."""
+        reading = True
+        while reading:
             await stream.ack_due.wait()
             stream.ack_due.clear()
+            reading = stream.reading
             await self._write_ack(stream, context)
 
     async def _write_ack(self, stream: _Stream, context: Any) -> None:
