@@ -116,3 +116,11 @@ def response_id(engine_request_id: str) -> str:
         if match := shape.fullmatch(engine_request_id):
             return match[1]
     return engine_request_id
+
+
+def trace_id(traceparent: str) -> str:
+    """The trace id of a W3C traceparent, empty if it is not one."""
+    parts = traceparent.split("-")
+    if len(parts) < 4 or len(parts[1]) != 32 or not set(parts[1]) <= set("0123456789abcdef") or not parts[1].strip("0"):
+        return ""
+    return parts[1]

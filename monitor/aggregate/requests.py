@@ -33,6 +33,19 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 CROSSING_DTYPE = np.dtype([("slot", "<i8"), ("feature", "<i8"), ("position", "<i8"), ("value", "<f8"), ("phase", "u1")])
 """The first token at which a request's statistic for a feature went above the limit, and the statistic there."""
 
+FEATURE_DTYPE = np.dtype(
+    [
+        ("index", "<i2"),
+        ("max", "<f4"),
+        ("position", "<i4"),
+        ("statistic", "<f4"),  # NaN for none
+        ("statistic_position", "<i4"),  # -1 for none
+        ("fired", "<i4"),
+        ("exceeded", "?"),
+    ]
+)
+"""One feature of a request, as its summary keeps it. The evidence files hold it: a change is a new format there."""
+
 
 @dataclass(frozen=True)
 class StepView:
@@ -44,6 +57,8 @@ class StepView:
     """Largest value of each feature's statistic in this step, float32; -inf where there was none."""
     crossings: Array
     """CROSSING_DTYPE, at most one per slot and feature in the whole life of a request."""
+    rows: Rows
+    """Where the step's rows belong."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +131,17 @@ class RequestStates:
         """
         table = self.table
         owner_S = owns_rows(batch.segments_S)
+        rows = Rows.of(batch.segments_S[owner_S], slot_S[owner_S])
         peak_F = np.full(table.features, NOTHING, np.uint64)
         if not owner_S.any():
             fired_F, none = np.zeros(table.features, np.int64), np.empty(0, CROSSING_DTYPE)
-            return StepView(fired_F, values(peak_F, -np.inf), none)
-        rows = _Rows.of(batch.segments_S[owner_S], slot_S[owner_S])
+            return StepView(fired_F, values(peak_F, -np.inf), none, rows)
         fired_F, crossings = self._sparse(batch.fires_N, rows, peak_F)
         found = [crossings]
         if len(table.dense_P):
             found.append(self._dense(batch.dense_RP, rows, peak_F))
         found += [self._roll(i, batch, rows, peak_F) for i in range(len(self._rolling))]
-        return StepView(fired_F, values(peak_F, -np.inf), self._first(np.concatenate(found)))
+        return StepView(fired_F, values(peak_F, -np.inf), self._first(np.concatenate(found)), rows)
 
     def features_of(self, slots: Array) -> RequestFeatures:
         """Everything known of the requests in these slots."""
@@ -150,7 +165,7 @@ class RequestStates:
         packed[:, special >= 0] = self._special[slots][:, special[special >= 0]]
         return packed
 
-    def _sparse(self, fires_N: Array, rows: _Rows, peak_F: Array) -> tuple[Array, Array]:
+    def _sparse(self, fires_N: Array, rows: Rows, peak_F: Array) -> tuple[Array, Array]:
         table, F = self.table, self.table.features
         row, feature, act = fires_N["row"], fires_N["feature"].astype(np.int64), fires_N["act"]
         slot, position = rows.slot[row], rows.position[row]
@@ -173,7 +188,7 @@ class RequestStates:
         crossings = _crossings(slot[over], feature[over], position[over], act[over], rows.phase_bit[row[over]])
         return np.bincount(feature, minlength=F).astype(np.int64), crossings
 
-    def _dense(self, score_RP: Array, rows: _Rows, peak_F: Array) -> Array:
+    def _dense(self, score_RP: Array, rows: Rows, peak_F: Array) -> Array:
         table, P = self.table, self.table.dense_P
         packed_RP = pack(score_RP, rows.position[:, None])
         if self._skips:
@@ -190,7 +205,7 @@ class RequestStates:
         row, column = row[in_phase], column[in_phase]
         return _crossings(rows.slot[row], P[column], rows.position[row], score_RP[row, column], rows.phase_bit[row])
 
-    def _roll(self, index: int, batch: StepBatch, rows: _Rows, peak_F: Array) -> Array:
+    def _roll(self, index: int, batch: StepBatch, rows: Rows, peak_F: Array) -> Array:
         group, order = self.table.rolling[index], rows.by_position
         score_RG = self._scores_of(group.features, batch)
         step = self._rolling[index].update(
@@ -231,7 +246,7 @@ class RequestStates:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The rows of a step, in wire order: which slot, position and phase each one belongs to."""
 
     slot_S: Array
@@ -243,7 +258,7 @@ class _Rows:
     phase_bit: Array
 
     @classmethod
-    def of(cls, segments_S: Array, slot_S: Array) -> _Rows:
+    def of(cls, segments_S: Array, slot_S: Array) -> Rows:
         count_S = segments_S["count"].astype(np.int64)
         first_S = np.cumsum(count_S) - count_S
         bit_S = phase_bit(segments_S["phase"])

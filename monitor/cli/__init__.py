@@ -14,6 +14,7 @@ from monitor.errors import Refusal
 VERBS: Final = {
     "demo": "monitor.cli.demo",
     "collector": "monitor.cli.collector",
+    "evidence": "monitor.cli.evidence",
     "watchlist": "monitor.cli.watchlist",
 }
 """Verb to module. A module is imported only when its help is built, and heavy libraries only inside run()."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, Final, Literal
 
@@ -30,6 +30,7 @@ from monitor.collector.checkpoint import State
 from monitor.collector.config import Bounds
 from monitor.collector.drift import Drift, DriftSettings
 from monitor.collector.events import EVENT_DTYPE, EventRing
+from monitor.collector.recorder import Keep, Recorder
 from monitor.collector.replicas import Boot, Replicas
 from monitor.collector.requests import (
     ClosedRequest,
@@ -42,7 +43,8 @@ from monitor.collector.requests import (
     bounded,
     summarise,
 )
-from monitor.names import Outcome, Phase, Reason, TokenState, response_id
+from monitor.evidence.records import Record
+from monitor.names import Outcome, Phase, Reason, TokenState, response_id, trace_id
 from monitor.step import RequestClosed, RequestOpened, StepBatch, validate
 from monitor.transport.session import Hello
 from monitor.watchlist.card import Watchlist
@@ -108,6 +110,11 @@ class Pipeline:
         self._refused: Counter[str] = Counter()
         self._messages = self._duplicates = self._lost_sequences = 0
         self._requests_evicted = self._excess_tokens = 0
+        self._recorder: Recorder | None = None
+
+    def record_to(self, sink: Callable[[Sequence[Record]], None], keep: Keep) -> None:
+        """Hand evidence to `sink` from now on; see recorder.Recorder. It must neither block nor raise."""
+        self._recorder = Recorder(self.watchlist, self._scratch + 1, sink, keep)
 
     # -- Sink
 
@@ -279,7 +286,7 @@ class Pipeline:
             model_name=request.model_name,
             engine=request.engine,
             adapter=request.adapter,
-            trace_id=views.trace_id(request.traceparent),
+            trace_id=trace_id(request.traceparent),
             outcome=_OUTCOMES[closed.outcome] if closed else "open",
             opened_seconds=request.opened_seconds,
             closed_seconds=closed.closed_seconds if closed else None,
@@ -307,8 +314,12 @@ class Pipeline:
         self._slots.account(segments[placed], slot_S[placed], now)
         view = self._states.update(batch, np.where(placed, slot_S, self._scratch))
         crossings = view.crossings[view.crossings["slot"] != self._scratch]
+        if self._recorder:
+            self._recorder.step(batch, view, crossings, self._slots.requests, now)
         if not placed.all():
             self._states.clear(np.array([self._scratch]))
+            if self._recorder:
+                self._recorder.clear(self._scratch)
         model.fired_F += view.fired_F
         if len(batch.norm_RH):
             # Without rows the columns may be absent too.
@@ -361,6 +372,8 @@ class Pipeline:
             return False
         request = self._slots.release(slot)
         request.handles.remove(np.array([slot]))
+        if self._recorder:
+            self._recorder.clear(slot)
         self._index.forget(request.serial, request.request_id)
         self._requests_evicted += 1
         return True
@@ -377,7 +390,7 @@ class Pipeline:
         for feature, crossing in newest.items():
             request = self._slots.request(int(crossing["slot"]))
             model.latest[feature] = views.Exemplar(
-                request.request_id, views.trace_id(request.traceparent), float(crossing["value"]), now
+                request.request_id, trace_id(request.traceparent), float(crossing["value"]), now
             )
 
     # -- ends of requests
@@ -432,17 +445,18 @@ class Pipeline:
         engine.requests[outcome] += 1
         if event is not None:
             self._settle(request, event, accounted, engine, now)
-        self._index.close(
-            ClosedRequest(
-                open=request,
-                outcome=outcome,
-                closed_seconds=now,
-                output_tokens=None if event is None else event.output_tokens,
-                total_tokens=None if event is None else event.total_tokens,
-                tokens=accounted.sum(axis=1),
-                features=summary,
-            )
+        closed = ClosedRequest(
+            open=request,
+            outcome=outcome,
+            closed_seconds=now,
+            output_tokens=None if event is None else event.output_tokens,
+            total_tokens=None if event is None else event.total_tokens,
+            tokens=accounted.sum(axis=1),
+            features=summary,
         )
+        self._index.close(closed)
+        if self._recorder:
+            self._recorder.close(slot, closed)
 
     def _settle(
         self, request: OpenRequest, event: RequestClosed, accounted: Array, engine: _Engine, now: float
@@ -547,7 +561,7 @@ class Pipeline:
             limit=float(self.table.limit_F[int(event["feature"])]),
             # An evicted request leaves no final peak; the crossing is then the most that is known.
             peak=float(event["value"]) if math.isnan(peak) else peak,
-            trace_id=views.trace_id(request.traceparent),
+            trace_id=trace_id(request.traceparent),
         )
 
     def _feature_of_request(self, row: tuple[Any, ...]) -> views.FeatureOfRequest:

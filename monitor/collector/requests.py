@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 import numpy as np
 import numpy.typing as npt
 
-from monitor.aggregate.requests import RequestFeatures
+from monitor.aggregate.requests import FEATURE_DTYPE, RequestFeatures
 from monitor.collector.views import rank
 from monitor.names import Outcome, Phase, TokenState, response_id
 from monitor.step import RequestOpened
@@ -124,20 +124,6 @@ class Roster:
         for row in state:
             roster.add(OpenRequest(handles=HandleMap(), **dict(zip(cls._FIELDS, row, strict=True))))
         return roster
-
-
-FEATURE_DTYPE: Final = np.dtype(
-    [
-        ("index", "<i2"),
-        ("max", "<f4"),
-        ("position", "<i4"),
-        ("statistic", "<f4"),  # NaN for none
-        ("statistic_position", "<i4"),  # -1 for none
-        ("fired", "<i4"),
-        ("exceeded", "?"),
-    ]
-)
-"""One feature of a request, as its summary keeps it."""
 
 
 @dataclass(frozen=True)

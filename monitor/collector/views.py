@@ -201,14 +201,6 @@ class RequestView:
     features_left_out: int
 
 
-def trace_id(traceparent: str) -> str:
-    """The trace id of a W3C traceparent, empty if it is not one."""
-    parts = traceparent.split("-")
-    if len(parts) < 4 or len(parts[1]) != 32 or not set(parts[1]) <= set("0123456789abcdef") or not parts[1].strip("0"):
-        return ""
-    return parts[1]
-
-
 def rank(statistic_nF: Array, limit_F: Array, exceeded_nF: Array, seen_nF: Array) -> Array:
     """Order of the features of n requests, most abnormal first, as indices [n, F].
 
