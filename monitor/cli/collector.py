@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from monitor.collector.drift import DriftSettings
+    from monitor.collector.evidence import EvidenceSettings
 
 HELP = "Receive what engines score, and serve metrics, a JSON API and a live page."
 EPILOG = """example:  latentwatch collector --watchlist prod.safetensors
@@ -54,6 +55,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the key that 'latentwatch canary' signs its requests with, so that they are compared with each other "
         "instead of counted as traffic",
     )
+    evidence = parser.add_argument_group("evidence")
+    evidence.add_argument(
+        "--evidence",
+        type=Path,
+        metavar="DIR",
+        help="write exceedances, with the activations of their requests, to this folder (default: nothing is written)",
+    )
+    evidence.add_argument(
+        "--evidence-days",
+        type=float,
+        default=30.0,
+        metavar="N",
+        help="remove evidence before it is so old (default: %(default)g)",
+    )
+    evidence.add_argument(
+        "--evidence-gib",
+        type=float,
+        default=10.0,
+        metavar="N",
+        help="remove the oldest evidence before all of it is so large (default: %(default)g)",
+    )
+    evidence.add_argument(
+        "--evidence-keep",
+        choices=("exceeded", "all"),
+        default="exceeded",
+        help="which requests to write down: those that exceeded a limit, or all (default: %(default)s)",
+    )
+    evidence.add_argument(
+        "--evidence-token",
+        type=Path,
+        metavar="FILE",
+        help="who sends this file's content as bearer token may delete over HTTP (default: command line only)",
+    )
     parser.add_argument(
         "--http",
         default=_HTTP,
@@ -77,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         http=args.http,
         state=args.state,
         drift=_drift_settings(args),
+        evidence=_evidence_settings(args) if args.evidence else None,
     )
 
     def started(service: Service) -> None:
@@ -102,3 +137,15 @@ def _drift_settings(args: argparse.Namespace) -> DriftSettings:
         return DriftSettings(canary_key=key)
     read = baseline.read(args.baseline)
     return DriftSettings(read, Budget(window_seconds=read.window_seconds), key)
+
+
+def _evidence_settings(args: argparse.Namespace) -> EvidenceSettings:
+    from monitor.collector.evidence import EvidenceSettings
+    from monitor.evidence.store import Retention
+
+    return EvidenceSettings(
+        folder=args.evidence,
+        retention=Retention(args.evidence_days, int(args.evidence_gib * (1 << 30))),
+        keep=args.evidence_keep,
+        token_file=args.evidence_token,
+    )

@@ -12,6 +12,8 @@ from monitor import __version__
 from monitor.collector.views import TOKEN_SERIES, ModelTotals, ReplicaView, Snapshot
 from monitor.drift.detection import KINDS
 from monitor.drift.watch import DriftView
+from monitor.evidence.records import KINDS as KINDS_OF_RECORD
+from monitor.evidence.writer import DROP_REASONS, NOTHING_WRITTEN, WriterTotals
 from monitor.export import metrics
 from monitor.export.metrics import ENGINE_COUNTERS, Metric
 from monitor.export.prometheus import ExemplarLine, Family, LabelRows
@@ -52,6 +54,14 @@ class StateFacts:
 
 
 @dataclass(frozen=True)
+class EvidenceFacts:
+    """What became of the evidence; as it stands, for a collector that writes none down."""
+
+    writer: WriterTotals = NOTHING_WRITTEN
+    folder_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class ProcessFacts:
     """What the operating system says of this process."""
 
@@ -59,6 +69,7 @@ class ProcessFacts:
     resident_bytes: int
     cpu_seconds: float
     state: StateFacts = StateFacts()
+    evidence: EvidenceFacts = EvidenceFacts()
 
 
 class Families:
@@ -80,6 +91,7 @@ class Families:
         yield from self._drift(snapshot.drift)
         yield from self._replicas(snapshot.replicas)
         yield from self._collector(snapshot)
+        yield from self._evidence(process.evidence)
         yield from self._about(process)
 
     def _engines(self, snapshot: Snapshot) -> Iterator[Family]:
@@ -207,6 +219,18 @@ class Families:
             cumulative_SB=np.cumsum([lag.counts], axis=1),
             sum_S=[lag.sum],
         )
+
+    def _evidence(self, facts: EvidenceFacts) -> Iterator[Family]:
+        writer = facts.writer
+        lost = tuple((kind, reason) for kind in KINDS_OF_RECORD for reason in DROP_REASONS)
+        yield Family(
+            metrics.EVIDENCE_WRITTEN,
+            tuple((kind,) for kind in KINDS_OF_RECORD),
+            [writer.written.get(kind, 0) for kind in KINDS_OF_RECORD],
+        )
+        yield Family(metrics.EVIDENCE_DROPPED, lost, [writer.dropped.get(key, 0) for key in lost])
+        yield Family(metrics.EVIDENCE_QUEUE, ((),), [writer.queued_bytes])
+        yield Family(metrics.EVIDENCE_FOLDER, ((),), [facts.folder_bytes])
 
     def _about(self, process: ProcessFacts) -> Iterator[Family]:
         watchlist, state = self._watchlist, process.state

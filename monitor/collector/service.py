@@ -20,7 +20,8 @@ import uvicorn
 from monitor.collector.config import Bounds
 from monitor.collector.drift import DriftSettings
 from monitor.collector.durable import DurableSink
-from monitor.collector.exposition import ProcessFacts, StateFacts
+from monitor.collector.evidence import Evidence, EvidenceSettings
+from monitor.collector.exposition import EvidenceFacts, ProcessFacts, StateFacts
 from monitor.collector.pipeline import Pipeline
 from monitor.collector.web import make_app
 from monitor.errors import ConfigRefused
@@ -50,6 +51,8 @@ class Settings:
     state: Path | None = None
     """Folder in which the state survives this process; None keeps it in memory."""
     drift: DriftSettings = field(default_factory=DriftSettings)
+    evidence: EvidenceSettings | None = None
+    """None writes none down."""
 
 
 class Service:
@@ -60,12 +63,14 @@ class Service:
         self._start_seconds = time.time()
         self._http = _http_target(settings.http)
         self.pipeline = Pipeline(card.read(settings.watchlist), settings.bounds, settings.drift)
+        # Before the state is resumed: what the journal tells again may not have been written down before.
+        self.evidence = Evidence(settings.evidence, self.pipeline, time.time) if settings.evidence else None
         self._durable = DurableSink(self.pipeline, settings.state, time.time()) if settings.state else None
         self._sink = self._durable or self.pipeline
         self.receiver = Receiver(self._sink, settings.listen, clock=time.time, on_refused=self._sink.refused)
         self._server = _Server(
             uvicorn.Config(
-                make_app(self.pipeline, clock=time.time, process=self._process),
+                make_app(self.pipeline, clock=time.time, process=self._process, evidence=self.evidence),
                 lifespan="off",
                 access_log=False,
                 log_config=None,
@@ -121,6 +126,8 @@ class Service:
         await asyncio.wait((http, tick))
         if self._durable is not None:
             self._durable.close(time.time())
+        if self.evidence is not None:
+            await asyncio.to_thread(self.evidence.close)
 
     async def _tick(self) -> None:
         offset = time.time() - time.monotonic()
@@ -144,6 +151,7 @@ class Service:
             resident_pages * os.sysconf("SC_PAGE_SIZE"),
             time.process_time(),
             self._durable.facts if self._durable is not None else StateFacts(),
+            self.evidence.facts() if self.evidence is not None else EvidenceFacts(),
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from importlib.resources import files
 from typing import Annotated, Any, Final
@@ -18,6 +17,9 @@ from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
 from fastapi.responses import StreamingResponse
 
 from monitor import __version__
+from monitor.collector.answers import as_json, encoded
+from monitor.collector.evidence import Evidence
+from monitor.collector.evidence_web import add_evidence
 from monitor.collector.exposition import Families, ProcessFacts
 from monitor.collector.overview import Overview, overview
 from monitor.collector.pipeline import Pipeline
@@ -137,7 +139,13 @@ class Drifts:
     models: list[DriftOfModel]
 
 
-def make_app(pipeline: Pipeline, *, clock: Callable[[], float], process: Callable[[], ProcessFacts]) -> Asgi:
+def make_app(
+    pipeline: Pipeline,
+    *,
+    clock: Callable[[], float],
+    process: Callable[[], ProcessFacts],
+    evidence: Evidence | None = None,
+) -> Asgi:
     """The ASGI application. `clock` gives seconds since the Unix epoch."""
     app = FastAPI(
         title="latentwatch collector",
@@ -149,6 +157,7 @@ def make_app(pipeline: Pipeline, *, clock: Callable[[], float], process: Callabl
     )
     _add_operations(app, pipeline, clock, process)
     _add_api(app, pipeline, clock)
+    add_evidence(app, evidence)
     for path, (name, media) in _PAGE.items():
         _add_file(app, path, files("monitor.collector").joinpath("static", name).read_bytes(), media)
     return _secured(app)
@@ -173,29 +182,29 @@ def _add_operations(
     async def healthz() -> Response:
         """Answers while the collector's loop runs, whether or not engines are connected."""
         connected = sum(replica.connected for replica in pipeline.snapshot(clock()).replicas)
-        return _json(Health("ok", __version__, connected))
+        return as_json(Health("ok", __version__, connected))
 
 
 def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> None:
     @app.get("/v1/overview", response_model=Overview, tags=["api"])
     async def get_overview(features: Annotated[int, Query(ge=0, le=MAX_FEATURES)] = 48) -> Response:
         """Verdicts, coverage, the most abnormal features over time, latest exceedances, engines."""
-        return _json(overview(pipeline, clock(), most_features=features))
+        return as_json(overview(pipeline, clock(), most_features=features))
 
     @app.get("/v1/features", response_model=Features, tags=["api"])
     async def get_features() -> Response:
         """Every feature of the watchlist."""
-        return _json(Features(pipeline.watchlist.name, pipeline.watchlist.sha256, _feature_totals(pipeline, clock())))
+        return as_json(Features(pipeline.watchlist.name, pipeline.watchlist.sha256, _feature_totals(pipeline, clock())))
 
     @app.get("/v1/exceedances", response_model=Exceedances, tags=["api"])
     async def get_exceedances(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
         """Requests that went above a feature's limit."""
-        return _json(Exceedances(pipeline.exceedances(limit)))
+        return as_json(Exceedances(pipeline.exceedances(limit)))
 
     @app.get("/v1/drift", response_model=Drifts, tags=["api"])
     async def get_drift() -> Response:
         """Drift of each model against its baseline: which features, since when, by how much, and with what cause."""
-        return _json(Drifts([_drift_of(pipeline, view) for view in pipeline.drift.views()]))
+        return as_json(Drifts([_drift_of(pipeline, view) for view in pipeline.drift.views()]))
 
     @app.get("/v1/drift/observed", response_class=Response, tags=["api"])
     async def get_observed(model_name: Annotated[str, Query(max_length=253)]) -> Response:
@@ -283,22 +292,12 @@ def _requests(pipeline: Pipeline, serials: list[int]) -> Response:
         comma = b""
         for serial in serials:
             if (view := pipeline.request(serial)) is not None:
-                yield comma + _encoded(view)
+                yield comma + encoded(view)
                 comma = b","
             await asyncio.sleep(0)
         yield b"]}"
 
     return StreamingResponse(pieces(), media_type="application/json")
-
-
-def _json(value: Any) -> Response:
-    return Response(_encoded(value), media_type="application/json")
-
-
-def _encoded(value: Any) -> bytes:
-    """A dataclass of plain values as JSON. Not by asdict, which copies everything first."""
-    text = json.dumps(value, default=vars, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
-    return text.encode("utf-8", "replace")
 
 
 def _secured(app: Asgi) -> Asgi:

@@ -54,7 +54,7 @@ class Audit:
     def entries(self, *, request: str = "") -> Iterator[Entry]:
         """Latest first; only those about this request id, where one is given."""
         where, values = ("WHERE subject_sha256 = ?", (_digest(request),)) if request else ("", ())
-        query = f"SELECT * FROM entry {where} ORDER BY seconds DESC"  # noqa: S608
+        query = f"SELECT * FROM entry {where} ORDER BY rowid DESC"  # noqa: S608
         for row in self._connection.execute(query, values):
             yield Entry(*row)
 

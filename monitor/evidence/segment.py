@@ -8,6 +8,7 @@ still there. The file system's own copies (snapshots, a drive's spare blocks) ar
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import sqlite3
@@ -149,6 +150,15 @@ def create(path: Path, schema: str) -> sqlite3.Connection:
     return connection
 
 
+def watchlist_sha256(path: Path) -> str:
+    """Which watchlist a segment's numbers refer to; empty for a file without a say. Raises: sqlite3.Error."""
+    with contextlib.closing(connect(path, "rw")) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'about'").fetchone():
+            return ""
+        row = connection.execute("SELECT value FROM about WHERE name = 'watchlist_sha256'").fetchone()
+        return str(row[0]) if row else ""
+
+
 def wrong_format(path: Path, version: int) -> ConfigRefused:
     """The refusal of a file that another version wrote."""
     return ConfigRefused(
@@ -182,7 +192,7 @@ class Segment:
             )
 
     def write(self, records: Iterable[Record]) -> None:
-        """All records or none; one that is here already changes nothing. Raises: sqlite3.Error, for example when the disk is full."""
+        """All records or none; one that is here already changes nothing. Raises: sqlite3.Error."""
         requests, exceedances, activations, ends = [], [], [], []
         for record in records:
             match record:

@@ -113,15 +113,17 @@ class Store:
         os.close(self._lock)
 
     def _segment_for(self, now: float) -> Path:
+        """The segment that new requests go to: of this day and watchlist, and not full."""
         day = datetime.datetime.fromtimestamp(now, datetime.UTC).strftime("%Y-%m-%d")
-        if self._newest is not None and (
-            not self._newest.name.startswith(day)
+        if self._newest is None or not self._newest.exists():
+            self._newest = next(reversed(segments(self.folder)), None)
+            if self._newest and segment.watchlist_sha256(self._newest) != self._watched.sha256:
+                self._newest = None
+        if (
+            self._newest is None
+            or not self._newest.name.startswith(day)
             or size_bytes(self._newest) >= self._retention.max_bytes // SEGMENTS
-            or not self._newest.exists()
         ):
-            self._newest = None
-        if self._newest is None:
-            # A segment of an earlier run stays as it is: it may be of another watchlist.
             numbers = [int(match[2]) for match in map(_match, segments(self.folder)) if match[1] == day]
             self._newest = self.folder / f"{day}.{max(numbers, default=-1) + 1:04d}.evidence"
         return self._newest

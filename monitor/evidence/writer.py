@@ -14,9 +14,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from monitor.evidence.records import Record, kind, size_bytes
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +96,9 @@ class Writer:
             if len(self._queue) >= BATCH_RECORDS:
                 self._changed.notify()
 
-    def run(self, task: Callable[[], Any]) -> Future[Any]:
+    def run(self, task: Callable[[], T]) -> Future[T]:
         """Do something in the writer's thread, after every record that was put before."""
-        future: Future[Any] = Future()
+        future: Future[T] = Future()
         with self._changed:
             self._tasks.append((task, future))
             self._changed.notify()

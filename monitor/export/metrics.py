@@ -291,6 +291,19 @@ STATE_RESUMED = Metric(
     (),
     "Events that this process took from the journal of the one before it when it started.",
 )
+EVIDENCE_WRITTEN = Metric(
+    "latentwatch_evidence_written_total", "counter", ("kind",), "Records that were written to the evidence folder."
+)
+EVIDENCE_DROPPED = Metric(
+    "latentwatch_evidence_dropped_total",
+    "counter",
+    ("kind", "reason"),
+    "Records of evidence that were not written: the queue was full, or writing failed.",
+)
+EVIDENCE_QUEUE = Metric(
+    "latentwatch_evidence_queue_bytes", "gauge", (), "Records of evidence that wait to be written, about."
+)
+EVIDENCE_FOLDER = Metric("latentwatch_evidence_folder_bytes", "gauge", (), "Size of the evidence on the disk.")
 WATCHLIST_INFO = Metric(
     "latentwatch_watchlist_info", "info", ("name", "sha256", "features"), "The watchlist that this collector explains."
 )
@@ -336,6 +349,10 @@ METRICS: Final = (
     STATE_JOURNAL,
     STATE_WRITE_FAILURES,
     STATE_RESUMED,
+    EVIDENCE_WRITTEN,
+    EVIDENCE_DROPPED,
+    EVIDENCE_QUEUE,
+    EVIDENCE_FOLDER,
     WATCHLIST_INFO,
     BUILD_INFO,
     PROCESS_START,

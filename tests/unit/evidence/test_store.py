@@ -99,9 +99,9 @@ def test_what_does_not_fit_before_the_first_exceedance_is_counted_and_nothing_af
 def test_queries_filter_by_feature_severity_model_and_time(tmp_path):
     with store(tmp_path) as written:
         for number in range(1, 21):
-            written.write(one_request(number, seconds=NOW + number, exceedances=3), NOW + number)
+            written.write(one_request(number, seconds=NOW + number, exceedances=2), NOW + number)
     archive = Archive(tmp_path)
-    assert len(archive.exceedances(Wanted(), 1000)) == 60
+    assert len(archive.exceedances(Wanted(), 1000)) == 40
     assert {e.feature for e in archive.exceedances(Wanted(feature="jailbreak"), 100)} == {"jailbreak"}
     assert {e.feature for e in archive.exceedances(Wanted(severity="critical"), 100)} == {"deceive"}
     assert archive.exceedances(Wanted(model_name="other"), 100) == []
@@ -262,11 +262,19 @@ def test_a_second_collector_on_the_same_folder_is_refused(tmp_path):
         pass
 
 
+def test_a_collector_that_starts_again_goes_on_in_the_segment_of_the_day(tmp_path):
+    for number in range(1, 4):
+        with store(tmp_path) as written:
+            written.write(one_request(number), NOW)
+    assert len(stores.segments(tmp_path)) == 1 and len(list(Archive(tmp_path).requests())) == 3
+
+
 def test_another_watchlist_gets_segments_of_its_own(tmp_path):
     """Features are numbered in the files; the numbers of another watchlist mean something else."""
     with store(tmp_path) as written:
         written.write(one_request(1), NOW)
-    other = Store(tmp_path, watched(watchlist([sparse("other"), sparse("b"), sparse("c"), sparse("d")])), Retention())
+    features = [sparse("other"), sparse("b"), sparse("c"), sparse("d")]
+    other = Store(tmp_path, watched(watchlist(features, sha256="cd" * 32)), Retention())
     other.write(one_request(2), NOW)
     other.close()
     assert {e.feature for e in Archive(tmp_path).exceedances(Wanted(), 10)} == {"jailbreak", "other"}

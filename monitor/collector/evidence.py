@@ -1,0 +1,139 @@
+"""Evidence in a running collector: a thread that writes, a thread that reads, and every reading in the audit log."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeVar
+
+from monitor.collector.exposition import EvidenceFacts
+from monitor.collector.pipeline import Pipeline
+from monitor.collector.recorder import Keep, watched
+from monitor.errors import ConfigRefused
+from monitor.evidence import store
+from monitor.evidence.archive import Archive, StoredExceedance, StoredRequest, Wanted
+from monitor.evidence.audit import Audit
+from monitor.evidence.segment import Erased
+from monitor.evidence.store import Retention, Store
+from monitor.evidence.writer import Writer
+
+T = TypeVar("T")
+
+_SHORTEST_TOKEN: Final = 16
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """What is written down, where, and how long it stays."""
+
+    folder: Path
+    retention: Retention = field(default_factory=Retention)
+    keep: Keep = "exceeded"
+    token_file: Path | None = None
+    """Holds the bearer token for what changes or reveals more over HTTP; None leaves that to the command line."""
+
+
+class Evidence:
+    """The evidence of one collector. Its coroutines run in the collector's loop, its work in two threads."""
+
+    def __init__(self, settings: EvidenceSettings, pipeline: Pipeline, clock: Callable[[], float]) -> None:
+        """Raises: ConfigRefused: the folder or the token file cannot be used."""
+        self._folder = settings.folder
+        self._pipeline = pipeline
+        self._clock = clock
+        self._token = _read_token(settings.token_file) if settings.token_file else None
+        self._store = Store(settings.folder, watched(pipeline.watchlist), settings.retention)
+        try:
+            self._audit = Audit(settings.folder)
+            self._audit.prune(clock())
+        except sqlite3.Error as error:
+            self._store.close()
+            raise ConfigRefused(
+                f"evidence folder {settings.folder}",
+                found=str(error),
+                instead="Give a folder that the collector may write to, on a disk with room.",
+                reason="evidence_folder",
+            ) from error
+        self._archive = Archive(settings.folder)
+        self._reading = ThreadPoolExecutor(1, "evidence-read")
+        self._writer = Writer(self._store, clock=clock)
+        pipeline.record_to(self._writer.put, settings.keep)
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether anything is allowed to whoever has the token."""
+        return self._token is not None
+
+    def admits(self, token: str) -> bool:
+        """Whether this is the token."""
+        return self._token is not None and hmac.compare_digest(token.encode(), self._token)
+
+    def is_open(self, name: str) -> bool:
+        """Whether a request with this id still runs, so that more of it will be written."""
+        views = map(self._pipeline.request, self._pipeline.find(name))
+        return any(view.outcome == "open" for view in views if view)
+
+    async def find(self, name: str, actor: str) -> list[StoredRequest]:
+        """See Archive.find."""
+
+        def work() -> list[StoredRequest]:
+            found = self._archive.find(name)
+            self._audit.add(self._clock(), actor, "show", len(found), request=name)
+            return found
+
+        return await self._read(work)
+
+    async def exceedances(self, wanted: Wanted, limit: int, actor: str) -> list[StoredExceedance]:
+        """See Archive.exceedances."""
+        subject = " ".join(f"{name}={value}" for name, value in vars(wanted).items() if value is not None)
+
+        def work() -> list[StoredExceedance]:
+            found = self._archive.exceedances(wanted, limit)
+            self._audit.add(self._clock(), actor, "query", len(found), subject=subject)
+            return found
+
+        return await self._read(work)
+
+    async def erase(self, name: str, actor: str) -> Erased:
+        """See store.erase; after everything that was recorded before."""
+        erased = await asyncio.wrap_future(self._writer.run(lambda: store.erase(self._folder, name)))
+        await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=name))
+        return erased
+
+    def facts(self) -> EvidenceFacts:
+        """Counts for /metrics."""
+        return EvidenceFacts(self._writer.totals(), store.folder_bytes(self._folder))
+
+    def close(self) -> None:
+        """Write what is queued and close the files; waits for the disk."""
+        self._writer.close()
+        self._reading.submit(self._archive.close).result()
+        self._reading.submit(self._audit.close).result()
+        self._reading.shutdown()
+
+    async def _read(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._reading, work)
+
+
+def _read_token(path: Path) -> bytes:
+    try:
+        token = path.read_bytes().strip()
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise _refuse_token(path, error.strerror or str(error), "Give a file that holds the token.") from error
+    if mode & 0o077:
+        raise _refuse_token(path, f"others may read it (mode {mode & 0o777:o})", f"Run: chmod 600 {path}")
+    if len(token) < _SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
+        raise _refuse_token(
+            path, f"{len(token)} bytes are no token", f"Write one word of at least {_SHORTEST_TOKEN} ASCII characters."
+        )
+    return token
+
+
+def _refuse_token(path: Path, found: str, instead: str) -> ConfigRefused:
+    return ConfigRefused(f"--evidence-token {path}", found=found, instead=instead, reason="evidence_token")

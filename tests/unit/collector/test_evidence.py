@@ -1,0 +1,185 @@
+"""Evidence in a collector: from a page's exemplar to the request, who may delete, and what the audit log says."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client.openmetrics import parser
+
+from monitor.collector.evidence import Evidence, EvidenceSettings
+from monitor.collector.exposition import ProcessFacts
+from monitor.collector.pipeline import Pipeline
+from monitor.collector.web import make_app
+from monitor.errors import ConfigRefused
+from monitor.evidence.audit import Audit
+from tests.support.evidence import FEATURES, NOW
+from tests.support.streams import Schedule, Tokens, hello, tokens, watchlist
+
+TOKEN = "correct-horse-battery"
+
+
+class Client:
+    """Requests to a collector's app, in the test's own thread."""
+
+    def __init__(self, app) -> None:
+        self._app = app
+
+    def __call__(self, method: str, path: str, **options) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(self._app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(ask())
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def made(tmp_path, token_file):
+    """A collector that saw three requests, of which the last still runs."""
+    pipeline = Pipeline(watchlist(FEATURES))
+    settings = EvidenceSettings(tmp_path / "evidence", token_file=token_file)
+    evidence = Evidence(settings, pipeline, lambda: NOW)
+    pipeline.hello(hello(), NOW)
+    for sequence, batch in enumerate(Schedule.one_step(seen()).batches(FEATURES), start=1):
+        pipeline.observe(hello(), sequence, batch, NOW)
+    evidence._writer.run(lambda: None).result(10)
+    process = lambda: ProcessFacts(1.0, 2, 3.0, evidence=evidence.facts())  # noqa: E731
+    app = make_app(pipeline, clock=lambda: NOW, process=process, evidence=evidence)
+    yield Client(app), tmp_path / "evidence"
+    evidence.close()
+
+
+def seen() -> list[Tokens]:
+    rng = np.random.default_rng(0)
+    requests = [tokens(rng, FEATURES, handle=h, total=40, prompt_tokens=10) for h in range(1, 4)]
+    requests[-1].closed = lambda: requests[0].closed()
+    return requests
+
+
+def test_the_exemplar_of_a_page_leads_to_the_request_in_the_evidence(made):
+    client, _ = made
+    text = client("GET", "/metrics", headers={"accept": "application/openmetrics-text"}).text
+    families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+    samples = [s for s in families["latentwatch_exceedances"].samples if s.exemplar and s.exemplar.labels]
+    assert samples
+    for sample in samples:
+        answer = client("GET", f"/v1/evidence/requests/{sample.exemplar.labels['request_id']}")
+        (request,) = answer.json()["requests"]
+        (crossing,) = [e for e in request["exceedances"] if e["feature"] == sample.labels["feature"]]
+        assert crossing["value"] == pytest.approx(sample.exemplar.value) and crossing["seconds"] == NOW
+        shown = {a["feature"]: a for a in request["activations"]}
+        if request["outcome"] != "open":
+            assert crossing["position"] in shown[sample.labels["feature"]]["positions"]
+    assert families["latentwatch_evidence_written"].samples[0].value > 0
+    assert families["latentwatch_evidence_folder_bytes"].samples[0].value > 0
+
+
+def test_exceedances_are_listed_and_filtered(made):
+    client, _ = made
+    everything = client("GET", "/v1/evidence/exceedances").json()["exceedances"]
+    assert {e["feature"] for e in everything} == {"jailbreak", "deceive"}
+    one = client("GET", "/v1/evidence/exceedances", params={"feature": "deceive", "limit": 1}).json()["exceedances"]
+    assert [e["feature"] for e in one] == ["deceive"]
+    assert client("GET", "/v1/evidence/exceedances?since_seconds=9e9").json() == {"exceedances": []}
+    assert client("GET", "/v1/evidence/exceedances?severity=loud").status_code == 422
+
+
+def test_a_request_that_is_not_kept_is_a_404_that_says_why(made):
+    client, _ = made
+    answer = client("GET", "/v1/evidence/requests/chatcmpl-nobody")
+    assert answer.status_code == 404 and "exceeded no limit" in answer.json()["detail"]
+
+
+def test_deleting_needs_the_token_and_leaves_nothing(made):
+    client, folder = made
+    url, name = "/v1/evidence/requests/chatcmpl-2", b"chatcmpl-2-0123abcd"
+    assert client("DELETE", url).status_code == 401
+    assert client("DELETE", url, headers={"authorization": "Bearer wrong-horse-battery"}).status_code == 401
+    assert client("GET", url).status_code == 200
+    answer = client("DELETE", url, headers={"authorization": f"Bearer {TOKEN}"})
+    assert answer.json()["requests"] == 1 and answer.json()["clean"]
+    assert client("GET", url).status_code == 404
+    assert not any(name in path.read_bytes() for path in folder.iterdir())
+
+
+def test_a_request_that_runs_cannot_be_deleted_yet(made):
+    client, _ = made
+    answer = client("DELETE", "/v1/evidence/requests/chatcmpl-3", headers={"authorization": f"Bearer {TOKEN}"})
+    assert answer.status_code == 409 and "still runs" in answer.json()["detail"]
+
+
+def test_every_reading_is_in_the_audit_log(made):
+    client, folder = made
+    client("GET", "/v1/evidence/exceedances", params={"feature": "deceive"})
+    client("GET", "/v1/evidence/requests/chatcmpl-2")
+    client("DELETE", "/v1/evidence/requests/chatcmpl-2", headers={"authorization": f"Bearer {TOKEN}"})
+    audit = Audit(folder)
+    assert [(e.action, e.subject, e.actor) for e in audit.entries()][::-1] == [
+        ("query", "feature=deceive", "http:127.0.0.1"),
+        ("show", "", "http:127.0.0.1"),
+        ("delete", "", "http:127.0.0.1"),
+    ]
+    assert [e.action for e in audit.entries(request="chatcmpl-2")] == ["delete", "show"]
+    audit.close()
+
+
+def test_what_cannot_be_audited_is_not_read(made):
+    client, folder = made
+    audit = Audit(folder)
+    audit._connection.execute("DROP TABLE entry")
+    audit.close()
+    answer = client("GET", "/v1/evidence/requests/chatcmpl-2")
+    assert answer.status_code == 503 and "audit" in answer.json()["detail"] and "exceedances" not in answer.text
+
+
+def test_without_evidence_the_routes_say_how_to_turn_it_on():
+    client = Client(make_app(Pipeline(watchlist(FEATURES)), clock=lambda: NOW, process=lambda: ProcessFacts(1, 2, 3)))
+    answer = client("GET", "/v1/evidence/exceedances")
+    assert answer.status_code == 404 and "--evidence DIR" in answer.json()["detail"]
+
+
+def test_without_a_token_file_nothing_is_deleted_over_http(tmp_path):
+    pipeline = Pipeline(watchlist(FEATURES))
+    evidence = Evidence(EvidenceSettings(tmp_path / "e"), pipeline, lambda: NOW)
+    client = Client(make_app(pipeline, clock=lambda: NOW, process=lambda: ProcessFacts(1, 2, 3), evidence=evidence))
+    answer = client("DELETE", "/v1/evidence/requests/x", headers={"authorization": "Bearer "})
+    assert answer.status_code == 403 and "--evidence-token" in answer.json()["detail"]
+    evidence.close()
+
+
+@pytest.mark.parametrize(("content", "mode"), [("short", 0o600), ("two words here now", 0o600), ("x" * 40, 0o644)])
+def test_a_weak_or_open_token_file_is_refused(tmp_path, content, mode):
+    path = tmp_path / "token"
+    path.write_text(content)
+    path.chmod(mode)
+    with pytest.raises(ConfigRefused) as refused:
+        Evidence(EvidenceSettings(tmp_path / "e", token_file=path), Pipeline(watchlist(FEATURES)), lambda: NOW)
+    assert refused.value.reason == "evidence_token"
+
+
+def test_a_collector_that_went_on_from_its_state_writes_nothing_twice(tmp_path):
+    """The journal tells the same batches again; the same request has the same key."""
+    for _ in range(2):
+        pipeline = Pipeline(watchlist(FEATURES))
+        evidence = Evidence(EvidenceSettings(tmp_path), pipeline, lambda: NOW)
+        pipeline.hello(hello(), NOW)
+        for sequence, batch in enumerate(Schedule.one_step(seen()[:2]).batches(FEATURES), start=1):
+            pipeline.observe(hello(), sequence, batch, NOW)
+        evidence.close()
+    pipeline = Pipeline(watchlist(FEATURES))
+    evidence = Evidence(EvidenceSettings(tmp_path), pipeline, lambda: NOW)
+    (one,) = asyncio.run(evidence.find("chatcmpl-1", "test"))
+    evidence.close()
+    assert all(len(a.positions) == len(set(a.positions)) for a in one.activations)
