@@ -86,7 +86,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evidence-token",
         type=Path,
         metavar="FILE",
-        help="who sends this file's content as bearer token may delete over HTTP (default: command line only)",
+        help="who sends this file's content as bearer token may delete over HTTP, and put and get what was said "
+        "(default: nobody)",
+    )
+    evidence.add_argument(
+        "--evidence-key",
+        type=Path,
+        metavar="FILE",
+        help="keep what a gateway says was said in a kept request, encrypted with the key in this file; "
+        "'latentwatch evidence key' makes one (default: nothing that was said is kept)",
+    )
+    evidence.add_argument(
+        "--evidence-content-hours",
+        type=float,
+        default=24.0,
+        metavar="N",
+        help="remove what was said before it is so old (default: %(default)g)",
     )
     parser.add_argument(
         "--http",
@@ -145,7 +160,8 @@ def _evidence_settings(args: argparse.Namespace) -> EvidenceSettings:
 
     return EvidenceSettings(
         folder=args.evidence,
-        retention=Retention(args.evidence_days, int(args.evidence_gib * (1 << 30))),
+        retention=Retention(args.evidence_days, int(args.evidence_gib * (1 << 30)), args.evidence_content_hours),
         keep=args.evidence_keep,
         token_file=args.evidence_token,
+        key_file=args.evidence_key,
     )

@@ -8,7 +8,7 @@ import getpass
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -68,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     show.add_argument("id", metavar="ID", help="engine request id, response id or trace id")
     show.add_argument("--feature", metavar="ID", help="only this feature (default: those that exceeded their limit)")
+    show.add_argument(
+        "--key", type=Path, metavar="FILE", help="show the tokens too, where a gateway left them, with this key"
+    )
+    show.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="the model's tokenizer.json, where only token ids were left"
+    )
     show.add_argument("--html", type=Path, metavar="PATH", help="write a page to PATH instead")
     show.add_argument("--json", action="store_true", help="print everything as JSON instead")
     delete = action(
@@ -86,11 +92,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     audit.add_argument("--id", default="", metavar="ID", help="only what was asked about this id")
     audit.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
+    key = actions.add_parser(
+        "key",
+        help="make a key file",
+        description="Write a new key file for the collector's --evidence-key. To change keys, put the new one on top.",
+        epilog="example:  latentwatch evidence key evidence.key",
+    )
+    key.add_argument("path", type=Path, metavar="PATH", help="file to write; refuses to overwrite")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one action."""
-    return {"query": _query, "show": _show, "delete": _delete, "audit": _audit}[args.action](args)
+    return {"query": _query, "show": _show, "delete": _delete, "audit": _audit, "key": _key}[args.action](args)
 
 
 def _query(args: argparse.Namespace) -> int:
@@ -123,19 +136,57 @@ def _show(args: argparse.Namespace) -> int:
     with _opened(args.dir) as (archive, audit):
         found = archive.find(args.id)
         audit.add(time.time(), _actor(), "show", len(found), request=args.id)
+        if args.key:
+            audit.add(time.time(), _actor(), "content", len(found), request=args.id)
     if not found:
         return _not_kept(args)
+    tokens = _tokens(args, found[0].key) if args.key else ()
     if args.json:
         print(json.dumps(found, default=vars, ensure_ascii=False, indent=1))
         return 0
     if args.html:
         if len(found) > 1:
             print(f"{len(found)} requests have this id; the page shows the latest", file=sys.stderr)
-        args.html.write_text(heatmap.as_html(found[0], (), feature=args.feature), encoding="utf-8")
+        args.html.write_text(heatmap.as_html(found[0], tokens, feature=args.feature), encoding="utf-8")
         print(args.html)
         return 0
-    for request in found:
-        print(heatmap.as_text(request, (), colour=sys.stdout.isatty(), feature=args.feature))
+    for number, request in enumerate(found):
+        print(heatmap.as_text(request, () if number else tokens, colour=sys.stdout.isatty(), feature=args.feature))
+    return 0
+
+
+def _tokens(args: argparse.Namespace, request: int) -> Sequence[str]:
+    """The text of each token; empty where nothing was left."""
+    from monitor.evidence import contents
+    from monitor.evidence.vault import Vault
+
+    sealed = contents.get(args.dir, request)
+    if sealed is None:
+        print("nothing that was said in it is kept", file=sys.stderr)
+        return ()
+    content = Vault.read(args.key).open(request, sealed)
+    if content.tokens:
+        return content.tokens
+    if args.tokenizer is None:
+        return [f"[{id}]" for id in content.token_ids]
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ConfigRefused(
+            "--tokenizer",
+            found="the package tokenizers is not installed",
+            instead="Run: pip install tokenizers",
+            reason="package_missing",
+        ) from error
+    tokenizer = Tokenizer.from_file(str(args.tokenizer))
+    return [tokenizer.decode([id], skip_special_tokens=False) for id in content.token_ids]
+
+
+def _key(args: argparse.Namespace) -> int:
+    from monitor.evidence.vault import write_key
+
+    write_key(args.path)
+    print(f"{args.path}: a new key; without it, what was sealed with it cannot be read again")
     return 0
 
 

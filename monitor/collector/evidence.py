@@ -15,11 +15,12 @@ from monitor.collector.exposition import EvidenceFacts
 from monitor.collector.pipeline import Pipeline
 from monitor.collector.recorder import Keep, watched
 from monitor.errors import ConfigRefused
-from monitor.evidence import store
+from monitor.evidence import contents, secret_files, store
 from monitor.evidence.archive import Archive, StoredExceedance, StoredRequest, Wanted
 from monitor.evidence.audit import Audit
 from monitor.evidence.segment import Erased
 from monitor.evidence.store import Retention, Store
+from monitor.evidence.vault import Content, Vault
 from monitor.evidence.writer import Writer
 
 T = TypeVar("T")
@@ -35,7 +36,9 @@ class EvidenceSettings:
     retention: Retention = field(default_factory=Retention)
     keep: Keep = "exceeded"
     token_file: Path | None = None
-    """Holds the bearer token for what changes or reveals more over HTTP; None leaves that to the command line."""
+    """Holds the bearer token for deleting, and for what was said, over HTTP; None allows neither."""
+    key_file: Path | None = None
+    """Holds the key of what was said; None keeps none of it. See vault.Vault."""
 
 
 class Evidence:
@@ -47,6 +50,7 @@ class Evidence:
         self._pipeline = pipeline
         self._clock = clock
         self._token = _read_token(settings.token_file) if settings.token_file else None
+        self.vault = Vault.read(settings.key_file) if settings.key_file else None
         self._store = Store(settings.folder, watched(pipeline.watchlist), settings.retention)
         try:
             self._audit = Audit(settings.folder)
@@ -105,6 +109,28 @@ class Evidence:
         await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=name))
         return erased
 
+    async def attach(self, name: str, vault: Vault, content: Content, actor: str) -> int:
+        """See Store.attach; after everything that was recorded before."""
+
+        def work() -> int:
+            return self._store.attach(name, lambda key: vault.seal(key, content), self._clock())
+
+        found = await asyncio.wrap_future(self._writer.run(work))
+        await self._read(lambda: self._audit.add(self._clock(), actor, "attach", found, request=name))
+        return found
+
+    async def content(self, name: str, vault: Vault, actor: str) -> Content | None:
+        """What was said in the request with this id, the latest where it is several. Raises: ConfigRefused."""
+
+        def work() -> Content | None:
+            found = [
+                (key, sealed) for key in store.find(self._folder, name) if (sealed := contents.get(self._folder, key))
+            ]
+            self._audit.add(self._clock(), actor, "content", len(found), request=name)
+            return vault.open(*found[-1]) if found else None
+
+        return await self._read(work)
+
     def facts(self) -> EvidenceFacts:
         """Counts for /metrics."""
         return EvidenceFacts(self._writer.totals(), store.folder_bytes(self._folder))
@@ -121,19 +147,9 @@ class Evidence:
 
 
 def _read_token(path: Path) -> bytes:
-    try:
-        token = path.read_bytes().strip()
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise _refuse_token(path, error.strerror or str(error), "Give a file that holds the token.") from error
-    if mode & 0o077:
-        raise _refuse_token(path, f"others may read it (mode {mode & 0o777:o})", f"Run: chmod 600 {path}")
+    what, reason = "--evidence-token", "evidence_token"
+    token = secret_files.read(path, what, reason)
     if len(token) < _SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
-        raise _refuse_token(
-            path, f"{len(token)} bytes are no token", f"Write one word of at least {_SHORTEST_TOKEN} ASCII characters."
-        )
+        instead = f"Write one word of at least {_SHORTEST_TOKEN} ASCII characters."
+        raise secret_files.refuse(path, what, f"{len(token)} bytes are no token", instead, reason)
     return token
-
-
-def _refuse_token(path: Path, found: str, instead: str) -> ConfigRefused:
-    return ConfigRefused(f"--evidence-token {path}", found=found, instead=instead, reason="evidence_token")

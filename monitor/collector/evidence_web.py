@@ -1,4 +1,5 @@
-"""Evidence over HTTP: /v1/evidence. Reading is as open as the rest of the API, and audited; deleting needs a token."""
+"""Evidence over HTTP: /v1/evidence. Reading is as open as the rest of the API, and audited; deleting, and
+what was said in a request, need a token."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from typing import Annotated, Final
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
 
 from monitor.collector.answers import as_json
 from monitor.collector.evidence import Evidence
 from monitor.collector.requests import MAX_ID_CHARACTERS
+from monitor.errors import ConfigRefused
 from monitor.evidence.archive import StoredExceedance, StoredRequest, Wanted
+from monitor.evidence.vault import Content, Vault
 from monitor.names import Severity
 
 _OFF: Final = "This collector writes no evidence; start it with --evidence DIR."
@@ -67,6 +71,31 @@ def _trusted(evidence: Kept, authorization: Annotated[str, Header()] = "") -> Ev
 Trusted = Annotated[Evidence, Depends(_trusted)]
 
 
+class ContentIn(BaseModel):
+    """What was said in a request, token by token from the first prompt token on."""
+
+    model_config = ConfigDict(extra="forbid")
+    tokens: list[str] = []
+    token_ids: list[int] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class ContentOut:
+    """What was said in a request."""
+
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+
+
+def _vault(evidence: Trusted) -> Vault:
+    if evidence.vault is None:
+        raise HTTPException(403, "This collector keeps nothing that was said; start it with --evidence-key FILE.")
+    return evidence.vault
+
+
+Sealing = Annotated[Vault, Depends(_vault)]
+
+
 def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
     """Add the routes; they say so where there is no evidence."""
     app.state.evidence = evidence
@@ -118,6 +147,38 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
         if not erased.requests:
             raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
         return as_json(EvidenceErased(erased.requests, erased.rows, erased.clean))
+
+    @app.put(
+        "/v1/evidence/content/{request_id:path}",
+        status_code=204,
+        responses={404: {"description": "no such request is kept, so its content is not either"}},
+        tags=["evidence"],
+    )
+    async def put_content(
+        request: Request, evidence: Trusted, vault: Sealing, request_id: Id, content: ContentIn
+    ) -> Response:
+        """Keep what was said in a request that is kept, sealed; for a gateway that saw the response."""
+        try:
+            sealed = Content(tuple(content.tokens), tuple(content.token_ids))
+        except ConfigRefused as refusal:
+            raise HTTPException(422, str(refusal)) from refusal
+        found = await evidence.attach(request_id, vault, sealed, _actor(request))
+        if found == 0:
+            raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
+        if found > 1:
+            raise HTTPException(409, f"{found} requests have this id. Give the engine's own request id.")
+        return Response(status_code=204)
+
+    @app.get("/v1/evidence/content/{request_id:path}", response_model=ContentOut, tags=["evidence"])
+    async def get_content(request: Request, evidence: Trusted, vault: Sealing, request_id: Id) -> Response:
+        """What was said in a request."""
+        try:
+            content = await evidence.content(request_id, vault, _actor(request))
+        except ConfigRefused as refusal:
+            raise HTTPException(409, str(refusal)) from refusal
+        if content is None:
+            raise HTTPException(404, f"nothing that was said in request {request_id[:MAX_ID_CHARACTERS]!r} is kept.")
+        return as_json(ContentOut(content.tokens, content.token_ids))
 
 
 def _actor(request: Request) -> str:

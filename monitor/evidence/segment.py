@@ -159,6 +159,17 @@ def watchlist_sha256(path: Path) -> str:
         return str(row[0]) if row else ""
 
 
+def side_files(path: Path) -> tuple[Path, ...]:
+    """A file with its log and the index of that log."""
+    return tuple(path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm"))
+
+
+def remove(path: Path) -> None:
+    """Remove a file with what belongs to it."""
+    for part in side_files(path):
+        part.unlink(missing_ok=True)
+
+
 def wrong_format(path: Path, version: int) -> ConfigRefused:
     """The refusal of a file that another version wrote."""
     return ConfigRefused(

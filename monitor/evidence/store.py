@@ -1,6 +1,7 @@
 """The folder of segments as the collector writes it: where a record goes, and how long it stays.
 
     2026-11-22.0000.evidence       one segment: a day (UTC), a watchlist, at most a sixteenth of the folder's bound
+    2026-11-22T05.content          sealed content of requests; see contents
     evidence.lock                  held by the one collector that writes
 
 A request stays in one segment, whole. Retention removes segments as files: by age, so that none is older than the
@@ -16,13 +17,13 @@ import fcntl
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from monitor.errors import ConfigRefused
-from monitor.evidence import segment
+from monitor.evidence import contents, segment
 from monitor.evidence.records import Ended, Record, Request
 from monitor.evidence.segment import NOTHING_ERASED, Erased, Segment, Watched
 
@@ -32,7 +33,6 @@ SMALLEST_BYTES: Final = 32 << 20
 _REQUESTS_AT_HOME: Final = 65_536
 """Requests that run, and those whose end was never told; an older one would go on in the newest segment."""
 _NAME: Final = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d{4,})\.evidence")
-_SIDE_FILES: Final = ("", "-wal", "-shm")
 _DAY_SECONDS: Final = 86_400.0
 
 
@@ -44,10 +44,14 @@ class Retention:
     """A segment goes before its day began so long ago: everything in the folder is younger."""
     max_bytes: int = 10 << 30
     """Of all segments together."""
+    content_hours: float = 24.0
+    """Nothing that was said in a request stays longer than this."""
 
     def __post_init__(self) -> None:
         if not self.days > 0:
             raise _refuse("days", f"it is {self.days:g}", "Give a number above 0.")
+        if not self.content_hours > 0:
+            raise _refuse("content hours", f"it is {self.content_hours:g}", "Give a number above 0.")
         if self.max_bytes < SMALLEST_BYTES:
             raise _refuse("size", f"it is {self.max_bytes} bytes", f"Give at least {SMALLEST_BYTES >> 20} MiB.")
 
@@ -103,7 +107,15 @@ class Store:
         resting = set(self._open) - set(self._home.values()) - {self._newest}
         for path in resting:
             self._open.pop(path).close()
+        contents.prune(self.folder, self._retention.content_hours, now)
         return gone
+
+    def attach(self, name: str, seal: Callable[[int], bytes], now: float) -> int:
+        """Keep the content of the one request with this id. Returns how many have it; unless 1, nothing was kept."""
+        keys = find(self.folder, name)
+        if len(keys) == 1:
+            contents.put(self.folder, keys[0], seal(keys[0]), now)
+        return len(keys)
 
     def close(self) -> None:
         """Leave each segment as one file."""
@@ -137,8 +149,7 @@ class Store:
         if part := self._open.pop(path, None):
             part.close()
         self._home = {key: home for key, home in self._home.items() if home != path}
-        for suffix in _SIDE_FILES:
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        segment.remove(path)
 
 
 def segments(folder: Path) -> list[Path]:
@@ -149,17 +160,24 @@ def segments(folder: Path) -> list[Path]:
 def size_bytes(path: Path) -> int:
     """Of a segment with its log; 0 for one that is not there."""
     total = 0
-    for suffix in _SIDE_FILES:
-        try:
-            total += path.with_name(path.name + suffix).stat().st_size
-        except FileNotFoundError:
-            continue
+    for part in segment.side_files(path):
+        with contextlib.suppress(FileNotFoundError):
+            total += part.stat().st_size
     return total
 
 
 def folder_bytes(folder: Path) -> int:
     """Of all segments."""
     return sum(map(size_bytes, segments(folder)))
+
+
+def find(folder: Path, name: str) -> list[int]:
+    """Keys of the requests with this engine request id, response id or trace id."""
+    found: set[int] = set()
+    for path in segments(folder):
+        with contextlib.closing(segment.connect(path, "rw")) as connection:
+            found |= set(segment.find(connection, name))
+    return sorted(found)
 
 
 def erase(folder: Path, name: str) -> Erased:
@@ -172,6 +190,7 @@ def erase(folder: Path, name: str) -> Erased:
         with contextlib.closing(segment.connect(path, "rw")) as connection:
             if keys := segment.find(connection, name):
                 total += segment.erase(connection, path, keys)
+                total += contents.erase(folder, keys)
     return total
 
 

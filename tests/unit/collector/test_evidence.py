@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 import httpx
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 from prometheus_client.openmetrics import parser
 
+from monitor.cli import main
 from monitor.collector.evidence import Evidence, EvidenceSettings
 from monitor.collector.exposition import ProcessFacts
 from monitor.collector.pipeline import Pipeline
 from monitor.collector.web import make_app
 from monitor.errors import ConfigRefused
+from monitor.evidence import contents
 from monitor.evidence.audit import Audit
+from monitor.evidence.vault import write_key
 from tests.support.evidence import FEATURES, NOW
 from tests.support.streams import Schedule, Tokens, hello, tokens, watchlist
 
@@ -49,7 +53,8 @@ def token_file(tmp_path: Path) -> Path:
 def made(tmp_path, token_file):
     """A collector that saw three requests, of which the last still runs."""
     pipeline = Pipeline(watchlist(FEATURES))
-    settings = EvidenceSettings(tmp_path / "evidence", token_file=token_file)
+    write_key(tmp_path / "key")
+    settings = EvidenceSettings(tmp_path / "evidence", token_file=token_file, key_file=tmp_path / "key")
     evidence = Evidence(settings, pipeline, lambda: NOW)
     pipeline.hello(hello(), NOW)
     for sequence, batch in enumerate(Schedule.one_step(seen()).batches(FEATURES), start=1):
@@ -108,7 +113,7 @@ def test_deleting_needs_the_token_and_leaves_nothing(made):
     assert client("DELETE", url).status_code == 401
     assert client("DELETE", url, headers={"authorization": "Bearer wrong-horse-battery"}).status_code == 401
     assert client("GET", url).status_code == 200
-    answer = client("DELETE", url, headers={"authorization": f"Bearer {TOKEN}"})
+    answer = client("DELETE", url, headers=TRUSTED)
     assert answer.json()["requests"] == 1 and answer.json()["clean"]
     assert client("GET", url).status_code == 404
     assert not any(name in path.read_bytes() for path in folder.iterdir())
@@ -116,15 +121,66 @@ def test_deleting_needs_the_token_and_leaves_nothing(made):
 
 def test_a_request_that_runs_cannot_be_deleted_yet(made):
     client, _ = made
-    answer = client("DELETE", "/v1/evidence/requests/chatcmpl-3", headers={"authorization": f"Bearer {TOKEN}"})
+    answer = client("DELETE", "/v1/evidence/requests/chatcmpl-3", headers=TRUSTED)
     assert answer.status_code == 409 and "still runs" in answer.json()["detail"]
+
+
+TRUSTED = {"authorization": f"Bearer {TOKEN}"}
+
+
+def test_what_a_gateway_leaves_is_kept_sealed_and_shown_with_its_scores(made, capsys):
+    client, folder = made
+    said = {"tokens": [f" w{i}" for i in range(39)] + [" confidential"], "token_ids": list(range(40))}
+    url = "/v1/evidence/content/chatcmpl-2"
+    assert client("PUT", url, json=said).status_code == 401
+    assert client("PUT", url, json=said, headers=TRUSTED).status_code == 204
+    assert client("GET", url).status_code == 401
+    assert client("GET", url, headers=TRUSTED).json() == said
+    assert not any(b"confidential" in path.read_bytes() for path in folder.iterdir())
+    argv = ["evidence", "show", "chatcmpl-2", "--dir", str(folder)]
+    assert main([*argv, "--key", str(folder.parent / "key"), "--html", str(folder.parent / "page.html")]) == 0
+    assert " confidential</span>" in (folder.parent / "page.html").read_text()
+    capsys.readouterr()
+    assert main([*argv, "--key", str(folder.parent / "key")]) == 0
+    assert " w" in capsys.readouterr().out
+    client("DELETE", "/v1/evidence/requests/chatcmpl-2", headers=TRUSTED)
+    assert client("GET", url, headers=TRUSTED).status_code == 404
+    assert [row for path in contents.files(folder) for row in sealed_in(path)] == []
+
+
+def sealed_in(path: Path) -> list[bytes]:
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT sealed FROM content").fetchall()
+    connection.close()
+    return [row[0] for row in rows]
+
+
+def test_content_of_a_request_that_is_not_kept_never_reaches_the_disk(made):
+    client, folder = made
+    answer = client("PUT", "/v1/evidence/content/chatcmpl-calm", json={"token_ids": [1, 2]}, headers=TRUSTED)
+    assert answer.status_code == 404 and contents.files(folder) == []
+
+
+@pytest.mark.parametrize("said", [{}, {"tokens": ["a"], "token_ids": [1, 2]}, {"tokens": ["a"], "text": "a"}])
+def test_content_that_does_not_fit_together_is_refused(made, said):
+    client, _ = made
+    assert client("PUT", "/v1/evidence/content/chatcmpl-2", json=said, headers=TRUSTED).status_code == 422
+
+
+def test_without_a_key_nothing_that_was_said_is_kept(tmp_path, token_file):
+    pipeline = Pipeline(watchlist(FEATURES))
+    evidence = Evidence(EvidenceSettings(tmp_path / "e", token_file=token_file), pipeline, lambda: NOW)
+    client = Client(make_app(pipeline, clock=lambda: NOW, process=lambda: ProcessFacts(1, 2, 3), evidence=evidence))
+    answer = client("PUT", "/v1/evidence/content/x", json={"token_ids": [1]}, headers=TRUSTED)
+    assert answer.status_code == 403 and "--evidence-key" in answer.json()["detail"]
+    evidence.close()
 
 
 def test_every_reading_is_in_the_audit_log(made):
     client, folder = made
     client("GET", "/v1/evidence/exceedances", params={"feature": "deceive"})
     client("GET", "/v1/evidence/requests/chatcmpl-2")
-    client("DELETE", "/v1/evidence/requests/chatcmpl-2", headers={"authorization": f"Bearer {TOKEN}"})
+    client("DELETE", "/v1/evidence/requests/chatcmpl-2", headers=TRUSTED)
     audit = Audit(folder)
     assert [(e.action, e.subject, e.actor) for e in audit.entries()][::-1] == [
         ("query", "feature=deceive", "http:127.0.0.1"),
