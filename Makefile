@@ -41,6 +41,9 @@ engine: $(VENV)/.dev ## the tests on a real vLLM engine
 bench-step-time: $(VENV)/.dev ## step time with the monitor on / off on the CPU engine
 	$(BIN)/python -m tests.bench.step_time
 
+bench-accounting: $(VENV)/.dev ## I1, I2 and I3 in every engine mode on the CPU engine
+	$(BIN)/python -m tests.bench.accounting.run
+
 bench-parity: $(VENV)/.dev ## our scores against every upstream library's, from the golden fixtures
 	$(BIN)/python -m tests.bench.parity
 

@@ -67,7 +67,7 @@ class Reason(IntEnum):
 
     NONE = 0
     PREFIX_CACHE = 1
-    """unseen: its KV came from the prefix cache, so the forward that would have been scored never ran."""
+    """unseen: its KV came from the prefix cache, and no score of its computation is kept (else it is inherited)."""
     NOT_ARMED = 2
     """unseen: the plugin runs without scoring, because the watchlist or the engine mode was refused."""
     OP_SILENT = 3
@@ -82,6 +82,8 @@ class Reason(IntEnum):
     """dropped: more non-zero activations in one step than the slot holds; the rows past the bound."""
     NON_FINITE = 8
     """dropped: the residual stream of this token held NaN or infinity."""
+    KV_CONNECTOR = 9
+    """unseen: the engine may load KV from elsewhere, so whether this token's was computed here is not known."""
 
 
 class Outcome(IntEnum):

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from monitor import __version__
-from monitor.engine import encoder, rowmap, settings
+from monitor.engine import encoder, kv, rowmap, settings
 from monitor.engine.child import ExporterChild
 from monitor.engine.encoder import SENTINEL, ArmedHook
 from monitor.engine.settings import Settings
 from monitor.engine.tap import Tap
 from monitor.errors import EngineRefused, Refusal
+from monitor.names import Reason
 from monitor.ring import Geometry, Ring
 from monitor.watchlist.card import Watchlist
 
@@ -140,7 +141,7 @@ class Attachment:
         config, parallel = self._worker.vllm_config, self._worker.parallel_config
         pass_config = config.compilation_config.pass_config
         unsupported = {
-            "speculative decoding": config.speculative_config is not None,
+            "speculative decoding": not _drafts_can_be_followed(config, self._worker.model_runner),
             "pipeline parallelism": parallel.pipeline_parallel_size > 1,
             "micro-batching (DBO)": getattr(parallel, "use_ubatching", False),
             "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
@@ -182,9 +183,23 @@ class Attachment:
             )
         for hook in self._hooks:
             hook.reset()
-        self._tap = Tap(self._ring, self._hooks, on_gpu=self._worker.device.type != "cpu")
+        cache = self._followed_cache()
+        self._tap = Tap(self._ring, self._hooks, on_gpu=self._worker.device.type != "cpu", cache=cache)
         if self._exporter is not None:
-            self._exporter.configure(self._exporter_config(self._ring))
+            self._exporter.configure(self._exporter_config(self._ring, cache))
+
+    def _followed_cache(self) -> kv.KvCache | None:
+        """The KV cache whose hits inherit scores; None, with a line in the log, where it cannot be followed."""
+        if not self._hooks:
+            return None
+        try:
+            cache = kv.followed(self._worker)
+        except Exception:
+            logger.exception("latentwatch: the KV cache of this vLLM is not understood")
+            cache = None
+        if cache is None:
+            logger.info("latentwatch: tokens from the prefix cache are counted as unseen, they inherit no scores")
+        return cache
 
     def _canary_alive(self) -> bool:
         """Whether a forward since arming went through every armed op."""
@@ -208,7 +223,7 @@ class Attachment:
 
     # The exporter process.
 
-    def _exporter_config(self, ring: Ring) -> dict[str, Any]:
+    def _exporter_config(self, ring: Ring, cache: kv.KvCache | None) -> dict[str, Any]:
         import vllm
 
         config = self._worker.vllm_config
@@ -221,6 +236,8 @@ class Attachment:
             "geometry": ring.geometry.to_args(),
             "collector": self._settings.collector,
             "drafts": config.speculative_config is not None,
+            "kept": cache and {"blocks": cache.blocks, "block_size": cache.block_size},
+            "cached_reason": Reason.KV_CONNECTOR if kv.loads_from_elsewhere(config) else Reason.PREFIX_CACHE,
             "hello": {
                 "replica": f"{self._settings.replica}/{engine}",
                 "boot_id": self._boot_id,
@@ -243,3 +260,16 @@ class Attachment:
         if self._ring is not None:
             self._ring.close()
         self._tap = None
+
+
+def _drafts_can_be_followed(config: Any, runner: Any) -> bool:
+    """Whether the batch says where each request's rows truly begin, although some of them are drafts.
+
+    With n-gram drafts and the scheduler in step it does. With a draft model or asynchronous scheduling the positions
+    on the host assume that every draft is accepted.
+    """
+    speculative = config.speculative_config
+    if speculative is None:
+        return True
+    in_step = not config.scheduler_config.async_scheduling
+    return speculative.method == "ngram" and in_step and hasattr(runner, "input_batch")

@@ -16,11 +16,14 @@ import numpy as np
 from monitor.engine import finish, identity, rowmap
 from monitor.engine.drain import UNSCORED, HostBuffers, Written, device_handovers, write_compacted
 from monitor.engine.encoder import ArmedHook
-from monitor.events import Closed, Opened, encode_events
+from monitor.engine.kv import KvCache
+from monitor.events import Blocks, Closed, Event, Opened, encode_events
 from monitor.ring import EVENT_BYTES, REQUEST_DTYPE, Ring, Slot
 
 _STEPS_IN_FLIGHT = 3
 _KEPT_SLOTS = 2
+_BLOCKS_PER_EVENT = 2048
+"""Numbers of up to eight digits: a quarter of ring.EVENT_BYTES."""
 
 
 class _Queued(NamedTuple):
@@ -30,35 +33,64 @@ class _Queued(NamedTuple):
     time_unix_nano: int
     requests_Q: Any
     rows: int
-    events: list[Opened | Closed]
+    events: list[Event]
     handover: Any
 
 
 class Requests:
-    """The engine's live requests and the table slots that they hold."""
+    """The engine's live requests, the table slots that they hold, and the KV blocks that they were given."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: KvCache | None) -> None:
+        self._cache = cache
         self._live: dict[str, Opened] = {}
+        self._blocks: dict[str, list[int]] = {}
         self.slot_of: dict[str, int] = {}
         self._free: list[int] = []
         self._handles = 0
 
-    def update(self, scheduler_output: Any) -> list[Opened | Closed]:
+    def update(self, scheduler_output: Any) -> list[Event]:
         """Take the openings and closings that the scheduler announces with a step; closings come first."""
-        events: list[Opened | Closed] = []
+        events: list[Event] = []
         if scheduler_output.finished_req_ids:
             for request_id, (output_tokens, aborted) in finish.ended_requests(scheduler_output).items():
                 slot = self.slot_of.pop(request_id, None)
                 if slot is not None:
                     del self._live[request_id]
+                    self._blocks.pop(request_id, None)
                     self._free.append(slot)
                     events.append(Closed(slot, output_tokens, aborted))
         events.extend(self._open(new) for new in scheduler_output.scheduled_new_reqs if new.req_id not in self.slot_of)
+        if self._cache is not None:
+            events += _in_lines(self._given(scheduler_output, self._cache))
         return events
 
-    def announce_again(self) -> list[Opened | Closed]:
+    def announce_again(self) -> list[Event]:
         """For an exporter that was started again: every live request, as resumed."""
-        return [dataclasses.replace(opened, resumed=True) for opened in self._live.values()]
+        resumed = [dataclasses.replace(opened, resumed=True) for opened in self._live.values()]
+        given = [[self.slot_of[name], 0, len(blocks), *blocks] for name, blocks in self._blocks.items()]
+        return [*resumed, *_in_lines(given)]
+
+    def _given(self, scheduler_output: Any, cache: KvCache) -> list[list[int]]:
+        """The KV blocks of this step, as events.Blocks has them."""
+        group, size = cache.group, cache.block_size
+        given = []
+        for new in scheduler_output.scheduled_new_reqs:
+            self._blocks[new.req_id] = blocks = list(new.block_ids[group])
+            given.append([self.slot_of[new.req_id], 0, new.num_computed_tokens // size, *blocks])
+        cached = scheduler_output.scheduled_cached_reqs
+        for i, ids in enumerate(cached.new_block_ids):
+            if ids is None:
+                continue
+            name = cached.req_ids[i]
+            if name in cached.resumed_req_ids:
+                self._blocks[name] = []
+                hits = cached.num_computed_tokens[i] // size
+            else:
+                hits = 0
+            before = self._blocks[name]
+            given.append([self.slot_of[name], len(before), hits, *ids[group]])
+            before += ids[group]
+        return given
 
     def _open(self, new: Any) -> Opened:
         slot = self._free.pop() if self._free else len(self.slot_of)
@@ -79,10 +111,27 @@ class Requests:
         return opened
 
 
+def _in_lines(given: list[list[int]]) -> list[Event]:
+    """Cut into events of which each fits into a ring slot with room to spare."""
+    lines: list[Event] = []
+    room = 0
+    for slot, at, hits, *blocks in given:
+        for cut in range(0, len(blocks), _BLOCKS_PER_EVENT):
+            piece = blocks[cut : cut + _BLOCKS_PER_EVENT]
+            if len(piece) > room:
+                lines.append(Blocks([]))
+                room = _BLOCKS_PER_EVENT
+            last = lines[-1]
+            assert isinstance(last, Blocks)
+            last.given.append([slot, at + cut, min(max(hits - cut, 0), len(piece)), *piece])
+            room -= len(piece)
+    return lines
+
+
 class Tap:
     """Hands every step over to the exporter, scored or not."""
 
-    def __init__(self, ring: Ring, hooks: Sequence[ArmedHook], *, on_gpu: bool) -> None:
+    def __init__(self, ring: Ring, hooks: Sequence[ArmedHook], *, on_gpu: bool, cache: KvCache | None = None) -> None:
         self._ring = ring
         self._hooks = hooks
         self._through_handovers = bool(hooks) and on_gpu
@@ -91,8 +140,8 @@ class Tap:
             device_handovers(hooks, ring.geometry.max_fires, _STEPS_IN_FLIGHT) if self._through_handovers else []
         )
         self._queue: list[_Queued] = []
-        self._requests = Requests()
-        self._owed: list[Opened | Closed] = []
+        self._requests = Requests(cache)
+        self._owed: list[Event] = []
         self._step = 0
         self._row_map = np.empty(ring.geometry.max_requests, REQUEST_DTYPE)
 

@@ -5,8 +5,9 @@ Legend: Q requests in the step, T computed rows, R rows that carry scores, S seg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE
 
 Array = npt.NDArray[Any]
 I64 = npt.NDArray[np.int64]
+
+UNSEEN_REASONS: Final = (Reason.NOT_ARMED, Reason.OP_SILENT, Reason.PREFIX_CACHE, Reason.KV_CONNECTOR)
+"""Reasons for which a token was never there to be scored; the others mean that a score was lost."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,25 @@ class StepRows:
 
 
 @dataclass(frozen=True)
+class ScoredRows:
+    """What R rows showed, as the columns of step.StepBatch."""
+
+    fires_N: Array
+    """Sorted by row, then feature."""
+    dense_RP: Array
+    norm_RH: Array
+
+
+@dataclass(frozen=True)
 class Laid:
     """Segments and the scores of their rows, in the order that step.StepBatch wants."""
 
     segments_S: Array
-    fires_N: Array
-    dense_RP: Array
-    norm_RH: Array
+    scored: ScoredRows
+    scored_T: npt.NDArray[np.intp]
+    """Which of the step's rows those are."""
+    again_T: npt.NDArray[np.intp]
+    """Rows below `from_Q` that carry scores, computed again into other places of the KV cache."""
     recomputed: int
     """Rows below `from_Q`."""
     beyond: int
@@ -57,30 +73,50 @@ def lay_out(rows: StepRows) -> Laid:
 
     Rows whose reason is NOT_ARMED or OP_SILENT become unseen, other reasons dropped, NONE scored.
     """
-    request_T = np.repeat(np.arange(len(rows.count_Q)), rows.count_Q)
-    first_T = np.repeat(np.cumsum(rows.count_Q) - rows.count_Q, rows.count_Q)
-    position_T = rows.start_Q[request_T] + np.arange(len(request_T)) - first_T
+    request_T, position_T = positions(rows.start_Q, rows.count_Q)
     again_T = position_T < rows.from_Q[request_T]
     beyond_T = ~again_T & (position_T >= rows.to_Q[request_T])
     kept = np.flatnonzero(~again_T & ~beyond_T)
     reason_K = rows.reason_T[kept]
     state_K = state_of(reason_K)
     phase_K = np.where(position_T[kept] < rows.prompt_Q[request_T[kept]], Phase.PROMPT, Phase.OUTPUT).astype(np.uint8)
-    segments = _runs(rows.handle_Q[request_T[kept]], position_T[kept], state_K, reason_K, phase_K)
+    segments = runs(rows.handle_Q[request_T[kept]], position_T[kept], state_K, reason_K, phase_K)
     scored = kept[state_K == TokenState.SCORED]
     return Laid(
         segments_S=segments,
-        fires_N=_renumber(rows.fires_N, scored, len(request_T)),
-        dense_RP=rows.dense_TP[scored],
-        norm_RH=rows.norm_TH[scored],
+        scored=scores_of(rows, scored),
+        scored_T=scored,
+        again_T=np.flatnonzero(again_T & (rows.reason_T == Reason.NONE)),
         recomputed=int(again_T.sum()),
         beyond=int(beyond_T.sum()),
     )
 
 
+def positions(start_Q: I64, count_Q: I64) -> tuple[I64, I64]:
+    """For each row of a step, int64 [T]: the place of its request in the step, and its position in that request."""
+    request_T = np.repeat(np.arange(len(count_Q)), count_Q)
+    first_T = np.repeat(np.cumsum(count_Q) - count_Q, count_Q)
+    return request_T, start_Q[request_T] + np.arange(len(request_T)) - first_T
+
+
+def scores_of(rows: StepRows, chosen: npt.NDArray[np.intp]) -> ScoredRows:
+    """The scores of some of a step's rows, in their order."""
+    return ScoredRows(_renumber(rows.fires_N, chosen, len(rows.reason_T)), rows.dense_TP[chosen], rows.norm_TH[chosen])
+
+
+def joined(parts: Sequence[ScoredRows]) -> ScoredRows:
+    """The rows of all parts, one part behind the other. At least one part."""
+    fires_N = np.concatenate([part.fires_N for part in parts])
+    rows_before = np.cumsum([0, *(len(part.norm_RH) for part in parts[:-1])])
+    fires_N["row"] += np.repeat(rows_before, [len(part.fires_N) for part in parts]).astype(np.uint32)
+    return ScoredRows(
+        fires_N, np.concatenate([part.dense_RP for part in parts]), np.concatenate([part.norm_RH for part in parts])
+    )
+
+
 def state_of(reason: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The state that a row's reason means."""
-    unseen = np.isin(reason, (Reason.NOT_ARMED, Reason.OP_SILENT, Reason.PREFIX_CACHE))
+    unseen = np.isin(reason, UNSEEN_REASONS)
     state = np.where(unseen, TokenState.UNSEEN, TokenState.DROPPED)
     return np.where(reason == Reason.NONE, TokenState.SCORED, state).astype(np.uint8)
 
@@ -95,7 +131,7 @@ def span(handle: int, start: int, stop: int, prompt_tokens: int, reason: Reason)
     )
 
 
-def _runs(handle: I64, position: I64, state: Array, reason: Array, phase: Array) -> Array:
+def runs(handle: I64, position: I64, state: Array, reason: Array, phase: Array) -> Array:
     """Maximal runs of consecutive positions that agree in everything else."""
     if not len(handle):
         return np.empty(0, SEGMENT_DTYPE)

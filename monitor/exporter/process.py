@@ -16,7 +16,9 @@ import time
 from types import FrameType
 from typing import Final
 
+from monitor.exporter.kept import KeptScores
 from monitor.exporter.ledger import Ledger
+from monitor.names import Reason
 from monitor.ring import Geometry, Ring
 from monitor.step import EngineCounters, StepBatch
 from monitor.transport.sender import Sender
@@ -106,7 +108,13 @@ def main() -> int:
     hello = Hello(**config["hello"])
     ring = Ring(config["fd"], Geometry(**config["geometry"]), create=False)
     sender = Sender(config["collector"], hello)
-    exporter = Exporter(ring, Ledger(armed=hello.armed, drafts=config["drafts"]), sender)
+    kept = None
+    if config["kept"]:
+        kept = KeptScores(dense=ring.geometry.dense, hook_points=ring.geometry.hook_points, **config["kept"])
+    ledger = Ledger(
+        armed=hello.armed, drafts=config["drafts"], kept=kept, cached_reason=Reason(config["cached_reason"])
+    )
+    exporter = Exporter(ring, ledger, sender)
     sender.start()
     ring.attach()
     while not stop:

@@ -75,12 +75,12 @@ def test_every_token_that_vllm_counted_is_accounted_for_and_none_is_dropped(run:
         total.update(scores.tokens)
     counted = run.on.metrics["vllm:prompt_tokens"] + run.on.metrics["vllm:generation_tokens"] - len(run.on.outputs)
     assert sum(total.values()) == counted
-    assert {state for state, _, _ in total} == {TokenState.SCORED, TokenState.UNSEEN}
+    assert {state for state, _, _ in total} == {TokenState.SCORED, TokenState.INHERITED}
     # The second wave left the two shared blocks in the prefix cache; the seven requests of the third hit them.
-    assert total[TokenState.UNSEEN, Reason.PREFIX_CACHE, Phase.PROMPT] == 7 * 64
+    assert total[TokenState.INHERITED, Reason.NONE, Phase.PROMPT] == 7 * 64
 
 
-def test_scores_are_those_of_hugging_faces_hidden_states_at_the_same_position(
+def test_scores_computed_or_inherited_are_those_of_hugging_faces_hidden_states_at_the_same_position(
     run: Run, watchlist: card.Watchlist, model: Path
 ):
     """Sparse scores to 1e-3 (they reach 30), dense ones to float16's resolution; gates equal but within 1e-3 of tau."""
@@ -98,7 +98,7 @@ def test_scores_are_those_of_hugging_faces_hidden_states_at_the_same_position(
             np.testing.assert_allclose(found_F[~sparse], expected_F[~sparse], atol=1e-3, rtol=1e-3)
             np.testing.assert_allclose(scores.norm_at[position], norm_TH[position], rtol=1e-3)
             positions += 1
-    assert positions == sum(len(fed) for fed, _ in run.requests(watchlist)) - 7 * 64
+    assert positions == sum(len(fed) for fed, _ in run.requests(watchlist))
 
 
 def test_a_score_is_never_that_of_the_neighbouring_position(run: Run, watchlist: card.Watchlist, model: Path):

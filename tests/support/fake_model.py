@@ -121,20 +121,35 @@ def scheduled(
     *,
     starts: dict[str, int] | None = None,
     new: list[tuple[str, int]] | None = None,
+    blocks: dict[str, list[int]] | None = None,
+    hits: dict[str, int] | None = None,
+    resumed: set[str] | None = None,
     finished: dict[str, tuple[int, bool]] | None = None,
 ) -> Any:
-    """A SchedulerOutput with the fields that the tap reads: tokens per request, (id, prompt tokens) of new ones."""
+    """A SchedulerOutput with the fields that the tap reads.
+
+    Tokens per request; (id, prompt tokens) of new ones; KV blocks given, of one cache group; tokens that new and
+    resumed requests found in the prefix cache.
+    """
+    blocks, hits, running = blocks or {}, hits or {}, [name for name in counts if name not in dict(new or [])]
     output = SimpleNamespace(
         scheduled_new_reqs=[
             SimpleNamespace(
                 req_id=name,
                 prompt_token_ids=[0] * prompt,
-                num_computed_tokens=0,
+                num_computed_tokens=hits.get(name, 0),
+                block_ids=(blocks.get(name, []),),
                 lora_request=None,
                 sampling_params=None,
             )
             for name, prompt in new or []
         ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=running,
+            resumed_req_ids=resumed or set(),
+            new_block_ids=[(blocks[name],) if name in blocks else None for name in running],
+            num_computed_tokens=[hits.get(name, 0) for name in running],
+        ),
         finished_req_ids=set(finished or {}),
         total_num_scheduled_tokens=sum(counts.values()),
         num_scheduled_tokens=counts,

@@ -20,7 +20,10 @@ def residual_streams(model_path: Path, tokens: list[int], layers: list[int], dty
 
     model: Any = _model_cache.get((model_path, dtype))
     if model is None:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)).eval()
+        # Eager attention is the only one that knows every architecture (Gemma-2 caps its attention scores).
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, dtype), attn_implementation="eager"
+        ).eval()
         _model_cache[model_path, dtype] = model
     caught: dict[int, Any] = {}
 
@@ -30,7 +33,10 @@ def residual_streams(model_path: Path, tokens: list[int], layers: list[int], dty
 
         return hook
 
-    handles = [model.model.layers[layer].register_forward_hook(catch(layer)) for layer in layers]
+    body = getattr(model.base_model, "decoder", model.base_model)
+    blocks = body.h if hasattr(body, "h") else body.layers
+    handles = [blocks[layer].register_forward_hook(catch(layer)) for layer in layers]
+
     try:
         with torch.inference_mode():
             model(torch.tensor([tokens]))

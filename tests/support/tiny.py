@@ -45,8 +45,9 @@ def watchlist(
     dense: int = 2,
     d_model: int = D_MODEL,
     seed: int = 0,
+    architecture: str = "LlamaForCausalLM",
 ) -> card.Watchlist:
-    """A random watchlist for `llama()`: `sparse` gated features and `dense` probes at each layer."""
+    """A random watchlist for `llama()`, or a model of its sizes: `sparse` gated features, `dense` probes a layer."""
     rng = np.random.default_rng(seed)
     hooks = []
     for layer in layers:
@@ -71,5 +72,5 @@ def watchlist(
             for k in range(K)
         )
         hooks.append(card.HookRows(HookPoint(layer), features, w_hi, w_lo, scale))
-    model = card.ModelCard("tiny", "LlamaForCausalLM", d_model, LAYERS, VOCABULARY, ("bfloat16", "float32"))
+    model = card.ModelCard("tiny", architecture, d_model, LAYERS, VOCABULARY, ("bfloat16", "float32"))
     return card.write(card.Watchlist("tiny", model, tuple(hooks)), path)

@@ -12,11 +12,14 @@ import torch
 from monitor.engine import finish, rowmap
 from monitor.engine.drain import HostBuffers, write_compacted
 from monitor.engine.encoder import SENTINEL, ArmedHook
-from monitor.engine.tap import Tap
+from monitor.engine.kv import KvCache
+from monitor.engine.tap import Requests, Tap
+from monitor.events import Blocks, Event, encode_events
+from monitor.exporter.kept import KeptScores
 from monitor.exporter.ledger import Ledger
 from monitor.kernels import reference
 from monitor.names import Reason, TokenState
-from monitor.ring import Geometry, Ring
+from monitor.ring import EVENT_BYTES, Geometry, Ring
 from monitor.step import EngineCounters
 from tests.support import tiny
 from tests.support.fake_model import scheduled
@@ -120,6 +123,65 @@ def test_an_exporter_started_again_is_told_every_live_request(hooks):
     batch = ledger.take(ring.peek(), EngineCounters())
     assert [opened.request_id for opened in batch.opened] == ["a"]
     assert ledger.finish().segments_S["start"].tolist() == [2]
+
+
+CACHE = KvCache(group=0, blocks=100_000, block_size=4)
+
+
+def given(events: list[Event]) -> list[list[int]]:
+    return [table for event in events if isinstance(event, Blocks) for table in event.given]
+
+
+def test_kv_blocks_are_told_as_the_scheduler_gives_them():
+    requests = Requests(CACHE)
+    first = scheduled({"a": 2}, new=[("a", 10)], blocks={"a": [5, 6, 9]}, hits={"a": 8})
+    assert given(requests.update(first)) == [[0, 0, 2, 5, 6, 9]]
+    assert given(requests.update(scheduled({"a": 1}))) == []
+    assert given(requests.update(scheduled({"a": 1}, blocks={"a": [7]}))) == [[0, 3, 0, 7]]
+    again = scheduled({"a": 9}, blocks={"a": [5, 1, 2]}, hits={"a": 4}, resumed={"a"})
+    assert given(requests.update(again)) == [[0, 0, 1, 5, 1, 2]]
+    # The V2 runner is told of a resumed request as of a new one.
+    assert given(requests.update(scheduled({"a": 9}, new=[("a", 10)], blocks={"a": [8]}))) == [[0, 0, 0, 8]]
+    assert given(requests.announce_again()) == [[0, 0, 1, 8]]
+    requests.update(scheduled({}, finished={"a": (1, False)}))
+    assert requests.announce_again() == []
+
+
+def test_a_request_with_more_blocks_than_an_event_holds_is_told_in_pieces():
+    requests = Requests(CACHE)
+    blocks = list(range(10_000, 15_000))
+    events = requests.update(scheduled({"a": 1}, new=[("a", 20_000)], blocks={"a": blocks}, hits={"a": 4 * 3000}))
+    assert all(len(encode_events([event])) < EVENT_BYTES for event in events)
+    tables = given(events)
+    assert [block for _, _, _, *piece in tables for block in piece] == blocks
+    assert [(at, hits, len(piece)) for _, at, hits, *piece in tables] == [
+        (0, 2048, 2048),
+        (2048, 952, 2048),
+        (4096, 0, 904),
+    ]
+
+
+def test_a_hit_inherits_through_the_ring(hooks):
+    ring = Ring.create(geometry(hooks))
+    reader = Ring(ring.fd, ring.geometry, create=False)
+    tap = Tap(ring, hooks, on_gpu=False, cache=CACHE)
+    kept = KeptScores(blocks=100, block_size=4, dense=len(hooks), hook_points=len(hooks))
+    ledger = Ledger(armed=True, drafts=False, kept=kept)
+    forward(hooks, 6)
+    tap.after_step(v1_runner({"a": 0}), scheduled({"a": 6}, new=[("a", 6)], blocks={"a": [3, 4]}))
+    forward(hooks, 2, value=5.0)
+    second = scheduled({"b": 2}, new=[("b", 6)], blocks={"b": [3, 8]}, hits={"b": 4}, finished={"a": (1, False)})
+    tap.after_step(v1_runner({"b": 4}), second)
+    tap.after_step(v1_runner({}), scheduled({}, finished={"b": (1, False)}))
+    batches = []
+    while (raw := reader.peek()) is not None:
+        batches.append(ledger.take(raw, EngineCounters()))
+        reader.release()
+    assert [(int(s["start"]), int(s["count"]), int(s["state"])) for s in batches[2].segments_S] == [
+        (0, 4, TokenState.INHERITED),
+        (4, 2, TokenState.SCORED),
+    ]
+    assert batches[2].fires_N.tolist() == [(r, f, v) for r, v in ((0, 2.0), (2, 2.0), (4, 5.0)) for f in (1, 6)]
 
 
 def test_more_activations_than_the_slot_holds_cut_whole_rows_and_say_which(hooks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitor import step
-from monitor.events import Closed, Opened, decode_events, encode_events
+from monitor.events import Closed, Event, Opened, decode_events, encode_events
 from monitor.exporter.ledger import Ledger
 from monitor.names import Outcome, Phase, Reason, TokenState
 from monitor.ring import REQUEST_DTYPE, RawStep
@@ -27,7 +28,7 @@ def score(handle: int, position: int, attempt: int = 0) -> float:
 
 def raw(
     requests: list[tuple[int, int, int]],
-    events: list[Opened | Closed] = [],  # noqa: B006 - never written
+    events: Sequence[Event] = (),
     *,
     number: int = 1,
     score_of: Any = lambda slot, position: 1.0,
@@ -96,7 +97,7 @@ def run(*steps: RawStep, armed: bool = True, drafts: bool = False) -> Books:
 
 
 def test_events_survive_the_ring_as_they_were():
-    events: list[Opened | Closed] = [opened(3, 17, 5, cached=2), Closed(1, -1, True)]
+    events: list[Event] = [opened(3, 17, 5, cached=2), Closed(1, -1, True)]
     assert decode_events(encode_events(events)) == events
 
 
@@ -232,7 +233,7 @@ class Simulation:
         self.slots = self.handles = self.attempts = 0
         self.live: dict[int, dict[str, int]] = {}
         self.expected: dict[int, dict[str, Any]] = {}
-        self.pending: list[Opened | Closed] = []
+        self.pending: list[Event] = []
 
     def steps(self, count: int, lossy: bool) -> list[RawStep]:
         out = []

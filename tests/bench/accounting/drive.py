@@ -1,0 +1,114 @@
+"""Drives one real vLLM engine through a scripted workload: `python -m tests.bench.accounting.drive JOB RESULT`.
+
+The engine runs in this process, so that one call is one engine step: arrivals and aborts happen at the same step in
+every run, with the monitor and without. What the engine computed for each request is read from its scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.engine_run import ENVIRONMENT
+
+COUNTERS = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:prompt_tokens", "vllm:generation_tokens")
+DRAFT_COUNTERS = ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens")
+
+
+def main(job_path: str, result_path: str) -> None:
+    job = json.loads(Path(job_path).read_text())
+    os.environ.update({**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **job["env"]})
+    from vllm import LLM
+
+    llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **job["engine"])
+    script = Script(llm, job)
+    script.play()
+    metrics = {m.name: m.value for m in llm.get_metrics() if m.name in (*COUNTERS, *DRAFT_COUNTERS)}
+    requests = [
+        {"outputs": script.outputs[i], "computed": script.computed[i], "aborted": i in script.aborted}
+        for i in range(len(job["requests"]))
+    ]
+    Path(result_path).write_text(json.dumps({"requests": requests, "metrics": metrics, "steps": script.steps}))
+    llm.llm_engine.engine_core.shutdown()
+
+
+class Script:
+    """One workload on one engine. Requests go by their index, in `job["requests"]` and in the engine's ids."""
+
+    def __init__(self, llm: Any, job: Any) -> None:
+        self._engine = llm.llm_engine
+        self._pooling = llm.model_config.runner_type == "pooling"
+        self._adapters = job["adapters"]
+        self._requests = job["requests"]
+        self._id: dict[int, str] = {}
+        self._began: dict[int, int] = {}
+        self.outputs: list[list[int]] = [[] for _ in self._requests]
+        self.computed = [0] * len(self._requests)
+        self.aborted: set[int] = set()
+        self.steps = 0
+
+    def play(self) -> None:
+        """One wave after the other; within a wave, requests arrive at their steps."""
+        for wave in sorted({request["wave"] for request in self._requests}):
+            waiting = [i for i, request in enumerate(self._requests) if request["wave"] == wave]
+            began = self.steps
+            while waiting or self._engine.has_unfinished_requests():
+                for i in [i for i in waiting if self._requests[i]["arrive"] <= self.steps - began]:
+                    self._add(i)
+                    waiting.remove(i)
+                self._step()
+        # The requests that ended in the last step are announced with the next one, and an idle engine makes none.
+        self._engine.step()
+
+    def _add(self, i: int) -> None:
+        from vllm import PoolingParams, SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        request = self._requests[i]
+        adapter = request["adapter"]
+        lora = None
+        if adapter:
+            lora = LoRARequest(adapter, 1 + sorted(self._adapters).index(adapter), self._adapters[adapter])
+        params: Any = (
+            PoolingParams(task="embed")
+            if self._pooling
+            else SamplingParams(
+                temperature=0, max_tokens=request["max_tokens"], detokenize=False, stop_token_ids=request["stop"]
+            )
+        )
+        self._id[i] = self._engine.add_request(
+            str(i), {"prompt_token_ids": request["prompt"]}, params, lora_request=lora, priority=request["priority"]
+        )
+        self._began[i] = self.steps
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            if not self._pooling:
+                self.outputs[_index(output.request_id)] = list(output.outputs[0].token_ids)
+        self.steps += 1
+        scheduler = self._engine.engine_core.engine_core.scheduler
+        for name, state in scheduler.requests.items():
+            i = _index(name)
+            self.computed[i] = max(self.computed[i], int(state.num_computed_tokens))
+            if self._must_abort(i):
+                self.aborted.add(i)
+        self._engine.abort_request(
+            [self._id[i] for i in self.aborted if self._id[i] in scheduler.requests], internal=True
+        )
+
+    def _must_abort(self, i: int) -> bool:
+        steps, tokens = self._requests[i]["abort_after_steps"], self._requests[i]["abort_after_outputs"]
+        if steps is not None and self.computed[i]:
+            return self.steps - self._began[i] >= steps
+        return tokens is not None and len(self.outputs[i]) >= tokens
+
+
+def _index(request_id: str) -> int:
+    return int(request_id.partition("-")[0])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

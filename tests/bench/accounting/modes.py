@@ -1,0 +1,150 @@
+"""The table of modes: for each engine its arguments, its workload, and what must be seen, so that the mode did occur.
+
+A mode is a row of the result. One engine can serve several modes, told apart by the label of their requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tests.bench.accounting.models import prompt_of_repeats
+from tests.bench.accounting.workload import Workload
+from tests.support.engines import ROOT
+
+V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": str(ROOT / "tests/support/triton_on_cpu")}
+PIECEWISE = {"PYTHONPATH": str(ROOT / "tests/support/vllm_compile_on_cpu")}
+EAGER = {"enforce_eager": True}
+SMALL = {"max_model_len": 256, "max_num_batched_tokens": 64, "max_num_seqs": 8, "block_size": 32, "dtype": "float32"}
+"""float32, so that what is left of an error is a wrong row and not rounding."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine, started twice: with the monitor and without."""
+
+    name: str
+    workload: Callable[[], Workload]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    architecture: str = "Llama"
+    env: dict[str, str] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    refused: str = ""
+    """Words that the refusal must hold, where the engine must not be armed."""
+    preempts: bool = False
+    """Preemptions must have occurred."""
+    cache: str = "warm"
+    """"cold": a compile cache of its own, empty at first; "stale": one that a plain server filled."""
+
+
+def plain(requests: int, seed: int = 1, label: str = "") -> Callable[[], Workload]:
+    """Random prompts, up to 8 at a time."""
+    return lambda: Workload(seed).wave(label, requests, per_step=0.4)
+
+
+def prefixes(requests: int) -> Workload:
+    """A system prompt of three blocks: met first, found whole, found in part."""
+    made = Workload(2)
+    system = made.tokens(100)
+    made.wave("prefix cache, cold", 1, prefix=system, longest=30)
+    made.wave("prefix cache, hit", requests, prefix=system, longest=40, per_step=0.4)
+    made.wave("prefix cache, partial hit", requests, prefix=system[:70], longest=60, per_step=0.4)
+    return made
+
+
+def default(requests: int) -> Callable[[], Workload]:
+    def make() -> Workload:
+        made = prefixes(requests // 2)
+        made.wave("default", requests, per_step=0.4)
+        made.wave("abort in prefill", requests // 2, shortest=130, longest=200, per_step=0.2).vary(
+            abort_after_steps=[1, 2, None]
+        )
+        return made.wave("abort in decode", requests // 2, shortest=3, per_step=0.4).vary(
+            abort_after_outputs=[1, 2, 5, None]
+        )
+
+    return make
+
+
+def v2(requests: int) -> Callable[[], Workload]:
+    """Fewer requests: a step through Triton's interpreter takes 50 ms and more."""
+
+    def make() -> Workload:
+        made = Workload(6)
+        system = made.tokens(100)
+        made.wave("V2 runner, prefix cache", 1, prefix=system, longest=30)
+        made.wave("V2 runner, prefix cache", requests // 2, prefix=system, longest=40, per_step=0.4)
+        made.wave("V2 runner", requests, per_step=0.4)
+        return made.vary(abort_after_outputs=[1, 3, None, None])
+
+    return make
+
+
+def evicted(requests: int) -> Callable[[], Workload]:
+    """Shared prefixes in a cache too small for them: found, evicted, computed again, found again."""
+
+    def make() -> Workload:
+        made = Workload(3)
+        systems = [made.tokens(96) for _ in range(3)]
+        for round_number in range(max(1, requests // 12)):
+            made.wave("prefix cache, evicted and refilled", 12, longest=60, prefix=systems[round_number % 3])
+        return made
+
+    return make
+
+
+def adapters(requests: int, names: tuple[str, ...]) -> Callable[[], Workload]:
+    return lambda: Workload(4).wave("", requests, per_step=0.4).vary(adapter=["", *names])
+
+
+def repeats(requests: int) -> Callable[[], Workload]:
+    """Prompts in which n-gram drafting finds drafts, some of them wrong."""
+
+    def make() -> Workload:
+        made, rng = Workload(5), np.random.default_rng(5)
+        made.wave("", requests, per_step=0.4, max_tokens=40)
+        return made.vary(prompt=[prompt_of_repeats(rng, int(n)) for n in rng.integers(10, 90, size=40)])
+
+    return make
+
+
+NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
+
+LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+COLORS = ("red", "blue")
+
+ENGINES = (
+    Engine("default", default(240)),
+    Engine("chunked prefill, 16-token budget", plain(200), {**EAGER, "max_num_batched_tokens": 16}),
+    Engine("preemption", plain(200, label=""), {**EAGER, "num_gpu_blocks_override": 16}, preempts=True),
+    Engine("prefix cache, evicted and refilled", evicted(240), {**EAGER, "num_gpu_blocks_override": 20}),
+    Engine("enforce_eager", plain(300), EAGER),
+    Engine("piecewise compile, cold", plain(60), env=PIECEWISE, cache="cold"),
+    Engine("piecewise compile, warm", plain(60), env=PIECEWISE),
+    Engine(
+        "piecewise compile, stale",
+        plain(20),
+        env={**PIECEWISE, "UNSALTED": "1"},
+        cache="stale",
+        refused="does not hold the op",
+    ),
+    Engine(
+        "LoRA, 2 adapters",
+        adapters(200, ("red", "blue")),
+        {**EAGER, "enable_lora": True, "max_loras": 2, "max_lora_rank": 8},
+        adapters=("red", "blue"),
+    ),
+    Engine("V2 runner", v2(24), EAGER, env=V2),
+    Engine("V2 runner, preemption", plain(16), {**EAGER, "num_gpu_blocks_override": 12}, env=V2, preempts=True),
+    Engine("default", plain(100), architecture="Qwen3"),
+    Engine("default", plain(100), EAGER, architecture="Gemma2"),
+    Engine("default", plain(100), architecture="Gemma3"),
+    Engine("default", plain(100), EAGER, architecture="Qwen3Moe"),
+    Engine("default", plain(100), EAGER, architecture="Mixtral"),
+    Engine("default", plain(100), EAGER, architecture="GPT2"),
+    Engine("default", plain(100), EAGER, architecture="OPT"),
+    Engine("n-gram drafts", repeats(100), {**EAGER, **NGRAM}, refused="speculative decoding"),
+)
