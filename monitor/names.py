@@ -77,7 +77,7 @@ class Reason(IntEnum):
     BUFFER_FULL = 5
     """dropped: the sender's buffer was full because the collector was away or slow; scores were shed."""
     LOST = 6
-    """dropped: the collector learnt at the request's end of tokens that no message accounted for."""
+    """dropped: known only from the request's end, since no message or step accounted for the token."""
     TRIPLES_FULL = 7
     """dropped: more non-zero activations in one step than the slot holds; the rows past the bound."""
     NON_FINITE = 8

@@ -35,7 +35,7 @@ class HeldStep(NamedTuple):
 
 
 class HeldSteps:
-    """The steps that wait, oldest first. A request is in one of them at most, but for the newest step."""
+    """The steps that wait, oldest first. A request waits in one of them at most, but for the newest step."""
 
     def __init__(self, *, drafts: bool) -> None:
         self._drafts = drafts
@@ -87,6 +87,7 @@ class HeldSteps:
             open_Q = sure_Q
         else:
             goes_on_Q = goes_on[slot_Q]
+            # Where it goes on further back it was preempted; what it computes again then counts.
             open_Q = np.where(goes_on_Q >= 0, np.maximum(goes_on_Q, sure_Q), _WAITS)
         to_Q = np.where(start_Q + step.requests_Q["count"] <= sure_Q, NO_BOUND, open_Q)
         ended_Q = np.minimum(end_Q, to_Q) if lost else end_Q

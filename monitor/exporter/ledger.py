@@ -311,10 +311,15 @@ class Ledger:
         return min(max(int(self._next[closing.slot]), 0), self._end(closing))
 
     def _missing(self, request: Opened, closing: Closed) -> Array:
-        """Positions up to the end that no step covered: their steps found the ring full."""
+        """Positions up to the end that no step covered.
+
+        Their steps found the ring full, or they were drafts of a request that was preempted before the next step could
+        say that they were accepted, and that ended before it computed them again.
+        """
+        lost = self._laid_at[closing.slot] < self._lost_at
         reached = int(self._next[closing.slot])
         stop = self._total(closing) if reached >= 0 else reached
-        return span(request.handle, reached, stop, request.prompt_tokens, Reason.RING_FULL)
+        return span(request.handle, reached, stop, request.prompt_tokens, Reason.RING_FULL if lost else Reason.LOST)
 
     def _closed(self, request: Opened, closing: Closed) -> RequestClosed:
         total = self._total(closing)

@@ -40,9 +40,14 @@ class Engine:
     """"cold": a compile cache of its own, empty at first; "stale": one that a plain server filled."""
 
 
-def plain(requests: int, seed: int = 1, label: str = "") -> Callable[[], Workload]:
+def plain(requests: int) -> Callable[[], Workload]:
     """Random prompts, up to 8 at a time."""
-    return lambda: Workload(seed).wave(label, requests, per_step=0.4)
+    return lambda: Workload(1).wave("", requests, per_step=0.4)
+
+
+def pressed(requests: int) -> Callable[[], Workload]:
+    """Long answers, eight at a time, in a KV cache that cannot hold them."""
+    return lambda: Workload(7).wave("", requests, longest=40, shortest=20, max_tokens=60, per_step=0.8).vary(stop=[[]])
 
 
 def prefixes(requests: int) -> Workload:
@@ -119,7 +124,7 @@ COLORS = ("red", "blue")
 ENGINES = (
     Engine("default", default(240)),
     Engine("chunked prefill, 16-token budget", plain(200), {**EAGER, "max_num_batched_tokens": 16}),
-    Engine("preemption", plain(200, label=""), {**EAGER, "num_gpu_blocks_override": 16}, preempts=True),
+    Engine("preemption", pressed(160), {**EAGER, "num_gpu_blocks_override": 14}, preempts=True),
     Engine("prefix cache, evicted and refilled", evicted(240), {**EAGER, "num_gpu_blocks_override": 20}),
     Engine("enforce_eager", plain(300), EAGER),
     Engine("piecewise compile, cold", plain(60), env=PIECEWISE, cache="cold"),
@@ -138,7 +143,7 @@ ENGINES = (
         adapters=("red", "blue"),
     ),
     Engine("V2 runner", v2(24), EAGER, env=V2),
-    Engine("V2 runner, preemption", plain(16), {**EAGER, "num_gpu_blocks_override": 12}, env=V2, preempts=True),
+    Engine("V2 runner, preemption", pressed(16), {**EAGER, "num_gpu_blocks_override": 12}, env=V2, preempts=True),
     Engine("default", plain(100), architecture="Qwen3"),
     Engine("default", plain(100), EAGER, architecture="Gemma2"),
     Engine("default", plain(100), architecture="Gemma3"),
