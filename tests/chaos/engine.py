@@ -1,0 +1,188 @@
+"""An engine that has only the edge of one: steps of made-up scores into the real ring, for the real exporter.
+
+`python -m tests.chaos.engine CONFIG` runs steps until standard input says how to end: "stop" lets its requests run
+out and waits for the exporter, "die" kills the process between two steps. Either way the last line of its output is
+what it handed over, to be compared with what collectors counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monitor.engine.child import ExporterChild
+from monitor.events import Closed, Opened, encode_events
+from monitor.ring import REQUEST_DTYPE, Geometry, Ring
+
+PROMPT_TOKENS = 8
+SPARSE, DENSE, HOOKS = 32, 1, 1
+FIRING_RATE = 0.05
+_COMPUTE = np.random.default_rng(0).random((192, 192), np.float32)
+"""Multiplied with itself in each step: about a millisecond of work that the monitor might slow down."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one engine process is told."""
+
+    collector: str
+    watchlist_sha256: str
+    steps_file: str
+    """Where the times of its steps go: float64 [steps, 2], start on the monotonic clock and length, seconds."""
+    replica: str = "chaos/0"
+    requests: int = 8
+    steps_per_second: float = 100.0
+    exporter: dict[str, Any] | None = None
+    """More of the exporter's configuration."""
+
+
+class Engine:
+    """Requests of a fixed prompt and growing lengths, one row a step once their prompt is in."""
+
+    def __init__(self, config: Config) -> None:
+        geometry = Geometry(config.requests, config.requests * PROMPT_TOKENS, SPARSE + DENSE, DENSE, HOOKS)
+        self.ring = Ring.create(geometry)
+        self.tokens = self.fires = self.closed = 0
+        self._rng = np.random.default_rng(os.getpid())
+        self._handles = self._step = 0
+        self._owed: list[Opened | Closed] = []
+        self._position = np.zeros(config.requests, np.int64)
+        self._end = np.zeros(config.requests, np.int64)
+        self._exporter = ExporterChild(self.ring)
+        self._exporter.configure(
+            {
+                "engine_pid": os.getpid(),
+                "fd": self.ring.fd,
+                "geometry": geometry.to_args(),
+                "collector": config.collector,
+                "drafts": False,
+                "hello": {
+                    "replica": config.replica,
+                    "boot_id": uuid.uuid4().hex,
+                    "engine": "0",
+                    "model_name": "chaos",
+                    "watchlist_sha256": config.watchlist_sha256,
+                    "armed": True,
+                    "not_armed_reason": "",
+                    "not_armed_text": "",
+                    "plugin_version": "0",
+                    "engine_version": "0",
+                },
+                **(config.exporter or {}),
+            }
+        )
+
+    def step(self, *, admit: bool) -> bool:
+        """One forward of every open request; False where none is left and none may begin."""
+        for slot in np.flatnonzero((self._end > 0) & (self._position >= self._end)).tolist():
+            self._owed.append(Closed(slot, int(self._end[slot]) - PROMPT_TOKENS + 1, False))
+            self._end[slot] = 0
+            self.closed += 1
+        for slot in np.flatnonzero(self._end == 0).tolist() if admit else ():
+            self._handles += 1
+            name = f"chatcmpl-{self._handles}-0123abcd"
+            self._owed.append(Opened(slot, self._handles, name, PROMPT_TOKENS, 0, False, "", ""))
+            self._position[slot], self._end[slot] = 0, PROMPT_TOKENS + 5 + self._handles % 40
+        running = np.flatnonzero(self._end > 0)
+        count = np.where(self._position[running] == 0, PROMPT_TOKENS, 1)
+        rows = int(count.sum())
+        for _ in range(4):
+            _COMPUTE @ _COMPUTE
+        if rows or self._owed:
+            self._hand_over(running, count, rows)
+        self._position[running] += count
+        self.tokens += rows
+        self._step += rows > 0
+        self._exporter.keep(time.monotonic())
+        return bool(rows)
+
+    def finish(self) -> None:
+        """No more steps; the exporter delivers what it can."""
+        while self._owed:
+            self._hand_over(np.empty(0, np.int64), np.empty(0, np.int64), 0)
+            time.sleep(0.01)
+        self.ring.close()
+        self._exporter.process.wait(60)
+
+    def _hand_over(self, running: Any, count: Any, rows: int) -> None:
+        slot = self.ring.reserve(keep=2 if rows else 0)
+        if slot is None:
+            self.ring.count_dropped(rows)
+            return
+        events = encode_events(self._owed)
+        self._owed = []
+        slot.events[: len(events)] = np.frombuffer(events, np.uint8)
+        slot.requests_Q[: len(running)] = np.rec.fromarrays(
+            (running, self._position[running], count), dtype=REQUEST_DTYPE
+        )
+        row, feature = np.nonzero(self._rng.random((rows, SPARSE)) < FIRING_RATE)
+        fires = slot.fires_N[: len(row)]
+        fires["row"], fires["feature"], fires["act"] = row, feature, 1.0
+        slot.dense_TP[:rows] = 0.5
+        slot.norm_TH[:rows] = 1.0
+        self.ring.commit(
+            slot,
+            step=self._step + 1,
+            time_unix_nano=time.time_ns(),
+            requests=len(running),
+            rows=rows,
+            scored_rows=rows,
+            fires=len(row),
+            silent=False,
+            events=len(events),
+        )
+        self.fires += len(row)
+
+
+def main() -> None:
+    config = Config(**json.loads(sys.argv[1]))
+    engine = Engine(config)
+    said: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=lambda: said.put(sys.stdin.readline().strip()), daemon=True).start()
+    print("READY", flush=True)
+    times: list[tuple[float, float]] = []
+    admit, due = True, time.monotonic()
+    while True:
+        began = time.monotonic()
+        went = engine.step(admit=admit)
+        times.append((began, time.monotonic() - began))
+        if not said.empty():
+            word = said.get()
+            if word == "die":
+                break
+            admit = False
+        if not went:
+            engine.finish()
+            break
+        due += 1 / config.steps_per_second
+        time.sleep(max(0.0, due - time.monotonic()))
+    np.save(Path(config.steps_file), np.array(times))
+    handed = {
+        "tokens": engine.tokens,
+        "fires": engine.fires,
+        "closed": engine.closed,
+        "ring_dropped_steps": engine.ring.dropped_steps,
+    }
+    print("DONE", json.dumps(handed), flush=True)
+    if admit:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arguments(config: Config) -> list[str]:
+    """The command line of an engine process."""
+    return [sys.executable, "-m", "tests.chaos.engine", json.dumps(asdict(config))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The faults, each a function that breaks something a number of times under load and returns the books."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+from tests.chaos.world import Books, Proxy, reconcile, until, world
+
+
+def kills(count: int, seed: int) -> Books:
+    """SIGKILL of the collector at random moments, its start and its resumption included."""
+    rng = random.Random(seed)
+    with world() as made:
+        collector = made.collector()
+        collector.start()
+        engine = made.engine(f"unix://{collector.socket}")
+        for i in range(count):
+            # Every third one dies while it starts: before, while or after it reads its state.
+            if i % 3 == 2:
+                collector.start(wait=False)
+                time.sleep(rng.uniform(0.3, 1.2))
+            else:
+                collector.start() if i else None
+                time.sleep(rng.uniform(0.05, 1.0))
+            with made.fault():
+                collector.kill()
+                time.sleep(rng.uniform(0.0, 0.3))
+        collector.start()
+        time.sleep(2.0)
+        handed = engine.end("stop")
+        return reconcile("collector SIGKILL", made, [handed], [collector.totals()], [engine])
+
+
+def cuts(count: int, seed: int) -> Books:
+    """Every connection is reset at random moments."""
+    rng = random.Random(seed)
+    with world() as made:
+        collector = made.collector()
+        collector.start()
+        proxy = Proxy(collector.socket)
+        engine = made.engine(proxy.target)
+        for _ in range(count):
+            time.sleep(rng.uniform(0.2, 0.8))
+            with made.fault():
+                proxy.cut()
+                time.sleep(0.2)
+        time.sleep(2.0)
+        handed = engine.end("stop")
+        return reconcile("connections reset", made, [handed], [collector.totals()], [engine])
+
+
+def half_open(count: int, seed: int, seconds: float) -> Books:
+    """The network falls silent without closing anything, longer than the keepalive waits."""
+    rng = random.Random(seed)
+    with world() as made:
+        collector = made.collector()
+        collector.start()
+        proxy = Proxy(collector.socket)
+        engine = made.engine(proxy.target)
+        for _ in range(count):
+            time.sleep(rng.uniform(1.0, 2.0))
+            with made.fault():
+                proxy.silent = True
+                time.sleep(seconds)
+                proxy.silent = False
+        time.sleep(4.0)
+        handed = engine.end("stop")
+        return reconcile("half-open connections", made, [handed], [collector.totals()], [engine])
+
+
+def stops(count: int, seed: int, seconds: float) -> Books:
+    """SIGSTOP of the collector."""
+    rng = random.Random(seed)
+    with world() as made:
+        collector = made.collector()
+        collector.start()
+        engine = made.engine(f"unix://{collector.socket}")
+        assert collector.process is not None
+        for _ in range(count):
+            time.sleep(rng.uniform(1.0, 2.0))
+            with made.fault():
+                collector.process.send_signal(signal.SIGSTOP)
+                time.sleep(seconds)
+                collector.process.send_signal(signal.SIGCONT)
+        time.sleep(3.0)
+        handed = engine.end("stop")
+        return reconcile("collector SIGSTOP", made, [handed], [collector.totals()], [engine])
+
+
+def engine_deaths(count: int, seed: int) -> Books:
+    """The engine is killed between two steps and started again as the same replica."""
+    rng = random.Random(seed)
+    with world() as made:
+        collector = made.collector()
+        collector.start()
+        engines, handed = [], []
+        for _ in range(count):
+            engine = made.engine(f"unix://{collector.socket}")
+            time.sleep(rng.uniform(0.5, 2.0))
+            with made.fault():
+                handed.append(engine.end("die"))
+            engines.append(engine)
+        last = made.engine(f"unix://{collector.socket}")
+        time.sleep(1.0)
+        handed.append(last.end("stop"))
+        sent = sum(h["tokens"] for h in handed)
+        until(lambda: sum(collector.totals().tokens.values()) >= sent, "the exporters of the dead engines", 20)
+        return reconcile("engine killed and restarted", made, handed, [collector.totals()], [*engines, last])
+
+
+def handovers(count: int, seed: int) -> Books:
+    """Two collectors with a state of their own take turns behind one address, each stopped before the next serves."""
+    rng = random.Random(seed)
+    with world() as made:
+        turns = [made.collector("a"), made.collector("b")]
+        for collector in turns:
+            collector.start()
+        proxy = Proxy(turns[0].socket)
+        engine = made.engine(proxy.target)
+        for i in range(count):
+            # Longer than a request lives: one that a collector saw only the two ends of counts its middle as lost.
+            time.sleep(rng.uniform(2.0, 3.0))
+            with made.fault():
+                turns[i % 2].stop()
+                proxy.upstream = turns[(i + 1) % 2].socket
+                time.sleep(0.3)
+            turns[i % 2].start()
+        time.sleep(2.0)
+        handed = engine.end("stop")
+        return reconcile("two collectors in turn", made, [handed], [c.totals() for c in turns], [engine])

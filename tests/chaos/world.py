@@ -1,0 +1,325 @@
+"""Real processes to break (engines with their exporters, collectors, a proxy between them), and the reconciliation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from monitor.watchlist import card
+from tests.chaos import engine
+from tests.support.engines import ROOT
+from tests.support.streams import probe, sparse, watchlist
+
+FEATURES = (*(sparse(f"f{i}") for i in range(engine.SPARSE)), *(probe(f"p{i}") for i in range(engine.DENSE)))
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.01)
+
+
+class Collector:
+    """A collector process that can be killed and started again on the same state."""
+
+    def __init__(self, folder: Path, watched: Path, name: str = "c", prefix: tuple[str, ...] = ()) -> None:
+        self.socket = folder / f"{name}.sock"
+        self.state = folder / f"{name}-state"
+        self._log = folder / f"{name}.log"
+        self._prefix = prefix or ("-m", "monitor")
+        self._watched = watched
+        self.peak_mib = 0.0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, wait: bool = True) -> None:
+        with self._log.open("a") as log:
+            self._began = self._log.stat().st_size
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, *self._prefix, "collector", "--watchlist", str(self._watched)),
+                    *("--listen", f"unix://{self.socket}", "--http", "127.0.0.1:0", "--state", str(self.state)),
+                ],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+            )
+        if wait:
+            self.ready()
+
+    def ready(self) -> None:
+        until(lambda: "metrics " in self._said() or self._process.poll() is not None, "the collector to start")
+        assert self._process.poll() is None, self._said()
+        self.url = next(line.split()[1] for line in self._said().splitlines() if line.startswith("  metrics "))
+
+    def kill(self) -> None:
+        self._note_memory()
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        self._note_memory()
+        self._process.terminate()
+        assert self._process.wait(20) == 0, self._said()
+
+    def totals(self) -> Totals:
+        with urllib.request.urlopen(self.url, timeout=20) as response:
+            families = list(text_string_to_metric_families(response.read().decode()))
+        self._note_memory()
+        samples = [sample for family in families for sample in family.samples]
+
+        def sum_of(name: str, **labels: str) -> int:
+            return int(sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items()))
+
+        tokens = {(s.labels["state"], s.labels["reason"]): 0 for s in samples if s.name == "latentwatch_tokens_total"}
+        for s in samples:
+            if s.name == "latentwatch_tokens_total":
+                tokens[s.labels["state"], s.labels["reason"]] += int(s.value)
+        return Totals(
+            tokens={key: count for key, count in tokens.items() if count},
+            fires=sum_of("latentwatch_feature_fired_tokens_total"),
+            finished=sum_of("latentwatch_requests_total", outcome="finished"),
+            excess=sum_of("latentwatch_accounting_excess_tokens_total"),
+            gaps=sum_of("latentwatch_collector_lost_sequences_total"),
+            duplicates=sum_of("latentwatch_collector_duplicates_total"),
+            durable=bool(sum_of("latentwatch_state_durable")),
+        )
+
+    @property
+    def _process(self) -> subprocess.Popen[bytes]:
+        assert self.process is not None
+        return self.process
+
+    def _said(self) -> str:
+        return self._log.read_text()[self._began :]
+
+    def _note_memory(self) -> None:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+            mib = next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+            self.peak_mib = max(self.peak_mib, mib)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one collector counted."""
+
+    tokens: dict[tuple[str, str], int]
+    """By state and reason."""
+    fires: int
+    finished: int
+    excess: int
+    gaps: int
+    duplicates: int
+    durable: bool
+
+
+class Engine:
+    """An engine process."""
+
+    def __init__(self, folder: Path, config: engine.Config) -> None:
+        self._steps = Path(config.steps_file)
+        self._log = folder / "engine.log"
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                engine.arguments(config), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        self._read("READY")
+
+    def end(self, word: str) -> dict[str, int]:
+        """ "stop" or "die"; what it handed over."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+        handed: dict[str, int] = json.loads(self._read("DONE"))
+        self._process.wait(30)
+        return handed
+
+    def steps(self) -> Any:
+        return np.load(self._steps)
+
+    def _read(self, word: str) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        raise AssertionError(f"the engine ended early: {self._log.read_text()}")
+
+
+class Proxy:
+    """Between exporters and a collector's socket; can cut, or fall silent without closing anything."""
+
+    def __init__(self, upstream: Path) -> None:
+        self.upstream = upstream
+        self.silent = False
+        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Reset every connection."""
+        for pair in list(self._pairs):
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    # An RST instead of a FIN, as from a router that forgot the connection.
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._listener.accept()
+            far = socket.socket(socket.AF_UNIX)
+            try:
+                far.connect(str(self.upstream))
+            except OSError:
+                near.close()
+                continue
+            self._pairs.add((near, far))
+            threading.Thread(target=self._carry, args=(near, far), daemon=True).start()
+
+    def _carry(self, near: socket.socket, far: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                for end in select.select([near, far], [], [], 1.0)[0]:
+                    while self.silent:
+                        # Nothing is read either, so that what was sent waits in the system as on a dead link.
+                        time.sleep(0.02)
+                    data = end.recv(1 << 16)
+                    if not data:
+                        raise OSError
+                    (far if end is near else near).sendall(data)
+        self._pairs.discard((near, far))
+        near.close()
+        far.close()
+
+
+@dataclass
+class World:
+    """One folder of processes, and the moments at which something was broken."""
+
+    folder: Path
+    watched: Path
+    sha256: str
+    collectors: list[Collector] = field(default_factory=list)
+    faults: list[tuple[float, float]] = field(default_factory=list)
+    """Begin and end of each fault, on the monotonic clock."""
+
+    def collector(self, name: str = "c", prefix: tuple[str, ...] = ()) -> Collector:
+        made = Collector(self.folder, self.watched, name, prefix)
+        self.collectors.append(made)
+        return made
+
+    def engine(self, target: str, **more: Any) -> Engine:
+        steps = self.folder / f"steps-{time.monotonic_ns()}.npy"
+        return Engine(self.folder, engine.Config(target, self.sha256, str(steps), **more))
+
+    @contextlib.contextmanager
+    def fault(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.faults.append((began, time.monotonic()))
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    folder = Path(tempfile.mkdtemp(prefix="lwchaos"))
+    path = folder / "w.safetensors"
+    made = World(folder, path, card.write(watchlist(FEATURES), path).sha256)
+    try:
+        yield made
+    finally:
+        for collector in made.collectors:
+            if collector.process is not None and collector.process.poll() is None:
+                collector.process.send_signal(signal.SIGCONT)
+                collector.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Books:
+    """What engines handed over against what collectors counted. Tokens throughout."""
+
+    fault: str
+    faults: int
+    sent: int
+    merged: int
+    """Scored, inherited or unseen."""
+    shed: int
+    """Counted as dropped by a reason."""
+    lost: int
+    """Counted nowhere."""
+    doubled: int
+    """Counted more than once."""
+    fires_sent: int
+    fires_merged: int
+    step_time_ratio: float | None
+    """Median over the faults: the median step during one by the median step of as long a time before it."""
+    dropped: dict[str, int]
+    """`shed` by reason."""
+    collector_peak_mib: float
+
+    def line(self) -> str:
+        ratio = "-" if self.step_time_ratio is None else f"{self.step_time_ratio:.3f}"
+        return (
+            f"{self.fault:28} faults {self.faults:4}  sent {self.sent:9}  merged {self.merged:9}  shed {self.shed:7}  "
+            f"lost {self.lost:3}  doubled {self.doubled:3}  step time x{ratio}  "
+            f"collector {self.collector_peak_mib:.0f} MiB  {self.dropped or ''}"
+        )
+
+
+def reconcile(
+    fault: str, made: World, handed: list[dict[str, int]], totals: list[Totals], engines: list[Engine]
+) -> Books:
+    sent = sum(h["tokens"] for h in handed)
+    dropped: dict[str, int] = {}
+    merged = 0
+    for counted in totals:
+        for (state, reason), count in counted.tokens.items():
+            if state == "dropped":
+                dropped[reason] = dropped.get(reason, 0) + count
+            else:
+                merged += count
+    shed = sum(dropped.values())
+    return Books(
+        fault=fault,
+        faults=len(made.faults),
+        sent=sent,
+        merged=merged,
+        shed=shed,
+        lost=max(0, sent - merged - shed),
+        doubled=max(0, merged + shed - sent) + sum(counted.excess for counted in totals),
+        fires_sent=sum(h["fires"] for h in handed),
+        fires_merged=sum(counted.fires for counted in totals),
+        step_time_ratio=step_time_ratio(made.faults, engines),
+        dropped=dropped,
+        collector_peak_mib=round(max(c.peak_mib for c in made.collectors), 1),
+    )
+
+
+def step_time_ratio(faults: list[tuple[float, float]], engines: list[Engine]) -> float | None:
+    steps = np.concatenate([engine.steps() for engine in engines])
+    ratios = []
+    for began, ended in faults:
+        during = steps[(steps[:, 0] >= began) & (steps[:, 0] < ended), 1]
+        before = steps[(steps[:, 0] >= began - (ended - began)) & (steps[:, 0] < began), 1]
+        if len(during) >= 5 and len(before) >= 5:
+            ratios.append(np.median(during) / np.median(before))
+    return round(float(np.median(ratios)), 4) if ratios else None
