@@ -6,9 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from monitor.errors import ConfigRefused
+
 if TYPE_CHECKING:
     from monitor.collector.drift import DriftSettings
     from monitor.collector.evidence import EvidenceSettings
+    from monitor.transport.security import ServerTls
 
 HELP = "Receive what engines score, and serve metrics, a JSON API and a live page."
 EPILOG = """example:  latentwatch collector --watchlist prod.safetensors
@@ -107,8 +110,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--http",
         default=_HTTP,
         metavar="HOST:PORT",
-        help="where /metrics, the API and the page are served; there is no authentication, so keep it on loopback or "
-        f"behind a proxy (default: {_HTTP})",
+        help=f"where /metrics, the API and the page are served (default: {_HTTP}); beyond loopback give it a token",
+    )
+    parser.add_argument(
+        "--http-token-file",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="ask for this token over HTTP, as Bearer or as the password of Basic; may be given more than once",
+    )
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="ask engines for this bearer token; may be given more than once, for rotation",
+    )
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate for TCP addresses of --listen")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its key")
+    parser.add_argument(
+        "--tls-client-ca",
+        type=Path,
+        metavar="FILE",
+        help="ask engines for a certificate of this authority that names their replica",
     )
 
 
@@ -127,6 +151,9 @@ def run(args: argparse.Namespace) -> int:
         state=args.state,
         drift=_drift_settings(args),
         evidence=_evidence_settings(args) if args.evidence else None,
+        tls=_tls(args),
+        token_files=tuple(args.token_file or ()),
+        http_token_files=tuple(args.http_token_file or ()),
     )
 
     def started(service: Service) -> None:
@@ -165,3 +192,19 @@ def _evidence_settings(args: argparse.Namespace) -> EvidenceSettings:
         token_file=args.evidence_token,
         key_file=args.evidence_key,
     )
+
+
+def _tls(args: argparse.Namespace) -> ServerTls | None:
+    """Raises ConfigRefused, "tls_unusable", where a part of it lacks."""
+    from monitor.transport.security import ServerTls
+
+    if args.tls_cert and args.tls_key:
+        return ServerTls(args.tls_cert, args.tls_key, args.tls_client_ca)
+    if args.tls_cert or args.tls_key or args.tls_client_ca:
+        raise ConfigRefused(
+            "TLS of the collector",
+            found=f"--tls-cert is {args.tls_cert}, --tls-key is {args.tls_key}",
+            instead="Give both.",
+            reason="tls_unusable",
+        )
+    return None

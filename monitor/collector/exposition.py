@@ -18,6 +18,7 @@ from monitor.export import metrics
 from monitor.export.metrics import ENGINE_COUNTERS, Metric
 from monitor.export.prometheus import ExemplarLine, Family, LabelRows
 from monitor.names import Outcome
+from monitor.transport import door
 from monitor.watchlist.card import Feature, Watchlist
 
 REFUSALS: Final = (
@@ -35,6 +36,15 @@ REFUSALS: Final = (
     "too_many_streams",
     "superseded",
     "collector_error",
+    "hello_missing",
+    "unauthenticated",
+    "replica_identity",
+    "message_too_large",
+    "replayed",
+    "stream_idle",
+    *door.REFUSALS,
+    "http_unauthenticated",
+    "http_slow",
 )
 """Reasons that have a series at 0 from the start, so that increase() sees the first one."""
 

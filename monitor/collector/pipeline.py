@@ -60,7 +60,7 @@ _OUTCOMES: Final[Mapping[Outcome, Literal["finished", "aborted", "lost"]]] = {
 _TOTALS: Final = ("serial", "messages", "duplicates", "lost_sequences", "requests_evicted", "excess_tokens")
 """Plain counts of a Pipeline."""
 _MODEL_COLUMNS: Final = ("fired_F", "requests_F", "exceedances_F")
-_REASON_SLUGS: Final = 32
+_REASON_SLUGS: Final = 64
 """Distinct refusal reasons shown; they are slugs of our own code, so more means someone is inventing them."""
 
 

@@ -22,10 +22,12 @@ from monitor.collector.drift import DriftSettings
 from monitor.collector.durable import DurableSink
 from monitor.collector.evidence import Evidence, EvidenceSettings
 from monitor.collector.exposition import EvidenceFacts, ProcessFacts, StateFacts
+from monitor.collector.guard import guarded, impatient
 from monitor.collector.pipeline import Pipeline
 from monitor.collector.web import make_app
 from monitor.errors import ConfigRefused
 from monitor.transport.receiver import Receiver
+from monitor.transport.security import ServerTls, Tokens
 from monitor.transport.target import Target
 from monitor.watchlist import card
 
@@ -53,13 +55,21 @@ class Settings:
     drift: DriftSettings = field(default_factory=DriftSettings)
     evidence: EvidenceSettings | None = None
     """None writes none down."""
+    tls: ServerTls | None = None
+    """For the TCP addresses in `listen`."""
+    token_files: Sequence[Path] = ()
+    """Tokens that let an engine open a stream; none lets in whoever can connect."""
+    http_token_files: Sequence[Path] = ()
+    """Tokens that let someone read over HTTP; none lets in whoever can connect."""
 
 
 class Service:
     """A collector that runs in the caller's loop."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises: WatchlistRefused, BaselineRefused, ConfigRefused "target_invalid", StateRefused."""
+        """Raises: WatchlistRefused, BaselineRefused, StateRefused, ConfigRefused "target_invalid", "tls_unusable" or
+        "token_unusable".
+        """
         self._start_seconds = time.time()
         self._http = _http_target(settings.http)
         self.pipeline = Pipeline(card.read(settings.watchlist), settings.bounds, settings.drift)
@@ -67,11 +77,25 @@ class Service:
         self.evidence = Evidence(settings.evidence, self.pipeline, time.time) if settings.evidence else None
         self._durable = DurableSink(self.pipeline, settings.state, time.time()) if settings.state else None
         self._sink = self._durable or self.pipeline
-        self.receiver = Receiver(self._sink, settings.listen, clock=time.time, on_refused=self._sink.refused)
+        self.receiver = Receiver(
+            self._sink,
+            settings.listen,
+            clock=time.time,
+            on_refused=self._sink.refused,
+            tls=settings.tls,
+            tokens=Tokens(settings.token_files) if settings.token_files else None,
+        )
+        app = make_app(self.pipeline, clock=time.time, process=self._process, evidence=self.evidence)
+        if settings.http_token_files:
+            # Whoever may read evidence may read the rest: a request has room for one token.
+            more = settings.evidence and settings.evidence.token_file
+            tokens = Tokens((*settings.http_token_files, more) if more else settings.http_token_files)
+            app = guarded(app, tokens, self._sink.refused)
         self._server = _Server(
             uvicorn.Config(
-                make_app(self.pipeline, clock=time.time, process=self._process, evidence=self.evidence),
+                app,
                 lifespan="off",
+                http=impatient(self._sink.refused),
                 access_log=False,
                 log_config=None,
                 server_header=False,
@@ -80,6 +104,7 @@ class Service:
                 timeout_graceful_shutdown=int(_STOP_SECONDS),
             )
         )
+        self._guarded = bool(settings.http_token_files)
         self._socket: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -98,7 +123,7 @@ class Service:
             self._socket.close()
             self._socket = None
             raise
-        if not _is_loopback(self._socket):
+        if not self._guarded and not _is_loopback(self._socket):
             log.warning(
                 "%s is open to the network: anyone who reaches it can read metrics and request ids", self.http_url
             )

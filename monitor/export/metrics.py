@@ -173,7 +173,7 @@ STREAMS_REFUSED = Metric(
     "latentwatch_streams_refused_total",
     "counter",
     ("reason",),
-    "Streams and messages that this collector refused.",
+    "Connections, streams, messages and HTTP requests that this collector refused.",
 )
 MESSAGES = Metric(
     "latentwatch_collector_messages_total", "counter", (), "Batches received, duplicates included, refused ones not."

@@ -21,6 +21,7 @@ from monitor.exporter.ledger import Ledger
 from monitor.names import Reason
 from monitor.ring import Geometry, Ring
 from monitor.step import EngineCounters, StepBatch
+from monitor.transport.security import Credentials
 from monitor.transport.sender import Sender
 from monitor.transport.session import Hello
 
@@ -107,7 +108,7 @@ def main() -> int:
     config = json.loads(told)
     hello = Hello(**config["hello"])
     ring = Ring(config["fd"], Geometry(**config["geometry"]), create=False)
-    sender = Sender(config["collector"], hello)
+    sender = Sender(config["collector"], hello, credentials=Credentials.from_env(os.environ))
     kept = None
     if config["kept"]:
         kept = KeptScores(dense=ring.geometry.dense, hook_points=ring.geometry.hook_points, **config["kept"])

@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,14 +31,17 @@ from grpc_health.v1.health import aio as health_aio
 
 from monitor.errors import ConfigRefused, StreamRefused
 from monitor.transport import codec
+from monitor.transport.door import Door
 from monitor.transport.rarely import Rarely
+from monitor.transport.security import ServerTls, Tokens, may_speak_for
 from monitor.transport.session import Hello, Sink
 from monitor.transport.target import Target
 
 log = logging.getLogger(__name__)
 
 SERVER_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", codec.MAX_MESSAGE_BYTES),
+    # A message between the two bounds is refused here with a reason and counted; gRPC cuts off what is longer still.
+    ("grpc.max_receive_message_length", 4 * codec.MAX_MESSAGE_BYTES),
     # Only what is not compressed: 4 MiB of zeros compress to 4 KiB, a cheap way to make a collector work.
     ("grpc.compression_enabled_algorithms_bitset", 1),
     # Two collectors on one port would each get half of the streams; the second has to fail instead.
@@ -57,6 +61,8 @@ _ACK_BATCHES: Final = 16
 """Batches after which an ack is sent at once; at this rate acks cost nothing measurable."""
 _HELLO_SECONDS: Final = 10.0
 """A peer that opens a stream and says nothing is let go after this."""
+_IDLE_SECONDS: Final = 60.0
+"""An idle engine sends a heartbeat every 5 s; a welcomed stream without a whole message for so long is no engine's."""
 _PROBE_SECONDS: Final = 0.2
 _SETTLE_SECONDS: Final = 1.0
 """For streams that were cut to unwind, so that the event loop may be closed after `stop`."""
@@ -76,6 +82,8 @@ class _Stream:
         self.reading = True
         self.unacked = 0
         """Batches observed since the last ack."""
+        self.heard_seconds = time.monotonic()
+        """When its last whole message came, on the monotonic clock."""
         self.ack_due = asyncio.Event()
         self.ended: asyncio.Future[StreamRefused | None] = asyncio.get_running_loop().create_future()
         """Set from outside to end the stream, with what to tell the sender."""
@@ -97,6 +105,8 @@ class Receiver:
         on_refused: Callable[[str], None] | None = None,
         collector_id: str | None = None,
         max_streams: int = 1024,
+        tls: ServerTls | None = None,
+        tokens: Tokens | None = None,
         ack_batches: int = _ACK_BATCHES,
         ack_seconds: float = _ACK_SECONDS,
     ) -> None:
@@ -105,12 +115,18 @@ class Receiver:
                 clock: the `now` that the Sink is given, seconds.
                 on_refused: told the reason of every refusal that is sent, the Sink's own included.
                 collector_id: 32 hex digits; drawn anew when absent.
+                tls: for the TCP addresses; a Unix socket is protected by its mode.
+                tokens: asked for on every address; None lets anyone in who can connect.
         Raises: ConfigRefused, "target_invalid".
         """
         self._sink = sink
         self._targets = [Target.parse(text, listening=True) for text in listen]
         self._clock = clock
-        self._on_refused = on_refused
+        self._on_refused = on_refused or _unheard
+        self._tls = tls
+        self._tokens = tokens
+        self._doors: list[Door] = []
+        self._inner: tempfile.TemporaryDirectory[str] | None = None
         self.collector_id = collector_id or uuid.uuid4().hex
         self._max_streams = max_streams
         self._ack_batches = ack_batches
@@ -147,9 +163,15 @@ class Receiver:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
             for target in self._targets:
-                self._bind(target)
+                if target.socket_path:
+                    self._bind_socket(target)
+            inner = self._bind_inner()
             await self._server.start()
+            for target in self._targets:
+                if not target.socket_path:
+                    await self._open_door(target, inner)
         except BaseException:
+            await self._close_doors()
             await self._server.stop(None)
             self._remove_sockets()
             raise
@@ -166,23 +188,36 @@ class Receiver:
         # Streams that end by themselves tell their sender so; the server's own stop cuts those that did not.
         if self._handlers:
             await asyncio.wait(self._handlers, timeout=grace)
+        await self._close_doors()
         await self._server.stop(0)
         if self._handlers:
             await asyncio.wait(self._handlers, timeout=_SETTLE_SECONDS)
         self._remove_sockets()
 
-    def _bind(self, target: Target) -> None:
-        if target.socket_path:
-            self._bind_socket(target)
-            return
+    def _bind_inner(self) -> Path:
+        """gRPC's own socket behind the doors, in a folder that only this user can enter."""
+        self._inner = tempfile.TemporaryDirectory(prefix="latentwatch-")
+        path = Path(self._inner.name) / "inner.sock"
+        if any(not target.socket_path for target in self._targets):
+            self._server.add_insecure_port(f"unix://{path}")
+        return path
+
+    async def _open_door(self, target: Target, inner: Path) -> None:
+        door = Door(inner, self._tls, self._on_refused, max_connections=self._max_streams)
         try:
-            port = self._server.add_insecure_port(str(target))
-        except RuntimeError:
-            port = 0
-        if not port:
-            raise _why_not(target)
+            port = await door.open(target.host.strip("[]"), target.port)
+        except OSError as error:
+            raise _unusable(target, error) from error
+        self._doors.append(door)
         if self._bound_port is None:
             self._bound_port = port
+
+    async def _close_doors(self) -> None:
+        for door in self._doors:
+            await door.close()
+        self._doors.clear()
+        if self._inner is not None:
+            self._inner.cleanup()
 
     def _bind_socket(self, target: Target) -> None:
         path = Path(target.socket_path)
@@ -211,6 +246,12 @@ class Receiver:
         task = cast("asyncio.Task[None]", asyncio.current_task())
         self._handlers.add(task)
         task.add_done_callback(self._handlers.discard)
+        if self._tokens is not None and not self._tokens.accept(_authorization(context)):
+            self._on_refused("unauthenticated")
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "stream: it shows no token that this collector knows. Set LATENTWATCH_COLLECTOR_TOKEN_FILE.",
+            )
         try:
             stream = await self._welcome(context)
         except StreamRefused as refused:
@@ -221,6 +262,7 @@ class Receiver:
         key = (stream.hello.replica, stream.hello.boot_id)
         reader = asyncio.create_task(self._read(stream, context))
         acker = asyncio.create_task(self._acknowledge(stream, context))
+        watchdog = asyncio.create_task(_end_when_idle(stream))
         try:
             await asyncio.wait((reader, stream.ended), return_when=asyncio.FIRST_COMPLETED)
             refusal = await _finish(reader)
@@ -235,6 +277,7 @@ class Receiver:
         finally:
             reader.cancel()
             acker.cancel()
+            watchdog.cancel()
             if self._streams.get(key) is stream:
                 del self._streams[key]
                 self._goodbye(stream)
@@ -250,6 +293,7 @@ class Receiver:
         hello = codec.decode_request(data)
         if not isinstance(hello, Hello):
             raise _hello_missing(f"its first message is batch {hello.sequence}")
+        self._check_identity(hello, context.peer())
         key = (hello.replica, hello.boot_id)
         if len(self._streams) >= self._max_streams and key not in self._streams:
             raise StreamRefused(
@@ -271,6 +315,8 @@ class Receiver:
             raise _collector_error(hello, error) from error
         stream = self._streams[key] = _Stream(hello, held)
         log.info("replica %r connected, resuming after %d", hello.replica, held)
+        for door in self._doors:
+            door.welcome(context.peer())
         try:
             await context.write(codec.encode_reply(codec.Welcome(held, self.collector_id)))
         except BaseException:
@@ -284,17 +330,22 @@ class Receiver:
         """Hand every batch to the Sink until the peer has no more, or one is refused; returns that refusal."""
         loop = asyncio.get_running_loop()
         while (data := await context.read()) is not grpc.aio.EOF and not stream.ended.done():
+            stream.heard_seconds = time.monotonic()
             try:
+                if len(data) > codec.MAX_MESSAGE_BYTES:
+                    raise _too_large(stream.hello, len(data))
                 numbered = codec.decode_request(data)
                 if isinstance(numbered, Hello):
                     raise _hello_repeated(stream.hello)
+                if numbered.sequence <= stream.held:
+                    raise _replayed(stream.hello, numbered.sequence, stream.held)
                 self._sink.observe(stream.hello, numbered.sequence, numbered.batch, self._clock())
             except StreamRefused as refusal:
                 return refusal
             except Exception as error:
                 log.exception("the collector failed on a batch of replica %r", stream.hello.replica)
                 return _collector_error(stream.hello, error)
-            stream.held = max(stream.held, numbered.sequence)
+            stream.held = numbered.sequence
             if not stream.unacked:
                 loop.call_later(self._ack_seconds, stream.ack_due.set)
             stream.unacked += 1
@@ -318,8 +369,7 @@ class Receiver:
             await context.write(codec.encode_reply(codec.Ack(stream.held)))
 
     async def _refuse(self, context: Any, refusal: StreamRefused) -> None:
-        if self._on_refused is not None:
-            self._on_refused(refusal.reason)
+        self._on_refused(refusal.reason)
         if self._may_log(refusal.reason):
             # The text may hold what the peer sent, so it is logged as a value and bounded.
             log.warning("stream of %s refused, %s: %.500r", context.peer(), refusal.reason, str(refusal))
@@ -328,6 +378,39 @@ class Receiver:
     def _goodbye(self, stream: _Stream) -> None:
         log.info("replica %r disconnected after %d", stream.hello.replica, stream.held)
         self._sink.goodbye(stream.hello, self._clock())
+
+    def _check_identity(self, hello: Hello, peer: str) -> None:
+        """Raises StreamRefused, "replica_identity": a certificate was asked for, and it is another replica's."""
+        for door in self._doors:
+            names = door.names_of_peer(peer)
+            if names is not None and not may_speak_for(names, hello.replica):
+                raise StreamRefused(
+                    f"stream of replica {hello.replica!r}",
+                    found=f"its certificate stands for {', '.join(sorted(names)) or 'no name'}",
+                    instead="Give the engine a certificate whose DNS or URI name is LATENTWATCH_REPLICA.",
+                    reason="replica_identity",
+                )
+
+
+def _authorization(context: Any) -> str:
+    return next((value for key, value in context.invocation_metadata() or () if key == "authorization"), "")
+
+
+def _unheard(_reason: str) -> None:
+    """For a receiver whose refusals nobody counts."""
+
+
+async def _end_when_idle(stream: _Stream) -> None:
+    while (left := stream.heard_seconds + _IDLE_SECONDS - time.monotonic()) > 0:
+        await asyncio.sleep(left)
+    stream.end(
+        StreamRefused(
+            f"stream of replica {stream.hello.replica!r}",
+            found=f"it sent no whole message for {_IDLE_SECONDS:g} s",
+            instead="An engine sends a heartbeat every few seconds; look at its exporter's log.",
+            reason="stream_idle",
+        )
+    )
 
 
 async def _finish(task: asyncio.Task[T]) -> T | None:
@@ -369,28 +452,41 @@ def _make_room(target: Target, path: Path) -> None:
 
 
 def _why_not(target: Target) -> ConfigRefused:
-    """Why gRPC could not bind, by asking the system: gRPC itself does not say."""
-    found, reason = "gRPC cannot bind it", "address_unusable"
+    """Why gRPC could not bind a socket's path, by asking the system: gRPC itself does not say."""
     try:
-        if target.socket_path:
-            family, address = socket.AF_UNIX, target.socket_path
-            with socket.socket(family) as probe:
-                probe.bind(address)
-            Path(target.socket_path).unlink()
-        else:
-            infos = socket.getaddrinfo(target.host.strip("[]"), target.port, type=socket.SOCK_STREAM)
-            for family, kind, protocol, _, info in infos:
-                with socket.socket(family, kind, protocol) as probe:
-                    probe.bind(info)
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(target.socket_path)
+        Path(target.socket_path).unlink()
     except OSError as error:
-        found = error.strerror or str(error)
-        if error.errno == errno.EADDRINUSE:
-            reason = "port_in_use"
+        return _unusable(target, error)
+    return _unusable(target, OSError("gRPC cannot bind it"))
+
+
+def _unusable(target: Target, error: OSError) -> ConfigRefused:
     return ConfigRefused(
         f"listening on {target}",
-        found=found,
+        # asyncio words its own; a name that does not resolve has a negative number.
+        found=os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error),
         instead="Stop what uses it, or listen on another address.",
-        reason=reason,
+        reason="port_in_use" if error.errno == errno.EADDRINUSE else "address_unusable",
+    )
+
+
+def _too_large(hello: Hello, length: int) -> StreamRefused:
+    return StreamRefused(
+        f"stream of replica {hello.replica!r}",
+        found=f"it sent a message of {length} bytes, this collector takes {codec.MAX_MESSAGE_BYTES}",
+        instead="Run the same latentwatch version in the engine and in the collector.",
+        reason="message_too_large",
+    )
+
+
+def _replayed(hello: Hello, sequence: int, held: int) -> StreamRefused:
+    return StreamRefused(
+        f"stream of replica {hello.replica!r}",
+        found=f"it sent batch {sequence}, and was told that everything up to {held} is held",
+        instead="An engine sends nothing twice after it was told; if this is one, report it as a bug.",
+        reason="replayed",
     )
 
 

@@ -32,11 +32,12 @@ from typing import Any, Final
 
 import grpc
 
-from monitor.errors import StreamRefused
+from monitor.errors import ConfigRefused, StreamRefused
 from monitor.names import Reason
 from monitor.step import StepBatch
 from monitor.transport import codec
 from monitor.transport.rarely import Rarely
+from monitor.transport.security import Credentials
 from monitor.transport.session import Hello
 from monitor.transport.target import Target
 
@@ -170,6 +171,7 @@ class Sender:
         target: str,
         hello: Hello,
         *,
+        credentials: Credentials | None = None,
         max_buffer_bytes: int = 64 << 20,
         backoff: Backoff | None = None,
         reply_timeout_seconds: float = 30.0,
@@ -179,6 +181,7 @@ class Sender:
     ) -> None:
         """
         Args:   target: `unix:///path` or `host:port`.
+                credentials: absent for a collector that asks for none; their files are read for each stream.
                 max_buffer_bytes: memory for what no collector acknowledged yet, bytes; scores are shed above it,
                 books above twice of it.
                 reply_timeout_seconds: a stream that owes us a reply for longer is ended and another one opened.
@@ -187,6 +190,7 @@ class Sender:
         """
         self._target = Target.parse(target)
         self._hello = hello
+        self._credentials = credentials or Credentials()
         self._max_bytes = max_buffer_bytes
         self._backoff = backoff or Backoff()
         self._reply_timeout_seconds = reply_timeout_seconds
@@ -394,15 +398,17 @@ class Sender:
         refusal: StreamRefused | None = None
         stays = False
         error = "the collector ended the stream"
-        channel = grpc.insecure_channel(str(self._target), options=CHANNEL_OPTIONS)
+        channel: Any = None
         try:
+            channel = self._credentials.channel(str(self._target), CHANNEL_OPTIONS)
+            metadata = self._credentials.metadata()
             with self._lock:
                 if self._done():
                     return False
                 self._stream += 1
                 self._stalled = False
                 self._owed_since = self._clock()
-                call = self._call = channel.stream_stream(codec.METHOD)(self._requests(self._stream))
+                call = self._call = channel.stream_stream(codec.METHOD)(self._requests(self._stream), metadata=metadata)
             for data in call:
                 reply = codec.decode_reply(data)
                 if isinstance(reply, StreamRefused):
@@ -414,9 +420,12 @@ class Sender:
             stays = failure.code() in _NEEDS_A_PERSON
         except StreamRefused as failure:
             refusal = failure
+        except ConfigRefused as failure:
+            error, stays = str(failure), True
         finally:
             self._on_end(refusal, error)
-            channel.close()
+            if channel is not None:
+                channel.close()
         return stays or refusal is not None
 
     def _on_reply(self, reply: codec.Welcome | codec.Ack) -> None:

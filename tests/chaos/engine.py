@@ -23,6 +23,7 @@ import numpy as np
 
 from monitor.engine.child import ExporterChild
 from monitor.events import Closed, Opened, encode_events
+from monitor.names import Reason
 from monitor.ring import REQUEST_DTYPE, Geometry, Ring
 
 PROMPT_TOKENS = 8
@@ -67,6 +68,8 @@ class Engine:
                 "geometry": geometry.to_args(),
                 "collector": config.collector,
                 "drafts": False,
+                "kept": None,
+                "cached_reason": int(Reason.PREFIX_CACHE),
                 "hello": {
                     "replica": config.replica,
                     "boot_id": uuid.uuid4().hex,

@@ -240,7 +240,7 @@ def test_made_up_refusal_reasons_do_not_become_endless_series():
     for i in range(100):
         made.refused(f"reason_{i}")
     refused = made.snapshot(0).collector.streams_refused
-    assert len(refused) <= 33 and sum(refused.values()) == 100
+    assert len(refused) <= 65 and sum(refused.values()) == 100
 
 
 def test_a_bound_of_zero_is_refused():

@@ -88,13 +88,16 @@ def test_a_lone_batch_is_acknowledged_while_the_stream_stays_open(server, addres
         assert time.monotonic() - begin < 1
 
 
-def test_what_the_sink_holds_already_is_told_in_the_welcome_and_acknowledged_when_sent_again(server, sink, address):
+def test_what_the_sink_holds_already_is_told_in_the_welcome_and_refused_as_replayed_when_it_comes_again(
+    server, sink, address
+):
     sink.held["pod-0/0", "0" * 32] = 5
     with Peer(address, HELLO) as peer:
         assert peer.read() == codec.Welcome(5, server.receiver.collector_id)
-        peer.send(codec.encode_batch(4, batch(4)))
-        assert peer.read() == codec.Ack(5)
-    assert sink.duplicates == 1
+        peer.send(*messages_of(6, 4))
+        (ack, refused) = peer.finish()
+    assert ack == codec.Ack(6) and isinstance(refused, StreamRefused) and refused.reason == "replayed"
+    assert sink.sequences == [6]
 
 
 class OrderedSink(FakeSink):
@@ -233,12 +236,17 @@ def test_a_message_beyond_the_limit_ends_its_own_stream_only(server, sink, addre
         with Peer(address, HELLO.replace(b"pod-0", b"pod-1")) as peer:
             peer.read()
             peer.send(b"\0" * (codec.MAX_MESSAGE_BYTES + 1))
+            (refused,) = peer.finish()
+            assert isinstance(refused, StreamRefused) and refused.reason == "message_too_large"
+        with Peer(address, HELLO.replace(b"pod-0", b"pod-2")) as peer:
+            peer.read()
+            peer.send(b"\0" * (4 * codec.MAX_MESSAGE_BYTES + 1))
             with pytest.raises(grpc.RpcError) as ended:
                 peer.finish()
             assert ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         other.send(codec.encode_batch(1, batch(1)))
         assert other.read() == codec.Ack(1)
-    eventually(lambda: sink.calls.count("goodbye") == 2)
+    eventually(lambda: sink.calls.count("goodbye") == 3)
 
 
 def test_a_compressed_message_is_not_unpacked(server, sink, address):

@@ -1,0 +1,61 @@
+"""Certificates for tests: an authority and what it signs, as PEM files."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+_NOW = datetime.datetime.now(datetime.UTC)
+
+
+class Authority:
+    """Signs certificates; its own is `file`."""
+
+    def __init__(self, folder: Path, name: str = "authority") -> None:
+        self._folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = _name(name)
+        self.file = folder / f"{name}.pem"
+        certificate = self._sign(self._name, self._key.public_key(), x509.BasicConstraints(ca=True, path_length=0))
+        self.file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+    def issue(self, file: str, *names: str) -> tuple[Path, Path]:
+        """Certificate and key files for these DNS names, and 127.0.0.1."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        alternatives = [x509.DNSName(name) for name in names]
+        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        certificate = self._sign(
+            _name(file), key.public_key(), x509.SubjectAlternativeName([*alternatives, address])
+        ).public_bytes(serialization.Encoding.PEM)
+        paths = self._folder / f"{file}.pem", self._folder / f"{file}.key"
+        paths[0].write_bytes(certificate)
+        paths[1].write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return paths
+
+    def _sign(self, subject: x509.Name, key: Any, extension: Any) -> x509.Certificate:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(_NOW - datetime.timedelta(hours=1))
+            .not_valid_after(_NOW + datetime.timedelta(days=1))
+            .add_extension(extension, critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
