@@ -25,6 +25,7 @@ check: lint types imports ## linters, types and import rules only
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python dashboards/generate.py --check
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -3,7 +3,8 @@
 The rules are the shipped ones, 120 times as fast (`faster(rules, 120)`): ranges, `for` and `keep_firing_for` are
 divided, so that 5 minutes are 2.5 seconds, thresholds are not; Prometheus scrapes and evaluates every half second.
 Alertmanager runs with the sample configuration and waits of 0 to 1 second, without its inhibitions: they have tests of
-their own, and an alert that is inhibited would not arrive.
+their own, and an alert that is inhibited would not arrive. A disk that fails, which no test can have at will, is a page
+with the metric's text.
 """
 
 from __future__ import annotations
@@ -164,14 +165,22 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
         served = time.time() if fleet.troubled else served
         return "".join(f'vllm:{name}_tokens_total{{model_name="n"}} {served}\n' for name in ("prompt", "generation"))
 
+    def disk() -> str:
+        saved = time.time() - (3600 if fleet.troubled else 0)
+        return f"latentwatch_state_checkpoint_timestamp_seconds {saved}\n"
+
     with Webhook() as webhook, contextlib.ExitStack() as stack:
         config = demo_alertmanager(sample, webhook.port) | {"inhibit_rules": []}
         for receiver in config["receivers"]:
             receiver["webhook_configs"][0]["send_resolved"] = True
+        config["route"]["routes"][0]["repeat_interval"] = "2s"  # the watchdog's, a minute in production
         stack.enter_context(fleet.live())
         (port,) = free_ports(1)
         targets = [fleet.service.http_url.removeprefix("http://"), f"127.0.0.1:{port}"]
-        jobs = {"latentwatch": targets, "vllm": [stack.enter_context(metrics_page(vllm))]}
+        jobs = {
+            "latentwatch": [*targets, stack.enter_context(metrics_page(disk))],
+            "vllm": [stack.enter_context(metrics_page(vllm))],
+        }
         receiver_url = stack.enter_context(alertmanager(tmp_path, config))
         stack.enter_context(prometheus(tmp_path, jobs, factor=120, alertmanager_url=receiver_url))
 

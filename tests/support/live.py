@@ -33,7 +33,7 @@ def toy_watchlist(features: int) -> Watchlist:
         probe(f"p.{TOPICS[i].split()[0].lower()}", label=TOPICS[i], limit=Limit("rolling_mean", 2.0, 8))
         for i in range(PROBES)
     ]
-    severities = (Severity.WARNING, Severity.INFO, Severity.NONE)
+    severities = (Severity.NONE, Severity.WARNING, Severity.INFO)
     for i in range(PROBES, features):
         limit = Limit("max", 9.0) if i % 3 else None
         label = TOPICS[i % len(TOPICS)] + ("" if i < len(TOPICS) else f", {i // len(TOPICS)}")
