@@ -397,6 +397,68 @@ def overview() -> Panel:
             fill=40,
         ),
     ]
+    drift = [
+        table(
+            "Drift, the strongest evidence first",
+            "Evidence that a feature no longer behaves as in the baseline, as the decimal logarithm of a statistic "
+            "that "
+            "alarms above its limit. Needs a collector with a baseline.",
+            target(
+                f"topk(20, max by (model_name, feature, kind) (latentwatch_drift_log10_evalue{{{MODEL}}}))",
+                format="table",
+            ),
+            names={"model_name": "model", "feature": "feature", "kind": "kind", "Value": "log10 evidence"},
+            width=12,
+            decimals=2,
+            overrides=[
+                link_of(
+                    "feature",
+                    "This feature in depth",
+                    "/d/latentwatch-feature?var-feature=${__value.text}&${__url_time_range}",
+                )
+            ],
+        ),
+        graph(
+            "Evidence and limits",
+            "The ten features with most evidence of drift, and the limits of each kind of detector.",
+            target(
+                f"topk(10, max by (feature, kind) (latentwatch_drift_log10_evalue{{{MODEL}}}))", "{{feature}}, {{kind}}"
+            ),
+            target(f"max by (kind) (latentwatch_drift_limit_log10_evalue{{{MODEL}}})", "limit, {{kind}}"),
+        ),
+        stat(
+            "Features drifting",
+            "Features of which a detector is above its limit.",
+            f"count(max by (model_name, feature) (latentwatch_drift_since_timestamp_seconds{{{MODEL}}}) > 0) or "
+            f"vector(0)",
+            thresholds=NONE_IS_GOOD,
+        ),
+        stat(
+            "Models without drift detection",
+            "Models whose collector has no baseline for them.",
+            f"count(latentwatch_drift_armed{{{MODEL}}} == 0) or vector(0)",
+            thresholds=SOME_IS_ODD,
+        ),
+        graph(
+            "What the detectors took",
+            "Windows with requests, and those of them left out of a later baseline because something alarmed.",
+            target(
+                f"sum by (model_name) (rate(latentwatch_drift_windows_total{{{MODEL}}}[$__rate_interval]))",
+                "{{model_name}}, windows",
+            ),
+            target(
+                f"sum by (model_name) (rate(latentwatch_drift_excluded_windows_total{{{MODEL}}}[$__rate_interval]))",
+                "{{model_name}}, left out",
+            ),
+            target(
+                f"sum by (model_name) (rate(latentwatch_drift_requests_total{{{MODEL}}}[$__rate_interval]))",
+                "{{model_name}}, requests",
+            ),
+            unit="ops",
+            width=16,
+            height=4,
+        ),
+    ]
     traffic = [
         graph(
             "Requests ended",
@@ -420,7 +482,12 @@ def overview() -> Panel:
             width=8,
         ),
     ]
-    rows = [("Is anything wrong?", wrong), ("Is everything seen?", seen), ("Traffic", traffic)]
+    rows = [
+        ("Is anything wrong?", wrong),
+        ("Is everything seen?", seen),
+        ("Does it drift?", drift),
+        ("Traffic", traffic),
+    ]
     words = "Is anything wrong, and is everything seen?"
     return dashboard("overview", "Overview", words, [JOB, INSTANCE, MODEL_NAME], rows)
 
@@ -524,7 +591,22 @@ def feature() -> Panel:
             width=8,
         ),
     ]
-    rows = [("The feature", about), ("Requests", requests), ("Tokens", tokens)]
+    drift = [
+        graph(
+            "Evidence of drift",
+            "By kind of detector: rate (in how many requests it is active), shape (with which values), replica (one "
+            "engine "
+            "against the others), coactivation (with another feature), canary (prompts that never change).",
+            target(f"max by (kind) (latentwatch_drift_log10_evalue{{{one}}})", "{{kind}}"),
+            target(f"max by (kind) (latentwatch_drift_limit_log10_evalue{{{MODEL}}})", "limit, {{kind}}"),
+        ),
+        graph(
+            "Requests against the baseline",
+            "Requests in which it is active, divided by those that the baseline expects.",
+            target(f"max by (model_name) (latentwatch_drift_rate_ratio{{{one}}})", "{{model_name}}"),
+        ),
+    ]
+    rows = [("The feature", about), ("Requests", requests), ("Tokens", tokens), ("Drift", drift)]
     words = "One feature of the watchlist in depth."
     return dashboard("feature", "Feature", words, [JOB, INSTANCE, MODEL_NAME, FEATURE], rows)
 

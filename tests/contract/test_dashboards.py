@@ -18,9 +18,12 @@ from typing import Any
 import pytest
 import yaml
 
+from monitor.collector.drift import DriftSettings
 from monitor.collector.service import Service, Settings
+from monitor.drift.detection import Budget
 from monitor.export.metrics import METRICS, sample_names
 from monitor.watchlist import card
+from tests.support.drift import random_baseline
 from tests.support.engines import ROOT
 from tests.support.live import Traffic, toy_watchlist
 from tests.support.stack import RULES, ask, eventually, prometheus
@@ -129,7 +132,14 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a Prometheus that has scraped a collector under load, through an incident, for some seconds."""
     folder = tmp_path_factory.mktemp("live")
     watched = card.write(WATCHED, folder / "toy.safetensors")
-    settings = Settings(folder / "toy.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", state=folder / "state")
+    baseline = random_baseline(WATCHED.features, sha256=watched.sha256)
+    settings = Settings(
+        folder / "toy.safetensors",
+        (f"unix://{folder}/c.sock",),
+        "127.0.0.1:0",
+        state=folder / "state",
+        drift=DriftSettings(baseline, Budget(window_seconds=1.0)),
+    )
     service = Service(settings)
     who = hello(model_name="llama", watchlist_sha256=watched.sha256)
     traffic = Traffic(watched, running=6)

@@ -3,8 +3,8 @@
 The rules are the shipped ones, 120 times as fast (`faster(rules, 120)`): ranges, `for` and `keep_firing_for` are
 divided, so that 5 minutes are 2.5 seconds, thresholds are not; Prometheus scrapes and evaluates every half second.
 Alertmanager runs with the sample configuration and waits of 0 to 1 second, without its inhibitions: they have tests of
-their own, and an alert that is inhibited would not arrive. A disk that fails, which no test can have at will, is a page
-with the metric's text.
+their own, and an alert that is inhibited would not arrive. A disk that fails and a drift of hours, which no test can have
+at will, are a page with the metrics' text.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from monitor.demo.processes import free_ports
 from monitor.demo.services import demo_alertmanager
 from monitor.demo.webhook import Page, Webhook
 from monitor.errors import StreamRefused
+from monitor.export.metrics import sample_names
 from monitor.names import Outcome, Phase, Reason, Severity, TokenState
 from monitor.step import SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
 from monitor.watchlist import card
@@ -165,10 +166,25 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
         served = time.time() if fleet.troubled else served
         return "".join(f'vllm:{name}_tokens_total{{model_name="n"}} {served}\n' for name in ("prompt", "generation"))
 
-    def disk() -> str:
-        saved = time.time() - (3600 if fleet.troubled else 0)
-        return f"latentwatch_state_checkpoint_timestamp_seconds {saved}\n"
+    def afar() -> str:
+        """Three series of a collector with old state, drift, and a baseline of another model."""
+        now, wrong = time.time(), fleet.troubled
+        since = {feature: f'model_name="m",feature="{feature}",kind="rate"' for feature in ("p.deceive", "f.refunds")}
+        info = 'label="x",hook_point="resid_post.0",kind="sae",gate="exact"'
+        return "".join(
+            (
+                f"latentwatch_state_checkpoint_timestamp_seconds {now - 3600 * wrong}\n",
+                f'latentwatch_drift_armed{{model_name="m",reason="baseline_mismatch"}} {int(not wrong)}\n',
+                *(
+                    f"latentwatch_drift_since_timestamp_seconds{{{labels}}} {now * wrong}\n"
+                    for labels in since.values()
+                ),
+                f'latentwatch_feature_info{{feature="p.deceive",severity="critical",{info}}} 1\n',
+                f'latentwatch_feature_info{{feature="f.refunds",severity="warning",{info}}} 1\n',
+            )
+        )
 
+    assert set(re.findall(r"^latentwatch_\w+", afar(), re.MULTILINE)) <= sample_names()
     with Webhook() as webhook, contextlib.ExitStack() as stack:
         config = demo_alertmanager(sample, webhook.port) | {"inhibit_rules": []}
         for receiver in config["receivers"]:
@@ -178,7 +194,7 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
         (port,) = free_ports(1)
         targets = [fleet.service.http_url.removeprefix("http://"), f"127.0.0.1:{port}"]
         jobs = {
-            "latentwatch": [*targets, stack.enter_context(metrics_page(disk))],
+            "latentwatch": [*targets, stack.enter_context(metrics_page(afar))],
             "vllm": [stack.enter_context(metrics_page(vllm))],
         }
         receiver_url = stack.enter_context(alertmanager(tmp_path, config))
