@@ -836,6 +836,33 @@ def health() -> Panel:
             width=8,
         ),
     ]
+    evidence = [
+        graph(
+            "Records written",
+            "Exceedances, request summaries and activations that went into the evidence folder.",
+            target(f"sum by (kind) (rate(latentwatch_evidence_written_total{{{HERE}}}[$__rate_interval]))", "{{kind}}"),
+            unit="ops",
+            width=8,
+        ),
+        graph(
+            "Records lost",
+            "Evidence that was not written: the queue was full, or the disk failed. Metrics and pages do not need it.",
+            target(
+                f"sum by (kind, reason) (rate(latentwatch_evidence_dropped_total{{{HERE}}}[$__rate_interval]))",
+                "{{kind}}: {{reason}}",
+            ),
+            unit="ops",
+            width=8,
+        ),
+        graph(
+            "Evidence on disk",
+            "Size of the folder, bounded by the retention, and what waits to be written.",
+            target(f"sum by (instance) (latentwatch_evidence_folder_bytes{{{HERE}}})", "{{instance}}, folder"),
+            target(f"sum by (instance) (latentwatch_evidence_queue_bytes{{{HERE}}})", "{{instance}}, queue"),
+            unit="bytes",
+            width=8,
+        ),
+    ]
     engines = [
         table(
             "Engines",
@@ -869,7 +896,7 @@ def health() -> Panel:
             for name, title, words, unit in ENGINE_COUNTERS
         ),
     ]
-    rows = [("Collectors", collectors), ("Ingest", ingest), ("Engines", engines)]
+    rows = [("Collectors", collectors), ("Ingest", ingest), ("Evidence", evidence), ("Engines", engines)]
     words = "Collectors, the streams to them, and the engines behind: what every other figure rests on."
     return dashboard("health", "Collector and engine health", words, [JOB, INSTANCE], rows)
 

@@ -3,8 +3,8 @@
 The rules are the shipped ones, 120 times as fast (`faster(rules, 120)`): ranges, `for` and `keep_firing_for` are
 divided, so that 5 minutes are 2.5 seconds, thresholds are not; Prometheus scrapes and evaluates every half second.
 Alertmanager runs with the sample configuration and waits of 0 to 1 second, without its inhibitions: they have tests of
-their own, and an alert that is inhibited would not arrive. A disk that fails and a drift of hours, which no test can have
-at will, are a page with the metrics' text.
+their own, and an alert that is inhibited would not arrive. A disk that fails and a drift of hours, which no test can
+have at will, are a page with the metrics' text.
 """
 
 from __future__ import annotations
@@ -160,14 +160,20 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
     fleet, served = Fleet(tmp_path), time.time()
     sample = yaml.safe_load((ROOT / "dashboards" / "alertmanager.yml").read_text())
 
-    def vllm() -> str:
-        """Another model's engine, which runs without the plugin and goes idle when the trouble ends."""
+    def until_now() -> float:
+        """A counter that rises for as long as there is trouble."""
         nonlocal served
         served = time.time() if fleet.troubled else served
-        return "".join(f'vllm:{name}_tokens_total{{model_name="n"}} {served}\n' for name in ("prompt", "generation"))
+        return served
+
+    def vllm() -> str:
+        """Another model's engine, which runs without the plugin and goes idle when the trouble ends."""
+        return "".join(
+            f'vllm:{name}_tokens_total{{model_name="n"}} {until_now()}\n' for name in ("prompt", "generation")
+        )
 
     def afar() -> str:
-        """Three series of a collector with old state, drift, and a baseline of another model."""
+        """A collector with old state, evidence that is lost, drift, and a baseline of another model."""
         now, wrong = time.time(), fleet.troubled
         since = {feature: f'model_name="m",feature="{feature}",kind="rate"' for feature in ("p.deceive", "f.refunds")}
         info = 'label="x",hook_point="resid_post.0",kind="sae",gate="exact"'
@@ -179,6 +185,7 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
                     f"latentwatch_drift_since_timestamp_seconds{{{labels}}} {now * wrong}\n"
                     for labels in since.values()
                 ),
+                f'latentwatch_evidence_dropped_total{{kind="request",reason="queue_full"}} {until_now()}\n',
                 f'latentwatch_feature_info{{feature="p.deceive",severity="critical",{info}}} 1\n',
                 f'latentwatch_feature_info{{feature="f.refunds",severity="warning",{info}}} 1\n',
             )
