@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet
 REQ := .requirements
+# Two files of tests at a time, in the order of the folders: the engine tests are the long ones and come early.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test check unit engine e2e lint types imports proto lock clean system
 help: ## this list
@@ -18,7 +20,7 @@ demo: system $(VENV)/.engine-cpu ## watch a real vLLM server from end to end; re
 
 test: system $(VENV)/.dev ## everything: linters, types, import rules, unit, contract, engine and end-to-end tests
 	@$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
 check: lint types imports ## linters, types and import rules only
 
