@@ -59,6 +59,20 @@
   valueFrom:
     fieldRef:
       fieldPath: metadata.name
+{{- if .Values.tls.enabled }}
+- name: LATENTWATCH_COLLECTOR_CA
+  value: /etc/latentwatch/tls/ca.crt
+{{- if .Values.tls.engineCertificates }}
+- name: LATENTWATCH_COLLECTOR_CERT
+  value: /etc/latentwatch/tls/tls.crt
+- name: LATENTWATCH_COLLECTOR_KEY
+  value: /etc/latentwatch/tls/tls.key
+{{- end }}
+{{- end }}
+{{- with .Values.engineToken }}
+- name: LATENTWATCH_COLLECTOR_TOKEN_FILE
+  value: /etc/latentwatch/engine-token/{{ .key }}
+{{- end }}
 {{- if eq .Values.injection.method "initContainer" }}
 - name: PYTHONPATH
   value: {{ list (include "latentwatch.pluginFolder" .) .Values.injection.pythonPath | compact | join ":" | quote }}
@@ -66,7 +80,13 @@
 {{- end -}}
 
 {{- define "latentwatch.injectedMounts" -}}
-{{ include "latentwatch.artifactMount" (list "watchlist" .Values.watchlist) }}
+{{ include "latentwatch.mount" "watchlist" }}
+{{- if .Values.tls.enabled }}
+{{ include "latentwatch.mount" "tls" }}
+{{- end }}
+{{- if .Values.engineToken }}
+{{ include "latentwatch.mount" "engine-token" }}
+{{- end }}
 {{- if eq .Values.injection.method "initContainer" }}
 - name: latentwatch-plugin
   mountPath: {{ include "latentwatch.pluginFolder" . }}
@@ -84,7 +104,25 @@
 - name: latentwatch-run
   emptyDir: {}
 {{- else }}
-{{ include "latentwatch.artifactVolume" (list "watchlist" .Values.watchlist) }}
+{{ include "latentwatch.artifactVolume" (list "watchlist" .Values.watchlist true) }}
+{{- if .Values.tls.engineCertificates }}
+- name: latentwatch-tls
+  csi:
+    driver: csi.cert-manager.io
+    readOnly: true
+    volumeAttributes:
+      csi.cert-manager.io/issuer-name: {{ .Values.tls.issuer.name }}
+      csi.cert-manager.io/issuer-kind: {{ .Values.tls.issuer.kind }}
+      # The driver puts in the pod's name, which is LATENTWATCH_REPLICA.
+      csi.cert-manager.io/dns-names: ${POD_NAME}
+      csi.cert-manager.io/key-usages: digital signature,client auth
+      csi.cert-manager.io/fs-group: {{ .Values.runAsUser | quote }}
+{{- else if .Values.tls.enabled }}
+{{ include "latentwatch.secretVolume" (list "tls" (include "latentwatch.tlsSecret" .) (list "ca.crt") true) }}
+{{- end }}
+{{- with .Values.engineToken }}
+{{ include "latentwatch.secretVolume" (list "engine-token" .name (list .key) true) }}
+{{- end }}
 {{- end }}
 {{- if eq .Values.injection.method "initContainer" }}
 - name: latentwatch-plugin

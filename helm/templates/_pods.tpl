@@ -23,25 +23,24 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
+{{/* A Secret or ConfigMap that lacks must not hold up a vLLM pod, so it is optional there: the server then starts unwatched and counts
+     that. A gateway's pod waits for it and says so. */}}
+
 {{/* Args: "watchlist" or "baseline"; its value. Where the file is in a container. */}}
 {{- define "latentwatch.artifactPath" -}}
 {{- $source := index . 1 -}}
 /etc/latentwatch/{{ index . 0 }}/{{ with $source.configMap }}{{ .key }}{{ end }}{{ with $source.persistentVolumeClaim }}{{ .path }}{{ end }}{{ with $source.image }}{{ .path }}{{ end }}
 {{- end -}}
 
-{{/* Args: as above. */}}
-{{- define "latentwatch.artifactMount" -}}
-- name: latentwatch-{{ index . 0 }}
-  mountPath: /etc/latentwatch/{{ index . 0 }}
-  readOnly: true
-{{- end -}}
-
-{{/* Args: as above. */}}
+{{/* Args: "watchlist" or "baseline"; its value; whether it is optional. */}}
 {{- define "latentwatch.artifactVolume" -}}
 - name: latentwatch-{{ index . 0 }}
 {{- with (index . 1).configMap }}
   configMap:
     name: {{ .name }}
+    {{- if index $ 2 }}
+    optional: true
+    {{- end }}
     items:
       - key: {{ .key }}
         path: {{ .key }}
@@ -58,16 +57,32 @@ seccompProfile:
 {{- end }}
 {{- end -}}
 
-{{/* Args: name of the volume; name and key of the Secret. Readable by every user: it belongs to root, a patched pod may
-     have no group of ours, and only the collector's container mounts it. */}}
+{{/* Args: what it is for; name of the Secret; its keys; whether it is optional. Readable by every user: it belongs to root, a patched pod
+     may have no group of ours, and only containers of ours and vLLM mount it. */}}
 {{- define "latentwatch.secretVolume" -}}
-- name: {{ index . 0 }}
+- name: latentwatch-{{ index . 0 }}
   secret:
-    secretName: {{ (index . 1).name }}
+    secretName: {{ index . 1 }}
     defaultMode: 0444
+    {{- if index . 3 }}
+    optional: true
+    {{- end }}
     items:
-      - key: {{ (index . 1).key }}
-        path: {{ (index . 1).key }}
+      {{- range index . 2 }}
+      - key: {{ . }}
+        path: {{ . }}
+      {{- end }}
+{{- end -}}
+
+{{/* Args: "watchlist" or whatever else has a volume latentwatch-NAME. */}}
+{{- define "latentwatch.mount" -}}
+- name: latentwatch-{{ . }}
+  mountPath: /etc/latentwatch/{{ . }}
+  readOnly: true
+{{- end -}}
+
+{{- define "latentwatch.tlsSecret" -}}
+{{- default (printf "%s-collector-tls" (include "latentwatch.fullname" .)) .Values.tls.existingSecret -}}
 {{- end -}}
 
 {{/* Options of `latentwatch collector`, as a list. */}}
@@ -78,14 +93,27 @@ seccompProfile:
 {{- else }}
 - --listen={{ .Values.collector.bindAddress }}:{{ .Values.collector.grpcPort }}
 {{- end }}
+- --http={{ .Values.collector.bindAddress }}:{{ .Values.collector.httpPort }}
+- --state=/var/lib/latentwatch/state
 {{- with .Values.baseline }}
 - --baseline={{ include "latentwatch.artifactPath" (list "baseline" .) }}
 {{- end }}
 {{- with .Values.canaryKey }}
 - --canary-key=/etc/latentwatch/canary/{{ .key }}
 {{- end }}
-- --state=/var/lib/latentwatch/state
-- --http={{ .Values.collector.bindAddress }}:{{ .Values.collector.httpPort }}
+{{- with .Values.httpToken }}
+- --http-token-file=/etc/latentwatch/http-token/{{ .key }}
+{{- end }}
+{{- with .Values.engineToken }}
+- --token-file=/etc/latentwatch/engine-token/{{ .key }}
+{{- end }}
+{{- if .Values.tls.enabled }}
+- --tls-cert=/etc/latentwatch/tls/tls.crt
+- --tls-key=/etc/latentwatch/tls/tls.key
+{{- if .Values.tls.engineCertificates }}
+- --tls-client-ca=/etc/latentwatch/tls/ca.crt
+{{- end }}
+{{- end }}
 {{- range .Values.collector.extraArgs }}
 - {{ . | quote }}
 {{- end }}
@@ -106,14 +134,14 @@ securityContext:
 {{- end -}}
 
 {{- define "latentwatch.collectorMounts" -}}
-{{ include "latentwatch.artifactMount" (list "watchlist" .Values.watchlist) }}
-{{- with .Values.baseline }}
-{{ include "latentwatch.artifactMount" (list "baseline" .) }}
+{{ include "latentwatch.mount" "watchlist" }}
+{{- range $name, $value := dict "baseline" .Values.baseline "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken }}
+{{- if $value }}
+{{ include "latentwatch.mount" $name }}
 {{- end }}
-{{- with .Values.canaryKey }}
-- name: latentwatch-canary
-  mountPath: /etc/latentwatch/canary
-  readOnly: true
+{{- end }}
+{{- if .Values.tls.enabled }}
+{{ include "latentwatch.mount" "tls" }}
 {{- end }}
 - name: latentwatch-data
   mountPath: /var/lib/latentwatch
@@ -125,12 +153,18 @@ securityContext:
 {{- end -}}
 
 {{- define "latentwatch.collectorVolumes" -}}
-{{ include "latentwatch.artifactVolume" (list "watchlist" .Values.watchlist) }}
+{{- $optional := eq .Values.mode "sidecar" -}}
+{{ include "latentwatch.artifactVolume" (list "watchlist" .Values.watchlist $optional) }}
 {{- with .Values.baseline }}
-{{ include "latentwatch.artifactVolume" (list "baseline" .) }}
+{{ include "latentwatch.artifactVolume" (list "baseline" . $optional) }}
 {{- end }}
-{{- with .Values.canaryKey }}
-{{ include "latentwatch.secretVolume" (list "latentwatch-canary" .) }}
+{{- range $name, $secret := dict "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken }}
+{{- if $secret }}
+{{ include "latentwatch.secretVolume" (list $name $secret.name (list $secret.key) $optional) }}
+{{- end }}
+{{- end }}
+{{- if .Values.tls.enabled }}
+{{ include "latentwatch.secretVolume" (list "tls" (include "latentwatch.tlsSecret" .) (list "tls.crt" "tls.key" "ca.crt") $optional) }}
 {{- end }}
 - name: latentwatch-data
 {{- with .Values.persistence }}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
@@ -245,6 +246,39 @@ def test_the_policy_of_a_gateway_lets_in_every_pod_that_streams(name):
     for pod in found.pods:
         if any(map(streams, pod.containers)):
             assert any(peer["podSelector"]["matchLabels"].items() <= pod.labels.items() for peer in grpc["from"])
+
+
+@every_set
+def test_nothing_of_ours_that_lacks_holds_up_a_server(name):
+    """A pod waits for a ConfigMap or Secret that it mounts, unless the volume is optional."""
+    for pod in installed(name).pods:
+        for volume in pod.spec.get("volumes", []):
+            source = volume.get("configMap") or volume.get("secret")
+            if source and volume["name"].startswith("latentwatch-"):
+                assert source.get("optional", False) == any(map(streams, pod.containers)), volume["name"]
+
+
+@every_set
+def test_what_engine_and_collector_ask_of_each_other_is_where_they_look_for_it(name):
+    """Certificates, tokens and keys: every path that is given lies in a mount whose volume has that file."""
+    for pod in installed(name).pods:
+        volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", [])}
+        for container in pod.containers:
+            mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container.get("volumeMounts", [])}
+            words = [argument.rpartition("=")[2] for argument in container.get("args", [])]
+            words += [variable.get("value", "") for variable in container.get("env", [])]
+            for path in map(PurePosixPath, words):
+                if path.is_relative_to("/etc/latentwatch"):
+                    at = next(mount for mount in mounts if path.is_relative_to(mount))
+                    assert str(path.relative_to(at)) in files_of(mounts[at], str(path.relative_to(at)))
+
+
+def files_of(volume: Object, wanted: str) -> list[str]:
+    """The files that a volume projects; a claim's and an image's are the operator's word."""
+    if "csi" in volume:
+        return ["ca.crt", "tls.crt", "tls.key"]
+    source = volume.get("configMap") or volume.get("secret")
+    return [item["path"] for item in source["items"]] if source else [wanted]
 
 
 @pytest.mark.parametrize("name", [name for name, values in SETS.items() if not values.get("vllm", {}).get("enabled")])

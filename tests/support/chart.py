@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from importlib.resources import files
 from typing import Any
 
 import jsonschema
+import pydantic
 import referencing
 import yaml
 from helm_python import Chart
@@ -27,6 +29,7 @@ HELM = ROOT / "helm"
 CI_SETS = sorted((HELM / "ci").glob("*-values.yaml"))
 NEWEST, OLDEST = "1.37", "1.29"
 """Kubernetes releases: the newest one with a published schema, and the chart's kubeVersion."""
+CUSTOM = {"monitoring.coreos.com/v1": "prometheus_operator", "cert-manager.io/v1": "cert_manager"}
 RELEASE, NAMESPACE = "prod", "serving"
 
 Object = dict[str, Any]
@@ -116,9 +119,8 @@ def matrix() -> Iterator[tuple[str, Object]]:
 
 def problems(found: Object, kubernetes: str = NEWEST) -> list[str]:
     """What the object's schema has against it, empty if nothing."""
-    api = found["apiVersion"]
-    if api == "monitoring.coreos.com/v1":
-        return _problems_of_custom(found)
+    if package := CUSTOM.get(found["apiVersion"]):
+        return _problems_of_custom(found, package)
     return list(_problems_of_builtin(json.dumps(found, sort_keys=True), kubernetes))
 
 
@@ -155,12 +157,10 @@ def _problems_of_builtin(text: str, kubernetes: str) -> tuple[str, ...]:
     return tuple(f"{error.json_path}: {error.message[:300]}" for error in validator.iter_errors(found))
 
 
-def _problems_of_custom(found: Object) -> list[str]:
-    import pydantic
-    from cloudcoil.models.prometheus_operator import v1
-
+def _problems_of_custom(found: Object, package: str) -> list[str]:
+    kind = getattr(importlib.import_module(f"cloudcoil.models.{package}.v1"), found["kind"])
     try:
-        getattr(v1, found["kind"]).model_validate(found, extra="forbid", by_alias=True, by_name=False)
+        kind.model_validate(found, extra="forbid", by_alias=True, by_name=False)
     except pydantic.ValidationError as refused:
         return [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in refused.errors()]
     return []
