@@ -116,7 +116,7 @@
       # The driver puts in the pod's name, which is LATENTWATCH_REPLICA.
       csi.cert-manager.io/dns-names: ${POD_NAME}
       csi.cert-manager.io/key-usages: digital signature,client auth
-      csi.cert-manager.io/fs-group: {{ .Values.runAsUser | quote }}
+      csi.cert-manager.io/fs-group: {{ int64 .Values.runAsUser | quote }}
 {{- else if .Values.tls.enabled }}
 {{ include "latentwatch.secretVolume" (list "tls" (include "latentwatch.tlsSecret" .) (list "ca.crt") true) }}
 {{- end }}

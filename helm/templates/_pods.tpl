@@ -2,9 +2,9 @@
 
 {{- define "latentwatch.podSecurityContext" -}}
 runAsNonRoot: true
-runAsUser: {{ .Values.runAsUser }}
-runAsGroup: {{ .Values.runAsUser }}
-fsGroup: {{ .Values.runAsUser }}
+runAsUser: {{ int64 .Values.runAsUser }}
+runAsGroup: {{ int64 .Values.runAsUser }}
+fsGroup: {{ int64 .Values.runAsUser }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault
@@ -13,8 +13,8 @@ seccompProfile:
 {{/* Complete by itself: in a patched pod there is no pod security context of ours. */}}
 {{- define "latentwatch.containerSecurityContext" -}}
 runAsNonRoot: true
-runAsUser: {{ .Values.runAsUser }}
-runAsGroup: {{ .Values.runAsUser }}
+runAsUser: {{ int64 .Values.runAsUser }}
+runAsGroup: {{ int64 .Values.runAsUser }}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities:
@@ -101,8 +101,23 @@ seccompProfile:
 {{- with .Values.canaryKey }}
 - --canary-key=/etc/latentwatch/canary/{{ .key }}
 {{- end }}
+{{- with .Values.evidence }}
+{{- if .enabled }}
+- --evidence=/var/lib/latentwatch/evidence
+- --evidence-days={{ .days }}
+- --evidence-gib={{ .gib }}
+- --evidence-keep={{ .keep }}
+{{- with .deleteToken }}
+- --evidence-token=/etc/latentwatch/delete-token/{{ .key }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- with .Values.httpToken }}
 - --http-token-file=/etc/latentwatch/http-token/{{ .key }}
+{{- end }}
+{{- if and .Values.httpToken .Values.evidence.enabled .Values.evidence.deleteToken }}
+# A request carries one token, so the one that may delete may also read.
+- --http-token-file=/etc/latentwatch/delete-token/{{ .Values.evidence.deleteToken.key }}
 {{- end }}
 {{- with .Values.engineToken }}
 - --token-file=/etc/latentwatch/engine-token/{{ .key }}
@@ -135,7 +150,7 @@ securityContext:
 
 {{- define "latentwatch.collectorMounts" -}}
 {{ include "latentwatch.mount" "watchlist" }}
-{{- range $name, $value := dict "baseline" .Values.baseline "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken }}
+{{- range $name, $value := dict "baseline" .Values.baseline "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken "delete-token" (ternary .Values.evidence.deleteToken dict .Values.evidence.enabled) }}
 {{- if $value }}
 {{ include "latentwatch.mount" $name }}
 {{- end }}
@@ -158,7 +173,7 @@ securityContext:
 {{- with .Values.baseline }}
 {{ include "latentwatch.artifactVolume" (list "baseline" . $optional) }}
 {{- end }}
-{{- range $name, $secret := dict "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken }}
+{{- range $name, $secret := dict "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken "delete-token" (ternary .Values.evidence.deleteToken dict .Values.evidence.enabled) }}
 {{- if $secret }}
 {{ include "latentwatch.secretVolume" (list $name $secret.name (list $secret.key) $optional) }}
 {{- end }}

@@ -1,4 +1,4 @@
-"""helm/README.md is a contract too: its links exist, its figures are those of the tests, its commands give a chart."""
+"""helm/README.md and docs/kubernetes.md are contracts too: links, figures, commands and values are real."""
 
 from __future__ import annotations
 
@@ -7,31 +7,60 @@ import re
 import shlex
 
 import pytest
+import yaml
 
+from monitor.export.metrics import sample_names
 from tests.support import chart
+from tests.support.engines import ROOT
 
-TEXT = (chart.HELM / "README.md").read_text()
-COMMANDS = [
-    shlex.split(command)
-    for block in re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    for command in block.replace("\\\n", " ").splitlines()
-    if command
-]
+README = chart.HELM / "README.md"
+GUIDE = ROOT / "docs" / "kubernetes.md"
+PAGES = pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)", TEXT))
-def test_every_link_exists(target):
-    assert (chart.HELM / target).exists()
+def blocks(page, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page, *start: str) -> list[list[str]]:
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines() if line]
+    return [words for line in lines if (words := shlex.split(line, comments=True))[: len(start)] == list(start)]
+
+
+@PAGES
+def test_every_link_exists(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
+    assert links
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_its_figures_are_those_of_the_tests():
-    assert f"over {len(dict(chart.matrix()))} combinations of values" in TEXT
-    assert f"strict schemas of Kubernetes {chart.OLDEST} and {chart.NEWEST}" in TEXT
+    text = README.read_text()
+    assert f"over {len(dict(chart.matrix()))} combinations of values" in text
+    assert f"strict schemas of Kubernetes {chart.OLDEST} and {chart.NEWEST}" in text
 
 
-def test_the_install_command_renders():
-    (install,) = (command for command in COMMANDS if command[:2] == ["helm", "install"])
+@PAGES
+def test_every_value_and_metric_that_is_named_exists(page):
+    schema = chart.chart().schema
+    assert schema is not None
+    for path in re.findall(r"`([a-z]\w+(?:\.\w+)+)(?:=\w+)?`", page.read_text()):
+        node = schema
+        for key in path.split("."):
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+            assert key in node["properties"], path
+            node = node["properties"][key]
+    named = set(re.findall(r"`(latentwatch_\w+)`", page.read_text()))
+    assert named <= sample_names()
+
+
+@PAGES
+def test_the_install_command_renders_with_the_values_beside_it(page):
+    (install,) = commands(page, "helm", "install")
     values: chart.Object = {}
+    # Each block of values adds to the one before, as the page says.
+    for block in blocks(page, "yaml"):
+        values = chart.merged(values, yaml.safe_load(block))
     for option, argument in itertools.pairwise(install):
         if option == "--set":
             for assignment in argument.split(","):
@@ -39,4 +68,13 @@ def test_the_install_command_renders():
                 for key in reversed(path.split(".")):
                     value = {key: value}
                 values = chart.merged(values, value)
-    assert {one["kind"] for one in chart.objects(values)} >= {"Deployment", "Service", "ConfigMap", "NetworkPolicy"}
+    found = chart.objects(values, release=install[2])
+    assert {one["kind"] for one in found} >= {"Deployment", "Service", "ConfigMap", "NetworkPolicy"}
+    made = {(one["kind"].lower(), one["metadata"]["name"]) for one in found}
+    for command in commands(page, "kubectl"):
+        for kind, name in itertools.pairwise(command):
+            if kind == "configmap" and command[3] == "get":
+                assert (kind, name) in made
+        for word in command:
+            if match := re.fullmatch(r"(deployment|svc)/(latentwatch-\S+)", word):
+                assert (match[1].replace("svc", "service"), match[2]) in made

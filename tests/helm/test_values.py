@@ -52,6 +52,8 @@ WRONG = [
     ({"mode": "sidecar", "persistence": {"enabled": True}}, "at '/persistence/enabled'"),
     ({"baseline": {"configMap": {"name": "b"}}}, "at '/baseline/configMap': missing property 'key'"),
     ({"canaryKey": {"name": "canary"}}, "at '/canaryKey'"),
+    ({"evidence": {"days": 0}}, "at '/evidence/days': exclusiveMinimum: got 0, want 0"),
+    ({"evidence": {"keep": "some"}}, "at '/evidence/keep': value must be one of 'exceeded', 'all'"),
     ({"injection": {"method": "webhook"}}, "at '/injection/method'"),
     ({"vllm": {"enabled": True}}, "at '/vllm/model': minLength"),
     ({"vllm": {"replicas": 1.5}}, "at '/vllm/replicas': got number, want integer"),
@@ -100,6 +102,11 @@ def nodes(node: Any) -> Iterator[dict[str, Any]]:
     elif isinstance(node, list):
         for below in node:
             yield from nodes(below)
+
+
+def test_a_claim_that_is_too_small_for_the_evidence_is_refused():
+    with pytest.raises(HelmRenderError, match=r"persistence\.size: 10Gi is too small for evidence\.gib: 10"):
+        chart.objects(chart.least(evidence={"enabled": True}, persistence={"enabled": True, "size": "10Gi"}))
 
 
 def test_every_object_of_the_schema_is_closed():
