@@ -107,17 +107,21 @@ seccompProfile:
 - --evidence-days={{ .days }}
 - --evidence-gib={{ .gib }}
 - --evidence-keep={{ .keep }}
-{{- with .deleteToken }}
-- --evidence-token=/etc/latentwatch/delete-token/{{ .key }}
+{{- with .token }}
+- --evidence-token=/etc/latentwatch/evidence-token/{{ .key }}
+{{- end }}
+{{- if .contentKey }}
+- --evidence-key=/etc/latentwatch/evidence-key/{{ .contentKey.key }}
+- --evidence-content-hours={{ .contentHours }}
 {{- end }}
 {{- end }}
 {{- end }}
 {{- with .Values.httpToken }}
 - --http-token-file=/etc/latentwatch/http-token/{{ .key }}
 {{- end }}
-{{- if and .Values.httpToken .Values.evidence.enabled .Values.evidence.deleteToken }}
-# A request carries one token, so the one that may delete may also read.
-- --http-token-file=/etc/latentwatch/delete-token/{{ .Values.evidence.deleteToken.key }}
+{{- if and .Values.httpToken .Values.evidence.enabled .Values.evidence.token }}
+# A request carries one token, so the one for evidence opens the rest as well.
+- --http-token-file=/etc/latentwatch/evidence-token/{{ .Values.evidence.token.key }}
 {{- end }}
 {{- with .Values.engineToken }}
 - --token-file=/etc/latentwatch/engine-token/{{ .key }}
@@ -148,12 +152,26 @@ securityContext:
   {{- include "latentwatch.containerSecurityContext" . | nindent 2 }}
 {{- end -}}
 
+{{/* The Secrets of which the collector reads one key: where it looks for it, and which. As YAML. */}}
+{{- define "latentwatch.collectorSecrets" -}}
+{{- $all := dict "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken -}}
+{{- if .Values.evidence.enabled -}}
+{{- $all = merge $all (dict "evidence-token" .Values.evidence.token "evidence-key" .Values.evidence.contentKey) -}}
+{{- end -}}
+{{- range $name, $secret := $all }}
+{{- if $secret }}
+{{ $name }}: {{ toJson $secret }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{- define "latentwatch.collectorMounts" -}}
 {{ include "latentwatch.mount" "watchlist" }}
-{{- range $name, $value := dict "baseline" .Values.baseline "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken "delete-token" (ternary .Values.evidence.deleteToken dict .Values.evidence.enabled) }}
-{{- if $value }}
-{{ include "latentwatch.mount" $name }}
+{{- if .Values.baseline }}
+{{ include "latentwatch.mount" "baseline" }}
 {{- end }}
+{{- range $name, $secret := include "latentwatch.collectorSecrets" . | fromYaml }}
+{{ include "latentwatch.mount" $name }}
 {{- end }}
 {{- if .Values.tls.enabled }}
 {{ include "latentwatch.mount" "tls" }}
@@ -173,10 +191,8 @@ securityContext:
 {{- with .Values.baseline }}
 {{ include "latentwatch.artifactVolume" (list "baseline" . $optional) }}
 {{- end }}
-{{- range $name, $secret := dict "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken "delete-token" (ternary .Values.evidence.deleteToken dict .Values.evidence.enabled) }}
-{{- if $secret }}
+{{- range $name, $secret := include "latentwatch.collectorSecrets" . | fromYaml }}
 {{ include "latentwatch.secretVolume" (list $name $secret.name (list $secret.key) $optional) }}
-{{- end }}
 {{- end }}
 {{- if .Values.tls.enabled }}
 {{ include "latentwatch.secretVolume" (list "tls" (include "latentwatch.tlsSecret" .) (list "tls.crt" "tls.key" "ca.crt") $optional) }}
