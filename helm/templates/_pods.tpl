@@ -57,13 +57,13 @@ seccompProfile:
 {{- end }}
 {{- end -}}
 
-{{/* Args: what it is for; name of the Secret; its keys; whether it is optional. Readable by every user: it belongs to root, a patched pod
-     may have no group of ours, and only containers of ours and vLLM mount it. */}}
+{{/* Args: what it is for; name of the Secret; its keys; whether it is optional. It belongs to root. Only containers of ours and vLLM mount
+     it, so everyone may read it: a patched pod may have no group of ours. But what evidence is opened with the collector refuses then. */}}
 {{- define "latentwatch.secretVolume" -}}
 - name: latentwatch-{{ index . 0 }}
   secret:
     secretName: {{ index . 1 }}
-    defaultMode: 0444
+    defaultMode: {{ ternary "0440" "0444" (hasPrefix "evidence-" (index . 0)) }}
     {{- if index . 3 }}
     optional: true
     {{- end }}

@@ -110,7 +110,7 @@ def test_helm_lint_is_strict_and_finds_nothing(name):
 
 @every_set
 def test_every_object_is_valid(name):
-    """By the newest Kubernetes and by the oldest one that the chart accepts; image volumes are no alpha from 1.33 on."""
+    """By the newest Kubernetes and by the oldest one that the chart accepts; image volumes are beta from 1.33 on."""
     found = installed(name)
     releases = ["1.33" if "image" in found.values["watchlist"] else chart.OLDEST, chart.NEWEST]
     for one in [*found.objects, *([found.server] if found.server else [])]:
