@@ -73,12 +73,12 @@ class Recorder:
         """A request ended; its slot is free for another one."""
         # A collector that was started again knows from its state what was exceeded before.
         if self._flagged[slot] or closed.features.exceeded or self._keep == "all":
-            key = _key(closed.open)
+            request = _request(closed.open)
             self._sink(
                 (
-                    Activations(key, self._fires.take(slot), self._rows.take(slot)),
+                    Activations(request, self._fires.take(slot), self._rows.take(slot)),
                     Ended(
-                        request=self._request(closed.open),
+                        request=request,
                         closed_seconds=closed.closed_seconds,
                         outcome=closed.outcome,
                         prompt_tokens=closed.open.prompt_tokens,
@@ -103,12 +103,13 @@ class Recorder:
     def _exceeded(self, crossings: Array, requests_K: Array, now: float) -> None:
         if not len(crossings):
             return
-        fresh = np.unique(crossings["slot"][~self._flagged[crossings["slot"]]]).tolist()
-        self._flagged[fresh] = True
-        records: list[Record] = [self._request(requests_K[slot]) for slot in fresh]
-        for slot, feature, position, value, phase in crossings.tolist():
-            records.append(Exceedance(_key(requests_K[slot]), feature, now, position, Phase(phase), value))
-        self._sink(records)
+        self._flagged[crossings["slot"]] = True
+        self._sink(
+            [
+                Exceedance(_request(requests_K[slot]), feature, now, position, Phase(phase), value)
+                for slot, feature, position, value, phase in crossings.tolist()
+            ]
+        )
 
     def _add(self, slots: _Slots, slot_N: Array, records_N: Array, requests_K: Array) -> None:
         for slot, overflow in slots.add(slot_N, records_N):
@@ -117,25 +118,26 @@ class Recorder:
                 continue
             whole = np.concatenate([slots.take(slot), overflow])
             parts = (whole, self._rows.none) if slots is self._fires else (self._fires.none, whole)
-            self._sink((Activations(_key(requests_K[slot]), *parts),))
-
-    def _request(self, request: OpenRequest) -> Request:
-        return Request(
-            key=_key(request),
-            request_id=request.request_id,
-            replica=request.replica,
-            model_name=request.model_name,
-            engine=request.engine,
-            adapter=request.adapter,
-            traceparent=request.traceparent,
-            opened_seconds=request.opened_seconds,
-            opening_seen=request.opening_seen,
-        )
+            self._sink((Activations(_request(requests_K[slot]), *parts),))
 
 
 def _key(request: OpenRequest) -> int:
     """Unique and rising with time; the same after the collector was started again from its state."""
     return int(request.opened_seconds * 1000) << _SERIAL_BITS | request.serial % (1 << _SERIAL_BITS)
+
+
+def _request(request: OpenRequest) -> Request:
+    return Request(
+        key=_key(request),
+        request_id=request.request_id,
+        replica=request.replica,
+        model_name=request.model_name,
+        engine=request.engine,
+        adapter=request.adapter,
+        traceparent=request.traceparent,
+        opened_seconds=request.opened_seconds,
+        opening_seen=request.opening_seen,
+    )
 
 
 class _Slots:

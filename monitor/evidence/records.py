@@ -24,7 +24,7 @@ def row_record(dense_features: int) -> np.dtype[Any]:
 
 
 class Request(NamedTuple):
-    """A request, as far as it is known when it is first written."""
+    """A request, as far as it is known when it exceeds a limit or ends."""
 
     key: int
     """Unique over all collectors that ever wrote to the folder; rises with time."""
@@ -41,8 +41,7 @@ class Request(NamedTuple):
 class Exceedance(NamedTuple):
     """The first token at which a request's statistic for a feature went above its limit."""
 
-    key: int
-    """Of its request, which is written before it."""
+    request: Request
     feature: int
     """Index in the watchlist."""
     seconds: float
@@ -54,7 +53,7 @@ class Exceedance(NamedTuple):
 class Activations(NamedTuple):
     """A stretch of a request's activations."""
 
-    key: int
+    request: Request
     fires_N: Array
     """FIRE_RECORD."""
     rows_R: Array
@@ -62,7 +61,7 @@ class Activations(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a request ended; completes what was written of it before."""
+    """How a request ended; replaces what was written of the request before."""
 
     request: Request
     closed_seconds: float
@@ -80,7 +79,7 @@ class Ended(NamedTuple):
     """Sparse activations and dense rows before the first exceedance that were let go, because they did not fit."""
 
 
-Record = Request | Exceedance | Activations | Ended
+Record = Exceedance | Activations | Ended
 
 
 def kind(record: Record) -> str:
@@ -98,7 +97,6 @@ def size_bytes(record: Record) -> int:
 
 
 _KINDS: Final[dict[type, str]] = {
-    Request: "request",
     Exceedance: "exceedance",
     Activations: "activations",
     Ended: "request_end",

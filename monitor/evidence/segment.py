@@ -202,21 +202,20 @@ class Segment:
                 ],
             )
 
-    def write(self, records: Iterable[Record]) -> None:
+    def write(self, records: Sequence[Record]) -> None:
         """All records or none; one that is here already changes nothing. Raises: sqlite3.Error."""
-        requests, exceedances, activations, ends = [], [], [], []
+        requests = {record.request.key: record.request for record in records}
+        exceedances, activations, ends = [], [], []
         for record in records:
             match record:
-                case Exceedance():
-                    exceedances.append(record)
-                case Request():
-                    requests.append(_request_row(record))
-                case Activations():
-                    activations.append((record.key, pack(record.fires_N), pack(record.rows_R)))
+                case Exceedance(request, feature, seconds, position, phase, value):
+                    exceedances.append((request.key, feature, seconds, position, phase, value))
+                case Activations(request, fires_N, rows_R):
+                    activations.append((request.key, pack(fires_N), pack(rows_R)))
                 case Ended():
                     ends.append(_end_row(record))
         with _transaction(self._connection) as connection:
-            connection.executemany(_INSERT_REQUEST, requests)
+            connection.executemany(_INSERT_REQUEST, map(_request_row, requests.values()))
             connection.executemany(_INSERT_EXCEEDANCE, exceedances)
             connection.executemany(_INSERT_ACTIVATIONS, activations)
             connection.executemany(_INSERT_END, ends)

@@ -24,7 +24,7 @@ from typing import Final
 
 from monitor.errors import ConfigRefused
 from monitor.evidence import contents, segment
-from monitor.evidence.records import Ended, Record, Request
+from monitor.evidence.records import Ended, Record
 from monitor.evidence.segment import NOTHING_ERASED, Erased, Segment, Watched
 
 SEGMENTS: Final = 16
@@ -75,10 +75,7 @@ class Store:
         newest = self._segment_for(now)
         parts: dict[Path, list[Record]] = defaultdict(list)
         for record in records:
-            key = record.request.key if isinstance(record, Ended) else record.key
-            home = self._home.get(key, newest)
-            if isinstance(record, Request):
-                self._home[key] = home
+            home = self._home.setdefault(record.request.key, newest)
             parts[home].append(record)
         for path, part in parts.items():
             self._writable(path).write(part)

@@ -67,13 +67,12 @@ def one_request(
     fires["position"] = rows["position"] = np.arange(activations)
     fires["value"], rows["score"] = rng.random(activations), rng.normal(0, 1, (activations, 2))
     crossed: list[Record] = [
-        Exceedance(number, feature % 2 * 2, seconds + feature, feature, Phase.OUTPUT, 5.0 + feature)
+        Exceedance(request, feature % 2 * 2, seconds + feature, feature, Phase.OUTPUT, 5.0 + feature)
         for feature in range(exceedances)
     ]
     return [
-        request,
         *crossed,
-        Activations(number, fires, rows),
+        Activations(request, fires, rows),
         Ended(
             request,
             seconds + 9,

@@ -113,11 +113,11 @@ def test_queries_filter_by_feature_severity_model_and_time(tmp_path):
 
 
 def test_a_request_is_found_by_engine_id_response_id_and_trace_id(tmp_path):
-    request, *rest = one_request(1, request_id="chatcmpl-abc-0123abcd")
-    ended = rest.pop()
-    request = request._replace(traceparent=f"00-{'ab' * 16}-{'cd' * 8}-01")
+    traced = one_request(1)[0].request._replace(
+        request_id="chatcmpl-abc-0123abcd", traceparent=f"00-{'ab' * 16}-{'cd' * 8}-01"
+    )
     with store(tmp_path) as written:
-        written.write([request, *rest, ended._replace(request=request)], NOW)
+        written.write([record._replace(request=traced) for record in one_request(1)], NOW)
     archive = Archive(tmp_path)
     assert [archive.find(name)[0].key for name in ("chatcmpl-abc-0123abcd", "chatcmpl-abc", "ab" * 16)] == [1, 1, 1]
     assert archive.find("") == archive.find("chatcmpl") == []
@@ -185,20 +185,20 @@ def test_deleting_beside_a_reader_with_an_old_state_is_reported_as_not_clean(tmp
         reader = segment.connect(path, "ro")
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM request").fetchone()
-        erased = stores.erase(tmp_path, one_request(1)[0].request_id)
+        erased = stores.erase(tmp_path, one_request(1)[0].request.request_id)
         assert (erased.requests, erased.clean) == (1, False)
         reader.close()
-        assert stores.erase(tmp_path, one_request(2)[0].request_id).clean
+        assert stores.erase(tmp_path, one_request(2)[0].request.request_id).clean
 
 
 def test_a_request_stays_in_one_segment_when_the_day_changes_under_it(tmp_path):
-    request, *rest, ended = one_request(1)
+    first, *rest = one_request(1)
     with store(tmp_path) as written:
-        written.write([request], NOW)
+        written.write([first], NOW)
         written.write(one_request(2, seconds=NOW + DAY), NOW + DAY)
-        written.write([*rest, ended], NOW + DAY)
+        written.write(rest, NOW + DAY)
         assert [path.name[:10] for path in stores.segments(tmp_path)] == ["2025-11-22", "2025-11-23"]
-        (found,) = Archive(tmp_path).find(request.request_id)
+        (found,) = Archive(tmp_path).find(first.request.request_id)
     assert found.outcome == "finished" and found.exceedances and found.activations
 
 

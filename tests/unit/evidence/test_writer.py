@@ -8,10 +8,12 @@ from concurrent.futures import Future
 
 import pytest
 
-from monitor.evidence.records import Exceedance, Record, size_bytes
+from monitor.evidence.records import Exceedance, Record, Request, size_bytes
 from monitor.evidence.writer import Writer
 from monitor.names import Phase
 from tests.support.wire import eventually
+
+REQUEST = Request(1, "chatcmpl-1", "pod-0/0", "toy", "0", "", "", 1.0, True)
 
 
 class Target:
@@ -40,7 +42,7 @@ class Target:
 
 
 def exceedances(count: int) -> list[Exceedance]:
-    return [Exceedance(i, 0, 1.0, i, Phase.OUTPUT, 1.0) for i in range(count)]
+    return [Exceedance(REQUEST, 0, 1.0, i, Phase.OUTPUT, 1.0) for i in range(count)]
 
 
 def test_everything_is_written_in_order_and_closing_writes_the_rest():
