@@ -106,6 +106,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="remove what was said before it is so old (default: %(default)g)",
     )
+    otlp = parser.add_argument_group("OpenTelemetry")
+    otlp.add_argument(
+        "--otlp",
+        metavar="URL",
+        help="send every exceedance as a gen_ai.evaluation.result event, in the trace of its request, to this "
+        "OTLP/gRPC receiver, such as http://127.0.0.1:4317 (default: nothing is sent)",
+    )
+    otlp.add_argument(
+        "--otlp-metrics",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="with --otlp: send the metrics too, so often (default: they are only scraped)",
+    )
     parser.add_argument(
         "--http",
         default=_HTTP,
@@ -142,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
     import logging
 
     from monitor.collector.service import Service, Settings, serve
+    from monitor.collector.telemetry import TelemetrySettings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings(
@@ -151,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
         state=args.state,
         drift=_drift_settings(args),
         evidence=_evidence_settings(args) if args.evidence else None,
+        otlp=TelemetrySettings(args.otlp, args.otlp_metrics) if args.otlp else None,
         tls=_tls(args),
         token_files=tuple(args.token_file or ()),
         http_token_files=tuple(args.http_token_file or ()),

@@ -66,7 +66,7 @@ class Evidence:
         self._archive = Archive(settings.folder)
         self._reading = ThreadPoolExecutor(1, "evidence-read")
         self._writer = Writer(self._store, clock=clock)
-        pipeline.record_to(self._writer.put, settings.keep)
+        self.put = self._writer.put
 
     @property
     def takes_tokens(self) -> bool:

@@ -72,6 +72,14 @@ class EvidenceFacts:
 
 
 @dataclass(frozen=True)
+class OtlpFacts:
+    """What was sent over OTLP; as it stands, for a collector that sends nothing."""
+
+    events: WriterTotals = NOTHING_WRITTEN
+    failed_metrics: int = 0
+
+
+@dataclass(frozen=True)
 class ProcessFacts:
     """What the operating system says of this process."""
 
@@ -80,6 +88,7 @@ class ProcessFacts:
     cpu_seconds: float
     state: StateFacts = StateFacts()
     evidence: EvidenceFacts = EvidenceFacts()
+    otlp: OtlpFacts = OtlpFacts()
 
 
 class Families:
@@ -102,6 +111,7 @@ class Families:
         yield from self._replicas(snapshot.replicas)
         yield from self._collector(snapshot)
         yield from self._evidence(process.evidence)
+        yield from self._otlp(process.otlp)
         yield from self._about(process)
 
     def _engines(self, snapshot: Snapshot) -> Iterator[Family]:
@@ -241,6 +251,13 @@ class Families:
         yield Family(metrics.EVIDENCE_DROPPED, lost, [writer.dropped.get(key, 0) for key in lost])
         yield Family(metrics.EVIDENCE_QUEUE, ((),), [writer.queued_bytes])
         yield Family(metrics.EVIDENCE_FOLDER, ((),), [facts.folder_bytes])
+
+    def _otlp(self, facts: OtlpFacts) -> Iterator[Family]:
+        events = facts.events
+        unsent = [sum(count for (_, why), count in events.dropped.items() if why == reason) for reason in DROP_REASONS]
+        outcomes = {"sent": sum(events.written.values()), **dict(zip(DROP_REASONS, unsent, strict=True))}
+        yield Family(metrics.OTLP_EVENTS, tuple((outcome,) for outcome in outcomes), list(outcomes.values()))
+        yield Family(metrics.OTLP_METRICS_FAILURES, ((),), [facts.failed_metrics])
 
     def _about(self, process: ProcessFacts) -> Iterator[Family]:
         watchlist, state = self._watchlist, process.state

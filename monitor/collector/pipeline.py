@@ -112,9 +112,9 @@ class Pipeline:
         self._requests_evicted = self._excess_tokens = 0
         self._recorder: Recorder | None = None
 
-    def record_to(self, sink: Callable[[Sequence[Record]], None], keep: Keep) -> None:
-        """Hand evidence to `sink` from now on; see recorder.Recorder. It must neither block nor raise."""
-        self._recorder = Recorder(self.watchlist, self._scratch + 1, sink, keep)
+    def record_to(self, sinks: Sequence[Callable[[Sequence[Record]], None]], keep: Keep) -> None:
+        """Hand evidence to every sink from now on; see recorder.Recorder. They must neither block nor raise."""
+        self._recorder = Recorder(self.watchlist, self._scratch + 1, sinks, keep)
 
     # -- Sink
 

@@ -35,17 +35,17 @@ _SERIAL_BITS: Final = 22
 
 
 class Recorder:
-    """Watches a pipeline's slots and hands records to `sink`."""
+    """Watches a pipeline's slots and hands records to every sink."""
 
     def __init__(
         self,
         watchlist: Watchlist,
         slots: int,
-        sink: Callable[[Sequence[Record]], None],
+        sinks: Sequence[Callable[[Sequence[Record]], None]],
         keep: Keep,
     ) -> None:
         """Args: slots: how many `step` may name."""
-        self._sink = sink
+        self._sinks = tuple(sinks)
         self._keep = keep
         self._flagged = np.zeros(slots, bool)
         dense = row_record(sum(feature.dense for feature in watchlist.features))
@@ -110,6 +110,10 @@ class Recorder:
                 for slot, feature, position, value, phase in crossings.tolist()
             ]
         )
+
+    def _sink(self, records: Sequence[Record]) -> None:
+        for sink in self._sinks:
+            sink(records)
 
     def _add(self, slots: _Slots, slot_N: Array, records_N: Array, requests_K: Array) -> None:
         for slot, overflow in slots.add(slot_N, records_N):

@@ -21,9 +21,11 @@ from monitor.collector.config import Bounds
 from monitor.collector.drift import DriftSettings
 from monitor.collector.durable import DurableSink
 from monitor.collector.evidence import Evidence, EvidenceSettings
-from monitor.collector.exposition import EvidenceFacts, ProcessFacts, StateFacts
+from monitor.collector.exposition import EvidenceFacts, Families, OtlpFacts, ProcessFacts, StateFacts
 from monitor.collector.guard import guarded, impatient
 from monitor.collector.pipeline import Pipeline
+from monitor.collector.recorder import watched
+from monitor.collector.telemetry import Telemetry, TelemetrySettings
 from monitor.collector.web import make_app
 from monitor.errors import ConfigRefused
 from monitor.transport.receiver import Receiver
@@ -55,6 +57,8 @@ class Settings:
     drift: DriftSettings = field(default_factory=DriftSettings)
     evidence: EvidenceSettings | None = None
     """None writes none down."""
+    otlp: TelemetrySettings | None = None
+    """None sends nothing."""
     tls: ServerTls | None = None
     """For the TCP addresses in `listen`."""
     token_files: Sequence[Path] = ()
@@ -73,8 +77,13 @@ class Service:
         self._start_seconds = time.time()
         self._http = _http_target(settings.http)
         self.pipeline = Pipeline(card.read(settings.watchlist), settings.bounds, settings.drift)
-        # Before the state is resumed: what the journal tells again may not have been written down before.
+        self.telemetry = (
+            Telemetry(settings.otlp, watched(self.pipeline.watchlist), time.time) if settings.otlp else None
+        )
         self.evidence = Evidence(settings.evidence, self.pipeline, time.time) if settings.evidence else None
+        if sinks := [part.put for part in (self.evidence, self.telemetry) if part is not None]:
+            # Before the state is resumed: what the journal tells again may not have been written down before.
+            self.pipeline.record_to(sinks, settings.evidence.keep if settings.evidence else "exceeded")
         self._durable = DurableSink(self.pipeline, settings.state, time.time()) if settings.state else None
         self._sink = self._durable or self.pipeline
         self.receiver = Receiver(
@@ -131,6 +140,12 @@ class Service:
             asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http"),
             asyncio.create_task(self._tick(), name="tick"),
         ]
+        if self.telemetry is not None and self.telemetry.pushes:
+            families = Families(self.pipeline.watchlist)
+            push = self.telemetry.push(
+                lambda: families.of(self.pipeline.snapshot(time.time()), self._process()), self._start_seconds
+            )
+            self._tasks.append(asyncio.create_task(push, name="otlp metrics"))
         while not self._server.started and not self._tasks[0].done():
             await asyncio.sleep(0.01)
 
@@ -146,13 +161,15 @@ class Service:
         """Acknowledge what is held, end the streams, close the sockets."""
         await self.receiver.stop(_STOP_SECONDS)
         self._server.should_exit = True
-        http, tick = self._tasks
-        tick.cancel()
-        await asyncio.wait((http, tick))
+        http, *others = self._tasks
+        for task in others:
+            task.cancel()
+        await asyncio.wait((http, *others))
         if self._durable is not None:
             self._durable.close(time.time())
-        if self.evidence is not None:
-            await asyncio.to_thread(self.evidence.close)
+        for part in (self.evidence, self.telemetry):
+            if part is not None:
+                await asyncio.to_thread(part.close)
 
     async def _tick(self) -> None:
         offset = time.time() - time.monotonic()
@@ -177,6 +194,7 @@ class Service:
             time.process_time(),
             self._durable.facts if self._durable is not None else StateFacts(),
             self.evidence.facts() if self.evidence is not None else EvidenceFacts(),
+            self.telemetry.facts() if self.telemetry is not None else OtlpFacts(),
         )
 
 

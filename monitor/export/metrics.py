@@ -304,6 +304,15 @@ EVIDENCE_QUEUE = Metric(
     "latentwatch_evidence_queue_bytes", "gauge", (), "Records of evidence that wait to be written, about."
 )
 EVIDENCE_FOLDER = Metric("latentwatch_evidence_folder_bytes", "gauge", (), "Size of the evidence on the disk.")
+OTLP_EVENTS = Metric(
+    "latentwatch_otlp_events_total",
+    "counter",
+    ("outcome",),
+    "Events of exceedances that were sent over OTLP, or not: the queue was full, or the receiver did not take them.",
+)
+OTLP_METRICS_FAILURES = Metric(
+    "latentwatch_otlp_metrics_failures_total", "counter", (), "Times that the OTLP receiver did not take the metrics."
+)
 WATCHLIST_INFO = Metric(
     "latentwatch_watchlist_info", "info", ("name", "sha256", "features"), "The watchlist that this collector explains."
 )
@@ -353,6 +362,8 @@ METRICS: Final = (
     EVIDENCE_DROPPED,
     EVIDENCE_QUEUE,
     EVIDENCE_FOLDER,
+    OTLP_EVENTS,
+    OTLP_METRICS_FAILURES,
     WATCHLIST_INFO,
     BUILD_INFO,
     PROCESS_START,

@@ -39,7 +39,7 @@ def records(requests: Sequence[Tokens], *, keep: Keep = "exceeded", schedule: Sc
     """What a pipeline hands over of these requests."""
     found: list[Record] = []
     pipeline = Pipeline(watchlist(FEATURES))
-    pipeline.record_to(found.extend, keep)
+    pipeline.record_to([found.extend], keep)
     pipeline.hello(hello(), NOW)
     batches = (schedule or Schedule.one_step(requests)).batches(FEATURES)
     for sequence, batch in enumerate(batches, start=1):

@@ -56,6 +56,7 @@ def made(tmp_path, token_file):
     write_key(tmp_path / "key")
     settings = EvidenceSettings(tmp_path / "evidence", token_file=token_file, key_file=tmp_path / "key")
     evidence = Evidence(settings, pipeline, lambda: NOW)
+    pipeline.record_to([evidence.put], "exceeded")
     pipeline.hello(hello(), NOW)
     for sequence, batch in enumerate(Schedule.one_step(seen()).batches(FEATURES), start=1):
         pipeline.observe(hello(), sequence, batch, NOW)
@@ -230,6 +231,7 @@ def test_a_collector_that_went_on_from_its_state_writes_nothing_twice(tmp_path):
     for _ in range(2):
         pipeline = Pipeline(watchlist(FEATURES))
         evidence = Evidence(EvidenceSettings(tmp_path), pipeline, lambda: NOW)
+        pipeline.record_to([evidence.put], "exceeded")
         pipeline.hello(hello(), NOW)
         for sequence, batch in enumerate(Schedule.one_step(seen()[:2]).batches(FEATURES), start=1):
             pipeline.observe(hello(), sequence, batch, NOW)

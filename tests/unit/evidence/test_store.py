@@ -54,7 +54,7 @@ def test_exceedances_are_those_that_the_collector_shows(tmp_path):
     requests = random_requests(8)
     found = []
     pipeline = Pipeline(watchlist(FEATURES))
-    pipeline.record_to(found.extend, "exceeded")
+    pipeline.record_to([found.extend], "exceeded")
     pipeline.hello(hello(), NOW)
     for sequence, batch in enumerate(Schedule.random(np.random.default_rng(2), requests, 9).batches(FEATURES), start=1):
         pipeline.observe(hello(), sequence, batch, NOW + sequence)
