@@ -6,7 +6,7 @@ import random
 import signal
 import time
 
-from tests.chaos.world import Books, Proxy, reconcile, until, world
+from tests.chaos.world import Books, Proxy, filled, reconcile, small_disk, until, world
 
 
 def kills(count: int, seed: int) -> Books:
@@ -130,3 +130,49 @@ def handovers(count: int, seed: int) -> Books:
         time.sleep(2.0)
         handed = engine.end("stop")
         return reconcile("two collectors in turn", made, [handed], [c.totals() for c in turns], [engine])
+
+
+def clock_jumps(count: int, seed: int) -> Books:
+    """The collector's wall clock is set by hours, forth and back, and it is killed and started on the other side."""
+    rng = random.Random(seed)
+    with world() as made:
+        offset = made.folder / "offset"
+        offset.write_text("0")
+        collector = made.collector(prefix=("-m", "tests.chaos.clocked", str(offset)))
+        collector.start()
+        engine = made.engine(f"unix://{collector.socket}")
+        for i in range(count):
+            time.sleep(rng.uniform(1.5, 2.5))
+            with made.fault():
+                # Renamed into place: a read in between must not find it empty.
+                later = made.folder / "later"
+                later.write_text(str(rng.choice([-1, 1]) * rng.uniform(3600, 86_400)))
+                later.replace(offset)
+                time.sleep(1.5)
+            if i % 2:
+                collector.kill()
+                collector.start()
+        time.sleep(2.0)
+        handed = engine.end("stop")
+        return reconcile("clock set by hours", made, [handed], [collector.totals()], [engine])
+
+
+def full_disks(count: int, seed: int) -> Books:
+    """The state's disk is full for a while; once it has room again the collector is killed and goes on from it."""
+    rng = random.Random(seed)
+    with world() as made, small_disk(made.folder / "disk", mib=16) as (disk, how):
+        collector = made.collector()
+        collector.state = disk / "state"
+        collector.start()
+        engine = made.engine(f"unix://{collector.socket}")
+        for _ in range(count):
+            time.sleep(rng.uniform(0.5, 1.5))
+            with made.fault(), filled(disk, collector):
+                until(lambda: not collector.totals().durable, "the collector to notice")
+                time.sleep(1.0)
+            until(lambda: collector.totals().durable, "the state to be whole again")
+            collector.kill()
+            collector.start()
+        time.sleep(2.0)
+        handed = engine.end("stop")
+        return reconcile(f"state disk full ({how})", made, [handed], [collector.totals()], [engine])

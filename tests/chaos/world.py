@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import select
 import shutil
 import signal
@@ -251,6 +252,38 @@ def world() -> Iterator[World]:
                 collector.process.send_signal(signal.SIGCONT)
                 collector.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, mib: int) -> Iterator[tuple[Path, str]]:
+    """A folder with little room, and how that is done: a tmpfs, or where none may be mounted a limit on file sizes."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    try:
+        yield folder, "tmpfs" if mounted.returncode == 0 else "RLIMIT_FSIZE"
+    finally:
+        if mounted.returncode == 0:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def filled(disk: Path, collector: Collector) -> Iterator[None]:
+    """No room on this disk, or no file of the collector may grow."""
+    if disk.is_mount():
+        filler = disk / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+        yield
+        filler.unlink()
+        return
+    assert collector.process is not None
+    soft, hard = resource.prlimit(collector.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(collector.process.pid, resource.RLIMIT_FSIZE, (0, hard))
+    yield
+    resource.prlimit(collector.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @dataclass(frozen=True)
