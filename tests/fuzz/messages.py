@@ -1,0 +1,292 @@
+"""Broken messages against decoder, receiver and pipeline: `make fuzz` sends a million and writes results/fuzz.json.
+
+Half are mutations of real messages (bits, cuts, splices, repeats, numbers at their edges), half come from the grammar:
+well-formed protobuf whose fields hold anything. Every tenth goes through a stream of the receiver, the others straight
+into decoder and pipeline. Each must be taken or refused with a reason, and at the end the collector's totals must be
+those of the messages that it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import json
+import os
+import platform
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from monitor import __version__
+from monitor.collector.config import Bounds
+from monitor.collector.pipeline import Pipeline
+from monitor.errors import StreamRefused
+from monitor.names import Reason, TokenState
+from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, StepBatch
+from monitor.transport import codec
+from monitor.transport._pb import latentwatch_pb2 as pb
+from monitor.transport.receiver import Receiver
+from monitor.transport.session import Hello
+from monitor.watchlist.card import Limit
+from tests.support.engines import ROOT
+from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+
+RESULT = ROOT / "tests/bench/results/fuzz.json"
+FEATURES = (sparse("a", limit=Limit("max", 3.0)), sparse("b", skip=1), probe("p", limit=Limit("rolling_mean", 0.5, 4)))
+_EDGES = (0, 1, 2, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
+_FLOATS = (0.0, -0.0, 1.0, 1e-45, 65504.0, 65520.0, 3.4e38, float("inf"), float("-inf"), float("nan"))
+
+
+class Messages:
+    """An endless supply, the same for the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        rng = np.random.default_rng(seed)
+        requests = [tokens(rng, FEATURES, handle=i, total=30, prompt_tokens=10) for i in range(1, 9)]
+        batches = Schedule.random(rng, requests, 9).batches(FEATURES)
+        self._real = [codec.encode_batch(i, batch) for i, batch in enumerate(batches, start=1)]
+        self._real.append(codec.encode_hello(hello(), last_acked_sequence=0, time_unix_nano=0))
+
+    def next(self) -> bytes:
+        return self._mutated() if self._random.random() < 0.5 else self._made_up()
+
+    def _mutated(self) -> bytes:
+        random = self._random
+        data = bytearray(random.choice(self._real))
+        for _ in range(random.choice((1, 1, 1, 2, 4, 16))):
+            at = random.randrange(len(data)) if data else 0
+            kind = random.randrange(6)
+            if kind == 0 and data:
+                data[at] ^= 1 << random.randrange(8)
+            elif kind == 1 and data:
+                data[at] = random.choice((0, 1, 0x7F, 0x80, 0xFF))
+            elif kind == 2:
+                del data[at:]
+            elif kind == 3:
+                del data[at : at + random.randrange(1, 20)]
+            elif kind == 4:
+                other = random.choice(self._real)
+                data[at:at] = other[random.randrange(len(other)) :][: random.randrange(1, 64)]
+            else:
+                data += data[at : at + 64]
+        return bytes(data)
+
+    def _made_up(self) -> bytes:
+        random = self._random
+        if random.random() < 0.1:
+            message = pb.Hello()
+            self._fill(message)
+            return pb.StreamRequest(hello=message).SerializeToString()
+        segments = self._records(SEGMENT_DTYPE, random.randrange(4))
+        if len(segments) and random.random() < 0.8:
+            # Mostly within the contract, so that what comes after the first check is reached as well.
+            segments["count"] = [random.randrange(1, 6) for _ in segments]
+            segments["start"] = [random.randrange(0, 50) for _ in segments]
+            segments["state"] = [random.randrange(1, 5) for _ in segments]
+            segments["phase"] = [random.randrange(1, 3) for _ in segments]
+            scored = segments["state"] <= TokenState.INHERITED
+            segments["reason"] = np.where(scored, Reason.NONE, random.randrange(1, 9))
+        scored = np.isin(segments["state"], (TokenState.SCORED, TokenState.INHERITED))
+        rows = min(int(segments["count"][scored].astype(np.int64).clip(0).sum()), 64)
+        fires = self._records(FIRE_DTYPE, random.randrange(4))
+        if random.random() < 0.8:
+            fires["row"] = sorted(random.randrange(rows + 1) for _ in fires)
+            fires["feature"] = [random.choice((0, 1, 1, 2)) for _ in fires]
+        message = pb.StepBatch(
+            sequence=self._integer(),
+            step=self._integer(),
+            time_unix_nano=self._integer() % 2**63,
+            segments=segments.tobytes(),
+            fires=fires.tobytes(),
+            dense=np.array([self._float() for _ in range(rows)], np.float32)
+            .clip(-65504, 65504)
+            .astype(np.float16)
+            .tobytes(),
+            norm=np.array([self._float() for _ in range(rows)], np.float32).tobytes(),
+            dense_features=1,
+            hook_points=1,
+        )
+        for repeated in (message.opened, message.closed):
+            for _ in range(random.choice((0, 0, 0, 1, 3))):
+                self._fill(repeated.add())
+        for column in ("segments", "fires", "dense", "norm"):
+            if random.random() < 0.03:
+                setattr(message, column, random.randbytes(random.randrange(200)))
+        return pb.StreamRequest(batch=message).SerializeToString()
+
+    def _fill(self, message: Any) -> None:
+        """Anything in each of the fields."""
+        random = self._random
+        for descriptor in message.DESCRIPTOR.fields:
+            if descriptor.type == descriptor.TYPE_STRING:
+                text = random.choice(("", "a", "0" * 32, "ab" * 32, "\0\n", "x" * 5000, "é☃𝕏", "chatcmpl-1-0123abcd"))
+                setattr(message, descriptor.name, text)
+            elif descriptor.type == descriptor.TYPE_BOOL:
+                setattr(message, descriptor.name, random.random() < 0.5)
+            else:
+                bits = 32 if descriptor.type == descriptor.TYPE_UINT32 else 63
+                setattr(message, descriptor.name, self._integer() % 2**bits)
+
+    def _records(self, dtype: np.dtype[Any], count: int) -> Any:
+        records = np.frombuffer(self._random.randbytes(dtype.itemsize * count), dtype).copy()
+        for name in dtype.names or ():
+            if dtype[name].kind == "f":
+                records[name] = [self._float() for _ in range(count)]
+        return records
+
+    def _integer(self) -> int:
+        return self._random.choice(_EDGES) if self._random.random() < 0.3 else self._random.randrange(100)
+
+    def _float(self) -> float:
+        return self._random.choice(_FLOATS) if self._random.random() < 0.01 else self._random.uniform(-3, 9)
+
+
+class Context:
+    """What a stream of gRPC's shows the receiver: messages, then the end."""
+
+    def __init__(self, *messages: bytes) -> None:
+        self._messages = list(messages)
+        self.replies: list[Any] = []
+
+    async def read(self) -> Any:
+        return self._messages.pop(0) if self._messages else grpc.aio.EOF
+
+    async def write(self, data: bytes) -> None:
+        self.replies.append(codec.decode_reply(data))
+
+    def peer(self) -> str:
+        return "fuzz"
+
+
+@dataclass
+class Outcome:
+    """What became of the messages."""
+
+    messages: int = 0
+    taken: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    """Tokens of the messages that were taken, without those that they call lost."""
+
+
+class Witness(Pipeline):
+    """A pipeline that notes what it took, apart from its own books."""
+
+    def __init__(self) -> None:
+        super().__init__(watchlist(FEATURES), Bounds(closed_requests=200, flagged_requests=50))
+        self.seen = Outcome()
+
+    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
+        duplicates = self._duplicates
+        super().observe(hello, sequence, batch, now)
+        if self._duplicates == duplicates:
+            segments = batch.segments_S
+            self.seen.taken += 1
+            self.seen.tokens += int(segments["count"][segments["reason"] != Reason.LOST].sum(dtype=np.int64))
+
+
+def run(count: int, seed: int) -> Outcome:
+    """Feed `count` messages. Raises whatever is no refusal, and AssertionError where the books are wrong."""
+    messages, pipeline = Messages(seed), Witness()
+    receiver = Receiver(pipeline, [], clock=lambda: 1000.0)
+    outcome, sequence = pipeline.seen, 0
+    who = hello()
+    pipeline.hello(who, 1000.0)
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop):
+        for i in range(count):
+            data = messages.next()
+            outcome.messages += 1
+            if i % 10 == 0:
+                _through_a_stream(loop, receiver, data, outcome, i)
+                continue
+            try:
+                request = codec.decode_request(data)
+                if isinstance(request, Hello):
+                    pipeline.hello(request, 1000.0)
+                    pipeline.goodbye(request, 1000.0)
+                else:
+                    sequence += 1
+                    pipeline.observe(who, sequence, request.batch, 1000.0)
+            except StreamRefused as refused:
+                outcome.refused[refused.reason] += 1
+    snapshot = pipeline.snapshot(1000.0)
+    lost = sum(int(engine.tokens[:, Reason.LOST].sum()) for engine in snapshot.engines)
+    counted = sum(int(engine.tokens.sum()) for engine in snapshot.engines)
+    assert counted - lost == outcome.tokens, (counted, lost, outcome.tokens)
+    return outcome
+
+
+def _through_a_stream(
+    loop: asyncio.AbstractEventLoop, receiver: Receiver, data: bytes, outcome: Outcome, number: int
+) -> None:
+    opening = codec.encode_hello(
+        hello(replica="stream/0", boot_id=f"{number:032x}"), last_acked_sequence=0, time_unix_nano=0
+    )
+    context = Context(opening, data)
+    loop.run_until_complete(receiver._serve(None, context))
+    assert isinstance(context.replies[0], codec.Welcome)
+    last = context.replies[-1]
+    if isinstance(last, StreamRefused):
+        assert last.reason and last.found and last.instead
+        outcome.refused[last.reason] += 1
+    assert receiver.live_streams == 0
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--messages", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    parts, total, refused = 10, Outcome(), Counter[str]()
+    memory, began = [], time.monotonic()
+    for part in range(parts):
+        outcome = run(args.messages // parts, args.seed + part)
+        total.messages += outcome.messages
+        total.taken += outcome.taken
+        total.tokens += outcome.tokens
+        refused += outcome.refused
+        memory.append(round(resident_mib(), 1))
+        print(f"{total.messages} messages, {total.taken} taken, {dict(refused)}, {memory[-1]} MiB", flush=True)
+    RESULT.write_text(
+        json.dumps(
+            {
+                "what": "broken messages against decoder, receiver and pipeline; each was taken or refused",
+                "date": datetime.date.today().isoformat(),
+                "hardware": f"{platform.machine()}, {os.cpu_count()} cores shared with other work",
+                "versions": {"latentwatch": __version__, "python": platform.python_version()},
+                "seed": args.seed,
+                "rows": [
+                    {
+                        "messages": total.messages,
+                        "taken": total.taken,
+                        "refused": dict(refused.most_common()),
+                        "crashes": 0,
+                        "resident_mib": memory,
+                        "seconds": round(time.monotonic() - began),
+                    }
+                ],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    print(f"wrote {RESULT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
