@@ -53,6 +53,15 @@ bench-parity: $(VENV)/.dev ## our scores against every upstream library's, from 
 bench-watchlist: $(VENV)/.dev ## time and memory of building a large watchlist
 	$(BIN)/python -m tests.bench.watchlist_build
 
+bench-collector: $(VENV)/.dev ## the collector's throughput per core, step to /metrics, exposition and memory
+	$(BIN)/python -m tests.bench.collector
+
+bench-chaos: $(VENV)/.dev ## 100 collector kills, cuts, stops, full disks, clock jumps; the reconciliation printed
+	$(BIN)/python -m tests.bench.chaos
+
+fuzz: $(VENV)/.dev ## a million broken messages against decoder, receiver and pipeline
+	$(BIN)/python -m tests.fuzz.messages
+
 bench-kernels-gpu: $(VENV)/.dev ## the kernels on a GPU; refuses where there is none
 	$(BIN)/python -m tests.bench.kernels.run
 

@@ -35,7 +35,8 @@ _SEVERITY_ORDER: Final = (Severity.CRITICAL, Severity.WARNING, Severity.INFO, Se
 
 def cells_of(values: Array) -> Array:
     """Cell of each finite value, 0..C-1: logarithmic away from 0 and linear near it, both signs."""
-    cell = np.floor(np.arcsinh(values / _CELL_UNIT) / _CELL_WIDTH).astype(np.int64) + CELLS // 2
+    # In float64: the largest float32 divided by the unit is none any more.
+    cell = np.floor(np.arcsinh(values.astype(np.float64) / _CELL_UNIT) / _CELL_WIDTH).astype(np.int64) + CELLS // 2
     clipped: Array = np.clip(cell, 0, CELLS - 1)
     return clipped
 

@@ -86,6 +86,8 @@ class Messages:
         if random.random() < 0.1:
             message = pb.Hello()
             self._fill(message)
+            if random.random() < 0.9:
+                message.protocol = 1
             return pb.StreamRequest(hello=message).SerializeToString()
         segments = self._records(SEGMENT_DTYPE, random.randrange(4))
         if len(segments) and random.random() < 0.8:
