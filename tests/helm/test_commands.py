@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,19 +11,22 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from monitor.cli import build_parser
 from monitor.engine import settings
 from monitor.transport import security
+from monitor.transport.sender import Sender
 from monitor.watchlist import card
 from tests.support import chart
+from tests.support.certificates import Authority
 from tests.support.collectors import FEATURES
-from tests.support.streams import watchlist
+from tests.support.streams import hello, watchlist
 
 SETTINGS = {
     value
@@ -58,55 +62,129 @@ def test_every_option_and_variable_that_is_set_exists():
     assert {name for name in variables if name.startswith("LATENTWATCH_")} <= SETTINGS
 
 
-@pytest.fixture
-def collector(tmp_path: Path) -> Iterator[tuple[chart.Object, list[chart.Object]]]:
-    """The gateway's container, running here with its own command line; and everything that was rendered."""
-    grpc, http = free_ports(2)
-    found = chart.objects(chart.least(collector={"grpcPort": grpc, "httpPort": http}))
-    (container,) = (c for c in containers(found) if c["name"] == "collector")
-    card.write(watchlist(FEATURES), tmp_path / "watchlist.safetensors")
-    assert container["command"] == ["latentwatch", "collector"]
-    here = {"/etc/latentwatch/watchlist": str(tmp_path), "/var/lib/latentwatch": str(tmp_path)}
-    argv = [re.sub("|".join(here), lambda found: here[found[0]], argument) for argument in container["args"]]
-    running = subprocess.Popen([sys.executable, "-m", "monitor", "collector", *argv])
-    try:
-        wait_for(f"http://127.0.0.1:{http}{container['startupProbe']['httpGet']['path']}", running)
-        yield container, found
-    finally:
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(chart.values(chart.HELM / "values.yaml")["collector"]["terminationGracePeriodSeconds"]) == 0
+class Gateway:
+    """A gateway's container, running here with its own command line. Its paths lie under `root`, its ports are free."""
 
+    def __init__(self, root: Path, **over: Any) -> None:
+        grpc, self.http = free_ports(2)
+        over["collector"] = {"grpcPort": grpc, "httpPort": self.http}
+        self.objects = chart.objects(chart.least(**over))
+        (self.container,) = (c for c in containers(self.objects) if c["name"] == "collector")
+        self._root = root
+        self._put("watchlist/watchlist.safetensors", b"")
+        card.write(watchlist(FEATURES), root / "etc/latentwatch/watchlist/watchlist.safetensors")
+        (root / "var/lib/latentwatch").mkdir(parents=True)
 
-def wait_for(url: str, running: subprocess.Popen[Any]) -> None:
-    for _ in range(600):
+    def _put(self, path: str, content: bytes) -> None:
+        """A file that a volume would bring."""
+        file = self._root / "etc/latentwatch" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+    def put(self, **volumes: dict[str, bytes]) -> None:
+        for volume, files in volumes.items():
+            for name, content in files.items():
+                self._put(f"{volume.replace('_', '-')}/{name}", content)
+
+    def here(self, text: str) -> str:
+        return re.sub("/(etc|var/lib)/latentwatch", lambda found: f"{self._root}{found[0]}", text)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        assert self.container["command"] == ["latentwatch", "collector"]
+        argv = map(self.here, self.container["args"])
+        process = subprocess.Popen([sys.executable, "-m", "monitor", "collector", *argv])
         try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            assert running.poll() is None, "the collector ended"
-            time.sleep(0.1)
-    pytest.fail(f"{url} does not answer")
+            self.wait(process)
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            grace = chart.values(chart.HELM / "values.yaml")["collector"]["terminationGracePeriodSeconds"]
+            assert process.wait(grace) == 0
+
+    def wait(self, process: subprocess.Popen[bytes]) -> None:
+        for _ in range(900):
+            try:
+                self.probe("startupProbe")
+                return
+            except OSError:
+                assert process.poll() is None, "the collector ended"
+                time.sleep(0.1)
+        pytest.fail("the collector does not answer")
+
+    def probe(self, name: str) -> None:
+        """What the kubelet does. Raises OSError, of which urllib's errors are kinds, where it would not pass."""
+        get = self.container[name]["httpGet"]
+        (port,) = (port["containerPort"] for port in self.container["ports"] if port["name"] == get["port"])
+        urllib.request.urlopen(f"http://127.0.0.1:{port}{get['path']}", timeout=5).close()
+
+    def helm_test(self, *, streams: int) -> subprocess.CompletedProcess[str]:
+        """The test pod's container, asking for this many streams."""
+        (test,) = (c for c in containers(self.objects) if c["name"] == "test")
+        python, *code = test["command"]
+        assert python == "python"
+        url, _, *token_file = test["args"]
+        url = url.replace(f"{chart.RELEASE}-latentwatch-collector", "127.0.0.1")
+        arguments = [url, str(streams), *map(self.here, token_file)]
+        return subprocess.run([sys.executable, *code, *arguments], capture_output=True, text=True, timeout=60)
+
+    def patched_environment(self) -> dict[str, str]:
+        """What the patch sets in vLLM's container, with paths and addresses of here."""
+        patch = yaml.safe_load(chart.the(self.objects, "ConfigMap", "-vllm-patch")["data"]["patch.yaml"])
+        (server,) = patch["spec"]["template"]["spec"]["containers"]
+        host = f"{chart.RELEASE}-latentwatch-collector.{chart.NAMESPACE}.svc.cluster.local"
+        return {v["name"]: self.here(v["value"]).replace(host, "127.0.0.1") for v in server["env"] if "value" in v}
 
 
-def test_the_collector_starts_as_rendered_and_every_probe_and_the_helm_test_pass(collector):
-    container, found = collector
-    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        get = container[probe]["httpGet"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{ports[get['port']]}{get['path']}", timeout=5) as answer:
-            assert answer.status == 200
-    assert helm_test(found, streams="0").returncode == 0
-    no_engine = helm_test(found, streams="1")
+def test_the_collector_starts_as_rendered_and_every_probe_and_the_helm_test_pass(tmp_path):
+    gateway = Gateway(tmp_path, evidence={"enabled": True})
+    with gateway.running():
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            gateway.probe(probe)
+        assert gateway.helm_test(streams=0).returncode == 0
+        no_engine = gateway.helm_test(streams=1)
     assert no_engine.returncode == 1
     assert "no engine streams to this collector" in no_engine.stderr
 
 
-def helm_test(found: list[chart.Object], *, streams: str) -> subprocess.CompletedProcess[str]:
-    (container,) = (c for c in containers(found) if c["name"] == "test")
-    python, *code = container["command"]
-    assert python == "python"
-    url = container["args"][0].replace(f"{chart.RELEASE}-latentwatch-collector", "127.0.0.1")
-    return subprocess.run([sys.executable, *code, url, streams], capture_output=True, text=True, timeout=60)
+def test_an_engine_reaches_a_gateway_with_what_the_patch_gives_it(tmp_path):
+    """Certificates for both, tokens for engines and readers: everything that can be asked for, at once."""
+    gateway = Gateway(
+        tmp_path,
+        httpToken={"name": "latentwatch-http", "key": "token"},
+        engineToken={"name": "latentwatch-engines", "key": "token"},
+        tls={"enabled": True, "issuer": {"name": "internal"}, "engineCertificates": True},
+    )
+    pod = "my-vllm-6d4b75cb6d-x2x7k"
+    authority = Authority(tmp_path)
+    # One folder stands for both pods' volumes: a certificate of the collector's address and of the engine's pod.
+    certificate, key = authority.issue("both", pod)
+    gateway.put(
+        tls={"tls.crt": certificate.read_bytes(), "tls.key": key.read_bytes(), "ca.crt": authority.file.read_bytes()},
+        http_token={"token": b"readers-0123456789"},
+        engine_token={"token": b"engines-0123456789"},
+    )
+    environment = gateway.patched_environment()
+    with gateway.running():
+        assert gateway.helm_test(streams=0).returncode == 0
+        engine = Sender(
+            environment["LATENTWATCH_COLLECTOR"],
+            hello(replica=f"{pod}/0", watchlist_sha256=card.read(Path(environment["LATENTWATCH_WATCHLIST"])).sha256),
+            credentials=security.Credentials.from_env(environment),
+        )
+        engine.start()
+        try:
+            eventually(lambda: gateway.helm_test(streams=1).returncode == 0)
+        finally:
+            engine.close(5)
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    for _ in range(100):
+        if holds():
+            return
+        time.sleep(0.2)
+    pytest.fail("it never held")
 
 
 STUB = """#!/bin/sh
