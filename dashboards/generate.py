@@ -62,7 +62,7 @@ def panel(
 ) -> Panel:
     options, custom, thresholds = more.pop("options", {}), more.pop("custom", {}), more.pop("thresholds", PLAIN)
     overrides, links, height = more.pop("overrides", []), more.pop("links", []), more.pop("height", 8)
-    limits = {name: more.pop(name) for name in ("min", "max", "decimals") if name in more}
+    limits = {name: more.pop(name) for name in ("min", "max", "decimals", "mappings") if name in more}
     return {
         "type": kind,
         "title": title,
@@ -429,8 +429,9 @@ def overview() -> Panel:
         stat(
             "Features drifting",
             "Features of which a detector is above its limit.",
-            f"count(max by (model_name, feature) (latentwatch_drift_since_timestamp_seconds{{{MODEL}}}) > 0) or "
-            f"vector(0)",
+            f"count(max by (model_name, feature) (latentwatch_drift_log10_evalue{{{MODEL}}} >= on (job, instance, "
+            f"model_name, kind) "
+            f"group_left () latentwatch_drift_limit_log10_evalue{{{MODEL}}})) or vector(0)",
             thresholds=NONE_IS_GOOD,
         ),
         stat(
@@ -604,6 +605,14 @@ def feature() -> Panel:
             "Requests against the baseline",
             "Requests in which it is active, divided by those that the baseline expects.",
             target(f"max by (model_name) (latentwatch_drift_rate_ratio{{{one}}})", "{{model_name}}"),
+        ),
+        stat(
+            "Drifts since",
+            "When the oldest change began, by the detector's own estimate; nothing where no detector alarms.",
+            f"(min(latentwatch_drift_since_timestamp_seconds{{{one}}} > 0) * 1000) or vector(0)",
+            unit="dateTimeFromNow",
+            width=6,
+            mappings=[{"type": "value", "options": {"0": {"text": "no drift with a known beginning"}}}],
         ),
     ]
     rows = [("The feature", about), ("Requests", requests), ("Tokens", tokens), ("Drift", drift)]

@@ -33,6 +33,7 @@ _PAGE: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/details.js": ("details.js", "text/javascript; charset=utf-8"),
 }
 HEADERS: Final = (
     (

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
+from monitor.collector.evidence import EvidenceSettings
 from monitor.collector.service import Service
 from tests.support.collectors import collector, exceed
 from tests.support.real import program
@@ -64,3 +65,28 @@ def test_text_of_clients_and_labels_stays_text(service, tmp_path):
     assert "Complying &lt;b&gt;with&lt;/b&gt; a jailbreak" in markup
     assert "taken" not in re.findall(r"<title>(.*?)</title>", markup)[0]
     assert "Id in the response" in text and "Limits exceeded" in text, "the request itself is shown"
+
+
+@pytest.mark.e2e
+def test_a_feature_has_a_view_of_its_own_with_its_requests(service, tmp_path):
+    exceed(service)
+    _, text = text_of(f"{service.http_url}/#feature=jailbreak", tmp_path / "profile")
+    assert "resid_post.0, sae" in text and "1.00 on the largest value" in text
+    assert "Latest requests over the limit chatcmpl-1-0123abcd 5.00, from token 2 (output)" in text
+
+
+@pytest.mark.e2e
+def test_drift_is_ranked_and_the_page_says_what_was_measured(service, tmp_path):
+    exceed(service)
+    _, text = text_of(service.http_url + "/", tmp_path / "profile")
+    assert re.search(r"Drift from the baseline None above its limit in 1 windows\. .* Complying &lt;b&gt;", text)
+
+
+@pytest.mark.e2e
+def test_a_collector_that_writes_evidence_shows_a_request_token_by_token(tmp_path):
+    with collector(tmp_path, evidence=EvidenceSettings(tmp_path / "evidence")) as made:
+        exceed(made)
+        markup, text = text_of(f"{made.http_url}/#request=chatcmpl-1-0123abcd", tmp_path / "profile")
+    assert "Token by token" in text and "One column a token, 4 in all" in text
+    (cell,) = re.findall(r'<rect class="cell over" x="(\d+)"', markup)
+    assert cell == "2" and "token 2: 5.00" in markup

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +26,13 @@ FEATURES = (
 
 
 @contextlib.contextmanager
-def collector(folder: Path) -> Iterator[Service]:
+def collector(folder: Path, **settings: Any) -> Iterator[Service]:
     """A service on free addresses, without engines."""
     built = card.write(watchlist(FEATURES), folder / "w.safetensors")
     drift = DriftSettings(random_baseline(FEATURES, sha256=built.sha256))
-    made = Service(Settings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", drift=drift))
+    made = Service(
+        Settings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", drift=drift, **settings)
+    )
     in_loop(made.start())
     try:
         yield made

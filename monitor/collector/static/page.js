@@ -209,7 +209,7 @@ function figures(view) {
 
 function featureRow() {
   const row = make("tr");
-  const name = make("td", { className: "name" }, make("b"), make("small"));
+  const name = make("td", { className: "name" }, featureLink("", ""), make("small"));
   const svg = draw("svg", { preserveAspectRatio: "none", role: "img" });
   row.append(name, make("td", { className: "plot" }, svg));
   for (const part of ["peak", "bound", "fires", "exceeded"]) row.append(make("td", { className: `number ${part}` }));
@@ -219,6 +219,7 @@ function featureRow() {
 function updateFeature(row, feature) {
   row.classList.toggle("hot", feature.recent_exceedances > 0);
   const label = row.querySelector("b");
+  label.parentNode.href = `#feature=${encodeURIComponent(feature.feature)}`;
   setText(label, feature.label || feature.feature);
   label.title = `${feature.label} (${feature.statistic}, in ${feature.units || "its own units"})`;
   setText(row.querySelector("small"), `${feature.feature} · ${feature.hook_point} · ${feature.severity}`);
@@ -387,27 +388,39 @@ function openRequest(id) {
   location.hash = `request=${encodeURIComponent(id)}`;
 }
 
-async function showRequest() {
+async function requestParts(id) {
+  const [{ ok, body }, strips] = await Promise.all([fetched(`v1/requests/${encodeURIComponent(id)}`), activationParts(id)]);
+  if (ok) {
+    const [facts, ...rest] = body.requests.flatMap(requestView);
+    // With every position known, the line of marks would only repeat it.
+    return [facts, ...strips, ...rest.filter((part) => !strips.length || part.className !== "strip")];
+  }
+  return [make("p", { className: "empty", textContent: String(body.detail) })];
+}
+
+// The dialog shows what stands behind the address's #: a request or a feature.
+async function showDetails() {
   const dialog = at("request");
-  const match = location.hash.match(/^#request=(.+)$/);
+  const match = location.hash.match(/^#(request|feature)=(.+)$/);
   if (!match) return dialog.close();
-  let id = match[1];
+  const [, kind] = match;
+  let id = match[2];
   try {
     id = decodeURIComponent(id);
   } catch {
     // A hash typed by hand need not be well encoded; it is then looked up as it stands.
   }
+  setText(at("details-kind"), kind === "request" ? "Request" : "Feature");
   setText(at("request-title"), id);
   at("request-body").replaceChildren(make("p", { className: "empty", textContent: "Looking it up." }));
   if (!dialog.open) dialog.showModal();
+  let parts;
   try {
-    const response = await fetch(`v1/requests/${encodeURIComponent(id)}`);
-    const body = await response.json();
-    const found = response.ok ? body.requests.flatMap(requestView) : [make("p", { className: "empty", textContent: String(body.detail) })];
-    at("request-body").replaceChildren(...found);
+    parts = await (kind === "request" ? requestParts(id) : featureParts(id));
   } catch {
-    at("request-body").replaceChildren(make("p", { className: "empty", textContent: "The collector does not answer." }));
+    parts = [make("p", { className: "empty", textContent: "The collector does not answer." })];
   }
+  at("request-body").replaceChildren(...parts);
 }
 
 // -- the loop
@@ -451,7 +464,5 @@ at("find").addEventListener("submit", (event) => {
 });
 at("close").addEventListener("click", () => at("request").close());
 at("request").addEventListener("close", () => {
-  if (location.hash.startsWith("#request=")) history.pushState(null, "", location.pathname + location.search);
+  if (/^#(request|feature)=/.test(location.hash)) history.pushState(null, "", location.pathname + location.search);
 });
-window.addEventListener("hashchange", showRequest);
-refresh().then(showRequest);

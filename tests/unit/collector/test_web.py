@@ -21,6 +21,7 @@ from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchl
 FEATURES = (sparse("jailbreak", limit=Limit("max", 1.0)), probe("deceive", limit=Limit("rolling_mean", 0.1, 4)))
 EVIL = 'chatcmpl-<img src=x onerror="alert(1)">/../é-0123abcd'
 STATIC = Path(monitor.collector.__file__).parent / "static"
+SCRIPT = (STATIC / "page.js").read_text() + (STATIC / "details.js").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,7 @@ PATHS = [
     "/",
     "/page.css",
     "/page.js",
+    "/details.js",
     "/metrics",
     "/healthz",
     "/openapi.json",
@@ -170,12 +172,12 @@ def test_the_page_loads_nothing_from_elsewhere_and_holds_no_inline_code():
 
 
 def test_the_page_sets_text_from_outside_as_text_and_never_as_markup():
-    script = (STATIC / "page.js").read_text()
+    script = SCRIPT
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
 
 
 def test_every_element_that_the_script_looks_up_is_in_the_page():
-    html, script = (STATIC / "index.html").read_text(), (STATIC / "page.js").read_text()
+    html, script = (STATIC / "index.html").read_text(), SCRIPT
     wanted = set(re.findall(r'\bat\("([\w-]+)"\)', script))
     assert wanted <= set(re.findall(r'id="([\w-]+)"', html)) and len(wanted) > 15
 
