@@ -851,7 +851,7 @@ def health() -> Panel:
             "Exceedances, request summaries and activations that went into the evidence folder.",
             target(f"sum by (kind) (rate(latentwatch_evidence_written_total{{{HERE}}}[$__rate_interval]))", "{{kind}}"),
             unit="ops",
-            width=8,
+            width=6,
         ),
         graph(
             "Records lost",
@@ -861,7 +861,19 @@ def health() -> Panel:
                 "{{kind}}: {{reason}}",
             ),
             unit="ops",
-            width=8,
+            width=6,
+        ),
+        graph(
+            "Sent over OTLP",
+            "Events of exceedances by what became of them, and pushes of metrics that the receiver did not take.",
+            target(
+                f"sum by (outcome) (rate(latentwatch_otlp_events_total{{{HERE}}}[$__rate_interval]))", "{{outcome}}"
+            ),
+            target(
+                f"sum(rate(latentwatch_otlp_metrics_failures_total{{{HERE}}}[$__rate_interval]))", "metrics not taken"
+            ),
+            unit="ops",
+            width=6,
         ),
         graph(
             "Evidence on disk",
@@ -869,7 +881,7 @@ def health() -> Panel:
             target(f"sum by (instance) (latentwatch_evidence_folder_bytes{{{HERE}}})", "{{instance}}, folder"),
             target(f"sum by (instance) (latentwatch_evidence_queue_bytes{{{HERE}}})", "{{instance}}, queue"),
             unit="bytes",
-            width=8,
+            width=6,
         ),
     ]
     engines = [
