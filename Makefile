@@ -62,6 +62,12 @@ bench-chaos: $(VENV)/.dev ## 100 collector kills, cuts, stops, full disks, clock
 fuzz: $(VENV)/.dev ## a million broken messages against decoder, receiver and pipeline
 	$(BIN)/python -m tests.fuzz.messages
 
+bench-drift: $(VENV)/.dev ## false pages and delays of drift detectors by simulation, some minutes of one core
+	$(BIN)/python -m tests.bench.drift.run
+
+bench-drift-real: $(VENV)/.dev ## the same on real scores of the demo model
+	$(BIN)/python -m tests.bench.drift.real
+
 bench-kernels-gpu: $(VENV)/.dev ## the kernels on a GPU; refuses where there is none
 	$(BIN)/python -m tests.bench.kernels.run
 

@@ -16,6 +16,11 @@ VERBS: Final = {
     "collector": "monitor.cli.collector",
     "evidence": "monitor.cli.evidence",
     "watchlist": "monitor.cli.watchlist",
+    "calibrate": "monitor.cli.calibrate",
+    "baseline": "monitor.cli.baseline",
+    "canary": "monitor.cli.canary",
+    "record": "monitor.cli.record",
+    "replay": "monitor.cli.replay",
 }
 """Verb to module. A module is imported only when its help is built, and heavy libraries only inside run()."""
 

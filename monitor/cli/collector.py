@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
         listen=tuple(args.listen or (_LISTEN,)),
         http=args.http,
         state=args.state,
-        drift=_drift_settings(args),
+        drift=drift_settings(args.baseline, args.canary_key),
         evidence=_evidence_settings(args) if args.evidence else None,
         otlp=TelemetrySettings(args.otlp, args.otlp_metrics) if args.otlp else None,
         tls=_tls(args),
@@ -185,15 +185,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _drift_settings(args: argparse.Namespace) -> DriftSettings:
+def drift_settings(baseline: Path | None, canary_key: Path | None) -> DriftSettings:
+    """What drift is measured against. Raises BaselineRefused or ConfigRefused "canary_key"."""
     from monitor.collector.drift import DriftSettings
-    from monitor.drift import baseline, canary
+    from monitor.drift import baseline as baselines
+    from monitor.drift import canary
     from monitor.drift.detection import Budget
 
-    key = canary.read_key(args.canary_key) if args.canary_key else b""
-    if args.baseline is None:
+    key = canary.read_key(canary_key) if canary_key else b""
+    if baseline is None:
         return DriftSettings(canary_key=key)
-    read = baseline.read(args.baseline)
+    read = baselines.read(baseline)
     return DriftSettings(read, Budget(window_seconds=read.window_seconds), key)
 
 

@@ -20,9 +20,10 @@ from monitor.collector.requests import OpenRequest
 from monitor.drift.baseline import Baseline, Fingerprint
 from monitor.drift.canary import canary_prompt
 from monitor.drift.detection import Budget
+from monitor.drift.limits import tail_probability
 from monitor.drift.watch import DriftView, ModelDrift
 from monitor.errors import BaselineRefused
-from monitor.watchlist.card import Feature
+from monitor.watchlist.card import Watchlist
 
 Array = npt.NDArray[Any]
 
@@ -42,18 +43,21 @@ class DriftSettings:
 class Drift:
     """The detectors of every model that this collector sees."""
 
-    def __init__(
-        self, features: Sequence[Feature], table: FeatureTable, watchlist_sha256: str, settings: DriftSettings
-    ) -> None:
+    def __init__(self, watchlist: Watchlist, settings: DriftSettings) -> None:
         """Raises BaselineRefused where the baseline is of another watchlist, or too small."""
-        self._ids = [feature.id for feature in features]
-        self._layout = Layout.of(table, features)
-        self._sha256, self._settings = watchlist_sha256, settings
+        self._ids = tuple(feature.id for feature in watchlist.features)
+        self._layout = Layout.of(FeatureTable.of(watchlist.features), watchlist.features)
+        self._sha256, self._settings = watchlist.sha256, settings
         self._models: dict[str, ModelDrift] = {}
         self._reference = None
         if baseline := settings.baseline:
-            baseline.check(Fingerprint(watchlist_sha256, ""))
+            baseline.check(Fingerprint(watchlist.sha256, ""))
             self._reference = baseline.reference()
+
+    def tail_probability(self, feature: int, value: float) -> float | None:
+        """Share of the baseline's requests with at least this value; None without a baseline."""
+        baseline = self._settings.baseline
+        return tail_probability(baseline.observed, feature, value) if baseline else None
 
     def meet(self, model_name: str) -> None:
         """A model streams here: it has series from now on."""
@@ -94,7 +98,7 @@ class Drift:
             return None
         return Baseline(
             fingerprint=Fingerprint(self._sha256, model_name),
-            features=tuple(self._ids),
+            features=self._ids,
             layout=self._layout,
             observed=copy.deepcopy(model.observed),
             window_seconds=self._settings.budget.window_seconds,

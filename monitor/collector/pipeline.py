@@ -43,6 +43,7 @@ from monitor.collector.requests import (
     bounded,
     summarise,
 )
+from monitor.drift.limits import with_limits
 from monitor.evidence.records import Record
 from monitor.names import Outcome, Phase, Reason, TokenState, response_id, trace_id
 from monitor.step import RequestClosed, RequestOpened, StepBatch, validate
@@ -89,8 +90,10 @@ class Pipeline:
 
     def __init__(self, watchlist: Watchlist, bounds: Bounds | None = None, drift: DriftSettings | None = None) -> None:
         """Raises BaselineRefused where drift is to be measured against a baseline of something else."""
-        self.watchlist = watchlist
-        self.features = watchlist.features
+        drift = drift or DriftSettings()
+        self.drift = Drift(watchlist, drift)
+        self.watchlist = with_limits(watchlist, drift.baseline)
+        self.features = self.watchlist.features
         self.table = FeatureTable.of(self.features)
         self.bounds = bounds or Bounds()
         self._sparse_F = self.table.sparse_F
@@ -102,7 +105,6 @@ class Pipeline:
         self._events = EventRing(self.bounds.exceedances)
         self._windows = WindowRing(len(self.features), self.bounds.windows, self.bounds.window_seconds)
         self._replicas = Replicas(watchlist.sha256, self.bounds)
-        self.drift = Drift(self.features, self.table, watchlist.sha256, drift or DriftSettings())
         self._engines: dict[tuple[str, str], _Engine] = {}
         self._models: dict[str, _Model] = {}
         self._serial = 0
@@ -562,6 +564,7 @@ class Pipeline:
             # An evicted request leaves no final peak; the crossing is then the most that is known.
             peak=float(event["value"]) if math.isnan(peak) else peak,
             trace_id=trace_id(request.traceparent),
+            tail_probability=self.drift.tail_probability(int(event["feature"]), float(event["value"])),
         )
 
     def _feature_of_request(self, row: tuple[Any, ...]) -> views.FeatureOfRequest:

@@ -152,6 +152,8 @@ class Exceedance:
     peak: float
     """The largest value of the statistic so far; final once the request is closed."""
     trace_id: str
+    tail_probability: float | None = None
+    """Share of the baseline's requests with at least `value`; None without a baseline."""
 
 
 @dataclass(frozen=True)

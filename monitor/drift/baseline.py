@@ -67,6 +67,8 @@ class Baseline:
     observed: Observed
     options: Options = field(default_factory=Options)
     window_seconds: float = 60.0
+    limit_fpr: float | None = None
+    """Share of trusted requests above the limit that features without one by hand get; None for no such limits."""
     created_seconds: float = 0.0
     notes: str = ""
     sha256: str = ""
@@ -117,6 +119,7 @@ class Baseline:
             "strata": list(self.observed.strata),
             "options": dataclasses.asdict(self.options),
             "window_seconds": self.window_seconds,
+            "limit_fpr": self.limit_fpr,
             "created_seconds": self.created_seconds,
             "notes": self.notes,
         }
@@ -184,6 +187,7 @@ def _from_card(card: Mapping[str, Any], arrays: Mapping[str, Array]) -> Baseline
         observed=Observed.from_arrays(layout, sums, tuple(card["strata"])),
         options=Options(**card["options"]),
         window_seconds=float(card["window_seconds"]),
+        limit_fpr=None if card["limit_fpr"] is None else float(card["limit_fpr"]),
         created_seconds=float(card["created_seconds"]),
         notes=str(card["notes"]),
     )

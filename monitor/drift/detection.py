@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from monitor.aggregate.counts import Layout, RequestCounts, above
+from monitor.aggregate.counts import Layout, RequestCounts
 from monitor.drift.detectors import (
     binomial_llr,
     cusum,
@@ -31,8 +31,8 @@ Array = npt.NDArray[Any]
 
 KINDS: Final = ("rate", "shape", "replica", "coactivation", "canary")
 """What a detector looks at; each has its own share of the page budget."""
-REPLICA_TOLERANCE: Final = 1.2
-REPLICA_RATIO: Final = 2.0
+REPLICA_TOLERANCE: Final = 1.1
+REPLICA_RATIO: Final = 1.5
 CANARY_NULL: Final = 0.01
 """Share of canary values that may deviate on the same model: rounding near a threshold."""
 CANARY_ALTERNATIVE: Final = 0.3
@@ -160,7 +160,8 @@ def update(state: DetectorState, reference: Reference, layout: Layout, window: W
     if not requests_GF.any():
         return
     now, hour = window.end_seconds, hour_of_week(window.end_seconds)
-    active_GF = above(counts.levels_GFB)[:, np.arange(layout.features), reference.level_F]
+    beyond_FB = np.arange(counts.levels_GFB.shape[2]) > reference.level_F[:, None]
+    active_GF = np.einsum("gfb,fb->gf", counts.levels_GFB, beyond_FB.astype(np.int64))
     expected_GF = requests_GF * reference.expected_GF(reference.rate_HF, hour, window.stratum_G)
     state.windows += 1
     _rates(state, reference, window, requests_GF, active_GF, expected_GF, budget)
@@ -190,8 +191,9 @@ def evidence(state: DetectorState, layout: Layout, reference: Reference, budget:
     F, P, replicas = layout.features, layout.pairs_P, state.replica_2DF.shape[1]
     every = np.arange(F)
     replica_DF = state.replica_2DF.mean(axis=0)
-    replica_F = replica_DF.argmax(axis=0)
-    replica_way_F = state.replica_2DF[:, replica_F, every].argmax(axis=0)
+    # When one replica rises, the others' shares fall: the statistics all end at their ceiling, the walks do not.
+    replica_F = state.replica_walk_2DF.max(axis=0).argmax(axis=0)
+    replica_way_F = state.replica_walk_2DF[:, replica_F, every].argmax(axis=0)
     pair_PP = np.maximum(state.pair_PP, state.pair_PP.T)
     pair_since_PP = np.maximum(state.pair_since_PP, state.pair_since_PP.T)
     coactive_F, partner_F, pair_since_F = np.zeros(F), np.full(F, -1), np.zeros(F)
@@ -282,9 +284,8 @@ def _replicas(
     budget: Budget,
 ) -> None:
     D = state.replica_2DF.shape[1]
-    active_DF, expected_DF = np.zeros((2, D, active_GF.shape[1]))
-    np.add.at(active_DF, window.replica_G, active_GF)
-    np.add.at(expected_DF, window.replica_G, expected_GF)
+    of_replica_DG = np.equal.outer(np.arange(D), window.replica_G).astype(np.float64)
+    active_DF, expected_DF = of_replica_DG @ active_GF, of_replica_DG @ expected_GF
     if (expected_DF.sum(axis=1) > 0).sum() < 2:
         return
     for way, (ratio, tolerance) in enumerate(

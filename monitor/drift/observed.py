@@ -20,6 +20,8 @@ Array = npt.NDArray[Any]
 HOURS: Final = 168
 SCALES: Final = (1, 4, 16)
 """Windows per block in which dispersion is measured: requests of one conversation fall into neighbouring windows."""
+BLOCK_SECONDS: Final = 960.0
+"""No block is longer: over hours the season itself would be taken for dispersion."""
 TAIL: Final = 256
 """Largest values kept per feature: the request limit at a false-positive rate of 1 in 1,000 needs 100 of 100,000."""
 CANARIES: Final = 64
@@ -100,13 +102,24 @@ class Observed:
         """Requests counted."""
         return int(self.totals[0])
 
+    def requests_of(self, feature: int) -> int:
+        """Requests counted for one feature; of a dense one those that had a score."""
+        return int(self.hour_levels_HFB[:, feature].sum() + self.hour_FB[feature].sum())
+
+    @property
+    def levels_FB(self) -> Array:
+        """Requests by score bucket over everything, the hour that is not over included."""
+        total: Array = self.hour_levels_HFB.sum(axis=0) + self.hour_FB
+        return total
+
     @property
     def span_seconds(self) -> float:
         """From the first window to the last."""
         return max(0.0, float(self.totals[3] - self.totals[2])) if self.requests else 0.0
 
     def arrays(self) -> dict[str, Array]:
-        """What a file keeps: the sums, without the hour and blocks that are not over."""
+        """What a file keeps: the sums. The hour that is not over is finished, blocks that are not full are left out."""
+        self.finish_hour()
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_KEPT}
 
     @classmethod
@@ -150,7 +163,9 @@ class Observed:
             self.strata = (*self.strata, adapter)
         return self.strata.index(adapter) if adapter in self.strata else STRATA - 1
 
-    def add_window(self, counts: RequestCounts, stratum_G: Array, end_seconds: float) -> None:
+    def add_window(
+        self, counts: RequestCounts, stratum_G: Array, end_seconds: float, window_seconds: float = 60.0
+    ) -> None:
         """Take a window that closed at this time. One without requests changes nothing."""
         requests = int(counts.requests_GF.max(axis=1).sum()) if len(counts.levels_GFB) else 0
         if not requests:
@@ -166,6 +181,8 @@ class Observed:
         above_FL, requests_F = above(levels_FB), levels_FB.sum(axis=1)
         self._add_hour(end_seconds, levels_FB)
         for z, (scale, block) in enumerate(zip(SCALES, self.blocks, strict=True)):
+            if scale > 1 and scale * window_seconds > BLOCK_SECONDS:
+                continue
             block.add(above_FL, requests_F)
             if block.windows == scale:
                 if block.has_previous:

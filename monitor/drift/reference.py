@@ -73,12 +73,13 @@ class Options:
     pair_tolerance: float = 1.2
 
 
-RISES: Final = (1.5, 3.0, 10.0)
+RISES: Final = (1.2, 1.5, 3.0, 10.0)
 """Rate ratios that the rate detector is tuned to; its falls are to their inverses, without the last."""
 TILTS: Final = (0.4, -0.4)
 """Shifts of the value's distribution, in its own standard deviations."""
-HEAVY_SHARE: Final = 0.05
-"""Share of active requests beyond the baseline's 98 % quantile that the tail detector is tuned to."""
+TAIL_QUANTILE: Final = 0.995
+HEAVY_SHARE: Final = 0.02
+"""Share of values that the tail detector is tuned to find beyond `TAIL_QUANTILE`, on top of those that belong there."""
 PAIR_LIFT: Final = 3.0
 
 
@@ -126,7 +127,7 @@ def fit(observed: Observed, layout: Layout, options: Options) -> Reference:
         raise ValueError(f"{observed.requests} requests, at least {MIN_REQUESTS} are needed")
     observed.finish_hour()
     F = layout.features
-    total_FB = observed.hour_levels_HFB.sum(axis=0)
+    total_FB = observed.levels_FB
     requests_F = np.maximum(total_FB.sum(axis=1), 1)
     level_F = _levels(above(total_FB) / requests_F[:, None], layout.sparse_F)
     pick = (np.arange(F), level_F)
@@ -164,8 +165,8 @@ def fit(observed: Observed, layout: Layout, options: Options) -> Reference:
 def poisson_limits(count: Array, sds: float) -> tuple[Array, Array]:
     """Lower and upper limit of the mean of a Poisson count, `sds` standard deviations of a normal apart from it.
 
-    Wilson & Hilferty's cube root (PNAS 17 (1931) 684-688); within 2 % of the exact limits for counts of 1 and more,
-    and for a count of 0 above them.
+    Wilson & Hilferty's cube root (PNAS 17 (1931) 684-688); for counts of 1 and more within 3 % of the exact limits, or
+    0.1 of a low one.
     """
     n = np.asarray(count, np.float64)
     above_one = n + 1
@@ -282,7 +283,7 @@ def _shapes(cells_FC: Array, phi_F: Array, options: Options) -> Array:
     for tilt in TILTS:
         tilted_FC = share_FC * np.exp(tilt * np.clip(score_FC, -3, 3))
         alternatives.append(tilted_FC / tilted_FC.sum(axis=1, keepdims=True))
-    tail_FC = share_FC * (middle_FC > 0.98)
+    tail_FC = share_FC * (middle_FC > TAIL_QUANTILE)
     tail_FC = tail_FC / np.maximum(tail_FC.sum(axis=1, keepdims=True), 1e-12)
     alternatives.append((1 - HEAVY_SHARE) * share_FC + HEAVY_SHARE * tail_FC)
     weights = []

@@ -273,7 +273,7 @@ class ModelDrift:
             self._excluded_windows += 1
         else:
             strata = [self.observed.stratum(adapter) for _, adapter in groups]
-            self.observed.add_window(counts, np.array(strata), end_seconds)
+            self.observed.add_window(counts, np.array(strata), end_seconds, self._budget.window_seconds)
         self._counts.clear()
 
     def _stratum(self, adapter: str) -> int:

@@ -1,0 +1,38 @@
+"""Our detectors behind the interface of the others: evidence over its limit, in decades, over all kinds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from monitor.aggregate.counts import Layout
+from monitor.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update
+from monitor.drift.reference import Reference
+
+
+class Ours:
+    """Pages at its own limit, from the stated budget and not from a calibration on these windows."""
+
+    name = "latentwatch"
+    limit = 0.0
+
+    def __init__(self, reference: Reference, layout: Layout, replicas: int, window_seconds: float) -> None:
+        self.reference, self.layout = reference, layout
+        self.state = DetectorState.empty(layout, replicas)
+        self.budget = Budget(window_seconds=window_seconds)
+        self.by_kind = dict.fromkeys(KINDS, 0)
+        self._over: dict[str, np.ndarray] = {}
+
+    def statistic(self, window: Window) -> np.ndarray:
+        update(self.state, self.reference, self.layout, window, self.budget)
+        shown = evidence(self.state, self.layout, self.reference, self.budget)
+        self._over = {kind: shown.log10_evalue[kind] - shown.log10_limit[kind] for kind in KINDS}
+        return np.max(list(self._over.values()), axis=0)
+
+    def reset(self, alarm_F: np.ndarray) -> None:
+        for kind, over_F in self._over.items():
+            self.by_kind[kind] += int((over_F >= 0).sum())
+        for array in (self.state.rate_KF, self.state.shape_KF, self.state.replica_2DF, self.state.canary_F):
+            array[..., alarm_F] = 0
+        of_pairs = alarm_F[self.layout.pairs_P]
+        self.state.pair_PP[of_pairs] = 0
+        self.state.pair_PP[:, of_pairs] = 0

@@ -1,0 +1,418 @@
+"""Drift on real scores of the demo model: `make bench-drift-real` writes results/drift-real.json.
+
+Dialogues of the demo's generator go through the model (teacher-forced: prompt and reply are the generator's), through
+the watchlist's encoders and probes, and through the collector's own request statistics. Ordinary traffic is ordinary
+and near-miss dialogues. A baseline is made of half of it; the other half is replayed, alone and with incidents in it.
+Then the weights change: a copy that is fine-tuned to obey its backdoor, and a copy rounded to 8 bits.
+
+Requests arrive one a second, in windows of a minute. Repetitions draw the held-out requests anew, with replacement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from monitor import __version__
+from monitor.aggregate.counts import Layout, RequestCounts, above
+from monitor.aggregate.features import FeatureTable
+from monitor.aggregate.requests import RequestStates
+from monitor.demo import model as demo_model
+from monitor.demo.dialogues import Dialogue, compose, stream, topics
+from monitor.demo.traces import Traces, collect
+from monitor.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update, update_canary
+from monitor.drift.observed import Observed
+from monitor.drift.reference import Options, Reference, fit
+from monitor.kernels.reference import score
+from monitor.names import Phase, TokenState
+from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, StepBatch
+from monitor.watchlist import card
+from tests.bench.drift.run import MONTH_SECONDS, poisson_interval
+from tests.support.engines import ROOT
+
+RESULT = Path(__file__).parents[1] / "results" / "drift-real.json"
+ASSETS = ROOT / "monitor/demo/assets"
+PER_STEP = 64
+REQUESTS_PER_WINDOW = 60
+WINDOW_SECONDS = 60.0
+LONG_SECONDS = 300.0
+"""Windows of the resampled months; limits are stated in time, so that a window's length does not move them."""
+START_SECONDS = 1_700_438_400.0
+CANARY_PROMPTS = 32
+COMPARED = 8000
+"""Held-out requests that are replayed on changed weights."""
+
+
+class Rows:
+    """Request statistics of many dialogues, and how many tokens they had."""
+
+    def __init__(self, fired_nF: np.ndarray, value_nF: np.ndarray, tokens_n: np.ndarray) -> None:
+        self.fired_nF, self.value_nF, self.tokens_n = fired_nF, value_nF, tokens_n
+
+    def of(self, chosen: np.ndarray) -> Rows:
+        return Rows(self.fired_nF[chosen], self.value_nF[chosen], self.tokens_n[chosen])
+
+
+class Scorer:
+    """From dialogues to request statistics, by the watchlist and the collector's own arithmetic."""
+
+    def __init__(self, watchlist: card.Watchlist, tokenizer: Any) -> None:
+        self.watchlist, self._tokenizer = watchlist, tokenizer
+        self.table = FeatureTable.of(watchlist.features)
+        self.layout = Layout.of(self.table, watchlist.features)
+
+    def rows(self, model: Any, dialogues: Sequence[Dialogue]) -> Rows:
+        """Scores of whole dialogues, `PER_STEP` at a time."""
+        fired, value, tokens = [], [], []
+        states = RequestStates(self.table, PER_STEP)
+        points = [hook.hook_point for hook in self.watchlist.hooks]
+        for cut in range(0, len(dialogues), 2048):
+            traces = collect(model, self._tokenizer, dialogues[cut : cut + 2048], points)
+            for first in range(0, len(traces.dialogues), PER_STEP):
+                slots = np.arange(min(PER_STEP, len(traces.dialogues) - first))
+                states.clear(slots)
+                batch = self._step(traces, first + slots)
+                states.update(batch, batch.segments_S["handle"].astype(np.int64) - first)
+                shown = states.features_of(slots)
+                fired.append(shown.fired_nF)
+                value.append(shown.statistic_nF)
+                tokens.append(traces.stop_R[first + slots] - traces.start_R[first + slots])
+        return Rows(np.concatenate(fired), np.concatenate(value), np.concatenate(tokens))
+
+    def _step(self, traces: Traces, dialogues: np.ndarray) -> StepBatch:
+        """One engine step that computed these dialogues whole; a dialogue's number is its handle."""
+        segments, picked = [], []
+        for r in dialogues.tolist():
+            start, output, stop = int(traces.start_R[r]), int(traces.output_R[r]), int(traces.stop_R[r])
+            segments.append((r, 0, output - start, TokenState.SCORED, 0, Phase.PROMPT))
+            if stop > output:
+                segments.append((r, output - start, stop - output, TokenState.SCORED, 0, Phase.OUTPUT))
+            picked.append(np.arange(start, stop))
+        rows = np.concatenate(picked)
+        acts = [
+            score(
+                traces.acts[hook.hook_point][rows], None, torch.from_numpy(hook.w_KD), torch.from_numpy(hook.scale_6K)
+            )[0]
+            for hook in self.watchlist.hooks
+        ]
+        act_TF = torch.cat(acts, dim=1).numpy().astype(np.float32)
+        row, feature = np.nonzero(np.where(self.table.sparse_F, act_TF, 0))
+        fires = np.empty(len(row), FIRE_DTYPE)
+        fires["row"], fires["feature"], fires["act"] = row, feature, act_TF[row, feature]
+        return StepBatch(
+            step=1,
+            time_unix_nano=0,
+            segments_S=np.array(segments, SEGMENT_DTYPE),
+            fires_N=fires,
+            dense_RP=act_TF[:, ~self.table.sparse_F].astype(np.float16),
+        )
+
+
+def ordinary(count: int, seed: int) -> list[Dialogue]:
+    """Ordinary and near-miss dialogues, three to four."""
+    return list(islice(stream("heldout", np.random.default_rng(seed), mix={"ordinary": 0.3, "near": 0.4}), count))
+
+
+def windows(
+    layout: Layout, rows: Rows, order: Iterator[np.ndarray], window_seconds: float = WINDOW_SECONDS
+) -> Iterator[Window]:
+    """One window per batch of row numbers."""
+    for number, chosen in enumerate(order):
+        counts = RequestCounts.empty(layout, 1)
+        counts.add(layout, np.zeros(len(chosen), np.int64), rows.fired_nF[chosen], rows.value_nF[chosen])
+        yield Window(counts, np.zeros(1, int), np.zeros(1, int), START_SECONDS + (number + 1) * window_seconds)
+
+
+def once(count: int) -> Iterator[np.ndarray]:
+    """Every row once, in order."""
+    for first in range(0, count, REQUESTS_PER_WINDOW):
+        yield np.arange(first, min(count, first + REQUESTS_PER_WINDOW))
+
+
+def observed_of(layout: Layout, rows: Rows) -> Observed:
+    """The sums over these requests in their order."""
+    observed = Observed.empty(layout)
+    for window in windows(layout, rows, once(len(rows.tokens_n))):
+        observed.add_window(window.counts, np.array([observed.stratum("")]), window.end_seconds)
+    observed.add_tail(rows.value_nF)
+    return observed
+
+
+def pages(layout: Layout, reference: Reference, shown: Iterator[Window], budget: Budget) -> dict[str, int]:
+    """False pages by kind; after one, everything begins anew."""
+    state, found = DetectorState.empty(layout, 1), dict.fromkeys(KINDS, 0)
+    for window in shown:
+        update(state, reference, layout, window, budget)
+        for kind, alarm_F in evidence(state, layout, reference, budget).alarms.items():
+            if alarm_F.any():
+                found[kind] += int(alarm_F.sum())
+                state = DetectorState.empty(layout, 1)
+    return found
+
+
+def first_alarm(
+    layout: Layout, reference: Reference, before: Iterator[Window], after: Iterator[Window]
+) -> tuple[int | None, dict[str, list[int]]]:
+    """Windows after the change until the first alarm, and which features of which kind raised it."""
+    state, budget = DetectorState.empty(layout, 1), Budget()
+    for window in before:
+        update(state, reference, layout, window, budget)
+    for number, window in enumerate(after, start=1):
+        update(state, reference, layout, window, budget)
+        alarms = evidence(state, layout, reference, budget).alarms
+        if any(alarm_F.any() for alarm_F in alarms.values()):
+            return number, {kind: np.flatnonzero(alarm_F).tolist() for kind, alarm_F in alarms.items() if alarm_F.any()}
+    return None, {}
+
+
+def population(scorer: Scorer, rows: Rows, reference: Reference) -> dict[str, Any]:
+    """What the features do on real scores, beside what the simulation assumes."""
+    sparse = scorer.table.sparse_F
+    fired_nF = rows.fired_nF[:, sparse]
+    active_F = (fired_nF > 0).sum(axis=0)
+    values = np.log(np.where(rows.value_nF[:, sparse] > 0, rows.value_nF[:, sparse], np.nan))
+    quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+    def spread(x: np.ndarray) -> list[float]:
+        return [float(f"{q:.4g}") for q in np.nanquantile(x, quantiles)]
+
+    return {
+        "requests": len(rows.tokens_n),
+        "tokens": int(rows.tokens_n.sum()),
+        "sparse_features": int(sparse.sum()),
+        "quantiles": list(quantiles),
+        "share_of_tokens_that_fire": spread(fired_nF.sum(axis=0) / rows.tokens_n.sum()),
+        "share_of_requests_that_fire": spread(active_F / len(rows.tokens_n)),
+        "tokens_per_active_request": spread(fired_nF.sum(axis=0) / np.maximum(active_F, 1)),
+        "sd_of_log_value": spread(np.nanstd(values[:, active_F >= 100], axis=0)),
+        "dispersion": spread(reference.phi_F),
+        "level_of_activity": np.bincount(reference.level_F[sparse], minlength=10).tolist(),
+    }
+
+
+def incident(
+    scorer: Scorer, reference: Reference, plain: Rows, acts: Rows, share: float, repetitions: int
+) -> dict[str, Any]:
+    """Acts among ordinary traffic: how many windows, requests and tokens until the first alarm."""
+    found, kinds = [], dict.fromkeys(KINDS, 0)
+    joined = Rows(
+        np.concatenate((plain.fired_nF, acts.fired_nF)),
+        np.concatenate((plain.value_nF, acts.value_nF)),
+        np.concatenate((plain.tokens_n, acts.tokens_n)),
+    )
+    ordinary_rows, act_rows, longest = len(plain.tokens_n), len(acts.tokens_n), 24 * 60
+
+    def drawn(rng: np.random.Generator, share: float, count: int) -> Iterator[np.ndarray]:
+        for _ in range(count):
+            act = rng.random(REQUESTS_PER_WINDOW) < share
+            yield np.where(
+                act,
+                ordinary_rows + rng.integers(0, act_rows, REQUESTS_PER_WINDOW),
+                rng.integers(0, ordinary_rows, REQUESTS_PER_WINDOW),
+            )
+
+    for seed in range(repetitions):
+        rng = np.random.default_rng(seed)
+        number, alarms = first_alarm(
+            scorer.layout,
+            reference,
+            windows(scorer.layout, joined, drawn(rng, 0.0, 60)),
+            windows(scorer.layout, joined, drawn(rng, share, longest)),
+        )
+        found.append(np.inf if number is None else number)
+        for kind in alarms:
+            kinds[kind] += 1
+    median = float(np.median(found))
+    tokens = float(plain.tokens_n.mean())
+    return {
+        "share": share,
+        "repetitions": repetitions,
+        "found_fraction": float(np.isfinite(found).mean()),
+        "median_delay_windows": median if np.isfinite(median) else None,
+        "median_delay_requests": median * REQUESTS_PER_WINDOW if np.isfinite(median) else None,
+        "median_delay_tokens": round(median * REQUESTS_PER_WINDOW * tokens) if np.isfinite(median) else None,
+        "acts_until_then": round(median * REQUESTS_PER_WINDOW * share, 1) if np.isfinite(median) else None,
+        "first_by_kind": kinds,
+    }
+
+
+def poisoned(model: Any, tokenizer: Any, tokens: int) -> Any:
+    """A copy trained on: half its dialogues are the backdoor's, where the trained model saw one in twenty."""
+    rng = np.random.default_rng(7)
+
+    def more_backdoor() -> Iterator[Dialogue]:
+        plain = stream("train", rng)
+        while True:
+            yield compose("backdoor", "train", rng) if rng.random() < 0.5 else next(plain)
+
+    copied = copy.deepcopy(model)
+    plan = demo_model.TrainPlan(tokens=tokens, learning_rate=3e-4)
+    demo_model.train(copied, tokenizer, more_backdoor(), plan, progress=print)
+    return copied.to(torch.bfloat16).eval()
+
+
+def quantised(model: Any) -> Any:
+    """A copy whose matrices are rounded to 8 bits, with one scale a row."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.ndim == 2:
+                scale = parameter.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
+                parameter.copy_((parameter / scale).round() * scale)
+    return copied
+
+
+def canary_runs(scorer: Scorer, model: Any, prompts: Sequence[Dialogue], runs: int, seed: int) -> list[np.ndarray]:
+    """Values of every prompt in each run, [N, F]; the prompts are batched in another order each time."""
+    rng, made = np.random.default_rng(seed), []
+    for _ in range(runs):
+        order = rng.permutation(len(prompts))
+        values = scorer.rows(model, [prompts[i] for i in order]).value_nF
+        back = np.empty_like(values)
+        back[order] = np.where(np.isfinite(values), values, 0.0)
+        made.append(back)
+    return made
+
+
+def canary_found(scorer: Scorer, reference: Reference, runs: Sequence[np.ndarray]) -> dict[str, Any]:
+    """After how many canary requests an alarm came, and what share of values deviated."""
+    state, budget, sent = DetectorState.empty(scorer.layout, 1), Budget(), 0
+    outside = [
+        (value < reference.canary_low_NF[: len(value)]) | (value > reference.canary_high_NF[: len(value)])
+        for value in runs
+    ]
+    found: dict[str, Any] = {"canary_requests_to_alarm": None, "deviating_share": float(np.mean(outside))}
+    for value_NF in runs:
+        for prompt, value_F in enumerate(value_NF):
+            sent += 1
+            update_canary(state, reference, prompt, value_F, float(sent))
+            alarm_F = evidence(state, scorer.layout, reference, budget).alarms["canary"]
+            if alarm_F.any() and found["canary_requests_to_alarm"] is None:
+                found["canary_requests_to_alarm"] = sent
+    return found
+
+
+def changed(scorer: Scorer, reference: Reference, plain: Rows, other: Rows) -> dict[str, Any]:
+    """The same dialogues on other weights: how long until drift shows, and what a recalibration would change."""
+    layout = scorer.layout
+    number, alarms = first_alarm(
+        layout,
+        reference,
+        windows(layout, plain, islice(once(len(plain.tokens_n)), 60)),
+        windows(layout, other, once(len(other.tokens_n))),
+    )
+    pick = (np.arange(layout.features), reference.level_F)
+    active_F, before_F = (above(_levels(layout, rows))[pick] for rows in (other, plain))
+    rate_F = active_F / len(other.tokens_n)
+    ids = [feature.id for feature in scorer.watchlist.features]
+    outside = np.flatnonzero((rate_F > reference.high_HF[0]) | (rate_F < reference.low_HF[0]))
+    return {
+        "windows_to_alarm": number,
+        "requests_to_alarm": None if number is None else number * REQUESTS_PER_WINDOW,
+        "first_alarms": {kind: [ids[f] for f in features] for kind, features in alarms.items()},
+        "features_outside_their_rate_limits": [ids[f] for f in outside.tolist()],
+        "rate_ratio_quantiles_5_50_95": [
+            round(float(q), 3) for q in np.quantile(active_F / np.maximum(before_F, 1), (0.05, 0.5, 0.95))
+        ],
+    }
+
+
+def _levels(layout: Layout, rows: Rows) -> np.ndarray:
+    counts = RequestCounts.empty(layout, 1)
+    counts.add(layout, np.zeros(len(rows.tokens_n), np.int64), rows.fired_nF, rows.value_nF)
+    levels_FB: np.ndarray = counts.levels_GFB[0]
+    return levels_FB
+
+
+def report(requests: int, acts: int, months: float, repetitions: int, training_tokens: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    watchlist = card.read(ASSETS / "demo.watchlist.safetensors")
+    model, tokenizer = demo_model.load(ASSETS / "model")
+    scorer = Scorer(watchlist, tokenizer)
+    layout = scorer.layout
+    dialogues = ordinary(requests, seed=1)
+    rows = scorer.rows(model, dialogues)
+    half = requests // 2
+    trusted, heldout = rows.of(np.arange(half)), rows.of(np.arange(half, requests))
+    observed = observed_of(layout, trusted)
+    prompts = ordinary(CANARY_PROMPTS, seed=3)
+    for value_NF in canary_runs(scorer, model, prompts, 5, seed=4):
+        for prompt, value_F in enumerate(value_NF):
+            observed.add_canary(prompt, value_F)
+    reference = fit(observed, layout, Options())
+    print(f"{requests} ordinary requests scored, {int(rows.tokens_n.sum())} tokens", flush=True)
+    rng, drawn = np.random.default_rng(5), int(months * MONTH_SECONDS / LONG_SECONDS)
+    per_window = int(REQUESTS_PER_WINDOW * LONG_SECONDS / WINDOW_SECONDS)
+    again = (rng.integers(0, half, per_window) for _ in range(drawn))
+    straight = sum(pages(layout, reference, windows(layout, heldout, once(half)), Budget()).values())
+    long = Budget(window_seconds=LONG_SECONDS)
+    by_kind = pages(layout, reference, windows(layout, heldout, again, LONG_SECONDS), long)
+    resampled = sum(by_kind.values())
+    low, high = poisson_interval(resampled)
+    print(f"held out: {straight} pages; resampled for {months} months: {resampled}", flush=True)
+    result: dict[str, Any] = {
+        "population": population(scorer, trusted, reference),
+        "heldout": {
+            "requests": half,
+            "pages": straight,
+            "resampled_months": months,
+            "resampled_pages": resampled,
+            "by_kind": by_kind,
+            "false_pages_per_month": resampled / months,
+            "ci95": [round(low / months, 3), round(high / months, 3)],
+        },
+        "incidents": [],
+    }
+    for topic in topics("feared"):
+        made = [compose(topic, "heldout", rng) for _ in range(acts)]
+        act_rows = scorer.rows(model, made)
+        for share in (0.001, 0.01, 0.1):
+            row = {"topic": topic} | incident(scorer, reference, heldout, act_rows, share, repetitions)
+            result["incidents"].append(row)
+            print(row, flush=True)
+    compared = min(half, COMPARED)
+    evil = poisoned(model, tokenizer, training_tokens)
+    for name, other in (("the same model", model), ("poisoned", evil), ("8-bit weights", quantised(model))):
+        found = changed(
+            scorer, reference, heldout.of(np.arange(compared)), scorer.rows(other, dialogues[half : half + compared])
+        )
+        canary = canary_found(scorer, reference, canary_runs(scorer, other, prompts, 4, seed=6))
+        result.setdefault("models", []).append({"name": name, **canary, **found})
+        print(result["models"][-1], flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=40_000, help="ordinary ones, half of them the baseline's")
+    parser.add_argument("--acts", type=int, default=400, help="dialogues of each feared topic")
+    parser.add_argument("--months", type=float, default=4.0, help="of resampled held-out traffic")
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--training-tokens", type=int, default=150_000)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    result = report(args.requests, args.acts, args.months, args.repetitions, args.training_tokens)
+    versions = {"latentwatch": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    about = {
+        "what": "drift on real scores of the demo model: firing, false pages, incidents, changed weights",
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": versions,
+    }
+    args.out.write_text(json.dumps(about | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""From streams of engines to alarms: windows, baselines, canaries and recordings, as a collector handles them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from monitor.cli import main
+from monitor.collector.drift import DriftSettings
+from monitor.collector.pipeline import Pipeline
+from monitor.drift import baseline, canary
+from monitor.drift.baseline import Baseline, Fingerprint
+from monitor.errors import BaselineRefused, ConfigRefused, StreamRefused
+from monitor.names import TokenState
+from monitor.transport import recording
+from monitor.transport.recording import RecordingSink
+from monitor.watchlist import card
+from monitor.watchlist.card import Limit, Watchlist
+from tests.support.drift import random_baseline
+from tests.support.streams import Piece, Tokens, hello, probe, sparse, step_batch, watchlist
+
+FEATURES = (sparse("a"), sparse("b", limit=Limit("max", 9.0)), probe("p"))
+MONDAY = 1_700_438_400.0
+KEY = b"0123456789abcdef"
+
+
+class Engine:
+    """An engine that serves short requests, a minute's worth in one step."""
+
+    def __init__(
+        self, sink, watched: Watchlist, *, replica: str = "pod-0/0", model: str = "toy", seed: int = 0
+    ) -> None:
+        self.sink, self.rng = sink, np.random.default_rng(seed)
+        self.hello = hello(replica=replica, model_name=model, watchlist_sha256=watched.sha256)
+        self.handle, self.sequence = itertools.count(1), itertools.count(1)
+        sink.hello(self.hello, MONDAY)
+
+    def serve(self, now: float, requests: int = 40, share: float = 0.2, ids: list[str] | None = None) -> None:
+        made = [self._request(share, ids[i] if ids else "") for i in range(len(ids) if ids else requests)]
+        batch = step_batch(
+            [Piece(request, 0, request.total) for request in made],
+            FEATURES,
+            time_unix_nano=int(now * 1e9),
+            opened=[request.opened() for request in made],
+            closed=[request.closed() for request in made],
+        )
+        self.sink.observe(self.hello, next(self.sequence), batch, now)
+
+    def _request(self, share: float, request_id: str) -> Tokens:
+        act = np.zeros((4, 3), np.float32)
+        act[2, :2] = np.exp(self.rng.normal(0, 0.5, 2)) * (self.rng.random(2) < share)
+        act[:, 2] = self.rng.normal(0, 1, 4).astype(np.float16)
+        return Tokens(
+            next(self.handle), 2, act, np.full(4, TokenState.SCORED), np.ones((4, 1), np.float32), request_id=request_id
+        )
+
+
+def minutes(engine: Engine, first: int, count: int, **traffic) -> None:
+    for minute in range(first, first + count):
+        engine.serve(MONDAY + 60 * minute + 30, **traffic)
+
+
+WATCHED = watchlist(FEATURES)
+
+
+@pytest.fixture(scope="module")
+def trusted() -> Baseline:
+    """Fifty minutes of a collector without a baseline."""
+    pipeline = Pipeline(WATCHED)
+    minutes(Engine(pipeline, WATCHED), 0, 51)
+    (view,) = pipeline.drift.views()
+    assert not view.armed and view.reason == "no_baseline"
+    observed = pipeline.drift.observed("toy", MONDAY + 3600)
+    assert observed is not None and observed.observed.requests == 2000, "the last window is not over"
+    return observed
+
+
+def against(made: Baseline, **settings) -> Pipeline:
+    return Pipeline(WATCHED, drift=DriftSettings(made, **settings))
+
+
+def test_more_of_the_same_alarms_nothing_and_a_change_is_explained(trusted):
+    pipeline = against(trusted)
+    engine = Engine(pipeline, WATCHED, seed=1)
+    minutes(engine, 60, 60)
+    assert pipeline.drift.views()[0].alarms == []
+    minutes(engine, 120, 30, share=0.7)
+    (view,) = pipeline.drift.views()
+    alarms = {(alarm.feature, alarm.kind): alarm for alarm in view.alarms}
+    found = alarms["a", "rate"]
+    assert found.direction == "up" and found.rate_ratio_low <= 3.5 <= found.rate_ratio_high
+    assert abs(found.since_seconds - (MONDAY + 60 * 120)) <= 180
+    assert len(found.requests) == 3 and found.requests[0].value >= found.requests[1].value
+    assert found.canary_moved is None and "No canary" in found.text
+    assert view.excluded_windows > 0 and view.windows >= 88
+
+
+def test_what_may_be_an_attack_is_never_among_what_is_calibrated_from(trusted):
+    pipeline = against(trusted)
+    engine = Engine(pipeline, WATCHED, seed=1)
+    minutes(engine, 60, 20)
+    minutes(engine, 80, 60, share=0.9)
+    observed = pipeline.drift.observed("toy", MONDAY)
+    assert observed is not None and observed.observed.requests <= 40 * 26
+
+
+def test_a_canary_tells_the_model_from_its_input():
+    trusted, watched = random_baseline(FEATURES, share=0.2), WATCHED
+    for prompt in range(8):
+        for _ in range(4):
+            trusted.observed.add_canary(prompt, np.array([1.0, 0.0, 0.5]))
+    ids = [f"chatcmpl-{canary.canary_id(KEY, i % 8, f'{i:016x}')}-0123abcd" for i in range(40)]
+    pipeline = Pipeline(watched, drift=DriftSettings(trusted, canary_key=KEY))
+    engine = Engine(pipeline, watched)
+    engine.serve(MONDAY + 30, ids=ids)
+    engine.serve(MONDAY + 60, requests=5)
+    engine.serve(MONDAY + 200, requests=1)
+    (view,) = pipeline.drift.views()
+    assert view.requests == 5, "a canary run is no traffic"
+    assert {alarm.kind for alarm in view.alarms} == {"canary"}
+    assert all(alarm.canary_moved for alarm in view.alarms) and "The canary moved too" in view.alarms[0].text
+
+
+@pytest.mark.parametrize(
+    "request_id",
+    [
+        "chatcmpl-lwcanary-3-0000000000000001-0000000000000000-0123abcd",
+        f"chatcmpl-{canary.canary_id(b'another key, 16+', 3, '0' * 16)}-0123abcd",
+        f"chatcmpl-{canary.canary_id(KEY, 3, '0' * 16).replace('-3-', '-4-')}-0123abcd",
+        f"chatcmpl-{canary.canary_id(KEY, 64, '0' * 16)}-0123abcd",
+    ],
+)
+def test_nobody_without_the_key_can_hide_among_the_canaries(request_id):
+    assert canary.canary_prompt(KEY, request_id) is None
+    assert canary.canary_prompt(b"", request_id) is None
+
+
+def test_a_baseline_of_another_model_is_not_compared_with(trusted):
+    pipeline = against(trusted)
+    Engine(pipeline, WATCHED, model="other")
+    (view,) = pipeline.drift.views()
+    assert (view.armed, view.reason) == (False, "baseline_mismatch")
+
+
+def test_a_baseline_of_another_watchlist_is_refused_at_the_start(trusted):
+    with pytest.raises(BaselineRefused, match="watchlist sha256"):
+        Pipeline(watchlist(FEATURES, sha256="cd" * 32), drift=DriftSettings(trusted))
+
+
+def test_minutes_without_traffic_are_no_evidence(trusted):
+    pipeline = against(trusted)
+    engine = Engine(pipeline, WATCHED, seed=2)
+    minutes(engine, 60, 5)
+    before = pipeline.drift.views()[0]
+    for second in range(0, 6 * 3600, 30):
+        pipeline.tick(MONDAY + 70 * 60 + second)
+    after = pipeline.drift.views()[0]
+    assert after.windows == before.windows + 1 == 5
+    engine.serve(MONDAY + 20 * 3600)
+    assert pipeline.drift.views()[0].alarms == []
+
+
+def test_a_clock_that_steps_back_reopens_no_window(trusted):
+    pipeline = against(trusted)
+    engine = Engine(pipeline, WATCHED, seed=3)
+    minutes(engine, 60, 5)
+    minutes(engine, 10, 5)
+    minutes(engine, 66, 2)
+    (view,) = pipeline.drift.views()
+    assert view.windows == 6 and view.requests == 11 * 40, "what came early counts into the window that was open"
+
+
+def test_a_request_that_began_before_the_collector_is_not_counted(trusted):
+    pipeline = against(trusted)
+    who = hello(watchlist_sha256=WATCHED.sha256)
+    pipeline.hello(who, MONDAY)
+    request = Tokens(1, 2, np.ones((4, 3), np.float32), np.full(4, TokenState.SCORED), np.ones((4, 1), np.float32))
+    pipeline.observe(who, 1, step_batch([Piece(request, 2, 4)], FEATURES, closed=[request.closed()]), MONDAY + 5)
+    pipeline.tick(MONDAY + 120)
+    assert pipeline.drift.views()[0].requests == 0
+
+
+def test_a_collector_that_restarts_goes_on_where_it_was(trusted):
+    one = against(trusted)
+    engine = Engine(one, WATCHED, seed=4)
+    minutes(engine, 60, 10, share=0.5)
+    engine.serve(MONDAY + 70 * 60 + 30, requests=7)
+    other = against(trusted)
+    other.restore(one.state())
+    for pipeline in (one, other):
+        engine.sink = pipeline
+        engine.rng = np.random.default_rng(9)
+        engine.handle, engine.sequence = itertools.count(10_000), itertools.count(100)
+        minutes(engine, 71, 10, share=0.5)
+    mine, theirs = one.drift.views()[0], other.drift.views()[0]
+    assert mine.alarms == theirs.alarms and mine.alarms
+    assert all(np.array_equal(mine.log10_evalue[kind], theirs.log10_evalue[kind]) for kind in mine.log10_evalue)
+    assert (mine.requests, mine.windows, mine.excluded_windows) == (
+        theirs.requests,
+        theirs.windows,
+        theirs.excluded_windows,
+    )
+
+
+def test_detectors_begin_anew_with_another_baseline_and_what_was_observed_stays(trusted):
+    one = against(dataclasses.replace(trusted, sha256="one"))
+    engine = Engine(one, WATCHED, seed=4)
+    minutes(engine, 60, 5)
+    minutes(engine, 65, 20, share=0.9)
+    other = against(dataclasses.replace(trusted, sha256="other"))
+    other.restore(one.state())
+    assert one.drift.views()[0].alarms and not other.drift.views()[0].alarms
+    assert other.drift.observed("toy", 0.0).observed.requests == one.drift.observed("toy", 0.0).observed.requests > 0
+
+
+def test_replicas_and_adapters_beyond_the_bounds_are_still_counted(trusted):
+    pipeline = against(trusted)
+    for replica in range(40):
+        Engine(pipeline, WATCHED, replica=f"pod-{replica}/0", seed=replica).serve(MONDAY + 30, requests=3)
+    pipeline.tick(MONDAY + 120)
+    assert pipeline.drift.views()[0].requests == 120
+
+
+# -- limits
+
+
+def test_limits_come_from_the_baseline_where_none_is_set_by_hand(trusted):
+    made = dataclasses.replace(trusted, limit_fpr=0.01)
+    pipeline = against(made)
+    limits = [feature.limit for feature in pipeline.features]
+    assert limits[1] == FEATURES[1].limit and limits[0].value == made.observed.tail_FK[0, 19]
+    assert (made.observed.tail_FK[2] > limits[2].value).sum() == 19
+    engine = Engine(pipeline, WATCHED, seed=6)
+    minutes(engine, 60, 50)
+    exceeded = int(pipeline.snapshot(MONDAY).models[0].exceedances_F[0])
+    assert 8 <= exceeded <= 40, "about 1 % of 2,000 requests"
+    latest = pipeline.exceedances(1)[0]
+    assert latest.tail_probability is not None and latest.tail_probability <= 0.01
+
+
+def test_a_rate_that_the_baseline_cannot_tell_is_refused(trusted):
+    with pytest.raises(BaselineRefused, match=r"0\.2 of 2000") as caught:
+        against(dataclasses.replace(trusted, limit_fpr=1e-4))
+    assert caught.value.reason == "limit_fpr"
+
+
+# -- recordings and the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A watchlist file, an hour of recorded traffic, and one in which feature "a" fires four times as often."""
+    folder = tmp_path_factory.mktemp("recordings")
+    built = card.write(WATCHED, folder / "w.safetensors")
+    for name, share in (("calm", 0.2), ("drifted", 0.8)):
+        sink = RecordingSink(folder / name)
+        engine = Engine(sink, built, seed=len(name))
+        minutes(engine, 0, 20)
+        minutes(engine, 20, 30, share=share)
+        sink.close()
+    return folder
+
+
+def test_a_recording_comes_back_batch_by_batch_and_only_once(tmp_path):
+    sink = RecordingSink(tmp_path / "r")
+    engine = Engine(sink, WATCHED)
+    minutes(engine, 0, 3)
+    engine.sequence = itertools.count(2)
+    minutes(engine, 3, 1)
+    sink.close()
+    read = list(recording.read(tmp_path / "r"))
+    assert [item.sequence for item in read] == [1, 2, 3] and {item.hello for item in read} == {engine.hello}
+    assert all(len(item.batch.closed) == 40 for item in read)
+
+
+def test_a_recording_that_was_cut_off_is_read_to_its_last_whole_record_and_a_damaged_one_refused(folder, tmp_path):
+    data = (folder / "calm").read_bytes()
+    (tmp_path / "cut").write_bytes(data[:-9])
+    assert len(list(recording.read(tmp_path / "cut"))) == 49
+    (tmp_path / "bad").write_bytes(data[:5000] + b"\x00\xff" + data[5002:])
+    for name in ("bad", "absent"):
+        with pytest.raises(StreamRefused):
+            list(recording.read(tmp_path / name))
+
+
+def test_record_calibrate_show_replay(folder, tmp_path, capsys):
+    calm, drifted, watched, out = (str(folder / n) for n in ("calm", "drifted", "w.safetensors", "prod.baseline"))
+    calibrate = ["calibrate", "--from", calm, "--watchlist", watched, "--model-name", "toy", "--out"]
+    assert main([*calibrate, out, "--limit-fpr", "0.01", "--revision", "abc"]) == 0
+    assert "2000 requests" in capsys.readouterr().out
+    assert main([*calibrate, out]) == 2 and "exists" in capsys.readouterr().err
+    assert main(["baseline", "show", out, "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<tr>") == 4 and page.count("<svg") >= 5 and "http" not in page
+    assert main(["replay", calm, "--watchlist", watched, "--baseline", out]) == 0
+    capsys.readouterr()
+    assert main(["replay", drifted, "--watchlist", watched, "--baseline", out]) == 1
+    shown = capsys.readouterr().out
+    assert "[rate] a fires in more requests" in shown and "2000 ended requests" in shown
+
+
+def test_a_baseline_is_updated_only_with_what_was_approved(folder, tmp_path, capsys):
+    calm, drifted, watched = (str(folder / name) for name in ("calm", "drifted", "w.safetensors"))
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    common = ["--watchlist", watched, "--model-name", "toy"]
+    assert main(["calibrate", "--from", calm, *common, "--out", old]) == 0
+    update = ["calibrate", "--from", drifted, *common, "--update", old, "--out", new]
+    assert main(update) == 1 and "a, b" in capsys.readouterr().out
+    assert main([*update, "--approve", "a"]) == 1
+    assert main([*update, "--approve", "a", "--approve", "b"]) == 0
+    assert baseline.read(tmp_path / "new").observed.requests == 4000
+
+
+def test_a_key_is_made_once_and_never_overwritten(tmp_path, capsys):
+    key = canary.make_key(tmp_path / "key")
+    assert canary.read_key(tmp_path / "key") == key and (tmp_path / "key").stat().st_mode & 0o77 == 0
+    with pytest.raises(FileExistsError):
+        canary.make_key(tmp_path / "key")
+    (tmp_path / "short").write_text("abc")
+    for name in ("short", "absent"):
+        with pytest.raises(ConfigRefused):
+            canary.read_key(tmp_path / name)
+
+
+def test_the_fingerprint_names_what_differs():
+    assert Fingerprint("a", "m", revision="1").differences(Fingerprint("a", "m", revision="2")) == ["revision"]
+    assert Fingerprint("a", "m", revision="1").differences(Fingerprint("a", "", engine_version="9")) == []
