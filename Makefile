@@ -50,6 +50,9 @@ bench-accounting: $(VENV)/.dev ## I1, I2 and I3 in every engine mode on the CPU 
 bench-parity: $(VENV)/.dev ## our scores against every upstream library's, from the golden fixtures
 	$(BIN)/python -m tests.bench.parity
 
+bench-evidence: $(VENV)/.dev ## a million exceedances written while requests are looked up
+	$(BIN)/python -m tests.bench.evidence
+
 bench-watchlist: $(VENV)/.dev ## time and memory of building a large watchlist
 	$(BIN)/python -m tests.bench.watchlist_build
 

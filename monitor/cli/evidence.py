@@ -84,6 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "delete chatcmpl-7f3a",
     )
     delete.add_argument("id", metavar="ID", help="engine request id, response id or trace id")
+    export = action(
+        "export",
+        "write everything as Parquet files",
+        "Write requests.parquet, exceedances.parquet and activations.parquet, for analysis elsewhere. What was said\n"
+        "in requests is not exported; what is exported is out of reach of retention and deletion here.",
+        "export --out evidence-2026-11",
+    )
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the files")
     audit = action(
         "audit",
         "list who read or deleted what",
@@ -103,7 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run one action."""
-    return {"query": _query, "show": _show, "delete": _delete, "audit": _audit, "key": _key}[args.action](args)
+    return {"query": _query, "show": _show, "delete": _delete, "export": _export, "audit": _audit, "key": _key}[
+        args.action
+    ](args)
 
 
 def _query(args: argparse.Namespace) -> int:
@@ -206,6 +216,29 @@ def _delete(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0 if erased.clean else 1
+
+
+def _export(args: argparse.Namespace) -> int:
+    try:
+        from monitor.evidence import parquet
+    except ImportError as error:
+        raise ConfigRefused(
+            "evidence export",
+            found=f"{error.name} is not installed",
+            instead="Run: pip install 'latentwatch[parquet]'",
+            reason="package_missing",
+        ) from error
+    try:
+        args.out.mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigRefused(
+            f"--out {args.out}", found=error.strerror or str(error), instead="Name a new folder.", reason="out_exists"
+        ) from error
+    with _opened(args.dir) as (archive, audit):
+        audit.add(time.time(), _actor(), "export", 0, subject=str(args.out))
+        rows = parquet.export(archive.requests(), args.out)
+    print(f"{args.out}: " + ", ".join(f"{count} {name}" for name, count in rows.items()))
+    return 0
 
 
 def _audit(args: argparse.Namespace) -> int:

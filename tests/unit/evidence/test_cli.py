@@ -6,9 +6,11 @@ import json
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from monitor.cli import main
+from monitor.evidence.archive import Archive
 from tests.support.evidence import one_request, store
 
 ID = "chatcmpl-made-000000000002-0123abcd"
@@ -75,3 +77,17 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path, argv, capsys):
 def test_an_age_without_a_unit_is_refused(folder, capsys):
     assert main(["evidence", "query", "--dir", str(folder), "--since", "90"]) == 2
     assert "30m" in capsys.readouterr().err
+
+
+def test_export_writes_what_the_folder_holds_as_parquet(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["evidence", "export", "--dir", str(folder), "--out", str(out)]) == 0
+    assert "3 requests, 6 exceedances" in capsys.readouterr().out
+    tables = {path.stem: pq.read_table(path).to_pylist() for path in out.iterdir()}
+    (shown,) = Archive(folder).find(ID)
+    mine = [row for row in tables["activations"] if row["request_id"] == ID]
+    expected = {(a.feature, p): v for a in shown.activations for p, v in zip(a.positions, a.values, strict=True)}
+    assert {(row["feature"], row["position"]): row["value"] for row in mine} == pytest.approx(expected)
+    (deceive,) = [r for r in tables["exceedances"] if r["request_id"] == ID and r["feature"] == "deceive"]
+    assert (deceive["key"], deceive["severity"], deceive["limit"]) == (shown.key, "critical", 0.5)
+    assert main(["evidence", "export", "--dir", str(folder), "--out", str(out)]) == 2
