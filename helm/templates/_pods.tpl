@@ -116,6 +116,12 @@ seccompProfile:
 {{- end }}
 {{- end }}
 {{- end }}
+{{- with .Values.otlp.url }}
+- --otlp={{ . }}
+{{- with $.Values.otlp.metricsSeconds }}
+- --otlp-metrics={{ . }}
+{{- end }}
+{{- end }}
 {{- with .Values.httpToken }}
 - --http-token-file=/etc/latentwatch/http-token/{{ .key }}
 {{- end }}

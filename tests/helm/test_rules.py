@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import tarfile
 from pathlib import Path
@@ -64,12 +65,25 @@ def alerts(spec: chart.Object) -> list[chart.Object]:
     return [rule for group in spec["groups"] for rule in group["rules"] if "alert" in rule]
 
 
+def test_the_dashboards_are_those_of_the_repository():
+    """Below the 256 KiB that `kubectl apply` can hold in an annotation."""
+    files = {f"latentwatch-{path.name}": path.read_text() for path in (ROOT / "dashboards" / "grafana").glob("*.json")}
+    found = chart.objects(chart.least(dashboards={"enabled": True}))
+    maps = [one for one in chart.of_kind(found, "ConfigMap") if one["metadata"]["labels"].get("grafana_dashboard")]
+    assert files
+    assert {name: json.loads(text) for one in maps for name, text in one["data"].items()} == {
+        name: json.loads(text) for name, text in files.items()
+    }
+    assert max(len(text) for one in maps for text in one["data"].values()) < 200_000
+
+
 def test_the_packaged_chart_holds_the_files_themselves(tmp_path: Path):
     """In the repository they are links, which nothing outside it could follow."""
     archive = helm_chart.package(chart.HELM, destination=tmp_path)
     with tarfile.open(archive) as packed:
         members = {member.name.removeprefix("latentwatch/"): member for member in packed.getmembers()}
-    assert {f"files/rules/{name}.yaml" for name in RULES} <= set(members)
+    dashboards = {f"files/dashboards/{path.name}" for path in (ROOT / "dashboards" / "grafana").glob("*.json")}
+    assert {f"files/rules/{name}.yaml" for name in RULES} | dashboards <= set(members)
     assert all(member.isfile() for member in members.values())
     assert not [name for name in members if "tests/" in name and not name.startswith("templates/")]
     assert not {"Containerfile", "Containerfile.vllm"} & set(members)

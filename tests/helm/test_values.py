@@ -109,6 +109,11 @@ def test_a_claim_that_is_too_small_for_the_evidence_is_refused():
         chart.objects(chart.least(evidence={"enabled": True}, persistence={"enabled": True, "size": "10Gi"}))
 
 
+def test_a_receiver_that_the_network_policy_shuts_out_is_refused():
+    with pytest.raises(HelmRenderError, match=r"otlp\.url: the network policy lets the collector connect to nothing"):
+        chart.objects(chart.least(otlp={"url": "http://otel:4317"}))
+
+
 def test_every_object_of_the_schema_is_closed():
     """Beside those that Kubernetes itself checks, of which we list no property."""
     closed = [node for node in nodes(SCHEMA) if node.get("type") == "object" and "properties" in node]

@@ -32,6 +32,9 @@ NEWEST, OLDEST = "1.37", "1.29"
 CUSTOM = {"monitoring.coreos.com/v1": "prometheus_operator", "cert-manager.io/v1": "cert_manager"}
 RELEASE, NAMESPACE = "prod", "serving"
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Ten times as fast where PyYAML was built with it."""
+
 Object = dict[str, Any]
 
 
@@ -70,7 +73,7 @@ def objects(chosen: Mapping[str, Any], *, release: str = RELEASE) -> list[Object
         found
         for path, text in texts(chosen, release=release).items()
         if path.endswith(".yaml")
-        for found in yaml.safe_load_all(text)
+        for found in yaml.load_all(text, _LOADER)
         if found is not None
     ]
 
