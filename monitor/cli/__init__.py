@@ -14,6 +14,7 @@ from monitor.errors import Refusal
 VERBS: Final = {
     "demo": "monitor.cli.demo",
     "collector": "monitor.cli.collector",
+    "doctor": "monitor.cli.doctor",
     "evidence": "monitor.cli.evidence",
     "watchlist": "monitor.cli.watchlist",
     "calibrate": "monitor.cli.calibrate",
