@@ -31,7 +31,7 @@ def test_every_test_that_is_named_exists(path):
 
 @pytest.mark.parametrize("line", re.findall(r"^latentwatch [^\n]+", "\n".join(FENCED), re.MULTILINE))
 def test_every_command_parses(line):
-    build_parser().parse_args(shlex.split(line.rstrip("& "))[1:])
+    build_parser().parse_args(shlex.split(line.rstrip("& "), comments=True)[1:])
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)", TEXT))))
