@@ -9,6 +9,7 @@ import shlex
 import pytest
 import yaml
 
+from monitor.cli import build_parser
 from monitor.export.metrics import sample_names
 from tests.support import chart
 from tests.support.engines import ROOT
@@ -38,6 +39,12 @@ def test_its_figures_are_those_of_the_tests():
     text = README.read_text()
     assert f"over {len(dict(chart.matrix()))} combinations of values" in text
     assert f"strict schemas of Kubernetes {chart.OLDEST} and {chart.NEWEST}" in text
+
+
+@PAGES
+def test_every_command_of_ours_parses(page):
+    for command in commands(page, "latentwatch"):
+        build_parser().parse_args(command[1:])
 
 
 @PAGES
