@@ -47,6 +47,9 @@ bench-step-time: $(VENV)/.dev ## step time with the monitor on / off on the CPU 
 bench-accounting: $(VENV)/.dev ## I1, I2 and I3 in every engine mode on the CPU engine
 	$(BIN)/python -m tests.bench.accounting.run
 
+bench-host-time: $(VENV)/.dev ## what a step costs on the engine's thread and in the exporter, without the op
+	$(BIN)/python -m tests.bench.host_time
+
 bench-parity: $(VENV)/.dev ## our scores against every upstream library's, from the golden fixtures
 	$(BIN)/python -m tests.bench.parity
 

@@ -52,7 +52,7 @@ def _from_v1(batch: Any, scheduler_output: Any) -> RowMap:
     return RowMap(
         request_ids=request_ids,
         start=batch.num_computed_tokens_cpu[: batch.num_reqs],
-        count=np.array([scheduled[request_id] for request_id in request_ids], np.int32),
+        count=np.fromiter(map(scheduled.__getitem__, request_ids), np.int32, len(request_ids)),
         rows=int(scheduler_output.total_num_scheduled_tokens),
     )
 

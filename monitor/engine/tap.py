@@ -177,7 +177,7 @@ class Tap:
         step = rowmap.read(runner, scheduler_output)
         slot_of = self._requests.slot_of
         requests_Q = self._row_map[: len(step.request_ids)]
-        requests_Q["slot"] = [slot_of[request_id] for request_id in step.request_ids]
+        requests_Q["slot"] = np.fromiter(map(slot_of.__getitem__, step.request_ids), np.int32, len(requests_Q))
         requests_Q["start"] = step.start
         requests_Q["count"] = step.count
         return requests_Q

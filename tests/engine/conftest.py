@@ -61,16 +61,19 @@ class Monitored:
         env: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> EngineResult:
-        monitored = {
-            "LATENTWATCH_WATCHLIST": str(watchlist),
-            "LATENTWATCH_COLLECTOR": self._collector.target,
-            **(env or {}),
-        }
+        monitored = {**self.environment(watchlist), **(env or {})}
         result = run_engine(self._folder, waves=waves, env=monitored, **kwargs)
         if "LATENTWATCH_DISABLE" not in monitored:
             # On a busy machine the exporter may connect only after the engine has ended; it then drains the ring.
-            self._collector.wait_closed(sum(len(wave) for wave in waves), seconds=90.0)
+            self.wait_closed(sum(len(wave) for wave in waves))
         return result
+
+    def environment(self, watchlist: Path | str) -> dict[str, str]:
+        """What makes an engine report here."""
+        return {"LATENTWATCH_WATCHLIST": str(watchlist), "LATENTWATCH_COLLECTOR": self._collector.target}
+
+    def wait_closed(self, requests: int) -> None:
+        self._collector.wait_closed(requests, seconds=90.0)
 
 
 @contextmanager

@@ -37,6 +37,19 @@ class FusedLayer(torch.nn.Module):
         return hidden * 0.1, residual
 
 
+class OtherNorm(FusedLayer):
+    """A fused layer whose norm goes by another name: the stream can only be read at its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1 = self.input_layernorm
+        del self.input_layernorm
+
+    def forward(self, hidden: Any, residual: Any) -> Any:
+        hidden, residual = (self.norm_1(hidden), hidden) if residual is None else self.norm_1(hidden, residual)
+        return hidden * 0.1, residual
+
+
 class PlainLayer(torch.nn.Module):
     """As vLLM's GPT-2 block: it returns resid_post itself."""
 

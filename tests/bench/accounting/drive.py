@@ -1,7 +1,9 @@
-"""Drives one real vLLM engine through a scripted workload: `python -m tests.bench.accounting.drive JOB RESULT`.
+"""Drives real vLLM engines through scripted workloads: `python -m tests.bench.accounting.drive`.
 
-The engine runs in this process, so that one call is one engine step: arrivals and aborts happen at the same step in
-every run, with the monitor and without. What the engine computed for each request is read from its scheduler.
+Takes lines of three paths from standard input: a job, where its result goes, where its log goes. Each job runs in a
+fork of this process, which has imported vLLM once, and is answered with a line "done". The engine runs in that fork,
+so that one call is one engine step: arrivals and aborts happen at the same step in every run, with the monitor and
+without. What the engine computed for each request is read from its scheduler.
 """
 
 from __future__ import annotations
@@ -9,29 +11,62 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from tests.support.engine_run import ENVIRONMENT
 
-COUNTERS = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:prompt_tokens", "vllm:generation_tokens")
-DRAFT_COUNTERS = ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens")
+COUNTERS = (
+    "vllm:num_preemptions",
+    "vllm:spec_decode_num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens",
+)
 
 
-def main(job_path: str, result_path: str) -> None:
-    job = json.loads(Path(job_path).read_text())
-    os.environ.update({**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **job["env"]})
+def main() -> None:
+    os.environ.update({**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_worker  # noqa: F401 - imported before the forks, for all of them
+
+    for line in sys.stdin:
+        job, result, log = line.split()
+        child = os.fork()
+        if not child:
+            _become(log)
+            try:
+                run(Path(job), Path(result))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
+        os.waitpid(child, 0)
+        print("done", flush=True)
+
+
+def _become(log: str) -> None:
+    """Send this process's output, and that of its children, to a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def run(job_path: Path, result_path: Path) -> None:
+    job = json.loads(job_path.read_text())
+    os.environ.update(job["env"])
     from vllm import LLM
 
     llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **job["engine"])
     script = Script(llm, job)
     script.play()
-    metrics = {m.name: m.value for m in llm.get_metrics() if m.name in (*COUNTERS, *DRAFT_COUNTERS)}
+    metrics = {m.name: getattr(m, "value", 0) for m in llm.get_metrics() if m.name in COUNTERS}
     requests = [
         {"outputs": script.outputs[i], "computed": script.computed[i], "aborted": i in script.aborted}
         for i in range(len(job["requests"]))
     ]
-    Path(result_path).write_text(json.dumps({"requests": requests, "metrics": metrics, "steps": script.steps}))
+    result_path.write_text(json.dumps({"requests": requests, "metrics": metrics}))
     llm.llm_engine.engine_core.shutdown()
 
 
@@ -111,4 +146,4 @@ def _index(request_id: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main()

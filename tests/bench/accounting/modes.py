@@ -122,11 +122,11 @@ LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 COLORS = ("red", "blue")
 
 ENGINES = (
-    Engine("default", default(240)),
-    Engine("chunked prefill, 16-token budget", plain(200), {**EAGER, "max_num_batched_tokens": 16}),
-    Engine("preemption", pressed(160), {**EAGER, "num_gpu_blocks_override": 14}, preempts=True),
-    Engine("prefix cache, evicted and refilled", evicted(240), {**EAGER, "num_gpu_blocks_override": 20}),
-    Engine("enforce_eager", plain(300), EAGER),
+    Engine("default", default(160)),
+    Engine("chunked prefill, 16-token budget", plain(120), {**EAGER, "max_num_batched_tokens": 16}),
+    Engine("preemption", pressed(80), {**EAGER, "num_gpu_blocks_override": 14}, preempts=True),
+    Engine("prefix cache, evicted and refilled", evicted(120), {**EAGER, "num_gpu_blocks_override": 20}),
+    Engine("enforce_eager", plain(200), EAGER),
     Engine("piecewise compile, cold", plain(60), env=PIECEWISE, cache="cold"),
     Engine("piecewise compile, warm", plain(60), env=PIECEWISE),
     Engine(
@@ -138,12 +138,12 @@ ENGINES = (
     ),
     Engine(
         "LoRA, 2 adapters",
-        adapters(200, ("red", "blue")),
+        adapters(100, ("red", "blue")),
         {**EAGER, "enable_lora": True, "max_loras": 2, "max_lora_rank": 8},
         adapters=("red", "blue"),
     ),
-    Engine("V2 runner", v2(24), EAGER, env=V2),
-    Engine("V2 runner, preemption", pressed(16), {**EAGER, "num_gpu_blocks_override": 12}, env=V2, preempts=True),
+    Engine("V2 runner", v2(16), EAGER, env=V2),
+    Engine("V2 runner, preemption", pressed(10), {**EAGER, "num_gpu_blocks_override": 12}, env=V2, preempts=True),
     Engine("default", plain(100), architecture="Qwen3"),
     Engine("default", plain(100), EAGER, architecture="Gemma2"),
     Engine("default", plain(100), architecture="Gemma3"),
@@ -151,5 +151,13 @@ ENGINES = (
     Engine("default", plain(100), EAGER, architecture="Mixtral"),
     Engine("default", plain(100), EAGER, architecture="GPT2"),
     Engine("default", plain(100), EAGER, architecture="OPT"),
-    Engine("n-gram drafts", repeats(100), {**EAGER, **NGRAM}, refused="speculative decoding"),
+    Engine("n-gram drafts", repeats(100), {**EAGER, **NGRAM}),
+    Engine("tensor parallel, 2 ranks", plain(60), {**EAGER, "tensor_parallel_size": 2}),
+    Engine(
+        "pipeline parallel, 2 ranks",
+        plain(20),
+        {**EAGER, "pipeline_parallel_size": 2},
+        refused="pipeline parallelism",
+    ),
+    Engine("pooling", plain(20), {**EAGER, "runner": "pooling", "convert": "embed"}, refused="pooling models"),
 )

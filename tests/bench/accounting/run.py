@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,49 @@ MAX_ERROR = 2e-3
 """Largest error of a score that counts as right: dense scores travel as float16, whose resolution is 1e-3."""
 
 
-def rows_of(engine: Engine, folder: Path) -> list[dict[str, Any]]:
+class Drivers:
+    """Processes that run engines, one per PYTHONPATH: what stands there is loaded when Python starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+
+    def run(self, job: dict[str, Any]) -> Any:
+        """One engine's run. Raises RuntimeError with the end of its log where it failed."""
+        paths = [self._folder / name for name in ("job.json", "result.json", "engine.log")]
+        job_path, result, log = paths
+        result.unlink(missing_ok=True)
+        job_path.write_text(json.dumps(job))
+        driver = self._driver({k: v for k, v in job["env"].items() if not k.startswith("LATENTWATCH_")})
+        assert driver.stdin is not None and driver.stdout is not None
+        driver.stdin.write(" ".join(map(str, paths)) + "\n")
+        driver.stdin.flush()
+        while driver.stdout.readline() not in ("done\n", ""):
+            pass
+        if not result.exists():
+            raise RuntimeError(f"the engine failed:\n{log.read_text(errors='replace')[-5000:]}")
+        return json.loads(result.read_text())
+
+    def _driver(self, env: dict[str, str]) -> subprocess.Popen[str]:
+        path = env.get("PYTHONPATH", "")
+        if path not in self._processes:
+            self._processes[path] = subprocess.Popen(
+                [sys.executable, "-m", "tests.bench.accounting.drive"],
+                cwd=ROOT,
+                env={**os.environ, **env},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        return self._processes[path]
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.communicate()
+
+
+def rows_of(engine: Engine, folder: Path, drivers: Drivers) -> list[dict[str, Any]]:
     """Run one engine with and without the monitor; one row per label of its workload."""
     model = models.checkpoint(engine.architecture, folder)
     watchlist_path = models.watchlist(engine.architecture, model)
@@ -44,10 +87,10 @@ def rows_of(engine: Engine, folder: Path) -> list[dict[str, Any]]:
         "env": {**engine.env, "VLLM_CACHE_ROOT": str(cache)},
     }
     # First without: a stale graph is one that a server without the monitor left behind.
-    off = _drive(folder, {**job, "env": {**job["env"], "LATENTWATCH_DISABLE": "1"}})
+    off = drivers.run({**job, "env": {**job["env"], "LATENTWATCH_DISABLE": "1"}})
     with tempfile.TemporaryDirectory(prefix="lw") as short, RecordingCollector(Path(short) / "c.sock") as collector:
         watched = {"LATENTWATCH_WATCHLIST": str(watchlist_path), "LATENTWATCH_COLLECTOR": collector.target}
-        on = _drive(folder, {**job, "env": {**job["env"], **watched}})
+        on = drivers.run({**job, "env": {**job["env"], **watched}})
         collector.wait_closed(len(requests), seconds=60.0)
         sink = collector.sink
     identical = [r["outputs"] for r in on["requests"]] == [r["outputs"] for r in off["requests"]]
@@ -57,26 +100,6 @@ def rows_of(engine: Engine, folder: Path) -> list[dict[str, Any]]:
         _row(engine, label, accounts_of_label, identical, refusal, on["metrics"], watchlist_path, model, len(requests))
         for label, accounts_of_label in accounts.items()
     ]
-
-
-def _drive(folder: Path, job: dict[str, Any]) -> Any:
-    """One engine's run in a process of its own. Raises RuntimeError with the end of its log where it failed."""
-    job_path, result, log = folder / "job.json", folder / "result.json", folder / "engine.log"
-    result.unlink(missing_ok=True)
-    job_path.write_text(json.dumps(job))
-    with log.open("w") as output:
-        subprocess.run(
-            [sys.executable, "-m", "tests.bench.accounting.drive", str(job_path), str(result)],
-            cwd=ROOT,
-            env={**os.environ, **job["env"]},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=900,
-            check=False,
-        )
-    if not result.exists():
-        raise RuntimeError(f"the engine failed:\n{log.read_text(errors='replace')[-5000:]}")
-    return json.loads(result.read_text())
 
 
 def _accounts(
@@ -111,7 +134,7 @@ def _row(
 ) -> dict[str, Any]:
     watchlist = card.read(watchlist_path)
     wrong = [found for account in accounts if (found := checks.unbalanced(account))]
-    preempted = int(metrics["vllm:num_preemptions"])
+    preempted = int(metrics.get("vllm:num_preemptions", 0))
     assert preempted or not engine.preempts, f"{engine.name}: nothing was preempted"
     errors = np.concatenate(
         [checks.score_errors(account, watchlist, _model_of(account, model)) for account in accounts]
@@ -123,6 +146,7 @@ def _row(
         "tokens": dict(sorted(checks.states(accounts).items())),
         "aborted": sum(account.aborted for account in accounts),
         "preemptions": preempted,
+        "drafts_accepted": int(metrics.get("vllm:spec_decode_num_accepted_tokens", 0)),
         "i1_exact": not wrong,
         "i2_max_error": None if refusal else float(f"{errors.max():.2g}"),
         "i2_positions": len(errors),
@@ -141,19 +165,21 @@ def _model_of(account: Account, model: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="engines whose name or architecture holds this text; writes nothing")
+    parser.add_argument("--only", default="", help="regular expression over name/architecture; writes nothing")
     chosen = parser.parse_args()
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="accounting") as name:
+        drivers = Drivers(Path(name))
         for engine in ENGINES:
-            if chosen.only not in f"{engine.name}/{engine.architecture}":
+            if not re.search(chosen.only, f"{engine.name}/{engine.architecture}"):
                 continue
             try:
-                rows += rows_of(engine, Path(name))
+                rows += rows_of(engine, Path(name), drivers)
             except Exception:
                 traceback.print_exc()
                 failed.append(f"{engine.name}/{engine.architecture}")
+        drivers.close()
     if failed:
         print("no result for", *failed, sep="\n  ")
         return 1

@@ -12,16 +12,16 @@ import torch
 from monitor.engine import encoder
 from monitor.errors import EngineRefused, WatchlistRefused
 from tests.support import tiny
-from tests.support.fake_model import FusedLayer, Model, PlainLayer
+from tests.support.fake_model import FusedLayer, Model, OtherNorm, PlainLayer
 
 
 def arm(model: Model, watchlist: Any) -> Any:
     return encoder.arm(model, watchlist, max_rows=16, dtype=torch.float32, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("layer", [FusedLayer, PlainLayer])
+@pytest.mark.parametrize("layer", [FusedLayer, OtherNorm, PlainLayer])
 def test_every_kind_of_layer_is_scored_on_the_summed_stream(layer, tmp_path):
-    """Layer 1 is read behind the next layer's norm, layer 3 behind the final one, a plain layer at its output."""
+    """Layer 1 is read behind the next layer's norm, layer 3 behind the final one; otherwise at its output."""
     watchlist = tiny.watchlist(tmp_path / "w.safetensors")
     model = Model(layer)
     hooks = arm(model, watchlist)
