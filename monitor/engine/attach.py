@@ -141,7 +141,7 @@ class Attachment:
         config, parallel = self._worker.vllm_config, self._worker.parallel_config
         pass_config = config.compilation_config.pass_config
         unsupported = {
-            "speculative decoding": not _drafts_can_be_followed(config, self._worker.model_runner),
+            "speculative decoding": config.speculative_config is not None,
             "pipeline parallelism": parallel.pipeline_parallel_size > 1,
             "micro-batching (DBO)": getattr(parallel, "use_ubatching", False),
             "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
@@ -260,16 +260,3 @@ class Attachment:
         if self._ring is not None:
             self._ring.close()
         self._tap = None
-
-
-def _drafts_can_be_followed(config: Any, runner: Any) -> bool:
-    """Whether the batch says where each request's rows truly begin, although some of them are drafts.
-
-    With n-gram drafts and the scheduler in step it does. With a draft model or asynchronous scheduling the positions
-    on the host assume that every draft is accepted.
-    """
-    speculative = config.speculative_config
-    if speculative is None:
-        return True
-    in_step = not config.scheduler_config.async_scheduling
-    return speculative.method == "ngram" and in_step and hasattr(runner, "input_batch")

@@ -43,21 +43,12 @@ def test_one_rank_of_an_engine_reports(rank, world, reports, tmp_path):
         (lambda c: setattr(c.compilation_config.pass_config, "enable_sp", True), "sequence parallelism"),
         (lambda c: setattr(c.cache_config, "kv_sharing_fast_prefill", True), "KV-sharing fast prefill"),
         (lambda c: setattr(c.model_config, "runner_type", "pooling"), "pooling models"),
-        (lambda c: setattr(c, "speculative_config", SimpleNamespace(method="eagle")), "speculative decoding"),
+        (lambda c: setattr(c, "speculative_config", SimpleNamespace(method="ngram")), "speculative decoding"),
     ],
 )
 def test_a_mode_whose_rows_cannot_be_told_is_refused_by_name(change, named, tmp_path):
     worker: Any = Worker()
-    worker.vllm_config.scheduler_config.async_scheduling = False
     change(worker.vllm_config)
     refusal = attached(worker, tmp_path)._refusal
     assert refusal is not None and refusal.reason == "engine_mode"
     assert named in str(refusal)
-
-
-@pytest.mark.parametrize(("in_step", "armed"), [(True, True), (False, False)])
-def test_ngram_drafts_are_followed_only_with_the_scheduler_in_step(in_step, armed, tmp_path):
-    worker: Any = Worker()
-    worker.vllm_config.speculative_config = SimpleNamespace(method="ngram")
-    worker.vllm_config.scheduler_config.async_scheduling = not in_step
-    assert (attached(worker, tmp_path)._refusal is None) == armed
