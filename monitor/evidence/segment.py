@@ -28,6 +28,8 @@ FORMAT: Final = 1
 BUSY_SECONDS = 10.0
 """How long to wait for other connections: a writer's transaction, or a reader of an older state at a deletion."""
 _WAL_LIMIT_BYTES: Final = 16 << 20
+_CACHE_KIB: Final = 32 << 10
+"""Of a segment that is written: ids are random, so that every page of their indexes is written again and again."""
 _TRACE_BYTES: Final = 64
 """Of a blob, what is looked for after its deletion; its first bytes lie in one page."""
 _SHORTEST_TRACE_BYTES: Final = 8
@@ -186,6 +188,7 @@ class Segment:
     def __init__(self, path: Path, watched: Watched) -> None:
         self.path = path
         self._connection = create(path, _SCHEMA)
+        self._connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         if not self._connection.execute("SELECT 1 FROM about").fetchone():
             self._describe(watched)
 
@@ -204,7 +207,8 @@ class Segment:
 
     def write(self, records: Sequence[Record]) -> None:
         """All records or none; one that is here already changes nothing. Raises: sqlite3.Error."""
-        requests = {record.request.key: record.request for record in records}
+        ended = {record.request.key for record in records if isinstance(record, Ended)}
+        requests = {record.request.key: record.request for record in records if record.request.key not in ended}
         exceedances, activations, ends = [], [], []
         for record in records:
             match record:
