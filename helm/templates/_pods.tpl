@@ -57,8 +57,9 @@ seccompProfile:
 {{- end }}
 {{- end -}}
 
-{{/* Args: what it is for; name of the Secret; its keys; whether it is optional. It belongs to root. Only containers of ours and vLLM mount
-     it, so everyone may read it: a patched pod may have no group of ours. But what evidence is opened with the collector refuses then. */}}
+{{/* Args: what it is for; name of the Secret; its keys; whether it is optional. The files belong to root, and a patched pod may have no
+     group of ours, so everyone in the containers that mount it may read them; but not the Secrets of evidence, which the collector
+     refuses when everyone may. */}}
 {{- define "latentwatch.secretVolume" -}}
 - name: latentwatch-{{ index . 0 }}
   secret:
