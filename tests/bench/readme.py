@@ -1,4 +1,4 @@
-"""README's tables, rendered from the files that hold the figures: `python -m tests.bench.readme [--check]`."""
+"""Tables of README and docs, from the files that hold the figures: `python -m tests.bench.readme [--check]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from monitor.export.metrics import METRICS
 from tests.support.engines import ROOT
 
 README = ROOT / "README.md"
@@ -54,6 +55,24 @@ def probes() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {"step-time": step_time, "probes": probes}
 
 
+def metrics() -> str:
+    rows = [
+        [f"`{one.name}`", one.kind, ", ".join(f"`{label}`" for label in one.labels), one.help.replace("|", "\\|")]
+        for one in METRICS
+    ]
+    return table(["metric", "kind", "labels", "what it says"], rows)
+
+
+METRICS_PAGE = ROOT / "docs/metrics.md"
+
+
+def rendered_metrics(text: str) -> str:
+    """The text of docs/metrics.md with its table rendered anew."""
+    return re.sub(
+        "(<!-- metrics -->\n).*?(<!-- /metrics -->)", lambda m: f"{m[1]}{metrics()}\n{m[2]}", text, flags=re.DOTALL
+    )
+
+
 def rendered(text: str) -> str:
     """README's text with every block rendered anew."""
     for name, block in BLOCKS.items():
@@ -67,12 +86,14 @@ def rendered(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where README is stale")
-    text = README.read_text()
-    new = rendered(text)
-    if parser.parse_args().check:
-        return int(new != text)
-    README.write_text(new)
-    return 0
+    check = parser.parse_args().check
+    stale = False
+    for path, render in ((README, rendered), (METRICS_PAGE, rendered_metrics)):
+        text = path.read_text()
+        stale |= (new := render(text)) != text
+        if not check:
+            path.write_text(new)
+    return int(check and stale)
 
 
 if __name__ == "__main__":
