@@ -83,9 +83,8 @@ class Store:
             if isinstance(record, Ended):
                 self._home.pop(record.request.key, None)
 
-    def prune(self, now: float) -> list[Path]:
+    def prune(self, now: float) -> None:
         """Remove the segments that are too old or too many, oldest first; close those that rest."""
-        gone = []
         paths = segments(self.folder)
         # The newest grows by a sixteenth, and so may its log.
         room = self._retention.max_bytes * (SEGMENTS - 2) // SEGMENTS
@@ -98,14 +97,12 @@ class Store:
                 continue
             total -= sizes[path]
             self._remove(path)
-            gone.append(path)
         for key in list(self._home)[:-_REQUESTS_AT_HOME]:
             del self._home[key]
         resting = set(self._open) - set(self._home.values()) - {self._newest}
         for path in resting:
             self._open.pop(path).close()
         contents.prune(self.folder, self._retention.content_hours, now)
-        return gone
 
     def attach(self, name: str, seal: Callable[[int], bytes], now: float) -> int:
         """Keep the content of the one request with this id. Returns how many have it; unless 1, nothing was kept."""

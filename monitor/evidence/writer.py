@@ -37,7 +37,7 @@ class Target(Protocol):
     def write(self, records: Sequence[Record], now: float) -> None:
         """Take records; may raise anything, then they count as dropped."""
 
-    def prune(self, now: float) -> object:
+    def prune(self, now: float) -> None:
         """Called about once a second."""
 
     def close(self) -> None:

@@ -52,7 +52,25 @@ def probes() -> str:
     return table(["act", "AUROC", "TPR at 1 % FPR", "dialogues (acts)"], rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"step-time": step_time, "probes": probes}
+def evidence() -> str:
+    result = json.loads((RESULTS / "evidence.json").read_text())
+    (row,) = result["rows"]
+    header = ["exceedances", "a second, wall", "a second of CPU", "look-up p50", "look-up p99", "its CPU p99", "deletion"]
+    cells = [
+        f"{row['exceedances']:,}",
+        f"{row['exceedances_per_second']:,}",
+        f"{row['exceedances_per_cpu_second']:,}",
+        f"{row['look_up_ms_p50']:.2f} ms",
+        f"{row['look_up_ms_p99']:.2f} ms",
+        f"{row['look_up_cpu_ms_p99']:.2f} ms",
+        f"{row['delete_seconds_p50']:.2f} s",
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    load = f"beside other work: load average {row['load_average_before']} to {row['load_average_after']}"
+    return f"{table(header, [cells])}\n\n{result['hardware']}, {load}, {result['date']}; {versions}."
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"step-time": step_time, "evidence": evidence, "probes": probes}
 
 
 def metrics() -> str:
