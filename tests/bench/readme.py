@@ -55,7 +55,7 @@ def probes() -> str:
 def evidence() -> str:
     result = json.loads((RESULTS / "evidence.json").read_text())
     (row,) = result["rows"]
-    header = ["exceedances", "a second, wall", "a second of CPU", "look-up p50", "look-up p99", "its CPU p99", "deletion"]
+    header = ["exceedances", "per second", "per CPU second", "look-up p50", "p99", "CPU p99", "deletion"]
     cells = [
         f"{row['exceedances']:,}",
         f"{row['exceedances_per_second']:,}",
