@@ -745,7 +745,14 @@ def health() -> Panel:
             "Start of the collector that started last.",
             f"max(process_start_time_seconds{{{HERE}}}) * 1000",
             unit="dateTimeFromNow",
-            width=6,
+            width=3,
+        ),
+        stat(
+            "Samples withheld",
+            "Samples of features that collectors left out of their page, because it would have grown beyond its bound.",
+            f"sum(latentwatch_series_withheld{{{HERE}}})",
+            width=3,
+            thresholds=SOME_IS_ODD,
         ),
         table(
             "Versions and watchlists",

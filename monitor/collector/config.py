@@ -29,6 +29,9 @@ class Bounds:
     """Engine processes known at one time; a further one is refused."""
     models: int = 8
     """Served model names; each has a series per feature, so they are the factor of the series count."""
+    feature_samples: int = 300_000
+    """Samples on /metrics that have a feature as a label, over all models: 8 models of 1,024 features with all that is
+    known of each are 211,900. What is beyond is withheld, and how much is on the page too."""
     boots_per_replica: int = 4
     """Boots whose sequence marks are kept, so that a late resend of an earlier boot is not counted twice."""
     sequence_marks: int = 4096

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from monitor import __version__
+from monitor.collector.config import Bounds
 from monitor.collector.views import TOKEN_SERIES, ModelTotals, ReplicaView, Snapshot
 from monitor.drift.detection import KINDS
 from monitor.drift.watch import DriftView
@@ -94,8 +95,9 @@ class ProcessFacts:
 class Families:
     """Families of every metric of the table, in its order. Label rows of features are made once."""
 
-    def __init__(self, watchlist: Watchlist) -> None:
+    def __init__(self, watchlist: Watchlist, feature_samples: int = Bounds.feature_samples) -> None:
         self._watchlist = watchlist
+        self._feature_samples = feature_samples
         self._features = watchlist.features
         self._sparse = [i for i, feature in enumerate(self._features) if not feature.dense]
         self._limited = [i for i, feature in enumerate(self._features) if feature.limit]
@@ -103,11 +105,16 @@ class Families:
         self._constant = tuple(self._watched())
 
     def of(self, snapshot: Snapshot, process: ProcessFacts) -> Iterator[Family]:
-        """Every family, those without a series included."""
+        """Every family, those without a series included. Those of features share a bound on their samples."""
         yield from self._engines(snapshot)
-        yield from self._constant
-        yield from self._models(snapshot.models)
-        yield from self._drift(snapshot.drift)
+        left, withheld = self._feature_samples, 0
+        for family in (*self._constant, *self._models(snapshot.models), *self._drift(snapshot.drift)):
+            shown = _within(family, left)
+            if "feature" in family.metric.labels:
+                left -= shown.samples
+                withheld += family.samples - shown.samples
+            yield shown
+        yield Family(metrics.SERIES_WITHHELD, ((),), [withheld])
         yield from self._replicas(snapshot.replicas)
         yield from self._collector(snapshot)
         yield from self._evidence(process.evidence)
@@ -297,6 +304,13 @@ class Families:
             for number, model in enumerate(models)
             for feature, latest in model.latest.items()
         }
+
+
+def _within(family: Family, samples: int) -> Family:
+    """As much of a family of features as fits; others, such as health, are few and always shown."""
+    if "feature" not in family.metric.labels or family.samples <= samples:
+        return family
+    return family.first(samples * len(family.labels) // family.samples)
 
 
 def _stack(parts: list[np.ndarray]) -> np.ndarray:

@@ -167,7 +167,7 @@ def make_app(
 def _add_operations(
     app: FastAPI, pipeline: Pipeline, clock: Callable[[], float], process: Callable[[], ProcessFacts]
 ) -> None:
-    families, exposition = Families(pipeline.watchlist), Exposition()
+    families, exposition = Families(pipeline.watchlist, pipeline.bounds.feature_samples), Exposition()
 
     @app.get("/metrics", response_class=Response, tags=["operations"])
     async def metrics(accept: Annotated[str, Header()] = "") -> Response:

@@ -313,6 +313,12 @@ OTLP_EVENTS = Metric(
 OTLP_METRICS_FAILURES = Metric(
     "latentwatch_otlp_metrics_failures_total", "counter", (), "Times that the OTLP receiver did not take the metrics."
 )
+SERIES_WITHHELD = Metric(
+    "latentwatch_series_withheld",
+    "gauge",
+    (),
+    "Samples of features that this page leaves out, because more models times features stream here than it shows.",
+)
 WATCHLIST_INFO = Metric(
     "latentwatch_watchlist_info", "info", ("name", "sha256", "features"), "The watchlist that this collector explains."
 )
@@ -364,6 +370,7 @@ METRICS: Final = (
     EVIDENCE_FOLDER,
     OTLP_EVENTS,
     OTLP_METRICS_FAILURES,
+    SERIES_WITHHELD,
     WATCHLIST_INFO,
     BUILD_INFO,
     PROCESS_START,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Final
 
@@ -65,6 +65,24 @@ class Family:
         A sum of values of both signs is no counter, and OpenMetrics forbids it. The +Inf bucket has the count.
         """
         return (self.edges_SB[:, 0] >= 0).tolist() if len(self.edges_SB) else []
+
+    @property
+    def samples(self) -> int:
+        """Lines on the page: at most these, since some histograms show no `_sum` and `_count`."""
+        per_series = self.edges_SB.shape[1] + 3 if self.metric.kind == "histogram" else 1
+        return len(self.labels) * per_series
+
+    def first(self, series: int) -> Family:
+        """The same with its first series only."""
+        return replace(
+            self,
+            labels=self.labels[:series],
+            values=self.values[:series],
+            edges_SB=self.edges_SB[:series],
+            cumulative_SB=self.cumulative_SB[:series],
+            sum_S=self.sum_S[:series],
+            exemplars={place: exemplar for place, exemplar in self.exemplars.items() if place < series},
+        )
 
 
 class Exposition:

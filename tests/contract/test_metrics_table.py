@@ -157,3 +157,18 @@ def test_histograms_of_signed_scores_have_buckets_around_the_limit_and_no_sum(ma
     samples = [s for s in families["latentwatch_feature_request_max"].samples if s.labels["feature"] == "deceive"]
     assert {s.name for s in samples} == {"latentwatch_feature_request_max_bucket"}
     assert "0.2" in {s.labels["le"] for s in samples}, "the share of requests above the limit is exact"
+
+
+def test_a_bound_on_the_samples_of_features_says_what_it_withheld_and_spares_the_rest(made):
+    def shown(bound: int) -> tuple[int, int, int]:
+        families = list(Families(made.watchlist, bound).of(made.snapshot(2000.0), ProcessFacts(900.0, 1 << 20, 1.5)))
+        parse(Exposition().render(families, open_metrics=True).decode(), open_metrics=True)
+        (withheld,) = (f.values[0] for f in families if f.metric.name == "latentwatch_series_withheld")
+        mine = sum(f.samples for f in families if "feature" in f.metric.labels)
+        return mine, int(withheld), sum(f.samples for f in families if "feature" not in f.metric.labels)
+
+    whole, none, others = shown(10**9)
+    assert none == 0 and whole > 50
+    for bound in (0, 1, whole // 2, whole - 1):
+        mine, withheld, spared = shown(bound)
+        assert mine <= bound and mine + withheld == whole and spared == others
