@@ -20,7 +20,7 @@ def kills(count: int, seed: int) -> Books:
             # Every third one dies while it starts: before, while or after it reads its state.
             if i % 3 == 2:
                 collector.start(wait=False)
-                time.sleep(rng.uniform(0.3, 1.2))
+                time.sleep(rng.uniform(0.0, 0.5))
             else:
                 collector.start() if i else None
                 time.sleep(rng.uniform(0.05, 1.0))
@@ -77,13 +77,12 @@ def stops(count: int, seed: int, seconds: float) -> Books:
         collector = made.collector()
         collector.start()
         engine = made.engine(f"unix://{collector.socket}")
-        assert collector.process is not None
         for _ in range(count):
             time.sleep(rng.uniform(1.0, 2.0))
             with made.fault():
-                collector.process.send_signal(signal.SIGSTOP)
+                collector.signal(signal.SIGSTOP)
                 time.sleep(seconds)
-                collector.process.send_signal(signal.SIGCONT)
+                collector.signal(signal.SIGCONT)
         time.sleep(3.0)
         handed = engine.end("stop")
         return reconcile("collector SIGSTOP", made, [handed], [collector.totals()], [engine])
@@ -138,7 +137,7 @@ def clock_jumps(count: int, seed: int) -> Books:
     with world() as made:
         offset = made.folder / "offset"
         offset.write_text("0")
-        collector = made.collector(prefix=("-m", "tests.chaos.clocked", str(offset)))
+        collector = made.collector(clock=str(offset))
         collector.start()
         engine = made.engine(f"unix://{collector.socket}")
         for i in range(count):

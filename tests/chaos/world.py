@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import os
 import resource
 import select
 import shutil
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from monitor.cli import main
 from monitor.watchlist import card
 from tests.chaos import engine
 from tests.support.engines import ROOT
@@ -38,47 +41,63 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> No
         time.sleep(0.01)
 
 
+# Each collector is forked from one process that has imported all of it: a start costs milliseconds of processor time
+# instead of seconds, so that a hundred of them fit into minutes and kills meet a collector at work.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["monitor.cli", "monitor.collector.service"])
+
+
+def serve(arguments: list[str], log: str, clock: str) -> None:
+    """A collector process's whole life. `clock`: a file with the seconds that its wall clock is set off by, or none."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if clock:
+        true_time = time.time
+        # Setting the machine's own clock would break everything else that runs on it.
+        time.time = lambda: true_time() + float(Path(clock).read_text())
+    sys.exit(main(arguments))
+
+
 class Collector:
     """A collector process that can be killed and started again on the same state."""
 
-    def __init__(self, folder: Path, watched: Path, name: str = "c", prefix: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, watched: Path, name: str = "c", clock: str = "") -> None:
         self.socket = folder / f"{name}.sock"
         self.state = folder / f"{name}-state"
         self._log = folder / f"{name}.log"
-        self._prefix = prefix or ("-m", "monitor")
+        self._clock = clock
         self._watched = watched
         self.peak_mib = 0.0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Any = None
 
     def start(self, *, wait: bool = True) -> None:
-        with self._log.open("a") as log:
-            self._began = self._log.stat().st_size
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, *self._prefix, "collector", "--watchlist", str(self._watched)),
-                    *("--listen", f"unix://{self.socket}", "--http", "127.0.0.1:0", "--state", str(self.state)),
-                ],
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-            )
+        self._began = self._log.stat().st_size if self._log.exists() else 0
+        arguments = ["collector", "--watchlist", str(self._watched), "--listen", f"unix://{self.socket}"]
+        arguments += ["--http", "127.0.0.1:0", "--state", str(self.state)]
+        self.process = _FORKS.Process(target=serve, args=(arguments, str(self._log), self._clock))
+        self.process.start()
         if wait:
             self.ready()
 
     def ready(self) -> None:
-        until(lambda: "metrics " in self._said() or self._process.poll() is not None, "the collector to start")
-        assert self._process.poll() is None, self._said()
+        until(lambda: "metrics " in self._said() or not self.process.is_alive(), "the collector to start")
+        assert self.process.is_alive(), self._said()
         self.url = next(line.split()[1] for line in self._said().splitlines() if line.startswith("  metrics "))
 
     def kill(self) -> None:
         self._note_memory()
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.join()
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
 
     def stop(self) -> None:
         self._note_memory()
-        self._process.terminate()
-        assert self._process.wait(20) == 0, self._said()
+        self.process.terminate()
+        self.process.join(30)
+        assert self.process.exitcode == 0, self._said()
 
     def totals(self) -> Totals:
         with urllib.request.urlopen(self.url, timeout=20) as response:
@@ -103,17 +122,12 @@ class Collector:
             durable=bool(sum_of("latentwatch_state_durable")),
         )
 
-    @property
-    def _process(self) -> subprocess.Popen[bytes]:
-        assert self.process is not None
-        return self.process
-
     def _said(self) -> str:
-        return self._log.read_text()[self._began :]
+        return self._log.read_text()[self._began :] if self._log.exists() else ""
 
     def _note_memory(self) -> None:
         with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+            lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
             mib = next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
             self.peak_mib = max(self.peak_mib, mib)
 
@@ -223,8 +237,8 @@ class World:
     faults: list[tuple[float, float]] = field(default_factory=list)
     """Begin and end of each fault, on the monotonic clock."""
 
-    def collector(self, name: str = "c", prefix: tuple[str, ...] = ()) -> Collector:
-        made = Collector(self.folder, self.watched, name, prefix)
+    def collector(self, name: str = "c", clock: str = "") -> Collector:
+        made = Collector(self.folder, self.watched, name, clock)
         self.collectors.append(made)
         return made
 
@@ -248,8 +262,8 @@ def world() -> Iterator[World]:
         yield made
     finally:
         for collector in made.collectors:
-            if collector.process is not None and collector.process.poll() is None:
-                collector.process.send_signal(signal.SIGCONT)
+            if collector.process is not None and collector.process.is_alive():
+                collector.signal(signal.SIGCONT)
                 collector.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -279,7 +293,6 @@ def filled(disk: Path, collector: Collector) -> Iterator[None]:
         yield
         filler.unlink()
         return
-    assert collector.process is not None
     soft, hard = resource.prlimit(collector.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(collector.process.pid, resource.RLIMIT_FSIZE, (0, hard))
     yield
