@@ -207,7 +207,12 @@ def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> No
         """Drift of each model against its baseline: which features, since when, by how much, and with what cause."""
         return as_json(Drifts([_drift_of(pipeline, view) for view in pipeline.drift.views()]))
 
-    @app.get("/v1/drift/observed", response_class=Response, tags=["api"])
+    @app.get(
+        "/v1/drift/observed",
+        response_class=Response,
+        responses={404: {"description": "no such model has streamed here"}},
+        tags=["api"],
+    )
     async def get_observed(model_name: Annotated[str, Query(max_length=253)]) -> Response:
         """What this collector has seen of a model outside alarms, as 'latentwatch calibrate' reads it."""
         observed = pipeline.drift.observed(model_name, clock())

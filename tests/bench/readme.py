@@ -70,7 +70,49 @@ def evidence() -> str:
     return f"{table(header, [cells])}\n\n{result['hardware']}, {load}, {result['date']}; {versions}."
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"step-time": step_time, "evidence": evidence, "probes": probes}
+def _made(result: dict[str, Any]) -> str:
+    """Where and when the figures of a result file were taken."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{result['hardware']}, {result['date']}; {versions}."
+
+
+def chaos() -> str:
+    result = json.loads((RESULTS / "chaos.json").read_text())
+    columns = ("fault", "faults", "sent", "merged", "shed", "lost", "doubled")
+    rows = [[str(row[name]) for name in columns] for row in result["rows"]]
+    header = ["fault", "times", "tokens sent", "merged", "shed, counted", "lost", "doubled"]
+    return f"{table(header, rows)}\n\n{_made(result)}"
+
+
+def collector() -> str:
+    result = json.loads((RESULTS / "collector.json").read_text())
+    rows = [
+        [
+            str(row["features"]),
+            f"{row['tokens_per_second_per_core']:,}",
+            f"{row['p50_step_to_metrics_seconds']:.2f} s / {row['p99_step_to_metrics_seconds']:.2f} s",
+            f"{row['latency_at_tokens_per_second']:,}",
+            f"{1000 * row['exposition_seconds']:.1f} ms",
+            f"{row['resident_mib']:.0f} MiB",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["features", "tokens/s per core", "step to /metrics, p50 / p99", "at tokens/s", "one page", "resident"]
+    memory = result["memory"]
+    note = (
+        f"{result['rows'][0]['firing_rate']:.0%} firing. {memory['replicas']} replicas and {memory['features']} "
+        f"features with every slot and summary in use: {memory['resident_mib']} MiB. {_made(result)}"
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "step-time": step_time,
+    "evidence": evidence,
+    "probes": probes,
+    "chaos": chaos,
+    "collector": collector,
+}
 
 
 def metrics() -> str:

@@ -42,7 +42,7 @@ def served() -> tuple[TestClient, dict[str, Any]]:
     return client, client.get("/openapi.json").json()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_every_answer_is_one_that_the_document_knows(data):
     client, document = served()
@@ -58,8 +58,10 @@ def test_every_answer_is_one_that_the_document_knows(data):
         elif parameter["in"] == "header" and value.isascii() and value.isprintable():
             headers[parameter["name"]] = value
     answer = client.request(method, url, params=query, headers=headers)
-    # A path that a parameter turned into another one is answered by that one.
-    known = set(operation["responses"]) | {"404", "405"} if "{" in path else set(operation["responses"])
+    known = set(operation["responses"])
+    if "{" in path:
+        # A parameter may turn the path into another one, which answers then.
+        known |= {"404", "405"}
     assert str(answer.status_code) in known, (method, url, query, answer.text[:200])
     schema = operation["responses"].get(str(answer.status_code), {}).get("content", {}).get("application/json", {})
     if answer.headers.get("content-type") == "application/json" and schema.get("schema") and "{" not in path:
