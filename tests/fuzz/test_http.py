@@ -59,6 +59,9 @@ def test_every_answer_is_one_that_the_document_knows(data):
             headers[parameter["name"]] = value
     answer = client.request(method, url, params=query, headers=headers)
     known = set(operation["responses"])
+    if "evidence" in operation["tags"]:
+        # This collector writes none, and allows nothing that needs its token.
+        known |= {"401", "403", "404"}
     if "{" in path:
         # A parameter may turn the path into another one, which answers then.
         known |= {"404", "405"}

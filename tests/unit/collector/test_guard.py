@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from monitor.cli import main
 from monitor.collector import guard
 from monitor.collector.service import Service, Settings
 from monitor.watchlist import card
@@ -84,3 +85,10 @@ def test_a_request_that_dribbles_is_cut_off_and_counted(service, monkeypatch, fi
         except ConnectionResetError:
             pass
     eventually(lambda: refused(service, "http_slow") == 1)
+
+
+def test_half_of_what_tls_needs_is_refused_in_one_line(tmp_path, capsys):
+    card.write(watchlist([sparse("f")]), tmp_path / "w.safetensors")
+    arguments = ["collector", "--watchlist", str(tmp_path / "w.safetensors"), "--tls-client-ca", "ca.pem"]
+    assert main(arguments) == 2
+    assert "Give both" in capsys.readouterr().err
