@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,8 @@ def features_of(count: int) -> list[card.Feature]:
 class Load:
     """Decode steps of REQUESTS requests, without end."""
 
-    def __init__(self, features: int, seed: int = 0) -> None:
+    def __init__(self, features: int, seed: int = 0, life_steps: int = LIFE_STEPS) -> None:
+        self._life_steps = life_steps
         rng = np.random.default_rng(seed)
         self._step = 0
         self._fires = []
@@ -66,14 +66,14 @@ class Load:
         self._norm = rng.uniform(1, 50, (REQUESTS, 1)).astype(np.float32)
 
     def next(self) -> StepBatch:
-        wave, at = divmod(self._step, LIFE_STEPS)
+        wave, at = divmod(self._step, self._life_steps)
         self._step += 1
         handles = wave * REQUESTS + np.arange(1, REQUESTS + 1)
         segments = np.empty(REQUESTS, SEGMENT_DTYPE)
         segments["handle"], segments["start"], segments["count"] = handles, at, 1
         segments["state"], segments["reason"], segments["phase"] = TokenState.SCORED, 0, Phase.OUTPUT
-        names = [(int(h), f"chatcmpl-{h:024d}-0123abcd") for h in handles] if at in (0, LIFE_STEPS - 1) else []
-        end = at == LIFE_STEPS - 1
+        names = [(int(h), f"chatcmpl-{h:024d}-0123abcd") for h in handles] if at in (0, self._life_steps - 1) else []
+        end = at == self._life_steps - 1
         return StepBatch(
             step=self._step,
             time_unix_nano=time.time_ns(),
@@ -82,7 +82,9 @@ class Load:
             dense_RP=self._dense,
             norm_RH=self._norm,
             opened=tuple(RequestOpened(h, name, 0) for h, name in names) if at == 0 else (),
-            closed=tuple(RequestClosed(h, n, 0, LIFE_STEPS + 1, LIFE_STEPS, Outcome.FINISHED) for h, n in names)
+            closed=tuple(
+                RequestClosed(h, n, 0, self._life_steps + 1, self._life_steps, Outcome.FINISHED) for h, n in names
+            )
             if end
             else (),
         )
@@ -226,13 +228,14 @@ def measure(features: int, seconds: float) -> dict[str, Any]:
 def fill(replicas: int, features: int) -> None:
     """Child process: a collector's state with everything that it may hold in use; prints its resident MiB."""
     pipeline = Pipeline(watchlist(features_of(features)))
-    loads = [(hello(replica=f"pod-{i}/0", engine=str(i)), Load(features, i)) for i in range(replicas)]
+    loads = [(hello(replica=f"pod-{i}/0", engine=str(i)), Load(features, i, life_steps=4)) for i in range(replicas)]
     for who, _ in loads:
         pipeline.hello(who, 1000.0)
-    waves = 1 + (pipeline.bounds.closed_requests + pipeline.bounds.flagged_requests) // (replicas * REQUESTS)
-    for who, load in loads:
-        for sequence in range(1, (waves * LIFE_STEPS + LIFE_STEPS // 2) + 1):
-            pipeline.observe(who, sequence, replace(load.next(), time_unix_nano=0), 1000.0)
+    bounds = pipeline.bounds
+    waves = -(-(bounds.closed_requests + bounds.flagged_requests) // bounds.open_requests)
+    for sequence in range(1, 4 * waves + 3):
+        for who, load in loads:
+            pipeline.observe(who, sequence, load.next(), 1000.0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     opened = sum(engine.open_requests for engine in pipeline.snapshot(1000.0).engines)
     mib = pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)

@@ -1,8 +1,8 @@
 """An engine that has only the edge of one: steps of made-up scores into the real ring, for the real exporter.
 
 `python -m tests.chaos.engine CONFIG` runs steps until standard input says how to end: "stop" lets its requests run
-out and waits for the exporter, "die" kills the process between two steps. Either way the last line of its output is
-what it handed over, to be compared with what collectors counted.
+out, "die" kills the process between two steps. Either way it says what it handed over, to be compared with what
+collectors counted. After "stop" it keeps its exporter until another line of input comes.
 """
 
 from __future__ import annotations
@@ -110,11 +110,14 @@ class Engine:
         self._exporter.keep(time.monotonic())
         return bool(rows)
 
-    def finish(self) -> None:
-        """No more steps; the exporter delivers what it can."""
+    def rest(self) -> None:
+        """No more steps; the last ones are settled."""
         while self._owed:
             self._hand_over(np.empty(0, np.int64), np.empty(0, np.int64), 0)
             time.sleep(0.01)
+
+    def close(self) -> None:
+        """Let the exporter deliver what it can in the time that it has, and end."""
         self.ring.close()
         self._exporter.process.wait(60)
 
@@ -166,7 +169,7 @@ def main() -> None:
                 break
             admit = False
         if not went:
-            engine.finish()
+            engine.rest()
             break
         due += 1 / config.steps_per_second
         time.sleep(max(0.0, due - time.monotonic()))
@@ -180,6 +183,8 @@ def main() -> None:
     print("DONE", json.dumps(handed), flush=True)
     if admit:
         os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.readline()
+    engine.close()
 
 
 def arguments(config: Config) -> list[str]:

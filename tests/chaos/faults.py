@@ -28,8 +28,7 @@ def kills(count: int, seed: int) -> Books:
                 collector.kill()
                 time.sleep(rng.uniform(0.0, 0.3))
         collector.start()
-        time.sleep(2.0)
-        handed = engine.end("stop")
+        handed = engine.stop([collector])
         return reconcile("collector SIGKILL", made, [handed], [collector.totals()], [engine])
 
 
@@ -46,8 +45,7 @@ def cuts(count: int, seed: int) -> Books:
             with made.fault():
                 proxy.cut()
                 time.sleep(0.2)
-        time.sleep(2.0)
-        handed = engine.end("stop")
+        handed = engine.stop([collector])
         return reconcile("connections reset", made, [handed], [collector.totals()], [engine])
 
 
@@ -65,8 +63,7 @@ def half_open(count: int, seed: int, seconds: float) -> Books:
                 proxy.silent = True
                 time.sleep(seconds)
                 proxy.silent = False
-        time.sleep(4.0)
-        handed = engine.end("stop")
+        handed = engine.stop([collector])
         return reconcile("half-open connections", made, [handed], [collector.totals()], [engine])
 
 
@@ -83,8 +80,7 @@ def stops(count: int, seed: int, seconds: float) -> Books:
                 collector.signal(signal.SIGSTOP)
                 time.sleep(seconds)
                 collector.signal(signal.SIGCONT)
-        time.sleep(3.0)
-        handed = engine.end("stop")
+        handed = engine.stop([collector])
         return reconcile("collector SIGSTOP", made, [handed], [collector.totals()], [engine])
 
 
@@ -99,13 +95,14 @@ def engine_deaths(count: int, seed: int) -> Books:
             engine = made.engine(f"unix://{collector.socket}")
             time.sleep(rng.uniform(0.5, 2.0))
             with made.fault():
-                handed.append(engine.end("die"))
+                handed.append(engine.die())
             engines.append(engine)
         last = made.engine(f"unix://{collector.socket}")
         time.sleep(1.0)
-        handed.append(last.end("stop"))
+        # More than this engine's own tokens are there already: those of the dead ones are waited for below.
+        handed.append(last.stop([collector]))
         sent = sum(h["tokens"] for h in handed)
-        until(lambda: sum(collector.totals().tokens.values()) >= sent, "the exporters of the dead engines", 20)
+        until(lambda: sum(collector.totals().tokens.values()) >= sent, "what all of their exporters held")
         return reconcile("engine killed and restarted", made, handed, [collector.totals()], [*engines, last])
 
 
@@ -126,8 +123,7 @@ def handovers(count: int, seed: int) -> Books:
                 proxy.upstream = turns[(i + 1) % 2].socket
                 time.sleep(0.3)
             turns[i % 2].start()
-        time.sleep(2.0)
-        handed = engine.end("stop")
+        handed = engine.stop(turns)
         return reconcile("two collectors in turn", made, [handed], [c.totals() for c in turns], [engine])
 
 
@@ -151,8 +147,7 @@ def clock_jumps(count: int, seed: int) -> Books:
             if i % 2:
                 collector.kill()
                 collector.start()
-        time.sleep(2.0)
-        handed = engine.end("stop")
+        handed = engine.stop([collector])
         return reconcile("clock set by hours", made, [handed], [collector.totals()], [engine])
 
 
@@ -172,6 +167,5 @@ def full_disks(count: int, seed: int) -> Books:
             until(lambda: collector.totals().durable, "the state to be whole again")
             collector.kill()
             collector.start()
-        time.sleep(2.0)
-        handed = engine.end("stop")
+        handed = engine.stop([collector])
         return reconcile(f"state disk full ({how})", made, [handed], [collector.totals()], [engine])

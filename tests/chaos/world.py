@@ -31,6 +31,8 @@ from tests.chaos import engine
 from tests.support.engines import ROOT
 from tests.support.streams import probe, sparse, watchlist
 
+CATCH_UP_SECONDS = 60.0
+"""For what waited in an exporter to arrive once nothing is broken any more; far below a second on a free machine."""
 FEATURES = (*(sparse(f"f{i}") for i in range(engine.SPARSE)), *(probe(f"p{i}") for i in range(engine.DENSE)))
 
 
@@ -158,13 +160,29 @@ class Engine:
             )
         self._read("READY")
 
-    def end(self, word: str) -> dict[str, int]:
-        """ "stop" or "die"; what it handed over."""
+    def stop(self, collectors: list[Collector]) -> dict[str, int]:
+        """End its requests and let what waits in its exporter arrive; what it handed over."""
+        handed = self._tell("stop")
+        deadline = time.monotonic() + CATCH_UP_SECONDS
+        while sum(sum(c.totals().tokens.values()) for c in collectors) < handed["tokens"]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        # It ends when it has nothing more to read.
+        self._process.communicate(timeout=60)
+        return handed
+
+    def die(self) -> dict[str, int]:
+        """Kill it between two steps; what it handed over."""
+        handed = self._tell("die")
+        self._process.wait(30)
+        return handed
+
+    def _tell(self, word: str) -> dict[str, int]:
         assert self._process.stdin is not None
         self._process.stdin.write(word + "\n")
         self._process.stdin.flush()
         handed: dict[str, int] = json.loads(self._read("DONE"))
-        self._process.wait(30)
         return handed
 
     def steps(self) -> Any:
