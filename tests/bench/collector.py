@@ -141,7 +141,8 @@ def throughput(collector: Collector, sender: Sender, load: Load, seconds: float)
         time.sleep(0.001)
     took = time.monotonic() - began
     after = collector.read()
-    tokens = after["latentwatch_tokens_total"] - before["latentwatch_tokens_total"]
+    # Before the first hello there is no engine, and no series of one.
+    tokens = after["latentwatch_tokens_total"] - before.get("latentwatch_tokens_total", 0)
     assert tokens == steps * REQUESTS
     cpu = after["process_cpu_seconds_total"] - before["process_cpu_seconds_total"]
     return tokens / cpu, tokens / took, offering / steps
@@ -263,22 +264,22 @@ def main() -> None:
         ).stdout
     )
     print(memory)
-    RESULT.write_text(
-        json.dumps(
-            {
-                "what": "one collector process: throughput per core, step to /metrics, exposition, memory",
-                "date": datetime.date.today().isoformat(),
-                "hardware": f"{platform.machine()}, {os.cpu_count()} cores shared with other work",
-                "versions": {"latentwatch": __version__, "python": platform.python_version(), "numpy": np.__version__},
-                "load": f"{REQUESTS} requests a step, one token each, {LIFE_STEPS} steps long",
-                "rows": rows,
-                "memory": memory,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    write(rows, memory)
     print(f"wrote {RESULT.relative_to(ROOT)}")
+
+
+def write(rows: list[dict[str, Any]], memory: dict[str, Any]) -> None:
+    result = {
+        "what": "one collector process: throughput per core, step to /metrics, exposition, memory",
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores shared with other work",
+        "versions": {"latentwatch": __version__, "python": platform.python_version(), "numpy": np.__version__},
+        "load": f"{REQUESTS} requests a step, one token each, {LIFE_STEPS} steps long",
+        "load_average": os.getloadavg(),
+        "rows": rows,
+        "memory": memory,
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
