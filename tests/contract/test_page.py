@@ -24,21 +24,26 @@ def service(tmp_path: Path) -> Iterator[Service]:
         yield made
 
 
-def text_of(url: str, profile: Path) -> tuple[str, str]:
-    """The page's markup after its scripts ran for three seconds, and the text in it."""
+def browse(url: str, profile: Path, *more: str) -> str:
+    """What a headless browser prints of the page after its scripts ran for three seconds."""
     argv = [
         program("chromium"),
         *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
         *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
         f"--user-data-dir={profile}",
         "--virtual-time-budget=3000",
-        "--dump-dom",
+        *more,
         url,
     ]
     ran = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", ran.stdout))
-    return ran.stdout, text
+    return ran.stdout
+
+
+def text_of(url: str, profile: Path) -> tuple[str, str]:
+    """The page's markup, and the text in it."""
+    markup = browse(url, profile, "--dump-dom")
+    return markup, re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", markup))
 
 
 @pytest.mark.e2e
@@ -90,3 +95,17 @@ def test_a_collector_that_writes_evidence_shows_a_request_token_by_token(tmp_pat
     assert "Token by token" in text and "One column a token, 4 in all" in text
     (cell,) = re.findall(r'<rect class="cell over" x="(\d+)"', markup)
     assert cell == "2" and "token 2: 5.00" in markup
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("width", [1440, 800])
+@pytest.mark.parametrize("view", ["", "#feature=jailbreak", "#request=chatcmpl-1-0123abcd"])
+def test_every_view_is_drawn_at_both_widths(service, tmp_path, view, width):
+    """The pictures stay in the test's folder for a person to look at; an empty page of this size has some 5 kB."""
+    exceed(service)
+    picture = tmp_path / "view.png"
+    more = ("--hide-scrollbars", f"--window-size={width},1000", f"--screenshot={picture}")
+    browse(f"{service.http_url}/{view}", tmp_path / "profile", *more)
+    drawn = picture.read_bytes()
+    assert (int.from_bytes(drawn[16:20]), int.from_bytes(drawn[20:24])) == (width, 1000)
+    assert len(drawn) > 20_000
