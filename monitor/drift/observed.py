@@ -52,6 +52,8 @@ class Observed:
     """Terms in it, int64."""
     strata_SFB: Array
     """Requests by adapter and score bucket, int64."""
+    hour_strata_HS: Array
+    """Requests by hour of the week and adapter, int64: without it an adapter's hours would count twice."""
     cells_FC: Array
     tail_FK: Array
     """The largest values, descending, -inf where there are fewer."""
@@ -86,6 +88,7 @@ class Observed:
             difference_ZFL=np.zeros((len(SCALES), F, L)),
             differences_Z=np.zeros(len(SCALES), np.int64),
             strata_SFB=np.zeros((STRATA, F, L + 1), np.int64),
+            hour_strata_HS=np.zeros((HOURS, STRATA), np.int64),
             cells_FC=np.zeros((F, CELLS), np.int64),
             tail_FK=np.full((F, TAIL), -np.inf, np.float32),
             coactive_PP=np.zeros((P, P), np.int64),
@@ -172,6 +175,7 @@ class Observed:
             return
         levels_FB = counts.levels_GFB.sum(axis=0)
         np.add.at(self.strata_SFB, stratum_G, counts.levels_GFB)
+        np.add.at(self.hour_strata_HS[hour_of_week(end_seconds)], stratum_G, counts.requests_GF.max(axis=1))
         self.cells_FC += counts.cells_FC
         self.coactive_PP += counts.coactive_PP
         first, last = self.totals[2:]
@@ -243,9 +247,12 @@ class Observed:
         # Strata are told apart by name; in a fixed order, so that a + b is b + a.
         strata = tuple(sorted({*self.strata, *other.strata}))
         merged["strata_SFB"] = np.zeros_like(self.strata_SFB)
+        merged["hour_strata_HS"] = np.zeros_like(self.hour_strata_HS)
         for part in (self, other):
             for s, name in enumerate(part.strata):
-                merged["strata_SFB"][min(strata.index(name), STRATA - 1)] += part.strata_SFB[s]
+                to = min(strata.index(name), STRATA - 1)
+                merged["strata_SFB"][to] += part.strata_SFB[s]
+                merged["hour_strata_HS"][:, to] += part.hour_strata_HS[:, s]
         together = Observed._sized(self.hour_square_HFL.shape[1], self.hour_square_HFL.shape[2], len(self.coactive_PP))
         for name, array in merged.items():
             setattr(together, name, array)

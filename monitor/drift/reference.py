@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from monitor.aggregate.counts import COUNT_LEVELS, Layout, above, cells_of
+from monitor.aggregate.counts import COUNT_LEVELS, Layout, above
 from monitor.drift.observed import HOURS, Observed
 
 Array = npt.NDArray[Any]
@@ -44,6 +44,14 @@ class Season(IntEnum):
     STATIC = 0
     HOUR_OF_DAY = 1
     HOUR_OF_WEEK = 2
+
+
+_BINS: Final = {
+    Season.STATIC: np.zeros(HOURS, np.int64),
+    Season.HOUR_OF_DAY: np.arange(HOURS) % 24,
+    Season.HOUR_OF_WEEK: np.arange(HOURS),
+}
+"""Which hours of the week share a rate."""
 
 
 class Status(IntEnum):
@@ -136,6 +144,10 @@ def fit(observed: Observed, layout: Layout, options: Options) -> Reference:
     phi_F = _dispersion(observed, rate_F, pick)
     season_F, slow_F, active_HF, requests_HF = _season(observed, rate_F, phi_F, pick)
     rate_HF, high_HF, low_HF = _rates(active_HF, requests_HF, season_F, slow_F, phi_F, observed, options)
+    stratum_SF = _strata(observed, rate_F, phi_F, pick)
+    # An hour's rate is that of the adapters that it usually has; what they contribute is put back window by window.
+    usual_HF = _usual(observed.hour_strata_HS, stratum_SF, season_F)
+    rate_HF, high_HF, low_HF = rate_HF / usual_HF, high_HF / usual_HF, low_HF / usual_HF
     status_F = np.where(active_F == 0, Status.NEVER_FIRED, np.where(active_F < MIN_ACTIVE, Status.THIN, Status.OK))
     low_HF = np.where(status_F == Status.OK, low_HF, 0.0)
     pair_PP, pair_phi_PP = _pairs(observed, layout, phi_F, options)
@@ -151,7 +163,7 @@ def fit(observed: Observed, layout: Layout, options: Options) -> Reference:
         rate_HF=rate_HF,
         high_HF=high_HF,
         low_HF=low_HF,
-        stratum_SF=_strata(observed, rate_F, phi_F, pick),
+        stratum_SF=stratum_SF,
         strata=observed.strata,
         shape_KFC=_shapes(observed.cells_FC, phi_F, options),
         pair_PP=pair_PP,
@@ -204,21 +216,16 @@ def _season(
     active_HF = above(levels_HFB)[(slice(None), *pick)].astype(np.float64)
     requests_HF = levels_HFB.sum(axis=2).astype(np.float64)
     square_HF = observed.hour_square_HFL[(slice(None), *pick)]
-    day_H = np.arange(HOURS) % 24
-    week_H = np.arange(HOURS)
     season_F = np.full(len(rate_F), Season.STATIC)
     days = observed.span_seconds / 86400
-    for season, bins_H, least_days in ((Season.HOUR_OF_DAY, day_H, 2), (Season.HOUR_OF_WEEK, week_H, 14)):
+    for season, least_days in ((Season.HOUR_OF_DAY, 2), (Season.HOUR_OF_WEEK, 14)):
+        bins_H = _BINS[season]
         binned = np.zeros((bins_H.max() + 1, len(rate_F)))
         np.add.at(binned, bins_H, active_HF)
         season_F[(days >= least_days) & (binned.min(axis=0) >= BIN_ACTIVE)] = season
     bin_active_HF, bin_requests_HF = np.empty_like(active_HF), np.empty_like(requests_HF)
     slow_F = np.zeros(len(rate_F))
-    for season, bins_H in (
-        (Season.STATIC, np.zeros(HOURS, int)),
-        (Season.HOUR_OF_DAY, day_H),
-        (Season.HOUR_OF_WEEK, week_H),
-    ):
+    for season, bins_H in _BINS.items():
         (chosen,) = np.nonzero(season_F == season)
         if not len(chosen):
             continue
@@ -265,6 +272,18 @@ def _strata(observed: Observed, rate_F: Array, phi_F: Array, pick: tuple[Array, 
     # A large adapter without the feature is known to be without it, too.
     none_SF = (active_SF < BIN_ACTIVE * phi_F) & (requests_SF * rate_F >= 4 * BIN_ACTIVE * phi_F)
     return np.where(known_SF | none_SF, np.maximum(ratio_SF, 1e-3), 1.0)
+
+
+def _usual(hour_strata_HS: Array, stratum_SF: Array, season_F: Array) -> Array:
+    """Mean over the requests of each hour's bin of their adapters' rates / rate, [H, F]; 1 without traffic."""
+    usual_HF = np.ones((HOURS, len(season_F)))
+    for season, bins_H in _BINS.items():
+        binned = np.zeros((bins_H.max() + 1, hour_strata_HS.shape[1]))
+        np.add.at(binned, bins_H, hour_strata_HS)
+        requests = binned.sum(axis=1, keepdims=True)
+        mean = np.where(requests > 0, binned @ stratum_SF / np.maximum(requests, 1), 1.0)
+        usual_HF[:, season_F == season] = mean[bins_H][:, season_F == season]
+    return np.maximum(usual_HF, 1e-3)
 
 
 def _shapes(cells_FC: Array, phi_F: Array, options: Options) -> Array:
@@ -318,8 +337,3 @@ def _canaries(observed: Observed) -> tuple[Array, Array]:
     # 5 %: batches of other sizes round otherwise, and an activation near its threshold may go out: one cell of values.
     room_NF = np.maximum(6 * spread_NF, np.maximum(0.05 * np.abs(mean_NF), 0.02))
     return mean_NF - room_NF, mean_NF + room_NF
-
-
-def cell_of_limit(value: float) -> int:
-    """The cell of one value, for pages that mark a limit in a shape."""
-    return int(cells_of(np.array([value]))[0])

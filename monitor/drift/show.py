@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from monitor.aggregate.counts import cell_values
 from monitor.drift.baseline import Baseline
 from monitor.drift.limits import calibrated_limit
 from monitor.drift.reference import Reference, Season, Status
@@ -103,9 +104,10 @@ def _bars(cells_C: np.ndarray) -> str:
     if not held:
         return ""
     shown = cells_C[held[0] : held[-1] + 1]
-    top = int(shown.max())
+    top, values_C = int(shown.max()), cell_values()
     return _svg(
-        "".join(
+        f"<title>{values_C[held[0]]:.3g} to {values_C[held[-1]]:.3g}</title>"
+        + "".join(
             f'<rect x="{3 * x}" y="{38 - 36 * n / top:.1f}" width="2" height="{36 * n / top:.1f}" fill="#1b6ca8"/>'
             for x, n in enumerate(shown.tolist())
         ),

@@ -29,7 +29,7 @@ from monitor.drift.detection import (
     update_canary,
 )
 from monitor.drift.observed import Observed
-from monitor.drift.reference import Reference, Status
+from monitor.drift.reference import Reference
 
 Array = npt.NDArray[Any]
 
@@ -186,10 +186,6 @@ class ModelDrift:
             rate_ratio_F=shown.ratio_F if shown else np.empty(0),
             alarms=self._alarms(shown) if shown else [],
         )
-
-    def status(self) -> list[Status]:
-        """What the baseline can say of each feature; empty without one."""
-        return [Status(s) for s in self._reference.status_F.tolist()] if self._reference else []
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that later calls depend on, as plain values and copies of arrays."""

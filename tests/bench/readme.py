@@ -106,12 +106,59 @@ def collector() -> str:
     return f"{table(header, rows)}\n\n{note}"
 
 
+def drift() -> str:
+    result = json.loads((RESULTS / "drift.json").read_text())
+    silent = [
+        [
+            row["name"],
+            str(row["pages"]),
+            f"{row['feature_months']:g}",
+            f"{row['false_pages_per_month']:.2f} ({row['ci95'][0]:.2f} to {row['ci95'][1]:.2f})",
+            f"{_of(result['nulls'], row, 'CUSUM', 'false_pages_per_month'):,.0f}",
+            f"{_of(result['nulls'], row, 'PSI', 'false_pages_per_month'):,.0f}",
+        ]
+        for row in result["nulls"]
+        if row["detector"] == "latentwatch"
+    ]
+    found = [
+        [
+            row["name"],
+            f"{row['found_fraction']:.0%}",
+            _shown(row["median_delay_minutes"]),
+            _shown(row["median_delay_tokens"]),
+            _best_other(result["drifts"], row["name"]),
+        ]
+        for row in result["drifts"]
+        if row["detector"] == "latentwatch"
+    ]
+    nulls = table(["no drift", "pages", "feature-months", "a month (95 %)", "CUSUM", "PSI"], silent)
+    header = ["drift", "found", "median minutes", "median tokens", "best other, minutes"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    run = f"{result['hardware']}, {result['date']}; {versions}"
+    return f"{nulls}\n\n{table(header, found)}\n\n{run}."
+
+
+def _of(rows: list[dict[str, Any]], like: dict[str, Any], detector: str, column: str) -> float:
+    return float(next(r[column] for r in rows if r["name"] == like["name"] and r["detector"] == detector))
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _best_other(rows: list[dict[str, Any]], name: str) -> str:
+    others = [r for r in rows if r["name"] == name and r["detector"] != "latentwatch" and r["median_delay_minutes"]]
+    best = min(others, key=lambda row: row["median_delay_minutes"], default=None)
+    return f"{best['detector']} {_shown(best['median_delay_minutes'])}" if best else "-"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "step-time": step_time,
     "evidence": evidence,
     "probes": probes,
     "chaos": chaos,
     "collector": collector,
+    "drift": drift,
 }
 
 

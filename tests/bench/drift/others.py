@@ -65,12 +65,15 @@ class Cusum(Detector):
 
 
 class SeasonalCusum(Cusum):
-    """The same against our hourly rates."""
+    """The same against our hourly rates, of the adapters that the window has."""
 
     name = "CUSUM, hourly rates"
 
     def rates(self, window: Window) -> np.ndarray:
-        return self.reference.rate_HF[hour_of_week(window.end_seconds - 1)]
+        requests_GF = window.counts.requests_GF
+        hour = hour_of_week(window.end_seconds)
+        expected_GF = requests_GF * self.reference.expected_GF(self.reference.rate_HF, hour, window.stratum_G)
+        return expected_GF.sum(axis=0) / np.maximum(requests_GF.sum(axis=0), 1)
 
 
 class PageHinkley(Detector):

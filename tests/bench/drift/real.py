@@ -50,6 +50,8 @@ LONG_SECONDS = 300.0
 """Windows of the resampled months; limits are stated in time, so that a window's length does not move them."""
 START_SECONDS = 1_700_438_400.0
 CANARY_PROMPTS = 32
+LONGEST_WINDOWS = 12 * 60
+"""An incident that is not found in twelve hours counts as missed."""
 COMPARED = 8000
 """Held-out requests that are replayed on changed weights."""
 
@@ -211,7 +213,7 @@ def incident(
         np.concatenate((plain.value_nF, acts.value_nF)),
         np.concatenate((plain.tokens_n, acts.tokens_n)),
     )
-    ordinary_rows, act_rows, longest = len(plain.tokens_n), len(acts.tokens_n), 24 * 60
+    ordinary_rows, act_rows = len(plain.tokens_n), len(acts.tokens_n)
 
     def drawn(rng: np.random.Generator, share: float, count: int) -> Iterator[np.ndarray]:
         for _ in range(count):
@@ -228,7 +230,7 @@ def incident(
             scorer.layout,
             reference,
             windows(scorer.layout, joined, drawn(rng, 0.0, 60)),
-            windows(scorer.layout, joined, drawn(rng, share, longest)),
+            windows(scorer.layout, joined, drawn(rng, share, LONGEST_WINDOWS)),
         )
         found.append(np.inf if number is None else number)
         for kind in alarms:

@@ -201,3 +201,20 @@ def test_an_adapter_that_takes_over_is_no_drift_where_adapters_are_labelled():
     found = watched(traffic, reference, None, 200)
     assert not any(alarm_F.any() for alarm_F in found.alarms.values())
     assert reference.stratum_SF[1, 0] / reference.stratum_SF[0, 0] == pytest.approx(3, rel=0.1)
+
+
+def test_an_adapter_that_has_its_own_hours_does_not_count_twice():
+    """Its share is in the hour's rate already."""
+    two = np.array([[0.5], [1.5]]) * np.ones((1, 8))
+    scenario = Scenario(
+        np.full(8, 0.02),
+        20_000,
+        300,
+        adapter_ratio_AF=two,
+        adapter_share=lambda t: (0.7, 0.3) if t % 86400 < 43200 else (0.3, 0.7),
+    )
+    traffic, reference = calibrated(scenario, 4 * 288)
+    assert (reference.season_F == 1).all()
+    found = watched(traffic, reference, None, 288)
+    assert not any(alarm_F.any() for alarm_F in found.alarms.values())
+    assert found.ratio_F == pytest.approx(np.ones(8), rel=0.05)

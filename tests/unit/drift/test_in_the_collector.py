@@ -7,10 +7,13 @@ import itertools
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 from monitor.cli import main
 from monitor.collector.drift import DriftSettings
+from monitor.collector.exposition import ProcessFacts
 from monitor.collector.pipeline import Pipeline
+from monitor.collector.web import make_app
 from monitor.drift import baseline, canary
 from monitor.drift.baseline import Baseline, Fingerprint
 from monitor.errors import BaselineRefused, ConfigRefused, StreamRefused
@@ -222,6 +225,21 @@ def test_replicas_and_adapters_beyond_the_bounds_are_still_counted(trusted):
         Engine(pipeline, WATCHED, replica=f"pod-{replica}/0", seed=replica).serve(MONDAY + 30, requests=3)
     pipeline.tick(MONDAY + 120)
     assert pipeline.drift.views()[0].requests == 120
+
+
+def test_over_http_drift_is_explained_and_a_baseline_can_be_fetched(trusted):
+    pipeline = against(trusted)
+    engine = Engine(pipeline, WATCHED, seed=1)
+    minutes(engine, 60, 40)
+    minutes(engine, 100, 20, share=0.8)
+    app = make_app(pipeline, clock=lambda: MONDAY + 7200, process=lambda: ProcessFacts(1.0, 2, 3.0))
+    client = TestClient(app)
+    (model,) = client.get("/v1/drift").json()["models"]
+    assert model["armed"] and model["alarms"][0]["feature"] in ("a", "b")
+    assert [row["feature"] for row in model["features"]][2] == "p", "the most suspicious come first"
+    fetched = baseline.parse(client.get("/v1/drift/observed", params={"model_name": "toy"}).content)
+    assert fetched.observed.requests == 40 * (120 - 60 - 1 - model["excluded_windows"])
+    assert client.get("/v1/drift/observed", params={"model_name": "absent"}).status_code == 404
 
 
 # -- limits
