@@ -152,6 +152,23 @@ def _best_other(rows: list[dict[str, Any]], name: str) -> str:
     return f"{best['detector']} {_shown(best['median_delay_minutes'])}" if best else "-"
 
 
+def accounting() -> str:
+    result = json.loads((RESULTS / "accounting.json").read_text())
+    rows = [
+        [
+            row["mode"],
+            row["architecture"],
+            str(row["requests"]),
+            "exact" if row["i1_exact"] else "NOT exact",
+            "refused by name" if row["refused"] else f"{row['i2_max_error']:.1e}",
+            "identical" if row["i3_identical"] else "NOT identical",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["mode", "architecture", "requests", "I1", "I2, largest error", "I3"]
+    return f"{table(header, rows)}\n\n{_made(result)}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "step-time": step_time,
     "evidence": evidence,
@@ -159,6 +176,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "chaos": chaos,
     "collector": collector,
     "drift": drift,
+    "accounting": accounting,
 }
 
 
