@@ -25,6 +25,7 @@ def step_time() -> str:
     result = json.loads((RESULTS / "step-time.json").read_text())
     rows = [
         [
+            row["model"],
             str(row["batch"]),
             f"{row['step_ms_off']:.2f} ms",
             f"{row['throughput_ratio_p50']:.3f}",
@@ -33,8 +34,9 @@ def step_time() -> str:
         for row in result["rows"]
     ]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    run = f"{result['features']} features, {result['rows'][0]['pairs']} pairs a row"
-    header = ["concurrent requests", "step, off", "median ratio", "p20 to p80"]
+    watched = sorted({(row["model"], row["features"], row["pairs"]) for row in result["rows"]})
+    run = "; ".join(f"{model}: {features} features, {pairs} pairs a row" for model, features, pairs in watched)
+    header = ["model", "concurrent requests", "step, off", "median ratio", "p20 to p80"]
     return f"{table(header, rows)}\n\n{run}, {result['hardware']}, {result['date']}; {versions}."
 
 

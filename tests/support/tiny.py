@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,26 +15,26 @@ D_MODEL = 64
 LAYERS = 4
 
 
-def llama(path: Path, seed: int = 0) -> Path:
-    """A random bfloat16 Llama in Hugging Face's format, without a tokenizer."""
+def llama(path: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random bfloat16 Llama in Hugging Face's format, without a tokenizer. `changes`: to its LlamaConfig."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D_MODEL,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": D_MODEL,
+        "intermediate_size": 128,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         # Large enough that the residual stream differs between positions by more than bfloat16 noise.
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+        "initializer_range": 0.2,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**config, **changes})).to(torch.bfloat16).save_pretrained(path)
     return path
 
 
@@ -44,6 +45,8 @@ def watchlist(
     sparse: int = 12,
     dense: int = 2,
     d_model: int = D_MODEL,
+    num_layers: int = LAYERS,
+    threshold: float = 0.5,
     seed: int = 0,
     architecture: str = "LlamaForCausalLM",
 ) -> card.Watchlist:
@@ -56,7 +59,7 @@ def watchlist(
         w_hi = card.bf16_from_f32(w_KD)
         w_lo = card.bf16_from_f32(w_KD - card.f32_from_bf16(w_hi))
         scale = np.zeros((len(card.SCALE_ROWS), K), np.float32)
-        scale[0], scale[1], scale[2] = 0.5, 1.0, rng.normal(size=K) * 0.1
+        scale[0], scale[1], scale[2] = threshold, 1.0, rng.normal(size=K) * 0.1
         scale[[0, 3], sparse:] = -np.inf
         features = tuple(
             card.Feature(
@@ -72,5 +75,5 @@ def watchlist(
             for k in range(K)
         )
         hooks.append(card.HookRows(HookPoint(layer), features, w_hi, w_lo, scale))
-    model = card.ModelCard("tiny", architecture, d_model, LAYERS, VOCABULARY, ("bfloat16", "float32"))
+    model = card.ModelCard("tiny", architecture, d_model, num_layers, VOCABULARY, ("bfloat16", "float32"))
     return card.write(card.Watchlist("tiny", model, tuple(hooks)), path)
