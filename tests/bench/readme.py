@@ -165,7 +165,7 @@ def accounting() -> str:
             "refused by name" if row["refused"] else f"{row['i2_max_error']:.1e}",
             "identical" if row["i3_identical"] else "NOT identical",
         ]
-        for row in result["rows"]
+        for row in sorted(result["rows"], key=lambda row: (row["architecture"] != "Llama", row["mode"]))
     ]
     header = ["mode", "architecture", "requests", "I1", "I2, largest error", "I3"]
     return f"{table(header, rows)}\n\n{_made(result)}"
