@@ -37,7 +37,6 @@ REFUSALS: Final = (
     "too_many_streams",
     "superseded",
     "collector_error",
-    "hello_missing",
     "unauthenticated",
     "replica_identity",
     "message_too_large",

@@ -130,7 +130,8 @@ DRIFT_SINCE = Metric(
     "latentwatch_drift_since_timestamp_seconds",
     "gauge",
     (*_FEATURE, "kind"),
-    "Unix time at which a drift began, by the detector's own estimate; 0 while it does not alarm.",
+    "Unix time at which a drift began, by the detector's own estimate; 0 while it does not alarm, and where the drift "
+    "was there from the first window on. Whether it alarms: compare the evidence with its limit.",
 )
 DRIFT_WINDOWS = Metric(
     "latentwatch_drift_windows_total", "counter", ("model_name",), "Windows with requests that the detectors took."
