@@ -45,6 +45,7 @@ def write(path: Path, header: Mapping[str, Any], state: State) -> None:
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
+            # numpy's stubs take every further keyword for its option `allow_pickle`.
             np.savez(file, **{_TREE: np.frombuffer(tree, np.uint8)}, **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())

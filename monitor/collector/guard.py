@@ -43,6 +43,7 @@ def impatient(on_refused: Callable[[str], None]) -> type[asyncio.Protocol]:
     class Impatient(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
 
+        # uvicorn narrows the argument in the same way, against asyncio's stub.
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._expect()

@@ -76,6 +76,7 @@ class Attachment:
         try:
             function(*args, **kwargs)
         except Exception:
+            # Whatever it is, it must not reach the engine (I4): counted, logged, and after a few the monitor goes.
             self._failures += 1
             logger.exception(
                 "latentwatch: %s failed (%d of %d); serving goes on", function.__name__, self._failures, MAX_FAILURES
@@ -195,6 +196,7 @@ class Attachment:
         try:
             cache = kv.followed(self._worker)
         except Exception:
+            # Attributes of vLLM's that another version may lack: it costs inheritance, not the scores.
             logger.exception("latentwatch: the KV cache of this vLLM is not understood")
             cache = None
         if cache is None:
