@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 _TICK_SECONDS = 1.0
 _JUMP_SECONDS = 5.0
 """Beyond what time servers slew away unseen."""
+SWITCH_SECONDS = 0.0005
+"""How long a thread may keep the interpreter from another that wants it. Python's 5 ms, several times over in one
+look-up of evidence, would be tens of milliseconds beside the thread that writes it."""
 _STOP_SECONDS = 2.0
 """Time for streams to take their last ack and for a scrape in progress to finish."""
 
@@ -203,6 +207,7 @@ async def serve(settings: Settings, *, started: Callable[[Service], None]) -> No
 
     Raises: Refusal: the watchlist or an address cannot be used.
     """
+    sys.setswitchinterval(SWITCH_SECONDS)
     service = Service(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

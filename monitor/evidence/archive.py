@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ _EXCEEDANCE: Final = """
 SELECT r.request_id, r.response_id, r.trace_id, r.model_name, e.feature, e.seconds, e.position, e.phase, e.value
 FROM exceedance e JOIN request r ON r.key = e.request
 """
+_CLOCK_TICK_NS: Final = 100_000_000
+"""More than the resolution of a file system's times: two changes this close may bear the same one."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,9 @@ class Archive:
             )
         self.folder = folder
         self._readers: dict[Path, _Reader] = {}
+        self._paths: list[Path] = []
+        self._listed_at_ns = 0
+        """The folder's time of change when `_paths` was read from it; 0 for read it again."""
 
     def find(self, name: str) -> list[StoredRequest]:
         """Requests whose engine request id, response id or trace id this is, newest first."""
@@ -167,13 +173,21 @@ class Archive:
         self._readers.clear()
 
     def _newest_first(self) -> list[_Reader]:
-        paths = segments(self.folder)
-        for path in set(self._readers) - set(paths):
-            self._readers.pop(path).close()
-        for path in paths:
+        self._list_segments()
+        for path in self._paths:
             if path not in self._readers and (reader := _Reader.open(path)):
                 self._readers[path] = reader
-        return [self._readers[path] for path in reversed(paths) if path in self._readers]
+        return [self._readers[path] for path in reversed(self._paths) if path in self._readers]
+
+    def _list_segments(self) -> None:
+        """Only where the folder changed: each entry read is a chance for a busy thread to take the interpreter."""
+        changed_ns = self.folder.stat().st_mtime_ns
+        if changed_ns == self._listed_at_ns:
+            return
+        self._paths = segments(self.folder)
+        self._listed_at_ns = changed_ns if time.time_ns() - changed_ns > _CLOCK_TICK_NS else 0
+        for path in set(self._readers) - set(self._paths):
+            self._readers.pop(path).close()
 
 
 class _Reader:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from monitor.errors import ConfigRefused
-from monitor.evidence import contents, segment
+from monitor.evidence import audit, contents, segment
 from monitor.evidence.records import Ended, Record
 from monitor.evidence.segment import NOTHING_ERASED, Erased, Segment, Watched
 
@@ -103,6 +103,7 @@ class Store:
         for path in resting:
             self._open.pop(path).close()
         contents.prune(self.folder, self._retention.content_hours, now)
+        audit.checkpoint(self.folder)
 
     def attach(self, name: str, seal: Callable[[int], bytes], now: float) -> int:
         """Keep the content of the one request with this id. Returns how many have it; unless 1, nothing was kept."""
