@@ -56,6 +56,9 @@ bench-parity: $(VENV)/.dev ## our scores against every upstream library's, from 
 bench-evidence: $(VENV)/.dev ## a million exceedances written while requests are looked up
 	$(BIN)/python -m tests.bench.evidence
 
+bench-page: $(VENV)/.dev ## the live page with 1,024 features in a browser: time to load, memory after ten minutes
+	$(BIN)/python -m tests.bench.page
+
 bench-watchlist: $(VENV)/.dev ## time and memory of building a large watchlist
 	$(BIN)/python -m tests.bench.watchlist_build
 

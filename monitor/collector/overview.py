@@ -73,15 +73,22 @@ class Overview:
     """Per window."""
     tokens_missed: list[int]
     features: list[FeatureSeries]
-    """The most abnormal first."""
+    """The most abnormal first; some of those that were asked for."""
+    features_found: int
+    """How many were asked for."""
     features_total: int
     exceedances: list[Exceedance]
     """Newest first."""
     engines: list[Engine]
 
 
-def overview(pipeline: Pipeline, now: float, *, most_features: int) -> Overview:
-    """The state as the page shows it."""
+def overview(
+    pipeline: Pipeline, now: float, *, most_features: int, first_feature: int = 0, search: str = ""
+) -> Overview:
+    """The state as the page shows it: of the features that match `search`, at most so many from this rank on.
+
+    A feature's id matches that feature alone; any other text those that have it in id, label, hook point or severity.
+    """
     snapshot = pipeline.snapshot(now)
     end, windows = pipeline.recent(now)
     totals = sum((engine.tokens for engine in snapshot.engines), np.zeros((5, len(Reason), 3), np.int64))
@@ -92,6 +99,7 @@ def overview(pipeline: Pipeline, now: float, *, most_features: int) -> Overview:
     exceedances = pipeline.exceedances(EXCEEDANCES_SHOWN)
     minutes = pipeline.bounds.windows * pipeline.bounds.window_seconds / 60
     seen = is_everything_seen(coverage, engines, minutes)
+    found = _found(pipeline, windows, search.strip())
     return Overview(
         now=now,
         version=__version__,
@@ -107,7 +115,8 @@ def overview(pipeline: Pipeline, now: float, *, most_features: int) -> Overview:
         window_end=end,
         tokens_seen=seen_M.tolist(),
         tokens_missed=missed_M.tolist(),
-        features=_features(pipeline, snapshot, windows, seen_M, most_features),
+        features=_features(pipeline, snapshot, windows, seen_M, found[first_feature : first_feature + most_features]),
+        features_found=len(found),
         features_total=len(pipeline.features),
         exceedances=exceedances,
         engines=engines,
@@ -135,16 +144,32 @@ def _by_severity(features: Sequence[Feature], windows: FeatureWindow) -> dict[Se
     return counts
 
 
+def _hook_points(pipeline: Pipeline) -> list[str]:
+    return [str(rows.hook_point) for rows in pipeline.watchlist.hooks for _ in rows.features]
+
+
+def _found(pipeline: Pipeline, windows: FeatureWindow, text: str) -> list[int]:
+    """Numbers of the features that match, the most abnormal first."""
+    ranked = _by_abnormality(pipeline.features, windows.exceedances_F.sum(axis=0), windows.peak_F.max(axis=0))
+    if not text:
+        return ranked
+    if exact := [i for i in ranked if pipeline.features[i].id == text]:
+        return exact
+    points = _hook_points(pipeline)
+    words = [f"{f.id} {f.label} {points[i]} {f.severity}".lower() for i, f in enumerate(pipeline.features)]
+    return [i for i in ranked if text.lower() in words[i]]
+
+
 def _features(
-    pipeline: Pipeline, snapshot: Snapshot, windows: FeatureWindow, seen_M: Array, most: int
+    pipeline: Pipeline, snapshot: Snapshot, windows: FeatureWindow, seen_M: Array, wanted: Sequence[int]
 ) -> list[FeatureSeries]:
-    points = [str(rows.hook_point) for rows in pipeline.watchlist.hooks for _ in rows.features]
+    points = _hook_points(pipeline)
     exceeded_F = windows.exceedances_F.sum(axis=0)
     peak_F = windows.peak_F.max(axis=0)
     total_F = sum((model.exceedances_F for model in snapshot.models), np.zeros(len(points), np.int64))
     fired_F = windows.fired_F.sum(axis=0)
     made = []
-    for i in _by_abnormality(pipeline.features, exceeded_F, peak_F)[:most]:
+    for i in wanted:
         feature = pipeline.features[i]
         made.append(
             FeatureSeries(

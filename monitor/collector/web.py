@@ -188,9 +188,18 @@ def _add_operations(
 
 def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> None:
     @app.get("/v1/overview", response_model=Overview, tags=["api"])
-    async def get_overview(features: Annotated[int, Query(ge=0, le=MAX_FEATURES)] = 48) -> Response:
-        """Verdicts, coverage, the most abnormal features over time, latest exceedances, engines."""
-        return as_json(overview(pipeline, clock(), most_features=features))
+    async def get_overview(
+        features: Annotated[int, Query(ge=0, le=MAX_FEATURES)] = 48,
+        first: Annotated[int, Query(ge=0, le=MAX_FEATURES)] = 0,
+        search: Annotated[str, Query(max_length=128)] = "",
+    ) -> Response:
+        """Verdicts, coverage, the most abnormal features over time, latest exceedances, engines.
+
+        `features` many of those that match `search`, from rank `first` on. An id finds its feature alone; any other
+        text is looked for in ids, labels, hook points and severities.
+        """
+        found = overview(pipeline, clock(), most_features=features, first_feature=first, search=search)
+        return as_json(found)
 
     @app.get("/v1/features", response_model=Features, tags=["api"])
     async def get_features() -> Response:

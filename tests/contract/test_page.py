@@ -12,8 +12,10 @@ import pytest
 
 from monitor.collector.evidence import EvidenceSettings
 from monitor.collector.service import Service
-from tests.support.collectors import collector, exceed
+from tests.support.browser import browser
+from tests.support.collectors import FEATURES, collector, exceed
 from tests.support.real import program
+from tests.support.streams import sparse
 
 EVIL = "chatcmpl-<img src=x onerror=\"document.title='taken'\">-0123abcd"
 
@@ -95,6 +97,32 @@ def test_a_collector_that_writes_evidence_shows_a_request_token_by_token(tmp_pat
     assert "Token by token" in text and "One column a token, 4 in all" in text
     (cell,) = re.findall(r'<rect class="cell over" x="(\d+)"', markup)
     assert cell == "2" and "token 2: 5.00" in markup
+
+
+@pytest.mark.e2e
+def test_many_features_are_paged_and_searched_with_the_keyboard(tmp_path):
+    """The browser holds one page of them, whatever the watchlist's size."""
+    features = (*FEATURES, *(sparse(f"l1.f{i}", label=f"Topic {i}") for i in range(98)))
+    rows = "document.querySelectorAll('#features tr').length"
+    note = "document.querySelector('#features-note').textContent"
+    with collector(tmp_path, features) as made, browser(tmp_path / "profile") as (tab, _):
+        exceed(made, features=features)
+        tab.open(made.http_url + "/")
+        tab.until(f"{note} === '1 to 48 of 100, the most abnormal first'")
+        for said, shown in (("49 to 96 of 100", 48), ("97 to 100 of 100", 4)):
+            tab.run("document.querySelector('#later').focus()")
+            tab.press("Enter")
+            tab.until(f"{note}.startsWith('{said}') && {rows} === {shown}")
+        tab.run("document.querySelector('#filter').focus()")
+        for key in "topic 9":
+            tab.press(key)
+        tab.until(f"{note} === '9 found among 100, the most abnormal first' && {rows} === 9")
+        tab.press("x")
+        tab.until("!document.querySelector('#features-empty').hidden")
+        tab.open(made.http_url + "/#feature=l1.f97")
+        tab.until("document.querySelector('#request-body svg') && document.querySelector('#request').open")
+        tab.press("Escape")
+        tab.until("!document.querySelector('#request').open")
 
 
 @pytest.mark.e2e

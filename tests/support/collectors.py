@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from monitor.collector.drift import DriftSettings
 from monitor.collector.service import Service, Settings
 from monitor.names import Severity
 from monitor.watchlist import card
-from monitor.watchlist.card import Limit
+from monitor.watchlist.card import Feature, Limit
 from tests.support.drift import random_baseline
 from tests.support.streams import Piece, Tokens, hello, probe, sparse, step_batch, watchlist
 from tests.support.wire import in_loop
@@ -26,13 +26,11 @@ FEATURES = (
 
 
 @contextlib.contextmanager
-def collector(folder: Path, **settings: Any) -> Iterator[Service]:
+def collector(folder: Path, features: Sequence[Feature] = FEATURES, **settings: Any) -> Iterator[Service]:
     """A service on free addresses, without engines."""
-    built = card.write(watchlist(FEATURES), folder / "w.safetensors")
-    drift = DriftSettings(random_baseline(FEATURES, sha256=built.sha256))
-    made = Service(
-        Settings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", drift=drift, **settings)
-    )
+    built = card.write(watchlist(features), folder / "w.safetensors")
+    settings.setdefault("drift", DriftSettings(random_baseline(features, sha256=built.sha256)))
+    made = Service(Settings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", **settings))
     in_loop(made.start())
     try:
         yield made
@@ -40,15 +38,16 @@ def collector(folder: Path, **settings: Any) -> Iterator[Service]:
         in_loop(made.stop())
 
 
-def exceed(service: Service, request_id: str = "chatcmpl-1-0123abcd") -> None:
-    """One engine, and a request of four tokens, the third above "jailbreak" with 5.0. Its drift window closes."""
+def exceed(service: Service, request_id: str = "chatcmpl-1-0123abcd", features: Sequence[Feature] = FEATURES) -> None:
+    """One engine, and a request of four tokens, the third above the first feature's limit with 5.0. Its drift window
+    closes."""
     who = hello(watchlist_sha256=service.pipeline.watchlist.sha256)
-    act = np.zeros((4, 2), np.float32)
+    act = np.zeros((4, len(features)), np.float32)
     act[2, 0] = 5.0
     request = Tokens(1, 2, act, np.ones(4, int), np.ones((4, 1), np.float32), request_id=request_id)
     batch = step_batch(
         [Piece(request, 0, 4)],
-        FEATURES,
+        features,
         time_unix_nano=time.time_ns(),
         opened=[request.opened()],
         closed=[request.closed()],

@@ -132,29 +132,32 @@ function featureDrift(id) {
   return said.map((alarm) => make("p", { className: "notice", textContent: `${alarm.text} It began: ${sinceWords(alarm)}.` }));
 }
 
-function featureView(feature, row, events) {
+function featureView(feature, overview) {
+  const row = overview.features.find((f) => f.feature === feature.id);
+  const events = overview.exceedances.filter((event) => event.feature === feature.id).slice(0, 12);
   const parts = [featureFacts(feature), ...featureDrift(feature.id)];
   if (row) {
     const svg = draw("svg", { preserveAspectRatio: "none", role: "img", "aria-label": `peak ${figure(row.peak)}, limit ${figure(row.limit)}` });
     sparkline(svg, row.series, row.limit);
-    parts.push(make("div", { className: "big-plot" }, svg, make("p", { className: "note", textContent: "Largest value in each window; the dashed line is the limit." })));
+    const bound = row.limit === null ? "" : `, limit ${figure(row.limit)} (dashed)`;
+    const ends = make("p", { className: "ends" }, make("span", { textContent: `${count(overview.tokens_seen.length)} windows of ${figure(overview.window_seconds)} s` }), make("span", { textContent: "now" }));
+    parts.push(make("h3", { textContent: `Largest value in each window: peak ${figure(row.peak)}${bound}` }), make("div", { className: "big-plot" }, svg, ends));
   }
   const list = make("ol", { className: "plain" });
   for (const event of events) {
     const link = make("a", { href: `#request=${encodeURIComponent(event.request_id)}`, textContent: shortId(event) });
-    list.append(make("li", {}, link, ` ${figure(event.peak)}, from token ${event.position} (${event.phase}), ${ago(shown.now - event.seconds)}`));
+    list.append(make("li", {}, link, ` ${figure(event.peak)}, from token ${event.position} (${event.phase}), ${ago(overview.now - event.seconds)}`));
   }
   parts.push(make("h3", { textContent: "Latest requests over the limit" }), events.length ? list : make("p", { className: "empty", textContent: "None among the latest exceedances." }));
   return parts;
 }
 
 async function featureParts(id) {
-  const [{ body: all }, { body: overview }] = await Promise.all([fetched("v1/features"), fetched(`v1/overview?features=${shown?.features_total ?? FEW}`)]);
+  const [{ body: all }, { body: overview }] = await Promise.all([fetched("v1/features"), fetched(overviewPath(1, 0, id))]);
   const feature = all.features.find((f) => f.id === id);
   if (!feature) return [make("p", { className: "empty", textContent: `The watchlist has no feature ${id}.` })];
   setText(at("request-title"), feature.label || feature.id);
-  const row = overview.features.find((f) => f.feature === id);
-  return featureView(feature, row, overview.exceedances.filter((event) => event.feature === id).slice(0, 12));
+  return featureView(feature, overview);
 }
 
 // -- one request, token by token; only a collector that writes evidence knows every position

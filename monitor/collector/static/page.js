@@ -2,7 +2,7 @@
 "use strict";
 
 const REFRESH_MS = 2000;
-const FEW = 48;
+const PAGE = 48;
 const STATES = ["scored", "inherited", "unseen", "dropped"];
 const ICONS = {
   ok: ["M13 1a12 12 0 1 0 0 24 12 12 0 0 0 0-24Z", "m8 13.5 3.5 3.5 7-7.5"],
@@ -12,7 +12,9 @@ const ICONS = {
 };
 
 const at = (id) => document.getElementById(id);
-let most = FEW;
+// Rank of the first feature on the page. The collector ranks and searches, so that the browser holds one page of them.
+let first = 0;
+let asked = 0;
 let shown = null;
 
 function make(tag, properties = {}, ...children) {
@@ -235,20 +237,16 @@ function updateFeature(row, feature) {
 }
 
 function features(view) {
-  const wanted = at("filter").value.trim().toLowerCase();
-  const matches = (f) => `${f.feature} ${f.label} ${f.hook_point} ${f.severity}`.toLowerCase().includes(wanted);
-  const rows = view.features.filter(matches);
+  const { features: rows, features_found: found, features_total: total } = view;
   reconcile(at("features"), rows, (f) => f.feature, featureRow, updateFeature);
-  const missing = view.features_total - view.features.length;
-  setText(
-    at("features-note"),
-    missing ? `${view.features.length} of ${count(view.features_total)}, the most abnormal first` : `${count(view.features_total)}, the most abnormal first`,
-  );
+  const which = found > PAGE ? `${first + 1} to ${first + rows.length} of ` : "";
+  const of = found < total ? `${count(found)} found among ${count(total)}` : count(total);
+  setText(at("features-note"), `${which}${of}, the most abnormal first`);
   at("features-empty").hidden = rows.length > 0;
-  setText(at("features-empty"), `No feature of these matches “${at("filter").value.trim()}”.`);
-  const more = at("more");
-  more.hidden = view.features_total <= FEW;
-  setText(more, missing ? `Show all ${count(view.features_total)}` : `Show the ${FEW} most abnormal`);
+  setText(at("features-empty"), `None of ${count(total)} features has “${at("filter").value.trim()}” in its id, label, hook point or severity.`);
+  at("pages").hidden = found <= PAGE;
+  at("earlier").disabled = first === 0;
+  at("later").disabled = first + rows.length >= found;
   const minutes = (view.tokens_seen.length * view.window_seconds) / 60;
   setText(at("span"), `last ${minutes % 1 ? minutes.toFixed(1) : minutes} min`);
 }
@@ -412,6 +410,7 @@ async function showDetails() {
   }
   setText(at("details-kind"), kind === "request" ? "Request" : "Feature");
   setText(at("request-title"), id);
+  at("request-title").className = kind;
   at("request-body").replaceChildren(make("p", { className: "empty", textContent: "Looking it up." }));
   if (!dialog.open) dialog.showModal();
   let parts;
@@ -425,19 +424,38 @@ async function showDetails() {
 
 // -- the loop
 
+function overviewPath(features, from, search) {
+  return `v1/overview?${new URLSearchParams({ features, first: from, search })}`;
+}
+
+// Null for an answer that came after the question changed.
 async function ask() {
-  const response = await fetch(`v1/overview?features=${most}`, { signal: AbortSignal.timeout(8000) });
+  const turn = ++asked;
+  const response = await fetch(overviewPath(PAGE, first, at("filter").value), { signal: AbortSignal.timeout(8000) });
   if (!response.ok) throw new Error(`status ${response.status}`);
-  return response.json();
+  const view = await response.json();
+  return turn === asked ? view : null;
+}
+
+async function turnTo(rank) {
+  first = Math.max(0, rank);
+  try {
+    const view = await ask();
+    if (view) show(view);
+  } catch {
+    // The next refresh says that the collector does not answer.
+  }
 }
 
 async function refresh() {
-  // A hidden page, and one that shows a thousand features, asks less often.
-  setTimeout(refresh, document.hidden || most > 256 ? 4 * REFRESH_MS : REFRESH_MS);
-  let view = null;
+  // A hidden page asks less often.
+  setTimeout(refresh, document.hidden ? 4 * REFRESH_MS : REFRESH_MS);
+  let view;
   try {
     view = await ask();
+    if (view === null) return;
   } catch (error) {
+    view = null;
     const since = shown === null ? "Nothing has been shown yet." : `What is shown is from ${clockTime(shown.now)}.`;
     setText(at("banner"), `The collector does not answer (${error.message}). ${since} Trying again every 2 seconds.`);
   }
@@ -447,16 +465,9 @@ async function refresh() {
   if (view !== null) show(view);
 }
 
-at("filter").addEventListener("input", () => {
-  if (!shown) return;
-  // What is looked for may not be among the most abnormal ones.
-  if (at("filter").value) most = shown.features_total;
-  features(shown);
-});
-at("more").addEventListener("click", async () => {
-  most = most === FEW ? shown.features_total : FEW;
-  show(await ask());
-});
+at("filter").addEventListener("input", () => turnTo(0));
+at("earlier").addEventListener("click", () => turnTo(first - PAGE));
+at("later").addEventListener("click", () => turnTo(first + PAGE));
 at("find").addEventListener("submit", (event) => {
   event.preventDefault();
   const id = at("find-id").value.trim();

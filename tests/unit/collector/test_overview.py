@@ -95,6 +95,28 @@ def test_features_that_exceeded_come_first_the_severe_ones_before_the_others(bus
     assert [f.feature for f in overview(busy, 1001.0, most_features=2).features] == ["critical", "warned"]
 
 
+@pytest.mark.parametrize(
+    ("search", "first", "shown", "found"),
+    [
+        ("", 2, ["near", "quiet"], 4),
+        ("", 4, [], 4),
+        ("  near ", 0, ["near"], 1),
+        ("R", 0, ["critical", "warned", "near", "quiet"], 4),
+        ("CRIT", 0, ["critical"], 1),
+        ("chess", 0, [], 0),
+    ],
+)
+def test_features_are_searched_and_paged_in_the_order_of_the_page(busy, search, first, shown, found):
+    view = overview(busy, 1001.0, most_features=10, first_feature=first, search=search)
+    assert ([f.feature for f in view.features], view.features_found, view.features_total) == (shown, found, 4)
+
+
+def test_an_id_finds_its_feature_alone():
+    features = [sparse(name) for name in ("l1.f7", "l1.f77")]
+    made = Pipeline(watchlist(features))
+    assert [overview(made, 0.0, most_features=9, search=text).features_found for text in ("l1.f7", "L1.F7")] == [1, 2]
+
+
 def test_a_window_without_tokens_is_a_gap_and_one_without_a_fire_is_zero(busy):
     shown = {f.feature: f for f in overview(busy, 1001.0, most_features=10).features}
     assert shown["quiet"].series[-1] == 0.0 and shown["quiet"].series[-2] is None
