@@ -40,8 +40,8 @@ REQUEST_DTYPE = np.dtype([("slot", "<i4"), ("start", "<i4"), ("count", "<i4")])
 """One request of the step: its place in the exporter's tables, the position of its first row, its rows."""
 
 # Words of the ring's header page (uint64), each cursor on a cache line of its own.
-_MAGIC, _SLOTS, _STRIDE, _HEAD, _TAIL, _DROPPED_STEPS, _DROPPED_ROWS, _CLOSED, _RESTARTS, _ATTACHED = (
-    0, 1, 2, 8, 16, 24, 25, 26, 27, 32,
+_MAGIC, _SLOTS, _STRIDE, _HEAD, _TAIL, _DROPPED_STEPS, _DROPPED_ROWS, _CLOSED, _RESTARTS, _ATTACHED, _SEQUENCE = (
+    0, 1, 2, 8, 16, 24, 25, 26, 27, 32, 33,
 )  # fmt: skip
 # Words of a slot's header (int64).
 _STEP, _TIME, _REQUESTS, _ROWS, _SCORED_ROWS, _FIRES, _SILENT, _EVENTS = range(8)
@@ -220,6 +220,12 @@ class Ring:
         """Give the slot of the last peek() back to the engine."""
         self._tail += 1
         self._header[_TAIL] = self._tail
+
+    def next_sequence(self) -> int:
+        """A number for the next batch, from 1 on, which no exporter of this engine has used."""
+        number = int(self._header[_SEQUENCE]) + 1
+        self._header[_SEQUENCE] = number
+        return number
 
     @property
     def dropped_steps(self) -> int:

@@ -18,12 +18,14 @@ from typing import Final
 
 from monitor.exporter.kept import KeptScores
 from monitor.exporter.ledger import Ledger
+from monitor.exporter.leftovers import Leftovers
 from monitor.names import Reason
 from monitor.ring import Geometry, Ring
 from monitor.step import EngineCounters, StepBatch
 from monitor.transport.security import Credentials
 from monitor.transport.sender import Sender
 from monitor.transport.session import Hello
+from monitor.transport.spool import SpoolFolder, SpoolSettings
 
 log = logging.getLogger("latentwatch.exporter")
 
@@ -69,7 +71,7 @@ class Exporter:
         stats = self._sender.close(DRAIN_SECONDS)
         if stats.dropped_tokens:
             log.error(
-                "latentwatch: %d tokens were not delivered to the collector before the engine ended",
+                "latentwatch: %d tokens were not delivered to the collector before the engine ended, nor spooled",
                 stats.dropped_tokens,
             )
 
@@ -108,7 +110,11 @@ def main() -> int:
     config = json.loads(told)
     hello = Hello(**config["hello"])
     ring = Ring(config["fd"], Geometry(**config["geometry"]), create=False)
-    sender = Sender(config["collector"], hello, credentials=Credentials.from_env(os.environ))
+    credentials = Credentials.from_env(os.environ)
+    settings = SpoolSettings.from_env(os.environ)
+    folder = SpoolFolder(settings, hello.replica) if settings is not None else None
+    spool = folder.open(hello) if folder is not None else None
+    sender = Sender(config["collector"], hello, credentials=credentials, spool=spool, next_sequence=ring.next_sequence)
     kept = None
     if config["kept"]:
         kept = KeptScores(dense=ring.geometry.dense, hook_points=ring.geometry.hook_points, **config["kept"])
@@ -116,7 +122,16 @@ def main() -> int:
         armed=hello.armed, drafts=config["drafts"], kept=kept, cached_reason=Reason(config["cached_reason"])
     )
     exporter = Exporter(ring, ledger, sender)
-    sender.start()
+    leftovers = None
+    if folder is None:
+        sender.start()
+    else:
+        leftovers = Leftovers(
+            folder,
+            sender,
+            hello.boot_id,
+            lambda hello, spool: Sender(config["collector"], hello, credentials=credentials, spool=spool),
+        )
     ring.attach()
     while not stop:
         # Before the look at the ring: what was written before the engine went is then still read.
@@ -125,5 +140,9 @@ def main() -> int:
             if gone:
                 break
             time.sleep(IDLE_SECONDS)
+    if leftovers is not None:
+        leftovers.stop()
     exporter.finish()
+    if spool is not None:
+        spool.close()
     return 0

@@ -122,15 +122,6 @@ def encode_batch(sequence: int, batch: StepBatch) -> bytes:
     return pb.StreamRequest(batch=_batch_message(sequence, batch)).SerializeToString()
 
 
-def renumber(body: bytes, sequence: int) -> bytes:
-    """An encoded batch with another sequence. Raises StreamRefused when `body` is not one."""
-    request = _parse(body, "batch")
-    if request.WhichOneof("kind") != "batch":
-        raise _malformed("batch", f"{len(body)} bytes are no batch")
-    request.batch.sequence = sequence
-    return request.SerializeToString()
-
-
 def decode_request(data: bytes) -> Request:
     """Read a message of an exporter.
 

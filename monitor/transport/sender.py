@@ -1,8 +1,11 @@
 """The sender: batches of one engine boot to one collector, over one gRPC stream, from a thread of its own.
 
-The guarantee. Whatever `offer` accepted is either acknowledged by a collector that holds it, or still in the buffer,
-or counted in `stats()` as shed or dropped. The buffer is bounded whatever the collector does, and `offer` neither
-waits nor raises.
+The guarantee. Whatever `offer` accepted is either acknowledged by a collector that holds it, or still in the spool or
+the buffer, or counted in `stats()` as shed or dropped. Both are bounded whatever the collector does, and `offer`
+neither waits for it nor raises.
+
+Where batches wait. With a spool, each batch is written there before it can be sent, and read back to be sent; only what
+the spool does not take waits in memory. Batches leave in the order of their numbers, wherever they lie.
 
 What is given up first. Over `max_buffer_bytes`, the oldest batches that this stream has not carried yet lose their
 scores and keep their books (`shed_batches`), so that the collector still learns which tokens it did not see and why.
@@ -19,6 +22,8 @@ I/O or encoding of scores.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import math
 import random
@@ -39,6 +44,7 @@ from monitor.transport import codec
 from monitor.transport.rarely import Rarely
 from monitor.transport.security import Credentials
 from monitor.transport.session import Hello
+from monitor.transport.spool import Spool, Spooled
 from monitor.transport.target import Target
 
 log = logging.getLogger(__name__)
@@ -137,22 +143,31 @@ class SenderStats:
 class _Pending:
     """A batch that waits or is on its way. Once its scores are shed, `body` holds it: bytes are smaller."""
 
-    __slots__ = ("batch", "body", "has_scores", "nbytes", "ordinal", "sent", "tokens")
+    __slots__ = ("batch", "body", "has_scores", "nbytes", "sequence", "spooled", "tokens")
 
-    def __init__(self, batch: StepBatch) -> None:
-        self.ordinal = 0
+    def __init__(self, sequence: int, batch: StepBatch) -> None:
+        self.sequence = sequence
         self.batch: StepBatch | None = batch
         self.body = b""
         self.has_scores = batch.rows > 0
-        self.tokens = int(batch.segments_S["count"].sum(dtype="i8"))
+        self.tokens = _tokens(batch)
         self.nbytes = _cost_bytes(batch)
-        self.sent = False
+        self.spooled = False
 
-    def shed(self, sequence: int) -> None:
+    @classmethod
+    def from_spool(cls, spooled: Spooled) -> _Pending:
+        """A batch that lies on the disk; its message is let go once it is sent."""
+        pending = cls.__new__(cls)
+        pending.sequence, pending.tokens, pending.body = spooled
+        pending.batch, pending.has_scores, pending.spooled = None, False, True
+        pending.nbytes = _STRIPPED_ENTRY_BYTES + len(pending.body)
+        return pending
+
+    def shed(self) -> None:
         """Give up the scores, keep the books."""
         assert self.batch is not None
         try:
-            self.body = codec.encode_batch(sequence, self.batch.without_scores(Reason.BUFFER_FULL))
+            self.body = codec.encode_batch(self.sequence, self.batch.without_scores(Reason.BUFFER_FULL))
         except Exception:
             # What cannot be encoded is dropped and counted when its turn comes, as any other such batch.
             self.body = b""
@@ -160,10 +175,33 @@ class _Pending:
         self.nbytes = _STRIPPED_ENTRY_BYTES + len(self.body)
 
 
+class _ReadAhead:
+    """The spool as one stream sees it: the oldest batch there that the stream has not carried."""
+
+    def __init__(self, spool: Spool | None, after: int) -> None:
+        self._reader = spool.reader(after) if spool is not None else None
+        self.pending: _Pending | None = None
+
+    @property
+    def behind(self) -> bool:
+        """Whether `read` may find a batch."""
+        return self.pending is None and self._reader is not None and self._reader.behind
+
+    def read(self) -> None:
+        """Fill `pending` where it is empty and there is something to fill it with."""
+        if self.behind and self._reader is not None and (spooled := self._reader.read()) is not None:
+            self.pending = _Pending.from_spool(spooled)
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+
+
 class Sender:
     """Carries StepBatches of one engine boot to a collector. Make it, `start()` it, `offer` to it, `close()` it.
 
-    A Sender must be started in the process that uses it: its thread does not survive a fork.
+    A Sender must be started in the process that uses it: its thread does not survive a fork. Batches are offered from
+    one thread.
     """
 
     def __init__(
@@ -173,6 +211,8 @@ class Sender:
         *,
         credentials: Credentials | None = None,
         max_buffer_bytes: int = 64 << 20,
+        spool: Spool | None = None,
+        next_sequence: Callable[[], int] | None = None,
         backoff: Backoff | None = None,
         reply_timeout_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
@@ -184,6 +224,8 @@ class Sender:
                 credentials: absent for a collector that asks for none; their files are read for each stream.
                 max_buffer_bytes: memory for what no collector acknowledged yet, bytes; scores are shed above it,
                 books above twice of it.
+                spool: where batches wait until they are acknowledged; it outlives the sender and is not closed by it.
+                next_sequence: gives numbers that rise from 1 over all senders of this boot.
                 reply_timeout_seconds: a stream that owes us a reply for longer is ended and another one opened.
                 clock: seconds, rising.   wall_clock_ns: nanoseconds since the Unix epoch.
         Raises: ConfigRefused, "target_invalid".   StreamRefused, "malformed_hello": no collector would accept it.
@@ -207,11 +249,12 @@ class Sender:
         self._in_flight: deque[_Pending] = deque()
         self._queue_bytes = 0
         self._in_flight_bytes = 0
-        # On the wire a batch has the number base + ordinal; see `_on_reply` for the base.
-        self._base = 0
-        self._ordinal = 0
-        self._highest_sent = 0
-        self._acked = 0
+        self._spool = spool
+        self._next_sequence = next_sequence or itertools.count(1).__next__
+        self._sequence = 0
+        # What a sender before this one spooled, it may have sent as well.
+        self._highest_sent = spool.last if spool is not None else 0
+        self._acked = spool.acked if spool is not None else 0
         self._shed_batches = self._dropped_batches = self._dropped_tokens = self._refused_batches = 0
         self._resent_batches = self._welcomes = 0
         self._last_refusal: StreamRefused | None = None
@@ -239,17 +282,19 @@ class Sender:
     def offer(self, batch: StepBatch) -> None:
         """Take one batch for delivery. Never waits for the collector, never raises; after `close` it only counts."""
         try:
-            taken = [_Pending(piece) for piece in codec.pieces(batch)]
-            with self._lock:
-                for pending in taken:
-                    self._ordinal += 1
-                    pending.ordinal = self._ordinal
+            for piece in codec.pieces(batch):
+                self._sequence = self._next_sequence()
+                if self._to_spool(self._sequence, piece):
+                    continue
+                pending = _Pending(self._sequence, piece)
+                with self._lock:
                     if self._closing:
                         self._count_dropped(pending)
                         continue
                     self._queue.append(pending)
                     self._whole.append(pending)
                     self._queue_bytes += pending.nbytes
+            with self._lock:
                 self._keep_within_bounds()
                 self._lock.notify_all()
         except Exception:
@@ -264,8 +309,8 @@ class Sender:
         """The state now; cheap enough to read for every batch."""
         with self._lock:
             return SenderStats(
-                sequence=self._base + self._ordinal,
-                acked=self._base + self._acked,
+                sequence=self._sequence,
+                acked=self._acked,
                 buffered_batches=len(self._queue) + len(self._in_flight),
                 buffered_bytes=self._queue_bytes + self._in_flight_bytes,
                 shed_batches=self._shed_batches,
@@ -280,7 +325,7 @@ class Sender:
             )
 
     def close(self, drain_seconds: float = 5.0) -> SenderStats:
-        """Deliver what is buffered, for at most `drain_seconds`, then stop; what is left is counted as dropped.
+        """Deliver what waits, for at most `drain_seconds`, then stop; what is left in memory is counted as dropped.
 
         Returns within `drain_seconds` and about a second, whatever the collector does.
         """
@@ -302,12 +347,23 @@ class Sender:
             thread.join(_CLOSE_SECONDS)
         with self._lock:
             for pending in (*self._in_flight, *self._queue):
-                self._count_dropped(pending)
+                if not pending.spooled:
+                    self._count_dropped(pending)
             self._in_flight.clear()
             self._queue.clear()
             self._whole.clear()
             self._in_flight_bytes = self._queue_bytes = 0
         return self.stats()
+
+    def _to_spool(self, sequence: int, batch: StepBatch) -> bool:
+        """Whether the spool took a batch; one that cannot be sent is left to `_encoded` to tell."""
+        if self._spool is None or self._closing:
+            return False
+        try:
+            message = codec.encode_batch(sequence, batch)
+        except Exception:
+            return False
+        return len(message) <= codec.MAX_MESSAGE_BYTES and self._spool.append(sequence, _tokens(batch), message)
 
     # The buffer. Every method of this part is called with the lock held.
 
@@ -315,7 +371,7 @@ class Sender:
         while self._whole and self._queue_bytes + self._in_flight_bytes > self._max_bytes:
             pending = self._whole.popleft()
             self._queue_bytes -= pending.nbytes
-            pending.shed(self._base + pending.ordinal)
+            pending.shed()
             self._shed_batches += pending.has_scores
             self._queue_bytes += pending.nbytes
         while len(self._queue) > 1 and self._queue_bytes + self._in_flight_bytes > 2 * self._max_bytes:
@@ -333,34 +389,39 @@ class Sender:
         self._in_flight_bytes -= pending.nbytes
         return pending
 
-    def _move_in_flight(self) -> _Pending:
+    def _move_in_flight(self, spooled: _ReadAhead) -> _Pending:
+        """The batch of the lowest number, in memory or read from the spool."""
         if not self._in_flight:
             self._owed_since = self._clock()
-        pending = self._pop_queue()
+        ahead = spooled.pending
+        if ahead is not None and not (self._queue and self._queue[0].sequence < ahead.sequence):
+            pending, spooled.pending = ahead, None
+        else:
+            pending = self._pop_queue()
         self._in_flight.append(pending)
         self._in_flight_bytes += pending.nbytes
-        self._resent_batches += pending.sent
-        pending.sent = True
-        self._highest_sent = max(self._highest_sent, pending.ordinal)
+        self._resent_batches += pending.sequence <= self._highest_sent
+        self._highest_sent = max(self._highest_sent, pending.sequence)
         return pending
 
     def _take_back(self) -> None:
         """What the ended stream carried and no collector acknowledged waits again, in order, before the rest."""
-        self._queue.extendleft(reversed(self._in_flight))
-        self._whole.extendleft(pending for pending in reversed(self._in_flight) if pending.batch is not None)
-        self._queue_bytes += self._in_flight_bytes
+        carried = [pending for pending in reversed(self._in_flight) if not pending.spooled]
+        self._queue.extendleft(carried)
+        self._whole.extendleft(pending for pending in carried if pending.batch is not None)
+        self._queue_bytes += sum(pending.nbytes for pending in carried)
         self._in_flight.clear()
         self._in_flight_bytes = 0
         self._keep_within_bounds()
 
     def _release(self, sequence: int) -> None:
         """Forget what a collector holds: all that was sent, up to and including `sequence`."""
-        ordinal = min(sequence - self._base, self._highest_sent)
-        while self._in_flight and self._in_flight[0].ordinal <= ordinal:
+        sequence = min(sequence, self._highest_sent)
+        while self._in_flight and self._in_flight[0].sequence <= sequence:
             self._pop_in_flight()
-        while self._queue and self._queue[0].ordinal <= ordinal:
+        while self._queue and self._queue[0].sequence <= sequence:
             self._pop_queue()
-        self._acked = max(self._acked, ordinal)
+        self._acked = max(self._acked, sequence)
 
     def _count_dropped(self, pending: _Pending, *, refused: bool = False) -> None:
         self._dropped_batches += 1
@@ -391,7 +452,11 @@ class Sender:
 
     def _done(self) -> bool:
         """Whether closing leaves nothing to do; the lock is held."""
-        return self._closing and (self._clock() >= self._drain_until or not (self._queue or self._in_flight))
+        return self._closing and (self._clock() >= self._drain_until or not self._waits())
+
+    def _waits(self) -> bool:
+        """Whether anything is not acknowledged yet."""
+        return bool(self._queue or self._in_flight) or (self._spool is not None and not self._spool.empty)
 
     def _one_stream(self) -> bool:
         """Open a stream and carry batches until it ends. Returns whether it ended for a reason that will stay."""
@@ -435,13 +500,14 @@ class Sender:
                 self._release(reply.sequence)
             else:
                 self._release(reply.resume_after_sequence)
-                # A collector that holds more of this boot than we sent has it from a sender before us: the
-                # exporter was started again. Our numbers go on above, or they would pass for duplicates.
-                self._base += max(0, reply.resume_after_sequence - (self._base + self._highest_sent))
                 self._welcomes += 1
                 self._welcomed = True
                 self._last_refusal = None
                 self._last_error = ""
+            acked = self._acked
+        if self._spool is not None:
+            self._spool.release(acked)
+        with self._lock:
             self._lock.notify_all()
         if isinstance(reply, codec.Welcome):
             log.info("connected to the collector at %s", self._target)
@@ -449,7 +515,7 @@ class Sender:
     def _on_end(self, refusal: StreamRefused | None, error: str) -> None:
         """Settle what the ended stream leaves."""
         with self._lock:
-            carried = bool(self._in_flight)
+            carried = self._in_flight[0] if self._in_flight else None
             self._stream += 1
             self._welcomed = False
             self._call = None
@@ -457,14 +523,17 @@ class Sender:
             if refusal is not None:
                 self._last_refusal = refusal
                 error = str(refusal)
-                if carried and refusal.reason in _BLAMES_A_BATCH:
-                    self._blame_oldest()
+                if carried is not None and refusal.reason in _BLAMES_A_BATCH:
+                    self._blame(carried)
             elif self._stalled:
                 error = f"no reply for {self._reply_timeout_seconds:g} s"
             closing = self._done()
             if not closing:
                 self._last_error = error
+            acked = self._acked
             self._lock.notify_all()
+        if self._spool is not None:
+            self._spool.release(acked)  # what was dropped for the collector's sake as well
         if refusal is not None:
             if self._may_log(f"refused {refusal.reason[:64]}"):
                 log.error("the collector at %s refused this engine's scores: %.1000s", self._target, refusal)
@@ -476,54 +545,69 @@ class Sender:
                 self._max_bytes >> 20,
             )
 
-    def _blame_oldest(self) -> None:
+    def _blame(self, oldest: _Pending) -> None:
         """Count a refusal against the oldest batch, and drop it when it keeps the others from getting through.
 
         The lock is held.
         """
-        oldest = self._queue[0]
-        self._suspect_refusals = self._suspect_refusals + 1 if self._suspect == oldest.ordinal else 1
-        self._suspect = oldest.ordinal
+        self._suspect_refusals = self._suspect_refusals + 1 if self._suspect == oldest.sequence else 1
+        self._suspect = oldest.sequence
         if self._suspect_refusals >= _SUSPECT_REFUSALS:
-            self._count_dropped(self._pop_queue(), refused=True)
+            self._release(oldest.sequence)
+            self._count_dropped(oldest, refused=True)
 
     def _requests(self, stream: int) -> Iterator[bytes]:
         """What gRPC sends on one stream: the hello, and after the welcome every batch that waits, oldest first."""
         with self._lock:
-            last_acked = self._base + self._acked
+            last_acked = self._acked
         yield codec.encode_hello(self._hello, last_acked_sequence=last_acked, time_unix_nano=self._wall_clock_ns())
-        while (pending := self._next(stream)) is not None:
-            data = self._encoded(pending)
-            if data:
-                yield data
+        with contextlib.closing(_ReadAhead(self._spool, last_acked)) as spooled:
+            while (pending := self._next(stream, spooled)) is not None:
+                data = self._encoded(pending)
+                if data:
+                    yield data
 
-    def _next(self, stream: int) -> _Pending | None:
+    def _next(self, stream: int, spooled: _ReadAhead) -> _Pending | None:
         """Wait for a batch to send on `stream` and move it in flight; None when the stream is over."""
-        with self._lock:
-            while self._stream == stream and not self._done():
-                # Half the buffer, so that a collector which reads but never acknowledges cannot hold all of it.
-                if self._welcomed and self._queue and self._in_flight_bytes <= self._max_bytes // 2:
-                    return self._move_in_flight()
-                if self._welcomed and not self._in_flight:
-                    self._lock.wait()
-                    continue
-                left = self._owed_since + self._reply_timeout_seconds - self._clock()
-                if left <= 0:
-                    self._stalled = True
-                    self._call.cancel()
-                    return None
-                self._lock.wait(left)
-        return None
+        while True:
+            spooled.read()
+            with self._lock:
+                while not spooled.behind:
+                    if self._stream != stream or self._done():
+                        return None
+                    if self._welcomed:
+                        if spooled.pending is not None and spooled.pending.sequence <= self._acked:
+                            spooled.pending = None
+                            continue
+                        # Half the buffer, so that a collector which reads but never acknowledges cannot hold all of it.
+                        waits = self._queue or spooled.pending is not None
+                        if waits and self._in_flight_bytes <= self._max_bytes // 2:
+                            return self._move_in_flight(spooled)
+                        if not self._in_flight:
+                            self._lock.wait()
+                            continue
+                    left = self._owed_since + self._reply_timeout_seconds - self._clock()
+                    if left <= 0:
+                        self._stalled = True
+                        self._call.cancel()
+                        return None
+                    self._lock.wait(left)
 
     def _encoded(self, pending: _Pending) -> bytes:
         """The message of a batch in flight; empty when it cannot be sent, and then it is dropped and counted."""
         with self._lock:
-            sequence, batch, body = self._base + pending.ordinal, pending.batch, pending.body
+            sequence, batch, data = pending.sequence, pending.batch, pending.body
+            if pending.spooled:
+                pending.body = b""
         try:
-            data = codec.encode_batch(sequence, batch) if batch is not None else codec.renumber(body, sequence)
-            if len(data) <= codec.MAX_MESSAGE_BYTES:
+            if batch is not None:
+                data = codec.encode_batch(sequence, batch)
+            if not data:
+                found = "its books could not be encoded when its scores were shed"
+            elif len(data) <= codec.MAX_MESSAGE_BYTES:
                 return data
-            found = f"one token or request of it takes {len(data)} bytes, a message holds {codec.MAX_MESSAGE_BYTES}"
+            else:
+                found = f"a token or request of it takes {len(data)} bytes, a message holds {codec.MAX_MESSAGE_BYTES}"
         except Exception as failure:
             found = str(failure)
         with self._lock:
@@ -534,6 +618,10 @@ class Sender:
         if self._may_log("encode"):
             log.error("batch %d cannot be sent and is dropped: %s", sequence, found)
         return b""
+
+
+def _tokens(batch: StepBatch) -> int:
+    return int(batch.segments_S["count"].sum(dtype="i8"))
 
 
 def _cost_bytes(batch: StepBatch) -> int:

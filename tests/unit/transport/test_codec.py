@@ -232,18 +232,6 @@ def test_a_value_that_does_not_fit_its_field_is_not_sent(changes):
     assert refused.value.reason == "malformed_batch"
 
 
-def test_a_renumbered_batch_differs_in_its_number_only():
-    read = decoded(codec.renumber(codec.encode_batch(1, batch(4)), 2**63))
-    assert read.sequence == 2**63
-    assert same(read.batch, batch(4))
-
-
-@pytest.mark.parametrize("body", [b"", codec.encode_hello(hello(), last_acked_sequence=0, time_unix_nano=0), b"\xff"])
-def test_what_is_no_batch_is_not_renumbered_into_one(body):
-    with pytest.raises(StreamRefused):
-        codec.renumber(body, 7)
-
-
 def test_a_hello_is_read_as_it_was_written():
     for value in (
         hello(),

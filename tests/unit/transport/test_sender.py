@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import random
 import signal
@@ -165,7 +166,7 @@ def test_batches_carried_but_not_acknowledged_are_sent_again(make, address):
 def test_a_restarted_exporter_numbers_on_above_what_its_predecessor_sent(make, address):
     """Numbers count per engine boot; starting at 1 again, every batch would pass for a duplicate."""
     sink = FakeSink(held={KEY: 500})
-    one = make(address)
+    one = make(address, next_sequence=itertools.count(501).__next__)
     for step in range(1, 11):
         one.offer(batch(step))
     with ServerThread(sink, address):
@@ -180,7 +181,7 @@ def test_a_restarted_exporter_numbers_on_above_what_its_predecessor_sent(make, a
 
 def test_shed_batches_are_numbered_on_as_well(make, address):
     sink = FakeSink(held={KEY: 500})
-    one = make(address, max_buffer_bytes=1)
+    one = make(address, max_buffer_bytes=1, next_sequence=itertools.count(501).__next__)
     one.offer(batch(1))
     with ServerThread(sink, address):
         one.start()
@@ -305,7 +306,7 @@ def test_the_claimed_memory_is_that_of_the_waiting_batches():
         pending = [shed._queue, one._queue][1]
         begin = tracemalloc.get_traced_memory()[0] - used
         for entry in pending:
-            entry.shed(entry.ordinal)
+            entry.shed()
         gc.collect()
         used = tracemalloc.get_traced_memory()[0] - begin
         assert 0.9 * used < sum(entry.nbytes for entry in pending) < 1.5 * used
