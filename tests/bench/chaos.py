@@ -27,6 +27,9 @@ RUNS: dict[str, Callable[[int], Books]] = {
     "handovers": lambda seed: faults.handovers(6, seed),
     "clock_jumps": lambda seed: faults.clock_jumps(6, seed),
     "full_disks": lambda seed: faults.full_disks(3, seed),
+    "spooled_deaths": lambda seed: faults.spooled_deaths(6, seed),
+    "full_spools": lambda seed: faults.full_spools(3, seed),
+    "outages": lambda _: faults.outages(30.0),
 }
 
 

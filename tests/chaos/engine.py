@@ -1,8 +1,9 @@
 """An engine that has only the edge of one: steps of made-up scores into the real ring, for the real exporter.
 
 `python -m tests.chaos.engine CONFIG` runs steps until standard input says how to end: "stop" lets its requests run
-out, "die" kills the process between two steps. Either way it says what it handed over, to be compared with what
-collectors counted. After "stop" it keeps its exporter until another line of input comes.
+out, "die" kills the process between two steps, "vanish" lets its requests run out and kills the exporter, once that has
+read the ring, and itself. Each time it says what it handed over, to be compared with what collectors counted. After
+"stop" it keeps its exporter until another line of input comes.
 """
 
 from __future__ import annotations
@@ -40,12 +41,10 @@ class Config:
     collector: str
     watchlist_sha256: str
     steps_file: str
-    """Where the times of its steps go: float64 [steps, 2], start on the monotonic clock and length, seconds."""
+    """Where the times of its steps go: float64 [steps, 3], seconds: begin, the model's part, the whole."""
     replica: str = "chaos/0"
     requests: int = 8
     steps_per_second: float = 100.0
-    exporter: dict[str, Any] | None = None
-    """More of the exporter's configuration."""
 
 
 class Engine:
@@ -55,6 +54,8 @@ class Engine:
         geometry = Geometry(config.requests, config.requests * PROMPT_TOKENS, SPARSE + DENSE, DENSE, HOOKS)
         self.ring = Ring.create(geometry)
         self.tokens = self.fires = self.closed = 0
+        self.computed_seconds = 0.0
+        """What the model's part of the last step took: the monitor has no part in it."""
         self._rng = np.random.default_rng(os.getpid())
         self._handles = self._step = 0
         self._owed: list[Opened | Closed] = []
@@ -82,12 +83,15 @@ class Engine:
                     "plugin_version": "0",
                     "engine_version": "0",
                 },
-                **(config.exporter or {}),
             }
         )
 
     def step(self, *, admit: bool) -> bool:
         """One forward of every open request; False where none is left and none may begin."""
+        began = time.monotonic()
+        for _ in range(4):
+            _COMPUTE @ _COMPUTE
+        self.computed_seconds = time.monotonic() - began
         for slot in np.flatnonzero((self._end > 0) & (self._position >= self._end)).tolist():
             self._owed.append(Closed(slot, int(self._end[slot]) - PROMPT_TOKENS + 1, False))
             self._end[slot] = 0
@@ -100,8 +104,6 @@ class Engine:
         running = np.flatnonzero(self._end > 0)
         count = np.where(self._position[running] == 0, PROMPT_TOKENS, 1)
         rows = int(count.sum())
-        for _ in range(4):
-            _COMPUTE @ _COMPUTE
         if rows or self._owed:
             self._hand_over(running, count, rows)
         self._position[running] += count
@@ -120,6 +122,18 @@ class Engine:
         """Let the exporter deliver what it can in the time that it has, and end."""
         self.ring.close()
         self._exporter.process.wait(60)
+
+    @property
+    def exporter(self) -> int:
+        """Its process."""
+        return self._exporter.process.pid
+
+    def vanish(self) -> None:
+        """Kill the exporter once it has read the ring, then this process."""
+        while self.ring.reserve(keep=self.ring.slots - 1) is None:
+            time.sleep(0.01)
+        self._exporter.process.kill()
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def _hand_over(self, running: Any, count: Any, rows: int) -> None:
         slot = self.ring.reserve(keep=2 if rows else 0)
@@ -156,13 +170,13 @@ def main() -> None:
     engine = Engine(config)
     said: queue.Queue[str] = queue.Queue()
     threading.Thread(target=lambda: said.put(sys.stdin.readline().strip()), daemon=True).start()
-    print("READY", flush=True)
-    times: list[tuple[float, float]] = []
-    admit, due = True, time.monotonic()
+    print("READY", engine.exporter, flush=True)
+    times: list[tuple[float, float, float]] = []
+    admit, word, due = True, "", time.monotonic()
     while True:
         began = time.monotonic()
         went = engine.step(admit=admit)
-        times.append((began, time.monotonic() - began))
+        times.append((began, engine.computed_seconds, time.monotonic() - began))
         if not said.empty():
             word = said.get()
             if word == "die":
@@ -181,8 +195,10 @@ def main() -> None:
         "ring_dropped_steps": engine.ring.dropped_steps,
     }
     print("DONE", json.dumps(handed), flush=True)
-    if admit:
+    if word == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if word == "vanish":
+        engine.vanish()
     sys.stdin.readline()
     engine.close()
 

@@ -161,7 +161,7 @@ def full_disks(count: int, seed: int) -> Books:
         engine = made.engine(f"unix://{collector.socket}")
         for _ in range(count):
             time.sleep(rng.uniform(0.5, 1.5))
-            with made.fault(), filled(disk, collector):
+            with made.fault(), filled(disk, collector.process.pid):
                 until(lambda: not collector.totals().durable, "the collector to notice")
                 time.sleep(1.0)
             until(lambda: collector.totals().durable, "the state to be whole again")
@@ -169,3 +169,61 @@ def full_disks(count: int, seed: int) -> Books:
             collector.start()
         handed = engine.stop([collector])
         return reconcile(f"state disk full ({how})", made, [handed], [collector.totals()], [engine])
+
+
+def spooled_deaths(count: int, seed: int) -> Books:
+    """Engines with a spool run while no collector is there and die, every other one with its exporter at once."""
+    rng = random.Random(seed)
+    with world() as made:
+        collector = made.collector()
+        target = f"unix://{collector.socket}"
+        settings = {"LATENTWATCH_SPOOL": str(made.folder / "spool")}
+        engines, handed = [], []
+        for i in range(count):
+            engine = made.engine(target, settings)
+            time.sleep(rng.uniform(0.5, 1.5))
+            with made.fault():
+                handed.append(engine.die("vanish" if i % 2 else "die"))
+            engines.append(engine)
+        collector.start()
+        engines.append(made.engine(target, settings))
+        time.sleep(0.5)
+        handed.append(engines[-1].stop([collector], earlier=sum(h["tokens"] for h in handed)))
+        return reconcile("engine killed, spool", made, handed, [collector.totals()], engines)
+
+
+def full_spools(count: int, seed: int) -> Books:
+    """The spool's disk is full for a while in which the collector is away: what it does not take waits in memory."""
+    rng = random.Random(seed)
+    with world() as made, small_disk(made.folder / "disk", mib=4) as (disk, how):
+        collector = made.collector()
+        collector.start()
+        engine = made.engine(f"unix://{collector.socket}", {"LATENTWATCH_SPOOL": str(disk / "spool")})
+        for _ in range(count):
+            time.sleep(rng.uniform(0.5, 1.5))
+            with made.fault(), filled(disk, engine.exporter):
+                collector.kill()
+                time.sleep(rng.uniform(1.0, 2.0))
+                collector.start()
+        handed = engine.stop([collector])
+        return reconcile(f"spool disk full ({how})", made, [handed], [collector.totals()], [engine])
+
+
+def outages(seconds: float) -> Books:
+    """The collector is away for longer than spool and memory hold."""
+    with world() as made:
+        collector = made.collector()
+        collector.start()
+        settings = {
+            "LATENTWATCH_SPOOL": str(made.folder / "spool"),
+            "LATENTWATCH_SPOOL_MIB": "1",
+            "LATENTWATCH_BUFFER_MIB": "0.5",
+        }
+        engine = made.engine(f"unix://{collector.socket}", settings, requests=64, steps_per_second=200.0)
+        time.sleep(1.0)
+        with made.fault():
+            collector.kill()
+            time.sleep(seconds)
+        collector.start()
+        handed = engine.stop([collector])
+        return reconcile("away beyond the bounds", made, [handed], [collector.totals()], [engine])

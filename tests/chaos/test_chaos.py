@@ -21,5 +21,9 @@ def test_collectors_that_are_killed_lose_nothing_and_count_nothing_twice():
     balanced(faults.kills(5, seed=1))
 
 
+def test_what_engines_spooled_before_they_and_their_exporters_were_killed_is_counted_once():
+    balanced(faults.spooled_deaths(2, seed=1))
+
+
 def test_connections_that_are_reset_lose_nothing_and_count_nothing_twice():
     balanced(faults.cuts(3, seed=1))

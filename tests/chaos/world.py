@@ -31,6 +31,7 @@ from tests.chaos import engine
 from tests.support.engines import ROOT
 from tests.support.streams import probe, sparse, watchlist
 
+_STEPS_FOR_A_RATIO = 50
 CATCH_UP_SECONDS = 60.0
 """For what waited in an exporter to arrive once nothing is broken any more; far below a second on a free machine."""
 FEATURES = (*(sparse(f"f{i}") for i in range(engine.SPARSE)), *(probe(f"p{i}") for i in range(engine.DENSE)))
@@ -151,20 +152,32 @@ class Totals:
 class Engine:
     """An engine process."""
 
-    def __init__(self, folder: Path, config: engine.Config) -> None:
+    def __init__(self, folder: Path, config: engine.Config, settings: dict[str, str]) -> None:
+        """Args: settings: environment of the engine and its exporter."""
         self._steps = Path(config.steps_file)
         self._log = folder / "engine.log"
+        # One thread for the stand-in's model: a second one would be waited for when other processes have the cores.
+        settings = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **settings}
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                engine.arguments(config), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                engine.arguments(config),
+                cwd=ROOT,
+                env=settings,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
-        self._read("READY")
+        self.exporter = int(self._read("READY"))
 
-    def stop(self, collectors: list[Collector]) -> dict[str, int]:
-        """End its requests and let what waits in its exporter arrive; what it handed over."""
+    def stop(self, collectors: list[Collector], earlier: int = 0) -> dict[str, int]:
+        """End its requests and let what waits in its exporter arrive; what it handed over.
+
+        Args: earlier: tokens that engines before it handed over, which are waited for as well.
+        """
         handed = self._tell("stop")
         deadline = time.monotonic() + CATCH_UP_SECONDS
-        while sum(sum(c.totals().tokens.values()) for c in collectors) < handed["tokens"]:
+        while sum(sum(c.totals().tokens.values()) for c in collectors) < earlier + handed["tokens"]:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
@@ -172,10 +185,10 @@ class Engine:
         self._process.communicate(timeout=60)
         return handed
 
-    def die(self) -> dict[str, int]:
-        """Kill it between two steps; what it handed over."""
-        handed = self._tell("die")
-        self._process.wait(30)
+    def die(self, how: str = "die") -> dict[str, int]:
+        """Kill it; what it handed over. See engine.py for `how`."""
+        handed = self._tell(how)
+        self._process.wait(60)
         return handed
 
     def _tell(self, word: str) -> dict[str, int]:
@@ -260,9 +273,9 @@ class World:
         self.collectors.append(made)
         return made
 
-    def engine(self, target: str, **more: Any) -> Engine:
+    def engine(self, target: str, settings: dict[str, str] | None = None, **more: Any) -> Engine:
         steps = self.folder / f"steps-{time.monotonic_ns()}.npy"
-        return Engine(self.folder, engine.Config(target, self.sha256, str(steps), **more))
+        return Engine(self.folder, engine.Config(target, self.sha256, str(steps), **more), settings or {})
 
     @contextlib.contextmanager
     def fault(self) -> Iterator[None]:
@@ -301,8 +314,8 @@ def small_disk(folder: Path, mib: int) -> Iterator[tuple[Path, str]]:
 
 
 @contextlib.contextmanager
-def filled(disk: Path, collector: Collector) -> Iterator[None]:
-    """No room on this disk, or no file of the collector may grow."""
+def filled(disk: Path, process: int) -> Iterator[None]:
+    """No room on this disk, or no file of the process may grow."""
     if disk.is_mount():
         filler = disk / "filler"
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -311,10 +324,10 @@ def filled(disk: Path, collector: Collector) -> Iterator[None]:
         yield
         filler.unlink()
         return
-    soft, hard = resource.prlimit(collector.process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(collector.process.pid, resource.RLIMIT_FSIZE, (0, hard))
+    soft, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (0, hard))
     yield
-    resource.prlimit(collector.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @dataclass(frozen=True)
@@ -335,7 +348,7 @@ class Books:
     fires_sent: int
     fires_merged: int
     step_time_ratio: float | None
-    """Median over the faults: the median step during one by the median step of as long a time before it."""
+    """How much longer steps were during the faults than without one, load of the machine taken out: see below."""
     dropped: dict[str, int]
     """`shed` by reason."""
     collector_peak_mib: float
@@ -379,11 +392,16 @@ def reconcile(
 
 
 def step_time_ratio(faults: list[tuple[float, float]], engines: list[Engine]) -> float | None:
+    """The median step during the faults by the median step outside of them, each in units of its own model's part.
+
+    The stand-in's model is the same work in every step, in the same thread right before the monitor's part: what else
+    the machine does at that time slows both. A step that waits for anything of ours is longer by itself.
+    """
     steps = np.concatenate([engine.steps() for engine in engines])
-    ratios = []
-    for began, ended in faults:
-        during = steps[(steps[:, 0] >= began) & (steps[:, 0] < ended), 1]
-        before = steps[(steps[:, 0] >= began - (ended - began)) & (steps[:, 0] < began), 1]
-        if len(during) >= 5 and len(before) >= 5:
-            ratios.append(np.median(during) / np.median(before))
-    return round(float(np.median(ratios)), 4) if ratios else None
+    began, relative = steps[:, 0], steps[:, 2] / steps[:, 1]
+    during = np.zeros(len(steps), bool)
+    for begin, end in faults:
+        during |= (began >= begin) & (began < end)
+    if min(during.sum(), (~during).sum()) < _STEPS_FOR_A_RATIO:
+        return None
+    return round(float(np.median(relative[during]) / np.median(relative[~during])), 4)
