@@ -142,7 +142,7 @@ class Attachment:
         config, parallel = self._worker.vllm_config, self._worker.parallel_config
         pass_config = config.compilation_config.pass_config
         unsupported = {
-            "speculative decoding": config.speculative_config is not None,
+            "speculative decoding": not _drafts_can_be_followed(config, self._worker.model_runner),
             "pipeline parallelism": parallel.pipeline_parallel_size > 1,
             "micro-batching (DBO)": getattr(parallel, "use_ubatching", False),
             "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
@@ -177,8 +177,10 @@ class Attachment:
             self._disarm(
                 EngineRefused(
                     "score op in the compiled graph",
-                    found="a forward left no trace in the score buffers, so the graph that runs does not hold the op",
-                    instead="Delete vLLM's compile cache (VLLM_CACHE_ROOT) and start again.",
+                    found="a forward left no trace in the score buffers: the graph that runs does not hold the op, or "
+                    "this model's layers return something else than their stream",
+                    instead="Delete vLLM's compile cache (VLLM_CACHE_ROOT) and start again; if that does not help, "
+                    "report it with the model's name.",
                     reason="canary_dead",
                 )
             )
@@ -205,9 +207,13 @@ class Attachment:
 
     def _canary_alive(self) -> bool:
         """Whether a forward since arming went through every armed op."""
-        if self._silent():
-            # An eager CPU engine warms nothing up; one dummy forward decides it.
-            self._worker.model_runner._dummy_run(1)
+        if not self._silent():
+            return True
+        # An eager CPU engine warms nothing up. One dummy forward decides it, but not where it would wait for other
+        # ranks, which make none: eager hooks run in any forward, and a step without their trace is booked as such.
+        if self._worker.parallel_config.world_size > 1:
+            return bool(self._worker.model_config.enforce_eager)
+        self._worker.model_runner._dummy_run(1)
         return not self._silent()
 
     def _silent(self) -> bool:
@@ -262,3 +268,16 @@ class Attachment:
         if self._ring is not None:
             self._ring.close()
         self._tap = None
+
+
+def _drafts_can_be_followed(config: Any, runner: Any) -> bool:
+    """Whether the batch says where each request's rows truly begin, although some of them are drafts.
+
+    With n-gram drafts and the scheduler in step it does. With a draft model or asynchronous scheduling the positions
+    on the host assume that every draft is accepted.
+    """
+    speculative = config.speculative_config
+    if speculative is None:
+        return True
+    in_step = not config.scheduler_config.async_scheduling
+    return speculative.method == "ngram" and in_step and hasattr(runner, "input_batch")

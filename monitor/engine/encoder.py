@@ -114,15 +114,26 @@ class _Place:
 def _place(layers: torch.nn.ModuleList, owner: torch.nn.Module, layer: int) -> _Place:
     """The place for resid_post.<layer>.
 
-    A layer whose forward takes `residual` returns it unsummed; the norm behind it then returns the sum.
+    A layer whose forward takes `residual` returns it unsummed; the norm behind it then returns the sum. Not every such
+    layer does: that the sum is meant shows in the final norm, which takes both halves.
+
+    Raises: EngineRefused: the layer takes `residual`, and no norm behind it adds it.
     """
     decoder = layers[layer]
+    if not _takes_residual(decoder):
+        return _Place(decoder, hook.after_whole_layer, residual=False)
     last = layer + 1 == len(layers)
     norm = getattr(owner, "norm", None) if last else getattr(layers[layer + 1], "input_layernorm", None)
-    fused = _takes_residual(decoder)
-    if norm is not None and fused and _takes_residual(norm):
+    if norm is not None and _takes_residual(norm):
         return _Place(norm, hook.after_norm, residual=False)
-    return _Place(decoder, hook.after_layer, residual=fused)
+    if not any(_takes_residual(child) for child in owner.children()):
+        raise EngineRefused(
+            f"residual stream of {type(decoder).__name__}",
+            found="the layer returns two tensors, and no norm of the model adds them: their sum may not be the stream",
+            instead="This architecture is not supported; report it with the model's name.",
+            reason="architecture_unknown",
+        )
+    return _Place(decoder, hook.after_layer, residual=True)
 
 
 def _takes_residual(module: torch.nn.Module) -> bool:

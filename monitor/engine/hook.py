@@ -1,4 +1,4 @@
-"""The two forward hooks that put the score op into the model's graph.
+"""The three forward hooks that put the score op into the model's graph.
 
 Dynamo traces these functions into vLLM's compiled graph, and vLLM recompiles when a traced file changes: keep this
 file small, and keep everything that is not traced out of it.
@@ -25,10 +25,17 @@ def after_norm(module: torch.nn.Module, _args: Any, output: Any) -> None:
 
 
 def after_layer(module: torch.nn.Module, _args: Any, output: Any) -> None:
-    """On the decoder layer: it returns resid_post, or (hidden, residual) whose sum resid_post is."""
-    if isinstance(output, tuple):
+    """On a decoder layer that returns (hidden, residual), whose sum resid_post is.
+
+    Of anything else nothing is scored, and the canary says so: what a layer returns is never guessed.
+    """
+    if isinstance(output, tuple) and len(output) == 2:
         _score(module, output[0], output[1])
-    else:
+
+
+def after_whole_layer(module: torch.nn.Module, _args: Any, output: Any) -> None:
+    """On a decoder layer that returns resid_post itself. As above, of anything else nothing is scored."""
+    if isinstance(output, torch.Tensor):
         _score(module, output, None)
 
 

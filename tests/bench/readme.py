@@ -166,13 +166,20 @@ def accounting() -> str:
             row["architecture"],
             str(row["requests"]),
             "exact" if row["i1_exact"] else "NOT exact",
-            "refused by name" if row["refused"] else f"{row['i2_max_error']:.1e}",
+            _largest_error(row),
             "identical" if row["i3_identical"] else "NOT identical",
+            row.get("note", ""),
         ]
-        for row in sorted(result["rows"], key=lambda row: (row["architecture"] != "Llama", row["mode"]))
+        for row in sorted(result["rows"], key=lambda row: (not row["architecture"].startswith("Llama"), row["mode"]))
     ]
-    header = ["mode", "architecture", "requests", "I1", "I2, largest error", "I3"]
+    header = ["mode", "architecture", "requests", "I1", "I2, largest error", "I3", "note"]
     return f"{table(header, rows)}\n\n{_made(result)}"
+
+
+def _largest_error(row: dict[str, Any]) -> str:
+    if row["refused"]:
+        return "refused by name"
+    return "not compared" if row["i2_max_error"] is None else f"{row['i2_max_error']:.1e}"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -87,15 +87,11 @@ def test_one_switch_turns_everything_off(plain: EngineResult, model: Path, watch
 
 
 def test_an_engine_mode_without_exact_rows_is_refused_by_name(model: Path, watchlist_path: Path, tmp_path: Path):
-    """n-gram drafting on the CPU engine; tokens are still counted exactly, as unseen."""
-    engine_arguments = {
-        "model": str(model),
-        **ENGINE,
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
-    }
+    """Late layers on a part of the rows; tokens are still counted exactly, as unseen."""
+    engine_arguments = {"model": str(model), **ENGINE, "kv_sharing_fast_prefill": True}
     with monitored(tmp_path) as engine:
         result = engine.run(watchlist_path, engine=engine_arguments, waves=WAVES)
         sink = engine.sink
     assert [hello.not_armed_reason for hello in sink.hellos] == ["engine_mode"]
-    assert "speculative decoding" in sink.hellos[0].not_armed_text
+    assert "KV-sharing fast prefill" in sink.hellos[0].not_armed_text
     assert sum(int(batch.segments_S["count"].sum()) for batch in sink.batches) == tokens(result)

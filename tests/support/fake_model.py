@@ -57,6 +57,13 @@ class PlainLayer(torch.nn.Module):
         return hidden * 1.1
 
 
+class PairLayer(torch.nn.Module):
+    """It takes one tensor and returns two: the stream, and something else of its shape."""
+
+    def forward(self, hidden: Any) -> Any:
+        return hidden * 1.1, hidden
+
+
 class Model(torch.nn.Module):
     def __init__(self, layer: type[torch.nn.Module], layers: int = tiny.LAYERS) -> None:
         super().__init__()
@@ -68,8 +75,9 @@ class Model(torch.nn.Module):
         residual = None
         self.streams = []
         for layer in self.layers:
-            if isinstance(layer, PlainLayer):
-                hidden = layer(hidden)
+            if isinstance(layer, PlainLayer | PairLayer):
+                returned = layer(hidden)
+                hidden = returned[0] if isinstance(returned, tuple) else returned
                 self.streams.append(hidden)
             else:
                 hidden, residual = layer(hidden, residual)
@@ -85,7 +93,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.parallel_config = SimpleNamespace(world_size=1, pipeline_parallel_size=1, data_parallel_rank=0)
-        self.vllm_config = SimpleNamespace(
+        self.vllm_config: Any = SimpleNamespace(
             parallel_config=self.parallel_config,
             model_config=SimpleNamespace(
                 hf_config=SimpleNamespace(
@@ -96,13 +104,15 @@ class Worker:
                 ),
                 dtype=torch.float32,
                 runner_type="generate",
+                enforce_eager=True,
                 served_model_name="fake",
             ),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=8),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=8, async_scheduling=False),
             compilation_config=SimpleNamespace(pass_config=SimpleNamespace()),
             cache_config=SimpleNamespace(),
             speculative_config=None,
         )
+        self.model_config = self.vllm_config.model_config
         self.model = Model(FusedLayer)
         batch = SimpleNamespace(req_ids=[], num_reqs=0, num_computed_tokens_cpu=np.zeros(8, np.int32))
         self.model_runner = SimpleNamespace(

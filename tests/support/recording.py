@@ -25,6 +25,8 @@ class Scores:
     """What one request showed: features [F] by position; NaN rows were not seen."""
 
     opened: RequestOpened
+    engine: str = "0"
+    """Index of the engine that served it."""
     closed: RequestClosed | None = None
     at: dict[int, Any] = field(default_factory=dict)
     norm_at: dict[int, Any] = field(default_factory=dict)
@@ -37,6 +39,8 @@ class RecordingSink:
     def __init__(self) -> None:
         self.hellos: list[Hello] = []
         self.batches: list[StepBatch] = []
+        self.engine_of: list[str] = []
+        """By batch: the index of the engine that it came from."""
         self._held: dict[tuple[str, str], int] = {}
         self.errors: list[str] = []
 
@@ -50,6 +54,7 @@ class RecordingSink:
             if sequence != held + 1:
                 self.errors.append(f"sequence {sequence} after {held}")
             self._held[hello.replica, hello.boot_id] = sequence
+            self.engine_of.append(hello.engine)
             self.batches.append(batch)
 
     def commit(self) -> None:
@@ -60,19 +65,20 @@ class RecordingSink:
 
     def requests(self, watchlist: Watchlist) -> dict[str, Scores]:
         """By the engine's request id. Asserts on the way that no position was delivered twice."""
-        by_handle: dict[int, Scores] = {}
+        by_handle: dict[tuple[str, int], Scores] = {}
         sparse = watchlist.sparse_F
-        for batch in list(self.batches):
+        batches = list(self.batches)
+        for engine, batch in zip(self.engine_of, batches, strict=False):
             step.validate(batch, sparse_F=sparse, hook_points=len(watchlist.hooks))
             for opened in batch.opened:
-                by_handle[opened.handle] = Scores(opened)
+                by_handle[engine, opened.handle] = Scores(opened, engine)
             values = np.zeros((batch.rows, len(sparse)), np.float32)
             values[batch.fires_N["row"], batch.fires_N["feature"]] = batch.fires_N["act"]
             if batch.rows:
                 values[:, ~sparse] = batch.dense_RP
             row = 0
             for segment, owns in zip(batch.segments_S, step.owns_rows(batch.segments_S), strict=True):
-                scores = by_handle[int(segment["handle"])]
+                scores = by_handle[engine, int(segment["handle"])]
                 count = int(segment["count"])
                 key = TokenState(segment["state"]), Reason(segment["reason"]), Phase(segment["phase"])
                 scores.tokens[key] += count
@@ -83,7 +89,7 @@ class RecordingSink:
                     scores.norm_at[position] = batch.norm_RH[row + offset]
                 row += count if owns else 0
             for closed in batch.closed:
-                by_handle[closed.handle].closed = closed
+                by_handle[engine, closed.handle].closed = closed
         return {scores.opened.request_id: scores for scores in by_handle.values()}
 
 

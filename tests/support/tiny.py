@@ -38,6 +38,38 @@ def llama(path: Path, seed: int = 0, **changes: Any) -> Path:
     return path
 
 
+def looping_llama(path: Path) -> Path:
+    """A random Llama that mostly counts in circles of eight tokens: a drafter by n-grams is often right, never always.
+
+    Large embeddings outweigh what the layers add, and the output head says of each token the next in its circle.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    llama(path)
+    model: Any = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight *= {"o_proj": 0.5, "down_proj": 0.5, "embed_tokens": 10.0}.get(name.split(".")[-2], 1.0)
+        token = torch.arange(VOCABULARY)
+        model.lm_head.weight[token // 8 * 8 + (token + 1) % 8] = model.model.embed_tokens.weight[token]
+    model.to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def save_tokenizer(path: Path) -> None:
+    """A word per token: servers and pooling models want a tokenizer, although every prompt comes as token ids."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    tokenizer: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[attr-defined]
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(path)
+
+
 def watchlist(
     path: Path,
     *,

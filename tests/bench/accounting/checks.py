@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from monitor.names import Phase, Reason, TokenState
+from monitor.names import Outcome, Phase, Reason, TokenState
 from monitor.watchlist.card import Watchlist
 from tests.bench.accounting.workload import Request
 from tests.support.oracle import expected_scores, residual_streams
@@ -25,15 +25,17 @@ class Account:
 
     request: Request
     outputs: list[int]
-    computed: int
-    """Tokens that the engine's scheduler says it computed or found in its cache."""
+    computed: int | None
+    """Tokens that the engine's scheduler says it computed or found in its cache; None where nobody could ask it."""
     aborted: bool
     scores: Scores
 
     @property
     def fed(self) -> list[int]:
         """The tokens that went through the model."""
-        return [*self.request.prompt, *self.outputs][: self.computed]
+        known = [*self.request.prompt, *self.outputs]
+        # The last token that a client read of an answer that it left may or may not have been fed back.
+        return known[:-1] if self.computed is None else known[: self.computed]
 
 
 def unbalanced(account: Account) -> str:
@@ -42,7 +44,7 @@ def unbalanced(account: Account) -> str:
     if closed is None:
         return "it was never closed"
     total = sum(scores.tokens.values())
-    expected = account.computed
+    expected = closed.total_tokens if account.computed is None else account.computed
     if not account.aborted and account.outputs:
         expected = len(account.request.prompt) + len(account.outputs) - 1
     if not total == closed.total_tokens == expected:
@@ -50,6 +52,12 @@ def unbalanced(account: Account) -> str:
     prompt = sum(count for (_, _, phase), count in scores.tokens.items() if phase == Phase.PROMPT)
     if prompt != min(len(account.request.prompt), expected):
         return f"{prompt} of {len(account.request.prompt)} prompt tokens are booked as prompt"
+    if expected < len(account.fed):
+        return f"{expected} tokens accounted for, the client read the answer to {len(account.fed)}"
+    # A server may have ended an answer before it saw that its client had left.
+    may_end = account.aborted and account.computed is None
+    if (closed.outcome == Outcome.ABORTED) != account.aborted and not may_end:
+        return f"it ended as {closed.outcome.name}"
     if scores.opened.adapter != account.request.adapter:
         return f"adapter {scores.opened.adapter!r} instead of {account.request.adapter!r}"
     return ""
@@ -71,12 +79,12 @@ def score_errors(account: Account, watchlist: Watchlist, model: Path) -> Any:
     |ours - Hugging Face's|, relative where Hugging Face's is above 1, the largest over all features and norms. A gate
     that is open on one side only counts with its whole activation, unless it is within GATE_MARGIN of the threshold.
     """
-    if not account.scores.at:
+    at = [position for position in sorted(account.scores.at) if position < len(account.fed)]
+    if not at:
         return np.empty(0)
     streams = residual_streams(model, account.fed, [h.hook_point.layer for h in watchlist.hooks], "float32")
     act_TF, margin_TF = expected_scores(watchlist, streams)
     norm_TH = np.stack([np.linalg.norm(x_TD, axis=1) for x_TD in streams], axis=1)
-    at = sorted(account.scores.at)
     found = np.stack([account.scores.at[position] for position in at])
     norm = np.stack([account.scores.norm_at[position] for position in at])
     error = np.abs(found - act_TF[at]) / np.maximum(1.0, np.abs(act_TF[at]))

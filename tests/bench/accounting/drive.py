@@ -58,7 +58,9 @@ def run(job_path: Path, result_path: Path) -> None:
     os.environ.update(job["env"])
     from vllm import LLM
 
-    llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **job["engine"])
+    if job["keep_async"]:
+        _keep_async_scheduling()
+    llm = LLM(**{"skip_tokenizer_init": True, "disable_log_stats": False, **job["engine"]})
     script = Script(llm, job)
     script.play()
     metrics = {m.name: getattr(m, "value", 0) for m in llm.get_metrics() if m.name in COUNTERS}
@@ -68,6 +70,19 @@ def run(job_path: Path, result_path: Path) -> None:
     ]
     result_path.write_text(json.dumps({"requests": requests, "metrics": metrics}))
     llm.llm_engine.engine_core.shutdown()
+
+
+def _keep_async_scheduling() -> None:
+    """The CPU platform turns it off, as "not required"; the engine's loop and its runner do it all the same."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        original(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[method-assign,assignment]
 
 
 class Script:

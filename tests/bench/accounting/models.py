@@ -41,9 +41,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "n_positions": 512,
         "initializer_range": 0.2,
     },
+    # vLLM's layer returns a pair whose second half is its input: the sum is not the stream.
+    "Cohere": {"logit_scale": 1.0},
     "OPT": {"ffn_dim": 128, "word_embed_proj_dim": tiny.D_MODEL, "init_std": 0.2, "do_layer_norm_before": True},
 }
 """What an architecture's configuration has beside COMMON; the name is Hugging Face's class prefix."""
+LOOPING = "Llama, looping"
 
 
 def checkpoint(architecture: str, folder: Path) -> Path:
@@ -51,14 +54,17 @@ def checkpoint(architecture: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    path = folder / architecture.lower()
+    path = folder / architecture.lower().replace(", ", "-")
     if path.exists():
         return path
+    if architecture == LOOPING:
+        return tiny.looping_llama(path)
     prefix = f"{architecture}Text" if architecture == "Gemma3" else architecture
     config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **SPECIAL[architecture]})
     causal = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
     torch.manual_seed(0)
     getattr(transformers, f"{architecture}{causal}")(config).to(torch.bfloat16).save_pretrained(path)
+    tiny.save_tokenizer(path)
     return path
 
 

@@ -33,6 +33,10 @@ def test_one_rank_of_an_engine_reports(rank, world, reports, tmp_path):
     assert bool(attachment.salt) == reports
 
 
+def ngram(config: Any) -> None:
+    config.speculative_config = SimpleNamespace(method="ngram")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -43,7 +47,8 @@ def test_one_rank_of_an_engine_reports(rank, world, reports, tmp_path):
         (lambda c: setattr(c.compilation_config.pass_config, "enable_sp", True), "sequence parallelism"),
         (lambda c: setattr(c.cache_config, "kv_sharing_fast_prefill", True), "KV-sharing fast prefill"),
         (lambda c: setattr(c.model_config, "runner_type", "pooling"), "pooling models"),
-        (lambda c: setattr(c, "speculative_config", SimpleNamespace(method="ngram")), "speculative decoding"),
+        (lambda c: setattr(c, "speculative_config", SimpleNamespace(method="eagle")), "speculative decoding"),
+        (lambda c: (ngram(c), setattr(c.scheduler_config, "async_scheduling", True)), "speculative decoding"),
     ],
 )
 def test_a_mode_whose_rows_cannot_be_told_is_refused_by_name(change, named, tmp_path):
@@ -52,3 +57,34 @@ def test_a_mode_whose_rows_cannot_be_told_is_refused_by_name(change, named, tmp_
     refusal = attached(worker, tmp_path)._refusal
     assert refusal is not None and refusal.reason == "engine_mode"
     assert named in str(refusal)
+
+
+def test_ngram_drafts_are_followed_where_the_batch_says_which_rows_are_true(tmp_path):
+    worker: Any = Worker()
+    ngram(worker.vllm_config)
+    assert attached(worker, tmp_path)._refusal is None
+
+
+def test_ngram_drafts_on_a_runner_that_assumes_their_acceptance_are_refused(tmp_path):
+    worker: Any = Worker()
+    ngram(worker.vllm_config)
+    del worker.model_runner.input_batch
+    assert "speculative decoding" in str(attached(worker, tmp_path)._refusal)
+
+
+class Alone(Worker):
+    """A rank that would wait for the others in every forward."""
+
+    def __init__(self, *, eager: bool) -> None:
+        super().__init__()
+        self.model_config.enforce_eager = eager
+        self.parallel_config.world_size = 2
+
+    def _forward(self, rows: int) -> None:
+        raise AssertionError("a forward of one rank alone waits for the others for ever")
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_no_rank_makes_a_forward_alone_and_only_a_compiled_graph_must_have_shown_the_op(eager, tmp_path):
+    refusal = attached(Alone(eager=eager), tmp_path)._refusal
+    assert (refusal.reason if refusal else "") == ("" if eager else "canary_dead")

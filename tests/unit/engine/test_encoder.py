@@ -12,7 +12,7 @@ import torch
 from monitor.engine import encoder
 from monitor.errors import EngineRefused, WatchlistRefused
 from tests.support import tiny
-from tests.support.fake_model import FusedLayer, Model, OtherNorm, PlainLayer
+from tests.support.fake_model import FusedLayer, Model, OtherNorm, PairLayer, PlainLayer
 
 
 def arm(model: Model, watchlist: Any) -> Any:
@@ -56,6 +56,22 @@ def test_two_lists_of_the_same_length_are_refused_not_guessed():
     with pytest.raises(EngineRefused, match="2 lists of 4 modules") as caught:
         encoder.find_layers(model, tiny.LAYERS)
     assert caught.value.reason == "architecture_unknown"
+
+
+def test_two_halves_that_no_norm_of_the_model_adds_are_refused_not_summed(tmp_path):
+    """vLLM's Cohere layers return the stream and their own input: a pair, like Llama's, whose sum is nothing."""
+    model: Any = Model(OtherNorm)
+    model.norm = torch.nn.Identity()
+    with pytest.raises(EngineRefused, match="no norm of the model adds them") as caught:
+        arm(model, tiny.watchlist(tmp_path / "w.safetensors"))
+    assert caught.value.reason == "architecture_unknown"
+
+
+def test_of_a_layer_that_returns_what_is_not_known_to_be_its_stream_nothing_is_scored(tmp_path):
+    model = Model(PairLayer)
+    hooks = arm(model, tiny.watchlist(tmp_path / "w.safetensors"))
+    model(torch.randn(5, tiny.D_MODEL))
+    assert all(hook.stat_T3[0, 0] == encoder.SENTINEL for hook in hooks)
 
 
 @pytest.mark.parametrize(

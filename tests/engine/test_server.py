@@ -1,0 +1,89 @@
+"""The real HTTP server: who a request was reaches the collector, also where its client left; the totals are vLLM's."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from monitor.names import Outcome, response_id
+from monitor.watchlist import card
+from tests.engine.conftest import SMALL, monitored
+from tests.support import server, tiny
+from tests.support.engines import cache_root, random_prompts
+from tests.support.recording import Scores
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = random_prompts(12, vocabulary=tiny.VOCABULARY, longest=60, seed=8)
+LEAVES_AFTER_TOKENS = 2
+LONG = 120
+
+
+def request(i: int, *, leaves: bool) -> dict[str, Any]:
+    return {
+        "prompt": PROMPTS[i]["prompt"],
+        "max_tokens": LONG if leaves else 3 + i,
+        "stop": [],
+        "abort_after_outputs": LEAVES_AFTER_TOKENS if leaves else None,
+    }
+
+
+class Told(NamedTuple):
+    """What clients and the collector saw of the same requests; the last four clients left."""
+
+    answers: list[dict[str, Any]]
+    scores: dict[str, Scores]
+    """By response id."""
+    counted: float
+    """vLLM's prompt and generation tokens, before a client left."""
+    engines: set[str]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, watchlist_path: Path) -> Told:
+    folder = tmp_path_factory.mktemp("server")
+    model = tiny.llama(folder / "model")
+    tiny.save_tokenizer(model)
+    engine = {"model": str(model), **SMALL, "dtype": "float32", "enforce_eager": True}
+    with monitored(folder) as collected:
+        env = {**collected.environment(watchlist_path), "VLLM_CACHE_ROOT": str(cache_root())}
+        with server.Server(engine, env, folder / "server.log", 300.0) as served, ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda i: served.ask(i, request(i, leaves=False)), range(8)))
+            counted = sum(served.counters().values())
+            answers += pool.map(lambda i: served.ask(i, request(i, leaves=True)), range(8, 12))
+            collected.wait_closed(12)
+        scores = collected.sink.requests(card.read(watchlist_path))
+        engines = {hello.engine for hello in collected.sink.hellos}
+    return Told(answers, {response_id(name): each for name, each in scores.items()}, counted, engines)
+
+
+def test_the_clients_request_id_and_traceparent_are_on_its_request(told: Told):
+    assert {answer["response_id"] for answer in told.answers} == set(told.scores) == {f"cmpl-{i}" for i in range(12)}
+    for i, answer in enumerate(told.answers):
+        assert told.scores[answer["response_id"]].opened.traceparent == server.traceparent(i)
+
+
+def test_every_request_balances_against_the_usage_that_its_client_was_told(told: Told):
+    for answer in told.answers[:8]:
+        found = told.scores[answer["response_id"]]
+        assert found.closed is not None and found.closed.outcome == Outcome.FINISHED
+        assert sum(found.tokens.values()) == found.closed.total_tokens == answer["usage"]["total_tokens"] - 1
+    closed = [told.scores[answer["response_id"]].closed for answer in told.answers[:8]]
+    assert sum(each.total_tokens + 1 for each in closed if each is not None) == told.counted
+
+
+def test_a_request_whose_client_left_ends_as_aborted_where_the_engine_stopped(told: Told):
+    for answer, prompt in zip(told.answers[8:], PROMPTS[8:], strict=True):
+        found = told.scores[answer["response_id"]]
+        assert found.closed is not None and found.closed.outcome == Outcome.ABORTED
+        assert sum(found.tokens.values()) == found.closed.total_tokens
+        asked = len(prompt["prompt"])
+        assert asked + LEAVES_AFTER_TOKENS - 1 <= found.closed.total_tokens < asked + LONG - 1
+
+
+def test_the_engine_is_named_by_its_index(told: Told):
+    assert told.engines == {"0"}
+    assert {each.engine for each in told.scores.values()} == {"0"}
