@@ -699,6 +699,8 @@ ENGINE_COUNTERS = (
     ("recomputed_tokens", "Tokens recomputed", "After a preemption; their first scores stand.", "tokens/s"),
     ("surplus_tokens", "Surplus rows", "Rows computed past the end of a request; tokens of none.", "tokens/s"),
     ("unattributed_rows", "Unattributed rows", "Rows of requests that the exporter did not know.", "tokens/s"),
+    ("unannounced_requests", "Unannounced requests", "Begun and ended while the exporter read nothing.", "ops"),
+    ("untraced_requests", "Untraced requests", "Served without the trace context of their client.", "ops"),
 )
 
 

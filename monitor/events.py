@@ -22,6 +22,8 @@ class Opened:
     """Announced again after this exporter was restarted: what came before is not this exporter's to account for."""
     adapter: str
     traceparent: str
+    untraced: int = 0
+    """Requests before it whose trace context could not be carried, since this was last said."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,19 @@ class Blocks:
     then), how many of them hold KV that was computed before (hits of the prefix cache), the blocks' numbers."""
 
 
-Event = Opened | Closed | Blocks
-_TAGS: Final[dict[type[Event], str]] = {Opened: "o", Closed: "c", Blocks: "b"}
+@dataclass(frozen=True)
+class Anew:
+    """The exporter read nothing for so long that the engine forgot what it owed it. The live requests follow, as
+    resumed; the exporter closes all others that it knows as lost."""
+
+    handles: list[int]
+    """Of the live requests."""
+    unannounced: int
+    """Requests since boot of which the exporter was never told, neither their beginning nor their end."""
+
+
+Event = Opened | Closed | Blocks | Anew
+_TAGS: Final[dict[type[Event], str]] = {Opened: "o", Closed: "c", Blocks: "b", Anew: "a"}
 
 
 def encode_events(events: Sequence[Event]) -> bytes:

@@ -83,6 +83,10 @@ class EngineCounters:
     reconnects: int = 0
     unattributed_rows: int = 0
     """Rows whose request the exporter did not know; always 0 unless the exporter was restarted."""
+    unannounced_requests: int = 0
+    """Requests that began and ended while the exporter read nothing for so long that the engine forgot them."""
+    untraced_requests: int = 0
+    """Requests served without their client's trace context, because it could not be carried to the worker."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 KEY: Final = "latentwatch_traceparent"
-"""In `extra_args`. A client may fill those itself (`vllm_xargs`): what it wrote under this key is overwritten."""
+"""In `extra_args`. A client may fill those itself (`vllm_xargs`): what it wrote under these keys is overwritten."""
+UNTRACED_KEY: Final = "latentwatch_untraced"
+"""Beside it: how many requests could not be given theirs since the last one that could."""
 
 # W3C Trace Context, version 00; all-zero ids are invalid there.
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -29,15 +31,20 @@ def install(engine_class: Any) -> None:
     # Both are looked up by name below; a vLLM without them is refused here, not at the first request.
     if not {"params", "trace_headers"} <= set(signature.parameters):
         raise AttributeError(f"AsyncLLM.add_request takes {list(signature.parameters)}")
+    untraced = 0
 
     @functools.wraps(original)
     def add_request(*args: Any, **kwargs: Any) -> Any:
+        nonlocal untraced
         try:
             bound = signature.bind(*args, **kwargs)
-            bound.arguments["params"] = _carrying(bound.arguments["params"], bound.arguments.get("trace_headers"))
+            params = _carrying(bound.arguments["params"], bound.arguments.get("trace_headers"), untraced)
+            bound.arguments["params"] = params
         except Exception:
             # A call that vLLM itself will refuse, or parameters of an unknown kind: served, without a trace context.
+            untraced += 1
             return original(*args, **kwargs)
+        untraced = 0
         return original(*bound.args, **bound.kwargs)
 
     add_request._latentwatch_wrapped = True  # type: ignore[attr-defined]
@@ -46,18 +53,29 @@ def install(engine_class: Any) -> None:
 
 def traceparent_of(new_request: Any) -> str:
     """The traceparent that the request of a NewRequestData carries, empty for none."""
-    extra = getattr(new_request.sampling_params, "extra_args", None)
-    return str(extra.get(KEY, "")) if extra else ""
+    found = str(_carried(new_request).get(KEY, ""))
+    # A client's own, where the request came in past the wrapper.
+    return found if _TRACEPARENT.fullmatch(found) else ""
 
 
-def _carrying(params: Any, headers: Mapping[str, str] | None) -> Any:
-    """`params`, or a copy of them where the key must be set or taken out. The caller may use its own again."""
+def untraced_before(new_request: Any) -> int:
+    """How many requests before this one, by its word, were served without their trace context."""
+    found = _carried(new_request).get(UNTRACED_KEY, 0)
+    return found if isinstance(found, int) and 0 <= found < 1 << 31 else 0
+
+
+def _carried(new_request: Any) -> Mapping[str, Any]:
+    return getattr(new_request.sampling_params, "extra_args", None) or {}
+
+
+def _carrying(params: Any, headers: Mapping[str, str] | None, untraced: int) -> Any:
+    """`params`, or a copy of them where a key of ours must be set or taken out. The caller may use its own again."""
     found = str((headers or {}).get("traceparent", ""))
+    ours = {KEY: found} if _TRACEPARENT.fullmatch(found) else {}
+    told = {UNTRACED_KEY: untraced} if untraced else {}
     extra = getattr(params, "extra_args", None) or {}
-    if not _TRACEPARENT.fullmatch(found):
-        if KEY not in extra:
-            return params
-        found = ""
+    if not ours and not told and not {KEY, UNTRACED_KEY} & set(extra):
+        return params
     params = copy.copy(params)
-    params.extra_args = {**{k: v for k, v in extra.items() if k != KEY}, **({KEY: found} if found else {})}
+    params.extra_args = {**{k: v for k, v in extra.items() if k not in (KEY, UNTRACED_KEY)}, **ours, **told}
     return params

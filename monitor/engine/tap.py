@@ -17,13 +17,18 @@ from monitor.engine import finish, identity, rowmap
 from monitor.engine.drain import UNSCORED, HostBuffers, Written, device_handovers, write_compacted
 from monitor.engine.encoder import ArmedHook
 from monitor.engine.kv import KvCache
-from monitor.events import Blocks, Closed, Event, Opened, encode_events
+from monitor.events import Anew, Blocks, Closed, Event, Opened, encode_events
 from monitor.ring import EVENT_BYTES, REQUEST_DTYPE, Ring, Slot
 
 _STEPS_IN_FLIGHT = 3
 _KEPT_SLOTS = 2
 _BLOCKS_PER_EVENT = 2048
 """Numbers of up to eight digits: a quarter of ring.EVENT_BYTES."""
+MAX_OWED = 4096
+"""Events that wait while the ring is full. Behind them the exporter is told anew whom the engine serves, once it reads
+again: live requests are few, what began and ended meanwhile may be any number."""
+_ID_HEAD, _ID_TAIL = 200, 56
+"""Characters of a long request id that are kept. It holds the client's X-Request-Id, which may be as long as a slot."""
 
 
 class _Queued(NamedTuple):
@@ -64,9 +69,13 @@ class Requests:
             events += _in_lines(self._given(scheduler_output, self._cache))
         return events
 
+    @property
+    def live_handles(self) -> list[int]:
+        return [opened.handle for opened in self._live.values()]
+
     def announce_again(self) -> list[Event]:
-        """For an exporter that was started again: every live request, as resumed."""
-        resumed = [dataclasses.replace(opened, resumed=True) for opened in self._live.values()]
+        """For an exporter that knows nothing, or not enough: every live request, as resumed."""
+        resumed = [dataclasses.replace(opened, resumed=True, untraced=0) for opened in self._live.values()]
         given = [[self.slot_of[name], 0, len(blocks), *blocks] for name, blocks in self._blocks.items()]
         return [*resumed, *_in_lines(given)]
 
@@ -99,16 +108,24 @@ class Requests:
         opened = Opened(
             slot=slot,
             handle=self._handles,
-            request_id=new.req_id,
+            request_id=_bounded(new.req_id),
             prompt_tokens=len(new.prompt_token_ids or ()),
             cached=int(new.num_computed_tokens),
             resumed=False,
             adapter=getattr(new.lora_request, "lora_name", None) or "",
             traceparent=identity.traceparent_of(new),
+            untraced=identity.untraced_before(new),
         )
         self.slot_of[new.req_id] = slot
         self._live[new.req_id] = opened
         return opened
+
+
+def _bounded(request_id: str) -> str:
+    """Its end is vLLM's, and tells two requests of one long name apart."""
+    if len(request_id) <= _ID_HEAD + _ID_TAIL:
+        return request_id
+    return f"{request_id[:_ID_HEAD]}...{request_id[-_ID_TAIL:]}"
 
 
 def _in_lines(given: list[list[int]]) -> list[Event]:
@@ -142,12 +159,16 @@ class Tap:
         self._queue: list[_Queued] = []
         self._requests = Requests(cache)
         self._owed: list[Event] = []
+        self._max_owed = MAX_OWED + 2 * ring.geometry.max_requests
+        self._unannounced = 0
         self._step = 0
         self._row_map = np.empty(ring.geometry.max_requests, REQUEST_DTYPE)
 
     def after_step(self, runner: Any, scheduler_output: Any) -> None:
         """Called right after the forward of each step, on the engine's thread."""
         self._owed += self._requests.update(scheduler_output)
+        if len(self._owed) > self._max_owed:
+            self._begin_anew()
         rows = int(scheduler_output.total_num_scheduled_tokens)
         self._flush_ready(wait=rows == 0)
         if rows:
@@ -171,7 +192,15 @@ class Tap:
 
     def announce_again(self) -> None:
         """The exporter was started again and knows no request."""
-        self._owed = [*self._requests.announce_again(), *(e for e in self._owed if isinstance(e, Closed))]
+        # The closings that are owed are of requests that it never knew, in slots that others may hold by now.
+        self._owed = self._requests.announce_again()
+
+    def _begin_anew(self) -> None:
+        """Forget what is owed, but for the requests that are live."""
+        live = self._requests.live_handles
+        begun = {event.handle for event in self._owed if isinstance(event, Opened) and not event.resumed}
+        self._unannounced += len(begun.difference(live))
+        self._owed = [Anew(live, self._unannounced), *self._requests.announce_again()]
 
     def _read_rows(self, runner: Any, scheduler_output: Any) -> Any:
         step = rowmap.read(runner, scheduler_output)
@@ -212,15 +241,16 @@ class Tap:
 
     def _events_that_fit(self) -> bytes:
         """The owed events as bytes, leaving in `_owed` those that the slot has no room for."""
-        if not self._owed:
-            return b""
-        data = encode_events(self._owed)
-        if len(data) <= EVENT_BYTES:
-            self._owed = []
-            return data
-        cut = data.rindex(b"\n", 0, EVENT_BYTES) + 1
-        self._owed = self._owed[data[:cut].count(b"\n") :]
-        return data[:cut]
+        data = bytearray()
+        fit = 0
+        for event in self._owed:
+            line = encode_events([event])
+            if len(data) + len(line) > EVENT_BYTES:
+                break
+            data += line
+            fit += 1
+        self._owed = self._owed[fit:]
+        return bytes(data)
 
     def _queue_handover(self, requests_Q: Any, rows: int) -> None:
         if not self._handovers:

@@ -242,6 +242,18 @@ ENGINE_COUNTERS: Final = {
         _REPLICA,
         "Rows of requests that the exporter did not know.",
     ),
+    "unannounced_requests": Metric(
+        "latentwatch_engine_unannounced_requests_total",
+        "counter",
+        _REPLICA,
+        "Requests that began and ended while the exporter read nothing for long. Their tokens are counted nowhere.",
+    ),
+    "untraced_requests": Metric(
+        "latentwatch_engine_untraced_requests_total",
+        "counter",
+        _REPLICA,
+        "Requests served without their client's trace context, because it could not be carried to the engine.",
+    ),
 }
 """By the field of step.EngineCounters. They begin again at 0 with every boot of the engine."""
 EVENTS_EVICTED = Metric(

@@ -58,6 +58,10 @@ class KeptScores:
         place = slot % len(self._owner)
         self._owner[place[self._owner[place] == slot + 1]] = 0
 
+    def clear(self) -> None:
+        """Which blocks were allocated anew is not known any more."""
+        self._owner[:] = 0
+
     def write(self, slot_R: I64, scored: ScoredRows) -> None:
         """Keep the scores of these KV slots; none of them where their activations alone exceed the log."""
         fires = len(scored.fires_N)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from monitor.events import Blocks, Closed, Event, Opened, decode_events
+from monitor.events import Anew, Blocks, Closed, Event, Opened, decode_events
 from monitor.exporter.held import NO_BOUND, HeldStep, HeldSteps
 from monitor.exporter.kept import KeptScores
 from monitor.exporter.layout import Laid, ScoredRows, StepRows, joined, lay_out, positions, runs, scores_of, span
@@ -94,6 +94,8 @@ class Ledger:
         self.surplus_tokens = 0
         self.op_silent_steps = 0
         self.unattributed_rows = 0
+        self.unannounced_requests = 0
+        self.untraced_requests = 0
 
     def take(self, raw: RawStep, counters: EngineCounters) -> StepBatch:
         """Settle what `raw` decides of the steps held, then hold `raw`.
@@ -111,7 +113,11 @@ class Ledger:
         for event in events:
             if isinstance(event, Blocks):
                 self._give(event)
+            elif isinstance(event, Anew):
+                closed += self._begin_anew(event, settled)
             elif isinstance(event, Opened):
+                if self._knows(event):
+                    continue
                 self._begin(event)
                 opened.append(
                     RequestOpened(event.handle, event.request_id, event.prompt_tokens, event.adapter, event.traceparent)
@@ -134,13 +140,32 @@ class Ledger:
             surplus_tokens=self.surplus_tokens,
             op_silent_steps=self.op_silent_steps,
             unattributed_rows=self.unattributed_rows,
+            unannounced_requests=self.unannounced_requests,
+            untraced_requests=self.untraced_requests,
         )
 
     def finish(self) -> StepBatch:
         """The held steps as they stand, once the engine will say no more. Requests still open stay open."""
         return self._settle(None, np.full(len(self._handle), NO_BOUND)).batch(None)
 
+    def _begin_anew(self, event: Anew, settled: _Settled) -> list[RequestClosed]:
+        """Close what is not live any more, as lost; what became of the KV blocks meanwhile is not known."""
+        self.unannounced_requests = event.unannounced
+        if self._kept is not None:
+            self._kept.clear()
+        self._blocks[:] = -1
+        ended = [slot for slot, request in self._open.items() if request.handle not in event.handles]
+        return [
+            dataclasses.replace(self._close(Closed(slot, -1, aborted=False), settled), outcome=Outcome.LOST)
+            for slot in ended
+        ]
+
+    def _knows(self, event: Opened) -> bool:
+        known = self._open.get(event.slot)
+        return known is not None and known.handle == event.handle
+
     def _begin(self, event: Opened) -> None:
+        self.untraced_requests += event.untraced
         while event.slot >= len(self._handle):
             self._handle = np.concatenate([self._handle, np.full_like(self._handle, -1)])
             self._prompt = np.concatenate([self._prompt, np.zeros_like(self._prompt)])
@@ -184,7 +209,10 @@ class Ledger:
         """By slot: the first position past what a request that ended has computed, NO_BOUND for the others."""
         end = np.full(len(self._handle), NO_BOUND)
         for event in reversed(events):
-            if isinstance(event, Closed) and event.slot in self._open:
+            if isinstance(event, Anew):
+                # What follows it may speak of other requests in the same slots.
+                end[:] = NO_BOUND
+            elif isinstance(event, Closed) and event.slot in self._open:
                 # Overwrites: the first closing of a slot is that of the request in the held steps.
                 end[event.slot] = self._end(event)
         return end

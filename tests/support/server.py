@@ -102,6 +102,8 @@ class Server:
                     outputs += choice["token_ids"] or []
                     ended = ended or choice["finish_reason"] is not None
         connection.close()
+        if not ended:
+            del outputs[leaves:]  # a chunk may hold several tokens
         return {"outputs": outputs, "response_id": response_id, "aborted": not ended}
 
     def counters(self) -> dict[str, float]:
@@ -119,10 +121,13 @@ def traceparent(i: int) -> str:
 def run(job: dict[str, Any], folder: Path, seconds: float, told: Callable[[], None]) -> Any:
     """Serve the job of tests/bench/accounting as drive.py does; the requests of a wave are asked eight at a time.
 
+    The token counters are those after the first wave, whose clients stay to the end.
+
     Args: told: called while the server still runs; returns when the collector knows how every request ended.
     """
     requests = job["requests"]
     answers: list[dict[str, Any]] = []
+    metrics: dict[str, float] = {}
     with (
         Server(job["engine"], job["env"], folder / "server.log", seconds) as server,
         ThreadPoolExecutor(CLIENTS) as pool,
@@ -130,6 +135,6 @@ def run(job: dict[str, Any], folder: Path, seconds: float, told: Callable[[], No
         for wave in sorted({request["wave"] for request in requests}):
             chosen = [(i, request) for i, request in enumerate(requests) if request["wave"] == wave]
             answers += pool.map(lambda numbered: server.ask(*numbered), chosen)
-        metrics = server.counters()
+            metrics = metrics or server.counters()
         told()
     return {"requests": answers, "metrics": metrics}

@@ -139,7 +139,7 @@ class RequestClosed(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., outcome: _Optional[int] = ...) -> None: ...
 
 class EngineCounters(_message.Message):
-    __slots__ = ("steps", "ring_dropped_steps", "op_silent_steps", "recomputed_tokens", "surplus_tokens", "exporter_restarts", "shed_batches", "reconnects", "unattributed_rows")
+    __slots__ = ("steps", "ring_dropped_steps", "op_silent_steps", "recomputed_tokens", "surplus_tokens", "exporter_restarts", "shed_batches", "reconnects", "unattributed_rows", "unannounced_requests", "untraced_requests")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     RING_DROPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
     OP_SILENT_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +149,8 @@ class EngineCounters(_message.Message):
     SHED_BATCHES_FIELD_NUMBER: _ClassVar[int]
     RECONNECTS_FIELD_NUMBER: _ClassVar[int]
     UNATTRIBUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    UNANNOUNCED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    UNTRACED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     steps: int
     ring_dropped_steps: int
     op_silent_steps: int
@@ -158,4 +160,6 @@ class EngineCounters(_message.Message):
     shed_batches: int
     reconnects: int
     unattributed_rows: int
-    def __init__(self, steps: _Optional[int] = ..., ring_dropped_steps: _Optional[int] = ..., op_silent_steps: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., surplus_tokens: _Optional[int] = ..., exporter_restarts: _Optional[int] = ..., shed_batches: _Optional[int] = ..., reconnects: _Optional[int] = ..., unattributed_rows: _Optional[int] = ...) -> None: ...
+    unannounced_requests: int
+    untraced_requests: int
+    def __init__(self, steps: _Optional[int] = ..., ring_dropped_steps: _Optional[int] = ..., op_silent_steps: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., surplus_tokens: _Optional[int] = ..., exporter_restarts: _Optional[int] = ..., shed_batches: _Optional[int] = ..., reconnects: _Optional[int] = ..., unattributed_rows: _Optional[int] = ..., unannounced_requests: _Optional[int] = ..., untraced_requests: _Optional[int] = ...) -> None: ...

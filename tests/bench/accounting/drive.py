@@ -66,6 +66,7 @@ def run(job_path: Path, result_path: Path) -> None:
     metrics = {m.name: getattr(m, "value", 0) for m in llm.get_metrics() if m.name in COUNTERS}
     requests = [
         {"outputs": script.outputs[i], "computed": script.computed[i], "aborted": i in script.aborted}
+        | {"embedding": script.embeddings.get(i)}
         for i in range(len(job["requests"]))
     ]
     result_path.write_text(json.dumps({"requests": requests, "metrics": metrics}))
@@ -96,6 +97,7 @@ class Script:
         self._id: dict[int, str] = {}
         self._began: dict[int, int] = {}
         self.outputs: list[list[int]] = [[] for _ in self._requests]
+        self.embeddings: dict[int, list[float]] = {}
         self.computed = [0] * len(self._requests)
         self.aborted: set[int] = set()
         self.steps = 0
@@ -136,7 +138,9 @@ class Script:
 
     def _step(self) -> None:
         for output in self._engine.step():
-            if not self._pooling:
+            if self._pooling:
+                self.embeddings[_index(output.request_id)] = output.outputs.data.tolist()
+            else:
                 self.outputs[_index(output.request_id)] = list(output.outputs[0].token_ids)
         self.steps += 1
         scheduler = self._engine.engine_core.engine_core.scheduler

@@ -212,7 +212,7 @@ ENGINES = (
         note=f"its layers return a pair whose sum is not the stream; {UNSEEN}",
     ),
     Engine("V2 runner", v2(16), EAGER, env=V2),
-    Engine("V2 runner, chunked prefill, 16-token budget", v2(8), {**EAGER, "max_num_batched_tokens": 16}, env=V2),
+    Engine("V2 runner, chunked prefill, 16-token budget", plain(12), {**EAGER, "max_num_batched_tokens": 16}, env=V2),
     Engine("V2 runner, preemption", pressed(10), {**EAGER, "num_gpu_blocks_override": 12}, env=V2, preempts=True),
     Engine("V2 runner, asynchronous scheduling", plain(16), EAGER, env=V2, keep_async=True),
     Engine("chunked prefill, 16-token budget", plain(120), {**EAGER, "max_num_batched_tokens": 16}),

@@ -158,18 +158,21 @@ def rows_of(engine: Engine, shared: Path, folder: Path, drivers: Drivers) -> lis
             requests=[{**request.to_job(), "wave": i, "arrive": 0} for i, request in enumerate(requests)],
         )
         assert _answers(alone) != _answers(off), "alone or together the answers are the same: compare the scores"
-    identical = _answers(on) == _answers(off)
+    identical = {request.label: True for request in requests}
+    for request, with_monitor, without in zip(requests, _answers(on), _answers(off), strict=True):
+        identical[request.label] &= with_monitor == without
     accounts = _accounts(requests, on, sink, card.read(watchlist_path))
     _check_occurred(engine, on, sink, [account for label in accounts.values() for account in label])
     refusal = _refusal(engine, sink)
     return [
-        _row(engine, label, of_label, on, identical, refusal, card.read(watchlist_path), model)
+        _row(engine, label, of_label, on, identical[label], refusal, card.read(watchlist_path), model)
         for label, of_label in accounts.items()
     ]
 
 
-def _answers(result: Any) -> list[list[int]]:
-    return [request["outputs"] for request in result["requests"]]
+def _answers(result: Any) -> list[Any]:
+    """Tokens of each request, and its embedding from a pooling model."""
+    return [(request["outputs"], request.get("embedding")) for request in result["requests"]]
 
 
 def _accounts(
@@ -205,11 +208,9 @@ def _check_occurred(engine: Engine, on: Any, sink: RecordingSink, accounts: list
         for i, (account, answer) in enumerate(zip(accounts, on["requests"], strict=True)):
             assert response_id(account.scores.opened.request_id) == answer["response_id"], f"request {i}"
             assert account.scores.opened.traceparent == server.traceparent(i), f"request {i}"
-        told = sum(account.scores.closed.total_tokens + 1 for account in accounts if account.scores.closed)
-        counted = sum(metrics.values())
-        # Of an answer that was left, vLLM's API server counts no token that came later.
-        left = any(account.aborted for account in accounts)
-        assert told == counted or (left and told > counted), f"{told} tokens told, vLLM counts {counted}"
+        first = [account.scores.closed for account in accounts if account.request.wave == 0]
+        told, counted = sum(closed.total_tokens + 1 for closed in first if closed), sum(metrics.values())
+        assert told == counted, f"{told} tokens told, vLLM counts {counted}"
 
 
 def _refusal(engine: Engine, sink: RecordingSink) -> str:

@@ -70,6 +70,35 @@ def test_a_call_that_vllm_refuses_gets_vllms_own_error(engine):
         engine.add_request("r")
 
 
+def untraced(engine: Engine) -> int:
+    return identity.untraced_before(SimpleNamespace(sampling_params=engine.got[2]))
+
+
+def test_requests_that_could_not_carry_their_trace_context_are_counted_by_the_next_that_can(engine):
+    class Sealed:
+        """Parameters without room for anything of ours, as vLLM's for pooling."""
+
+        __slots__ = ()
+
+    for _ in range(3):
+        sealed = Sealed()
+        engine.add_request("r", "prompt", sealed, trace_headers={"traceparent": GOOD})
+        assert engine.got[2] is sealed  # served all the same
+    engine.add_request("r", "prompt", params())
+    assert (untraced(engine), arrived(engine)) == (3, "")
+    engine.add_request("r", "prompt", params(), trace_headers={"traceparent": GOOD})
+    assert (untraced(engine), arrived(engine)) == (0, GOOD)
+
+
+@pytest.mark.parametrize("forged", ["7", -1, 1 << 40, None, [1]])
+def test_a_forged_count_or_traceparent_is_nothing(engine, forged):
+    carried = params(latentwatch_untraced=forged, latentwatch_traceparent="x" * 70_000)
+    new = SimpleNamespace(sampling_params=carried)
+    assert (identity.untraced_before(new), identity.traceparent_of(new)) == (0, "")
+    engine.add_request("r", "prompt", carried)
+    assert engine.got[2].extra_args == {}
+
+
 def test_a_vllm_whose_add_request_has_other_parameters_is_not_patched():
     other = type("Other", (), {"add_request": lambda self, request: None})
     with pytest.raises(AttributeError, match="takes"):

@@ -13,12 +13,12 @@ from monitor.engine import finish, rowmap
 from monitor.engine.drain import HostBuffers, write_compacted
 from monitor.engine.encoder import SENTINEL, ArmedHook
 from monitor.engine.kv import KvCache
-from monitor.engine.tap import Requests, Tap
+from monitor.engine.tap import MAX_OWED, Requests, Tap
 from monitor.events import Blocks, Event, encode_events
 from monitor.exporter.kept import KeptScores
 from monitor.exporter.ledger import Ledger
 from monitor.kernels import reference
-from monitor.names import Reason, TokenState
+from monitor.names import Outcome, Reason, TokenState
 from monitor.ring import EVENT_BYTES, Geometry, Ring
 from monitor.step import EngineCounters
 from tests.support import tiny
@@ -107,6 +107,55 @@ def test_a_full_ring_costs_steps_but_no_opening_or_closing_even_if_the_engine_th
             assert segment["reason"] in (Reason.NONE, Reason.RING_FULL)
     assert tokens == {TokenState.SCORED: room, TokenState.DROPPED: 5}
     assert batches[-1].closed[0].total_tokens == steps
+
+
+def test_while_nobody_reads_what_is_owed_stays_bounded_and_then_the_books_begin_anew(hooks):
+    """ "a" lives through it, "b" was known and ends meanwhile, thousands come and go of which nobody is told."""
+    ring = Ring.create(geometry(hooks))
+    reader = Ring(ring.fd, ring.geometry, create=False)
+    tap, ledger = Tap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
+    tap.after_step(v1_runner({"a": 0, "b": 0}), scheduled({"a": 1, "b": 1}, new=[("a", 1), ("b", 1)]))
+    batches = [ledger.take(reader.peek(), EngineCounters())]
+    reader.release()
+    ring.reserve = lambda keep=0: None  # no slot is ever free
+    ended = {"b": (1, False)}
+    most = 0
+    for i in range(MAX_OWED):
+        tap.after_step(
+            v1_runner({"a": i + 1, f"r{i}": 0}), scheduled({"a": 1, f"r{i}": 1}, new=[(f"r{i}", 1)], finished=ended)
+        )
+        ended = {f"r{i}": (1, False)}
+        most = max(most, len(tap._owed))
+    assert most <= MAX_OWED + 2 * ring.geometry.max_requests
+    del ring.reserve
+    for i in range(MAX_OWED, MAX_OWED + 400):
+        tap.after_step(v1_runner({"a": i + 1}), scheduled({"a": 1}, finished=ended))
+        ended = {}
+        while (raw := reader.peek()) is not None:
+            batches.append(ledger.take(raw, EngineCounters()))
+            reader.release()
+    tap.after_step(v1_runner({}), scheduled({}, finished={"a": (MAX_OWED + 401, False)}))
+    batches.append(ledger.take(reader.peek(), EngineCounters()))
+    outcomes = {
+        closed.request_id: (closed.outcome, closed.total_tokens) for batch in batches for closed in batch.closed
+    }
+    assert outcomes["a"] == (Outcome.FINISHED, MAX_OWED + 401)
+    assert outcomes["b"] == (Outcome.LOST, 1)
+    told = len({opened.request_id for batch in batches for opened in batch.opened} - {"a", "b"})
+    assert batches[-1].counters.unannounced_requests == MAX_OWED - told > 0
+    a_tokens = sum(int(s["count"]) for batch in batches for s in batch.segments_S if s["handle"] == 1)
+    assert a_tokens == MAX_OWED + 401
+    assert not tap._owed
+
+
+def test_a_request_id_as_long_as_a_slot_is_cut_and_reaches_the_exporter(hooks):
+    ring = Ring.create(geometry(hooks))
+    tap = Tap(ring, hooks, on_gpu=False)
+    name = "cmpl-" + "\u4e00" * EVENT_BYTES + "-0-0123abcd"
+    tap.after_step(v1_runner({name: 0}), scheduled({name: 1}, new=[(name, 1)]))
+    (opened,) = Ledger(armed=True, drafts=False).take(ring.peek(), EngineCounters()).opened
+    assert len(opened.request_id) < 300
+    assert opened.request_id.endswith("-0-0123abcd")
 
 
 def test_an_exporter_started_again_is_told_every_live_request(hooks):
