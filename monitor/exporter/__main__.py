@@ -4,9 +4,9 @@ import contextlib
 import os
 
 # vLLM pins its CPU worker to cores and keeps them busy, and a child inherits the pinning: there even the imports below
-# would take half a minute.
+# would take half a minute. On the other cores, where there are any, nothing here ever stands in the forward's way.
 with contextlib.suppress(OSError):
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    os.sched_setaffinity(0, set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0) or range(os.cpu_count() or 1))
 
 from monitor.errors import Refusal
 from monitor.exporter.process import main

@@ -21,6 +21,11 @@ I64 = npt.NDArray[np.int64]
 UNSEEN_REASONS: Final = (Reason.NOT_ARMED, Reason.OP_SILENT, Reason.PREFIX_CACHE, Reason.KV_CONNECTOR)
 """Reasons for which a token was never there to be scored; the others mean that a score was lost."""
 
+_STATE_OF: Final = np.full(256, TokenState.DROPPED, np.uint8)
+"""By reason. Looked up: some thirty times as fast as np.isin on the few rows of a step."""
+_STATE_OF[list(UNSEEN_REASONS)] = TokenState.UNSEEN
+_STATE_OF[Reason.NONE] = TokenState.SCORED
+
 
 @dataclass(frozen=True)
 class StepRows:
@@ -116,9 +121,8 @@ def joined(parts: Sequence[ScoredRows]) -> ScoredRows:
 
 def state_of(reason: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The state that a row's reason means."""
-    unseen = np.isin(reason, UNSEEN_REASONS)
-    state = np.where(unseen, TokenState.UNSEEN, TokenState.DROPPED)
-    return np.where(reason == Reason.NONE, TokenState.SCORED, state).astype(np.uint8)
+    state: npt.NDArray[np.uint8] = _STATE_OF[reason]
+    return state
 
 
 def span(handle: int, start: int, stop: int, prompt_tokens: int, reason: Reason) -> Array:
