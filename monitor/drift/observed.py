@@ -170,12 +170,18 @@ class Observed:
         self, counts: RequestCounts, stratum_G: Array, end_seconds: float, window_seconds: float = 60.0
     ) -> None:
         """Take a window that closed at this time. One without requests changes nothing."""
-        requests = int(counts.requests_GF.max(axis=1).sum()) if len(counts.levels_GFB) else 0
+        requests_G = counts.requests_GF.max(axis=1)
+        requests = int(requests_G.sum())
         if not requests:
             return
-        levels_FB = counts.levels_GFB.sum(axis=0)
-        np.add.at(self.strata_SFB, stratum_G, counts.levels_GFB)
-        np.add.at(self.hour_strata_HS[hour_of_week(end_seconds)], stratum_G, counts.requests_GF.max(axis=1))
+        levels_FB = np.zeros_like(self.hour_FB)
+        hour = hour_of_week(end_seconds)
+        for stratum in np.unique(stratum_G).tolist():
+            of_stratum_G = stratum_G == stratum
+            stratum_FB = counts.levels_GFB[of_stratum_G].sum(axis=0)
+            self.strata_SFB[stratum] += stratum_FB
+            self.hour_strata_HS[hour, stratum] += requests_G[of_stratum_G].sum()
+            levels_FB += stratum_FB
         self.cells_FC += counts.cells_FC
         self.coactive_PP += counts.coactive_PP
         first, last = self.totals[2:]

@@ -93,6 +93,18 @@ def test_baselines_add_in_any_order_and_grouping():
     assert a.merge(b).requests == a.requests + b.requests == 4000
 
 
+def test_what_several_replicas_serve_adds_up_by_adapter():
+    counts, observed = counted(1, groups=6), Observed.empty(LAYOUT)
+    stratum_G = np.array([2, 0, 2, 1, 0, 2])
+    observed.add_window(counts, stratum_G, 1e9)
+    expected_SFB = np.zeros_like(observed.strata_SFB)
+    np.add.at(expected_SFB, stratum_G, counts.levels_GFB)
+    assert np.array_equal(observed.strata_SFB, expected_SFB)
+    assert np.array_equal(observed.levels_FB, counts.levels_GFB.sum(axis=0))
+    requests_S = observed.hour_strata_HS[hour_of_week(1e9)]
+    assert np.array_equal(requests_S, np.bincount(stratum_G, counts.levels_GFB.sum(axis=2).max(axis=1), minlength=8))
+
+
 def test_a_window_without_requests_changes_nothing():
     observed = seen(1)
     before = {name: array.copy() for name, array in observed.arrays().items()}
