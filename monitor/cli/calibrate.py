@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from monitor.drift.baseline import Baseline
+    from monitor.watchlist.card import Watchlist
 
 HELP = "Make a baseline of traffic that you trust; a collector with it measures drift and knows how rare a value is."
-EPILOG = """Several --from are added up: the collectors of a fleet, or recordings of several days. Windows during an
+EPILOG = """Several --from are added up: the collectors of a fleet, or recordings of several days. Reading evidence is
+noted in its folder's audit log. Windows during an
 alarm are never among what a collector gives. A baseline changes by --update only, and names what would change.
 example:  latentwatch calibrate --from http://127.0.0.1:9464 --model-name llama --out prod.baseline"""
 
@@ -22,11 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="sources",
         action="append",
         required=True,
-        metavar="URL|FILE",
-        help="a collector's address, or a file of 'latentwatch record'; may be given more than once",
+        metavar="URL|FILE|FOLDER",
+        help="a collector's address, a file of 'latentwatch record', or the evidence folder of a collector with "
+        "--evidence-keep all; may be given more than once",
     )
     parser.add_argument("--model-name", required=True, metavar="NAME", help="as vLLM serves it; one baseline is of one")
-    parser.add_argument("--watchlist", type=Path, metavar="FILE", help="needed for recordings: what they scored")
+    parser.add_argument("--watchlist", type=Path, metavar="FILE", help="needed for files and folders: what was scored")
+    parser.add_argument(
+        "--canary-key", type=Path, metavar="FILE", help="for files and folders: the collector's, to tell canary runs"
+    )
     parser.add_argument(
         "--token-file", type=Path, metavar="FILE", help="the collectors' --http-token-file, where they have one"
     )
@@ -124,7 +130,7 @@ def _gathered(args: argparse.Namespace) -> Baseline:
         if source.startswith(("http://", "https://")):
             part = baseline.parse(_fetched(source, args.model_name, args.token_file), f"collector {source}")
         else:
-            part = _of_recording(Path(source), args)
+            part = _of_files(Path(source), args)
         made = part if made is None else made.merge(part)
     assert made is not None
     return made
@@ -152,24 +158,54 @@ def _fetched(url: str, model_name: str, token_file: Path | None) -> bytes:
         ) from error
 
 
-def _of_recording(path: Path, args: argparse.Namespace) -> Baseline:
-    from monitor.collector.pipeline import Pipeline
-    from monitor.collector.replay import replay
-    from monitor.errors import BaselineRefused, ConfigRefused
-    from monitor.transport import recording
+def _of_files(path: Path, args: argparse.Namespace) -> Baseline:
+    from monitor.drift import canary
+    from monitor.errors import ConfigRefused
     from monitor.watchlist import card
 
     if args.watchlist is None:
-        raise ConfigRefused(
-            f"--from {path}", found="a recording", instead="Give its --watchlist too.", reason="config_value"
-        )
-    pipeline = Pipeline(card.read(args.watchlist))
+        found = "a folder of evidence" if path.is_dir() else "a recording"
+        raise ConfigRefused(f"--from {path}", found=found, instead="Give its --watchlist too.", reason="config_value")
+    watchlist = card.read(args.watchlist)
+    key = canary.read_key(args.canary_key) if args.canary_key else b""
+    return (_of_evidence if path.is_dir() else _of_recording)(path, watchlist, args.model_name, key)
+
+
+def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, canary_key: bytes) -> Baseline:
+    import time
+
+    from monitor.cli.evidence import actor, opened
+    from monitor.collector.calibration import of_evidence
+    from monitor.errors import BaselineRefused
+
+    what = f"evidence {folder}"
+    with opened(folder) as (archive, audit):
+        if others := archive.watchlists() - {watchlist.sha256}:
+            raise BaselineRefused(
+                what,
+                found=f"it was seen with watchlist {', '.join(sorted(others))}, but this is {watchlist.sha256}",
+                instead="Give that watchlist, or a folder that was begun with this one.",
+                reason="baseline_mismatch",
+            )
+        made = of_evidence(watchlist, model_name, archive.ended(model_name), canary_key, what)
+        audit.add(time.time(), actor(), "calibrate", made.observed.requests, subject=f"model={model_name}")
+    return made
+
+
+def _of_recording(path: Path, watchlist: Watchlist, model_name: str, canary_key: bytes) -> Baseline:
+    from monitor.collector.drift import DriftSettings
+    from monitor.collector.pipeline import Pipeline
+    from monitor.collector.replay import replay
+    from monitor.errors import BaselineRefused
+    from monitor.transport import recording
+
+    pipeline = Pipeline(watchlist, drift=DriftSettings(canary_key=canary_key))
     done = replay(pipeline, recording.read(path))
-    observed = pipeline.drift.observed(args.model_name, done.last_seconds)
+    observed = pipeline.drift.observed(model_name, done.last_seconds)
     if observed is None:
         raise BaselineRefused(
             f"recording {path}",
-            found=f"it holds nothing of model {args.model_name!r}",
+            found=f"it holds nothing of model {model_name!r}",
             instead="Give the name that the model was served under.",
             reason="baseline_source",
         )

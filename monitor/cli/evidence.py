@@ -122,11 +122,11 @@ def _query(args: argparse.Namespace) -> int:
 
     now = time.time()
     wanted = Wanted(args.feature, args.severity, args.model, _before(now, args.since), _before(now, args.until))
-    with _opened(args.dir) as (archive, audit):
+    with opened(args.dir) as (archive, audit):
         found = archive.exceedances(wanted, args.limit)
         filters = ("feature", "severity", "model", "since", "until")
         subject = " ".join(f"{name}={value}" for name in filters if (value := getattr(args, name)) is not None)
-        audit.add(now, _actor(), "query", len(found), subject=subject)
+        audit.add(now, actor(), "query", len(found), subject=subject)
     for exceedance in found:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(exceedance.seconds))
         print(
@@ -143,11 +143,11 @@ def _show(args: argparse.Namespace) -> int:
 
     from monitor.evidence import heatmap
 
-    with _opened(args.dir) as (archive, audit):
+    with opened(args.dir) as (archive, audit):
         found = archive.find(args.id)
-        audit.add(time.time(), _actor(), "show", len(found), request=args.id)
+        audit.add(time.time(), actor(), "show", len(found), request=args.id)
         if args.key:
-            audit.add(time.time(), _actor(), "content", len(found), request=args.id)
+            audit.add(time.time(), actor(), "content", len(found), request=args.id)
     if not found:
         return _not_kept(args)
     tokens = _tokens(args, found[0].key) if args.key else ()
@@ -203,9 +203,9 @@ def _key(args: argparse.Namespace) -> int:
 def _delete(args: argparse.Namespace) -> int:
     from monitor.evidence import store
 
-    with _opened(args.dir) as (_, audit):
+    with opened(args.dir) as (_, audit):
         erased = store.erase(args.dir, args.id)
-        audit.add(time.time(), _actor(), "delete", erased.requests, request=args.id)
+        audit.add(time.time(), actor(), "delete", erased.requests, request=args.id)
     if not erased.requests:
         return _not_kept(args)
     print(f"{erased.requests} requests deleted, {erased.rows} rows")
@@ -234,8 +234,8 @@ def _export(args: argparse.Namespace) -> int:
         raise ConfigRefused(
             f"--out {args.out}", found=error.strerror or str(error), instead="Name a new folder.", reason="out_exists"
         ) from error
-    with _opened(args.dir) as (archive, audit):
-        audit.add(time.time(), _actor(), "export", 0, subject=str(args.out))
+    with opened(args.dir) as (archive, audit):
+        audit.add(time.time(), actor(), "export", 0, subject=str(args.out))
         rows = parquet.export(archive.requests(), args.out)
     print(f"{args.out}: " + ", ".join(f"{count} {name}" for name, count in rows.items()))
     return 0
@@ -246,7 +246,7 @@ def _audit(args: argparse.Namespace) -> int:
 
     from monitor.evidence.heatmap import printable
 
-    with _opened(args.dir) as (_, audit):
+    with opened(args.dir) as (_, audit):
         for entry in itertools.islice(audit.entries(request=args.id), args.limit):
             moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.seconds))
             subject = printable(entry.subject) or entry.subject_sha256[:16]
@@ -255,7 +255,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[tuple[Archive, Audit]]:
+def opened(folder: Path) -> Iterator[tuple[Archive, Audit]]:
     """The folder's archive and audit log. Raises: ConfigRefused: it is missing or cannot be read."""
     import sqlite3
 
@@ -288,7 +288,7 @@ def _before(now: float, age: str | None) -> float | None:
     return now - float(match[1]) * _UNITS[match[2]]
 
 
-def _actor() -> str:
+def actor() -> str:
     return f"cli:{getpass.getuser()}"
 
 

@@ -66,19 +66,40 @@ class Drift:
 
     def add(self, requests: Sequence[OpenRequest], features: RequestFeatures, now: float) -> None:
         """Take n requests that ended, of one replica, each seen from its beginning."""
-        model = self._models[requests[0].model_name]
-        prompts = [canary_prompt(self._settings.canary_key, request.request_id) for request in requests]
+        self.add_rows(
+            requests[0].model_name,
+            requests[0].replica,
+            [request.adapter for request in requests],
+            [request.request_id for request in requests],
+            features.fired_nF,
+            features.statistic_nF,
+            now,
+        )
+
+    def add_rows(
+        self,
+        model_name: str,
+        replica: str,
+        adapters: Sequence[str],
+        request_ids: Sequence[str],
+        fired_nF: Array,
+        value_nF: Array,
+        now: float,
+    ) -> None:
+        """The same as columns. Args: value_nF: the statistic, NaN for none."""
+        model = self._models[model_name]
+        prompts = [canary_prompt(self._settings.canary_key, request_id) for request_id in request_ids]
         for i, prompt in enumerate(prompts):
             if prompt is not None:
-                model.add_canary(prompt, features.statistic_nF[i], now)
+                model.add_canary(prompt, value_nF[i], now)
         ordinary = [i for i, prompt in enumerate(prompts) if prompt is None]
         if ordinary:
             model.add(
-                requests[0].replica,
-                [requests[i].adapter for i in ordinary],
-                [requests[i].request_id for i in ordinary],
-                features.fired_nF[ordinary],
-                features.statistic_nF[ordinary],
+                replica,
+                [adapters[i] for i in ordinary],
+                [request_ids[i] for i in ordinary],
+                fired_nF[ordinary],
+                value_nF[ordinary],
                 now,
             )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,11 @@ SELECT key, request_id, response_id, trace_id, replica, model_name, engine, adap
   closed_seconds, outcome, prompt_tokens, output_tokens, total_tokens, scored, inherited, unseen, dropped,
   exceeded_features, features, features_left_out, activations_lost
 FROM request WHERE key = ?
+"""
+_ENDED: Final = """
+SELECT request_id, replica, adapter, opening_seen AND scored + inherited > 0, closed_seconds, exceeded_features,
+  features, features_left_out
+FROM request WHERE model_name = ? AND outcome IS NOT NULL ORDER BY closed_seconds
 """
 _EXCEEDANCE: Final = """
 SELECT r.request_id, r.response_id, r.trace_id, r.model_name, e.feature, e.seconds, e.position, e.phase, e.value
@@ -130,6 +136,21 @@ class StoredRequest:
     """Activations before the first exceedance that were not kept."""
 
 
+class EndedRequest(NamedTuple):
+    """What is needed of a request that ended to count it among others."""
+
+    request_id: str
+    replica: str
+    adapter: str
+    whole: bool
+    """Seen from its beginning, and with scores."""
+    closed_seconds: float
+    exceeded_features: int
+    features: Array
+    """aggregate.requests.FEATURE_DTYPE."""
+    features_left_out: int
+
+
 class Archive:
     """A folder of evidence, read only."""
 
@@ -165,6 +186,16 @@ class Archive:
         for reader in reversed(self._newest_first()):
             for key in reader.all():
                 yield reader.request(key)
+
+    def ended(self, model_name: str) -> Iterator[EndedRequest]:
+        """Every request of this model that ended, in the order of their ends."""
+        # A request that runs past midnight stays in its first segment, so segments overlap in time.
+        each = (reader.ended(model_name) for reader in self._newest_first())
+        return heapq.merge(*each, key=lambda request: request.closed_seconds)
+
+    def watchlists(self) -> set[str]:
+        """SHA-256 of every watchlist that something here was seen with."""
+        return {reader.watchlist_sha256 for reader in self._newest_first()}
 
     def close(self) -> None:
         """Close every file."""
@@ -226,8 +257,19 @@ class _Reader:
     def close(self) -> None:
         self._connection.close()
 
+    @property
+    def watchlist_sha256(self) -> str:
+        return self._watched.sha256
+
     def find(self, name: str) -> list[int]:
         return segment.find(self._connection, name)
+
+    def ended(self, model_name: str) -> Iterator[EndedRequest]:
+        for request_id, replica, adapter, whole, *times, features, left_out in self._connection.execute(
+            _ENDED, (model_name,)
+        ):
+            rows = segment.unpack(features, FEATURE_DTYPE)
+            yield EndedRequest(request_id, replica, adapter, bool(whole), *times, rows, left_out)
 
     def all(self) -> list[int]:
         return [key for (key,) in self._connection.execute("SELECT key FROM request ORDER BY key")]

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from monitor.aggregate.requests import FEATURE_DTYPE
 from monitor.cli import main
+from monitor.collector.calibration import of_evidence
 from monitor.collector.drift import DriftSettings
 from monitor.collector.exposition import ProcessFacts
 from monitor.collector.pipeline import Pipeline
+from monitor.collector.recorder import watched
 from monitor.collector.web import make_app
 from monitor.drift import baseline, canary
 from monitor.drift.baseline import Baseline, Fingerprint
 from monitor.errors import BaselineRefused, ConfigRefused, StreamRefused
+from monitor.evidence.archive import EndedRequest
+from monitor.evidence.store import Retention, Store
 from monitor.names import TokenState
 from monitor.transport import recording
 from monitor.transport.recording import RecordingSink
@@ -318,6 +323,60 @@ def test_record_calibrate_show_replay(folder, tmp_path, capsys):
     assert main(["replay", drifted, "--watchlist", watched, "--baseline", out]) == 1
     shown = capsys.readouterr().out
     assert "[rate] a fires in more requests" in shown and "2000 ended requests" in shown
+
+
+def kept(folder, keep: str, built: Watchlist) -> Pipeline:
+    """A pipeline after 30 minutes of traffic, some of it canary runs, with its evidence in the folder."""
+    evidence, pipeline = Store(folder, watched(built), Retention()), Pipeline(built, drift=DriftSettings(canary_key=KEY))
+    pipeline.record_to([lambda records: evidence.write(records, MONDAY)], keep)
+    engines = [Engine(pipeline, built, replica=f"pod-{i}/0", seed=i) for i in range(2)]
+    for minute in range(30):
+        for engine in engines:
+            engine.serve(MONDAY + 60 * minute + 30, requests=25)
+        engines[0].serve(MONDAY + 60 * minute + 40, ids=[f"chatcmpl-{canary.canary_id(KEY, 3, f'{minute:016x}')}-0a"])
+    pipeline.tick(MONDAY + 7200)
+    evidence.close()
+    return pipeline
+
+
+def test_evidence_of_every_request_calibrates_as_its_collector_does(folder, tmp_path, capsys):
+    built, key = card.read(folder / "w.safetensors"), tmp_path / "key"
+    live = kept(tmp_path / "all", "all", built).drift.observed("toy", MONDAY).observed
+    key.write_bytes(KEY)
+    calibrate = ["calibrate", "--watchlist", str(folder / "w.safetensors"), "--model-name", "toy"]
+    found = [*calibrate, "--from", str(tmp_path / "all"), "--canary-key", str(key), "--out", str(tmp_path / "b")]
+    assert main(found) == 0
+    made = baseline.read(tmp_path / "b").observed
+    assert made.requests == live.requests == 1500 and made.canary_N[3] == 30
+    mine, theirs = made.arrays(), live.arrays()
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+    capsys.readouterr()
+    assert main(["evidence", "audit", "--dir", str(tmp_path / "all")]) == 0
+    assert "calibrate" in capsys.readouterr().out
+
+
+def test_evidence_that_is_not_of_every_request_makes_no_baseline(folder, tmp_path, capsys):
+    built = card.read(folder / "w.safetensors")
+    limited = dataclasses.replace(built, hooks=tuple(_always_exceeded(rows) for rows in built.hooks))
+    kept(tmp_path / "some", "exceeded", limited)
+    calibrate = ["calibrate", "--from", str(tmp_path / "some"), "--model-name", "toy", "--out", str(tmp_path / "b")]
+    assert main(calibrate) == 2 and "--watchlist" in capsys.readouterr().err
+    watched_by = [*calibrate, "--watchlist", str(folder / "w.safetensors")]
+    assert main(watched_by) == 2 and "--evidence-keep all" in capsys.readouterr().err
+    assert main([*watched_by, "--model-name", "other"]) == 2 and "no whole request" in capsys.readouterr().err
+    other = card.write(watchlist(FEATURES[1:]), tmp_path / "o.safetensors")
+    assert other.sha256 != built.sha256
+    assert main([*calibrate, "--watchlist", str(tmp_path / "o.safetensors")]) == 2
+    assert built.sha256 in capsys.readouterr().err
+    with pytest.raises(BaselineRefused, match="features more"):
+        row = EndedRequest("r", "pod", "", True, MONDAY, 0, np.empty(0, FEATURE_DTYPE), 7)
+        of_evidence(built, "toy", [row])
+
+
+def _always_exceeded(rows):
+    return dataclasses.replace(
+        rows, features=tuple(dataclasses.replace(f, limit=Limit("max", -1e9)) if f.dense else f for f in rows.features)
+    )
 
 
 def test_a_baseline_is_updated_only_with_what_was_approved(folder, tmp_path, capsys):
