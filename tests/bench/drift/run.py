@@ -1,15 +1,15 @@
 """False pages and delays by simulation: `make bench-drift` writes results/drift.json and drift.svg.
 
 Nulls: what a 256-feature watchlist pages for when nothing drifts: several times four months, each time compared with
-another baseline of four weeks of the same kind of traffic. Ours runs at the limits that its budget states. The others get the limit at which they
-raise one alarm in the calibration month of independent traffic, so that all have the same measured false-alarm rate
-there, and then see the other nulls.
+another baseline of four weeks of the same kind of traffic. Ours runs at the limits that its budget states. The others
+get the limit at which they raise one alarm in the calibration month of independent traffic, so that all have the same
+measured false-alarm rate there, and then see the other nulls.
 
 Drifts: how long until a page. The features of a run are alike and drift at once, each by itself one repetition of the
 experiment; limits are those of the 256-feature watchlist.
 
-`--quick` runs the same code on hours instead of months and writes nothing; `--only update` measures only the time of one
-window and writes it into the results that are there.
+`--quick` runs the same code on hours instead of months and writes nothing. `--only` measures the time of one window, or
+ours on one null, and writes that into the results that are there.
 """
 
 from __future__ import annotations
@@ -173,23 +173,36 @@ def limits_of_others(size: Size, log: Callable[[str], None]) -> dict[str, float]
     return limits
 
 
-def run_null(name: str, size: Size, limits: dict[str, float], log: Callable[[str], None]) -> list[dict[str, Any]]:
-    """One null's rows."""
-    scenario, number = nulls()[name], list(nulls()).index(name)
+def run_null(name: str, size: Size, log: Callable[[str], None]) -> dict[str, Any]:
+    """Ours on one null."""
+    scenario = nulls()[name]
     found, by_kind = 0, dict.fromkeys(KINDS, 0)
-    for seed in range(1000 + 100 * number, 1000 + 100 * number + 2 * size.baselines, 2):
-        reference, cells_FC = calibrated(scenario, size.baseline, seed)
-        traffic = Traffic(scenario, np.random.default_rng(seed + 1))
+    for run in range(size.baselines):
+        reference, _ = calibrated(scenario, size.baseline, _seed(name, run))
+        traffic = Traffic(scenario, np.random.default_rng(_seed(name, run) + 1))
         ours = Ours(reference, traffic.layout, REPLICAS, scenario.window_seconds)
         found += pages([ours], traffic, size.null)[0]
         by_kind = {kind: by_kind[kind] + count for kind, count in ours.by_kind.items()}
-    more = {"by_kind": by_kind, "baselines": size.baselines}
-    rows = [null_row(name, Ours.name, found, size.baselines * size.null) | more]
-    usual = others(reference, cells_FC, limits)
-    counts = pages(usual, Traffic(by_the_minute(scenario), np.random.default_rng(400 + number)), size.others)
-    rows += [null_row(name, d.name, count, size.others) for d, count in zip(usual, counts, strict=True)]
+        log(f"{name}: {found} pages in {(run + 1) * size.null / MONTH_SECONDS:g} months, {by_kind}")
+    row = null_row(name, Ours.name, found, size.baselines * size.null)
+    return row | {"by_kind": by_kind, "baselines": size.baselines}
+
+
+def run_null_of_others(
+    name: str, size: Size, limits: dict[str, float], log: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The others on one null, with the first of ours' baselines."""
+    scenario = nulls()[name]
+    usual = others(*calibrated(scenario, size.baseline, _seed(name, 0)), limits)
+    traffic = Traffic(by_the_minute(scenario), np.random.default_rng(_seed(name, 0) + 1))
+    counts = pages(usual, traffic, size.others)
+    rows = [null_row(name, d.name, count, size.others) for d, count in zip(usual, counts, strict=True)]
     log(f"{name}: " + ", ".join(f"{row['detector']} {row['false_pages_per_month']:g}" for row in rows))
     return rows
+
+
+def _seed(null: str, run: int) -> int:
+    return 1000 + 100 * list(nulls()).index(null) + 2 * run
 
 
 @dataclass(frozen=True)
@@ -383,9 +396,14 @@ def report(size: Size, jobs: int) -> dict[str, Any]:
     began = time.process_time()
     limits = limits_of_others(size, _say)
     with ProcessPoolExecutor(jobs) as pool:
-        null_tasks = [pool.submit(run_null, name, size, limits, _say) for name in nulls()]
+        null_tasks = [pool.submit(run_null, name, size, _say) for name in nulls()]
+        other_tasks = [pool.submit(run_null_of_others, name, size, limits, _say) for name in nulls()]
         drift_tasks = [pool.submit(run_drift, number, size, limits, _say) for number in range(len(drifts()))]
-        null_rows = [row for task in null_tasks for row in task.result()]
+        null_rows = [
+            row
+            for ours, theirs in zip(null_tasks, other_tasks, strict=True)
+            for row in (ours.result(), *theirs.result())
+        ]
         drift_rows = [row for task in drift_tasks for row in task.result()]
     drift_rows.append(run_canary(_say))
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -427,22 +445,35 @@ def _versions() -> dict[str, str]:
     return {"latentwatch": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
 
 
+def _with(result: dict[str, Any], only: str) -> dict[str, Any]:
+    """The results with one part of them measured anew."""
+    if only == "update":
+        result[UPDATE] = round(update_milliseconds(), 2)
+        print(f"{result[UPDATE]} ms a window")
+        return result
+    row = run_null(only, FULL, _say)
+    result["nulls"] = [row if (old["name"], old["detector"]) == (only, Ours.name) else old for old in result["nulls"]]
+    return result
+
+
+def _write(result: dict[str, Any]) -> None:
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    PLOT.write_text(drawn(result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="hours instead of months; prints, and writes nothing")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
-    parser.add_argument("--only", choices=["update"], help="measure only this, into the results that are there")
+    parser.add_argument("--only", choices=["update", *nulls()], help="only this, into the results that are there")
     args = parser.parse_args()
     if args.only:
-        result = json.loads(RESULT.read_text()) | {UPDATE: round(update_milliseconds(), 2)}
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{result[UPDATE]} ms a window")
+        _write(_with(json.loads(RESULT.read_text()), args.only))
         return
     result = report(QUICK if args.quick else FULL, args.jobs)
     if args.quick:
         return
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    PLOT.write_text(drawn(result))
+    _write(result)
     print(f"{result['core_minutes']} minutes of one core; a simpler detector is quicker in: {result['simpler_wins']}")
 
 
