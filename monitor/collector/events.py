@@ -54,6 +54,16 @@ class EventRing:
         for place in ((self._added - 1 - np.arange(count)) % len(self._events)).tolist():
             yield self._events[place], self._requests[place]
 
+    def of_requests(self, limit: int) -> list[list[tuple[Array, OpenRequest]]]:
+        """All that is held of the latest requests, a list each; the one with the latest event first."""
+        found: dict[int, list[tuple[Array, OpenRequest]]] = {}
+        for event, request in self.latest(len(self._events)):
+            if request.serial in found:
+                found[request.serial].append((event, request))
+            elif len(found) < limit:
+                found[request.serial] = [(event, request)]
+        return list(found.values())
+
     def state(self, roster: Roster) -> dict[str, Any]:
         """What is held, for `restore` of a ring of the same capacity; copies. Its requests go to the roster."""
         held = min(self._added, len(self._events))

@@ -260,6 +260,13 @@ class Pipeline:
         """The latest exceedances, newest first."""
         return [self._exceedance(event, request) for event, request in self._events.latest(limit)]
 
+    def anomalies(self, limit: int) -> list[views.Anomaly]:
+        """The same by request: the latest ones, each with everything that is held of it."""
+        return [
+            views.Anomaly.of([self._exceedance(event, request) for event, request in events])
+            for events in self._events.of_requests(limit)
+        ]
+
     def latest(self, limit: int) -> list[int]:
         """Numbers for `request`: open requests, newest first, then closed ones, latest end first."""
         opened = sorted(self._slots.by_serial, reverse=True)[:limit]

@@ -5,7 +5,7 @@ Times are seconds since the Unix epoch by the collector's clock, unless a name s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -154,6 +154,40 @@ class Exceedance:
     trace_id: str
     tail_probability: float | None = None
     """Share of the baseline's requests with at least `value`; None without a baseline."""
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """One request and everything that it exceeded: one event, however many features and tokens it was."""
+
+    request_id: str
+    response_id: str
+    model_name: str
+    trace_id: str
+    severity: Severity
+    """Of the most severe feature."""
+    first_seconds: float
+    last_seconds: float
+    exceedances: tuple[Exceedance, ...]
+    """The most severe first, then in their order in time. Each feature once: it does not count again in a request."""
+
+    @classmethod
+    def of(cls, exceedances: Sequence[Exceedance]) -> Anomaly:
+        """What one request exceeded, in any order."""
+        rank = list(Severity)
+        ordered = tuple(sorted(exceedances, key=lambda found: (rank.index(found.severity), found.seconds)))
+        worst = ordered[0]
+        seconds = [found.seconds for found in ordered]
+        return cls(
+            worst.request_id,
+            worst.response_id,
+            worst.model_name,
+            worst.trace_id,
+            worst.severity,
+            min(seconds),
+            max(seconds),
+            ordered,
+        )
 
 
 @dataclass(frozen=True)

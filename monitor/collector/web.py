@@ -24,7 +24,7 @@ from monitor.collector.exposition import Families, ProcessFacts
 from monitor.collector.overview import Overview, overview
 from monitor.collector.pipeline import Pipeline
 from monitor.collector.requests import MAX_ID_CHARACTERS
-from monitor.collector.views import Exceedance, RequestView
+from monitor.collector.views import Anomaly, Exceedance, RequestView
 from monitor.drift.watch import Alarm, DriftView
 from monitor.export.prometheus import Exposition, negotiate
 from monitor.watchlist.card import MAX_FEATURES
@@ -103,6 +103,13 @@ class Exceedances:
     """Exceedances that this collector holds, newest first."""
 
     exceedances: list[Exceedance]
+
+
+@dataclasses.dataclass(frozen=True)
+class Anomalies:
+    """Requests that exceeded a limit, the latest first."""
+
+    anomalies: list[Anomaly]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +217,11 @@ def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> No
     async def get_exceedances(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
         """Requests that went above a feature's limit."""
         return as_json(Exceedances(pipeline.exceedances(limit)))
+
+    @app.get("/v1/anomalies", response_model=Anomalies, tags=["api"])
+    async def get_anomalies(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+        """The same by request: one bad request is one event, with every feature that it exceeded."""
+        return as_json(Anomalies(pipeline.anomalies(limit)))
 
     @app.get("/v1/drift", response_model=Drifts, tags=["api"])
     async def get_drift() -> Response:

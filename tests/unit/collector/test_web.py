@@ -48,6 +48,7 @@ PATHS = [
     "/v1/overview",
     "/v1/features",
     "/v1/exceedances",
+    "/v1/anomalies",
     "/v1/requests",
     "/v1/requests/chatcmpl-2",
     "/v1/requests/chatcmpl-2-0123abcd",
@@ -117,6 +118,18 @@ def test_limits_are_kept(client):
     assert len(client.get("/v1/overview?features=1").json()["features"]) == 1
 
 
+def test_one_bad_request_is_one_event_with_everything_that_it_exceeded(client):
+    exceedances = client.get("/v1/exceedances").json()["exceedances"]
+    anomalies = client.get("/v1/anomalies").json()["anomalies"]
+    ids = [anomaly["request_id"] for anomaly in anomalies]
+    assert len(set(ids)) == len(ids) < len(exceedances) and ids[0] == exceedances[0]["request_id"]
+    assert sum(len(anomaly["exceedances"]) for anomaly in anomalies) == len(exceedances)
+    both = next(anomaly for anomaly in anomalies if len(anomaly["exceedances"]) == 2)
+    assert [found["feature"] for found in both["exceedances"]] == ["deceive", "jailbreak"]
+    assert both["severity"] == "critical" and both["first_seconds"] <= both["last_seconds"]
+    assert client.get("/v1/anomalies?limit=1").json()["anomalies"] == anomalies[:1]
+
+
 def test_features_carry_their_evidence_and_totals(client):
     answer = client.get("/v1/features").json()
     assert [f["id"] for f in answer["features"]] == ["jailbreak", "deceive"]
@@ -129,6 +142,7 @@ def test_features_carry_their_evidence_and_totals(client):
         ("/v1/overview", "Overview"),
         ("/v1/features", "Features"),
         ("/v1/exceedances", "Exceedances"),
+        ("/v1/anomalies", "Anomalies"),
         ("/v1/requests", "Requests"),
         ("/healthz", "Health"),
     ],
