@@ -135,8 +135,8 @@ class Evidence:
     log10_limit: dict[str, float]
     since_seconds: dict[str, Array]
     """By kind, [F]: when the change began if there is one."""
-    direction_F: Array
-    """RISE or FALL of the rate, whichever has more evidence."""
+    direction: dict[str, Array]
+    """By kind, [F]: RISE or FALL, whichever has more evidence. Of the rate; for "shape" of the values."""
     ratio_F: Array
     """Active requests / expected ones: since the change where the rate alarms, else lately; NaN where none is."""
     ratio_low_F: Array
@@ -237,7 +237,13 @@ def evidence(state: DetectorState, layout: Layout, reference: Reference, budget:
             "coactivation": pair_since_F,
             "canary": state.canary_since_F.copy(),
         },
-        direction_F=direction_F,
+        direction={
+            "rate": direction_F,
+            "shape": np.where(shape_k == TILTS.index(min(TILTS)), FALL, RISE),
+            "replica": replica_way_F,
+            "coactivation": np.full(F, RISE),
+            "canary": direction_F,
+        },
         ratio_F=active_F / per_F,
         ratio_low_F=low_F * reference.phi_F / per_F,
         ratio_high_F=high_F * reference.phi_F / per_F,

@@ -22,6 +22,8 @@ Array = npt.NDArray[Any]
 CEILING: Final = 1e30
 """Where a statistic stops, so that a detector can come down again within some hours of a change's end."""
 _LLR_BOUND: Final = 60.0
+_BEYOND: Final = 1.1
+_FAR_BEYOND: Final = 4.0
 
 
 def shiryaev_roberts(statistic: Array, llr: Array) -> None:
@@ -48,9 +50,13 @@ def binomial_llr(active: Array, requests: Array, null: Array, alternative: Array
 
 def rate_alternatives(expected_F: Array, high_F: Array, low_F: Array) -> tuple[Array, Array]:
     """Null and alternative rates [K, F] of the rate detector: rises from the largest rate that is no drift, falls from
-    the smallest. An alternative inside the null's reach is moved a tenth beyond it."""
-    rises = [np.minimum(np.maximum(expected_F * r, high_F * 1.1), (1 + high_F) / 2) for r in RISES]
-    falls = [np.minimum(expected_F / r, low_F / 1.1) for r in RISES[:-1]]
+    the smallest. An alternative inside the null's reach is moved a tenth beyond it, the largest rise farther: of a
+    feature that never fired the null is all that is known, and single fires are many times what it allows."""
+    beyond = [*[_BEYOND] * (len(RISES) - 1), _FAR_BEYOND]
+    rises = [
+        np.minimum(np.maximum(expected_F * r, high_F * b), (1 + high_F) / 2) for r, b in zip(RISES, beyond, strict=True)
+    ]
+    falls = [np.minimum(expected_F / r, low_F / _BEYOND) for r in RISES[:-1]]
     null_KF = np.array([high_F] * len(rises) + [low_F] * len(falls))
     return null_KF, np.array(rises + falls)
 

@@ -60,7 +60,7 @@ class Alarm:
     feature: str
     kind: str
     direction: Literal["up", "down"]
-    """Of the rate."""
+    """Of the rate; for kind "shape" of the values."""
     log10_evalue: float
     log10_limit: float
     since_seconds: float
@@ -317,7 +317,7 @@ class ModelDrift:
         alarm = Alarm(
             feature=self._features[feature],
             kind=kind,
-            direction="up" if shown.direction_F[feature] == RISE else "down",
+            direction="up" if shown.direction[kind][feature] == RISE else "down",
             log10_evalue=float(shown.log10_evalue[kind][feature]),
             log10_limit=shown.log10_limit[kind],
             since_seconds=float(shown.since_seconds[kind][feature]),
@@ -340,10 +340,11 @@ def sentence(alarm: Alarm) -> str:
         ratio = (
             f" at {alarm.rate_ratio:.2f} times its baseline ({alarm.rate_ratio_low:.2f} to {alarm.rate_ratio_high:.2f})"
         )
+    up = alarm.direction == "up"
     what = {
-        "rate": f"fires in {'more' if alarm.direction == 'up' else 'fewer'} requests,{ratio}",
-        "shape": "fires with other values than in the baseline",
-        "replica": f"fires at another rate on replica {alarm.replica} than on the others",
+        "rate": f"fires in {'more' if up else 'fewer'} requests,{ratio}",
+        "shape": f"fires with {'larger' if up else 'smaller'} values than in the baseline",
+        "replica": f"fires in {'more' if up else 'fewer'} requests on replica {alarm.replica} than on the others",
         "coactivation": f"fires together with {alarm.partner} more often than the rates of the two explain",
         "canary": "scores otherwise on prompts that have not changed",
     }[alarm.kind]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from monitor.drift.detection import KINDS, Budget, DetectorState, evidence, update
+from monitor.drift.detection import FALL, KINDS, RISE, Budget, DetectorState, evidence, update
 from monitor.drift.detectors import CEILING, binomial_llr, cusum, pair_llr, replica_llr, shiryaev_roberts
 from monitor.drift.observed import Observed
 from monitor.drift.reference import Options, fit, poisson_limits
@@ -154,6 +154,8 @@ def test_each_drift_is_found_by_its_own_kind_of_detector(plain, change, kind):
     assert found.alarms[kind].all()
     if kind == "replica":
         assert (found.replica_F == 2).all()
+    fewer = change.rate_ratio(0.0) < 1 or change.value_shift < 0
+    assert (found.direction[kind] == (FALL if fewer else RISE)).all()
     if kind == "shape":
         assert not found.alarms["rate"].any()
 
@@ -172,10 +174,30 @@ def test_an_alarm_says_how_much_since_when_and_which_way(plain):
         update(state, plain[1], traffic.layout, window, budget)
     found = evidence(state, traffic.layout, plain[1], budget)
     start = PLAIN.start_seconds + began * PLAIN.window_seconds
-    assert found.alarms["rate"].all() and (found.direction_F == 0).all()
+    assert found.alarms["rate"].all() and (found.direction["rate"] == 0).all()
     assert np.median(np.abs(found.since_seconds["rate"] - start)) <= 3 * PLAIN.window_seconds
     inside = (found.ratio_low_F <= 1.6) & (found.ratio_high_F >= 1.6)
     assert inside.mean() >= 0.8 and found.ratio_F.mean() == pytest.approx(1.6, rel=0.05)
+
+
+def test_single_fires_of_a_feature_that_never_fired_alarm_since_the_first_of_them():
+    """One a window, and windows without between them, which do not make the beginning later."""
+    scenario = Scenario(np.array([0.0, 0.05]), 1000)
+    traffic, reference = calibrated(scenario, 500)
+    state, budget, firing = DetectorState.empty(traffic.layout, 1), Budget(), 0
+    for number in range(60):
+        window = traffic.window()
+        if number >= 20 and number % 3:
+            window.counts.levels_GFB[0, 0] += (-1, 1)
+            firing += 1
+        update(state, reference, traffic.layout, window, budget)
+        found = evidence(state, traffic.layout, reference, budget)
+        if found.alarms["rate"][0]:
+            break
+    assert 3 <= firing <= 15 and found.direction["rate"][0] == RISE
+    assert found.since_seconds["rate"][0] == scenario.start_seconds + (500 + 20) * 60
+    assert found.ratio_F[0] != found.ratio_F[0], "there is no ratio to a rate of 0"
+    assert not found.alarms["rate"][1]
 
 
 def test_the_limit_grows_with_what_is_watched_and_with_the_time_between_pages():
