@@ -6,7 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from monitor.cli.collector import route
+
 if TYPE_CHECKING:
+    from monitor.collector.drift import DriftSettings
     from monitor.drift.baseline import Baseline
     from monitor.watchlist.card import Watchlist
 
@@ -33,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--canary-key", type=Path, metavar="FILE", help="for files and folders: the collector's, to tell canary runs"
     )
+    parser.add_argument("--route", type=route, metavar="REGEX", help="for files and folders: the collector's")
     parser.add_argument(
         "--token-file", type=Path, metavar="FILE", help="the collectors' --http-token-file, where they have one"
     )
@@ -159,7 +163,7 @@ def _fetched(url: str, model_name: str, token_file: Path | None) -> bytes:
 
 
 def _of_files(path: Path, args: argparse.Namespace) -> Baseline:
-    from monitor.drift import canary
+    from monitor.cli.collector import drift_settings
     from monitor.errors import ConfigRefused
     from monitor.watchlist import card
 
@@ -167,11 +171,11 @@ def _of_files(path: Path, args: argparse.Namespace) -> Baseline:
         found = "a folder of evidence" if path.is_dir() else "a recording"
         raise ConfigRefused(f"--from {path}", found=found, instead="Give its --watchlist too.", reason="config_value")
     watchlist = card.read(args.watchlist)
-    key = canary.read_key(args.canary_key) if args.canary_key else b""
-    return (_of_evidence if path.is_dir() else _of_recording)(path, watchlist, args.model_name, key)
+    settings = drift_settings(None, args.canary_key, args.route)
+    return (_of_evidence if path.is_dir() else _of_recording)(path, watchlist, args.model_name, settings)
 
 
-def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, canary_key: bytes) -> Baseline:
+def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, settings: DriftSettings) -> Baseline:
     import time
 
     from monitor.cli.evidence import actor, opened
@@ -187,19 +191,18 @@ def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, canary_key
                 instead="Give that watchlist, or a folder that was begun with this one.",
                 reason="baseline_mismatch",
             )
-        made = of_evidence(watchlist, model_name, archive.ended(model_name), canary_key, what)
+        made = of_evidence(watchlist, model_name, archive.ended(model_name), settings, what)
         audit.add(time.time(), actor(), "calibrate", made.observed.requests, subject=f"model={model_name}")
     return made
 
 
-def _of_recording(path: Path, watchlist: Watchlist, model_name: str, canary_key: bytes) -> Baseline:
-    from monitor.collector.drift import DriftSettings
+def _of_recording(path: Path, watchlist: Watchlist, model_name: str, settings: DriftSettings) -> Baseline:
     from monitor.collector.pipeline import Pipeline
     from monitor.collector.replay import replay
     from monitor.errors import BaselineRefused
     from monitor.transport import recording
 
-    pipeline = Pipeline(watchlist, drift=DriftSettings(canary_key=canary_key))
+    pipeline = Pipeline(watchlist, drift=settings)
     done = replay(pipeline, recording.read(path))
     observed = pipeline.drift.observed(model_name, done.last_seconds)
     if observed is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the key that 'latentwatch canary' signs its requests with, so that they are compared with each other "
         "instead of counted as traffic",
+    )
+    parser.add_argument(
+        "--route",
+        type=route,
+        metavar="REGEX",
+        help="what this finds in a request's id is its route, or what its first group finds; each of some 8 routes and "
+        "adapters has rates of its own in the baseline (default: adapters only)",
     )
     evidence = parser.add_argument_group("evidence")
     evidence.add_argument(
@@ -164,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
         listen=tuple(args.listen or (_LISTEN,)),
         http=args.http,
         state=args.state,
-        drift=drift_settings(args.baseline, args.canary_key),
+        drift=drift_settings(args.baseline, args.canary_key, args.route),
         evidence=_evidence_settings(args) if args.evidence else None,
         otlp=TelemetrySettings(args.otlp, args.otlp_metrics) if args.otlp else None,
         tls=_tls(args),
@@ -185,7 +193,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def drift_settings(baseline: Path | None, canary_key: Path | None) -> DriftSettings:
+def route(text: str) -> re.Pattern[str]:
+    """Type of --route."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
+def drift_settings(baseline: Path | None, canary_key: Path | None, route: re.Pattern[str] | None) -> DriftSettings:
     """What drift is measured against. Raises BaselineRefused or ConfigRefused "canary_key"."""
     from monitor.collector.drift import DriftSettings
     from monitor.drift import baseline as baselines
@@ -194,9 +210,9 @@ def drift_settings(baseline: Path | None, canary_key: Path | None) -> DriftSetti
 
     key = canary.read_key(canary_key) if canary_key else b""
     if baseline is None:
-        return DriftSettings(canary_key=key)
+        return DriftSettings(canary_key=key, route=route)
     read = baselines.read(baseline)
-    return DriftSettings(read, Budget(window_seconds=read.window_seconds), key)
+    return DriftSettings(read, Budget(window_seconds=read.window_seconds), key, route)
 
 
 def _evidence_settings(args: argparse.Namespace) -> EvidenceSettings:

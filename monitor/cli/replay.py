@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from monitor.cli.collector import route
+
 HELP = "Run a recording through a collector's logic, in recorded time, and print what it would have alarmed on."
 EPILOG = """exit code 0: no alarm; 1: at least one
 example:  latentwatch replay monday.recording --watchlist prod.safetensors --baseline prod.baseline"""
@@ -16,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--watchlist", type=Path, required=True, metavar="FILE", help="what the recording scored")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="measure drift against this baseline")
     parser.add_argument("--canary-key", type=Path, metavar="FILE", help="as for a collector")
+    parser.add_argument("--route", type=route, metavar="REGEX", help="as for a collector")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from monitor.transport import recording
     from monitor.watchlist import card
 
-    pipeline = Pipeline(card.read(args.watchlist), drift=drift_settings(args.baseline, args.canary_key))
+    pipeline = Pipeline(card.read(args.watchlist), drift=drift_settings(args.baseline, args.canary_key, args.route))
     done = replay(pipeline, recording.read(args.recording))
     snapshot = pipeline.snapshot(done.last_seconds)
     ended = sum(sum(engine.requests.values()) for engine in snapshot.engines)

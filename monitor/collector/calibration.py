@@ -17,13 +17,17 @@ _LAST_WINDOW_SECONDS = 3600.0
 
 
 def of_evidence(
-    watchlist: Watchlist, model_name: str, ended: Iterable[EndedRequest], canary_key: bytes = b"", what: str = "evidence"
+    watchlist: Watchlist,
+    model_name: str,
+    ended: Iterable[EndedRequest],
+    settings: DriftSettings | None = None,
+    what: str = "evidence",
 ) -> Baseline:
     """A baseline of every request in the store, in the order of their ends; `what` names the store in errors.
 
     Raises BaselineRefused "baseline_source" where the store does not hold all requests with all their features.
     """
-    drift, features = Drift(watchlist, DriftSettings(canary_key=canary_key)), len(watchlist.features)
+    drift, features = Drift(watchlist, settings or DriftSettings()), len(watchlist.features)
     drift.meet(model_name)
     requests = ordinary = 0
     now = 0.0

@@ -6,6 +6,7 @@ Shape legend: n requests, F features.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -38,6 +39,9 @@ class DriftSettings:
     budget: Budget = field(default_factory=Budget)
     canary_key: bytes = b""
     """Empty where no canary runs."""
+    route: re.Pattern[str] | None = None
+    """What it finds first in a request's id is its route, of its first group where there is one; each route has rates
+    of its own, within each adapter. None where ids say nothing of routes."""
 
 
 class Drift:
@@ -96,7 +100,7 @@ class Drift:
         if ordinary:
             model.add(
                 replica,
-                [adapters[i] for i in ordinary],
+                [self._stratum(adapters[i], request_ids[i]) for i in ordinary],
                 [request_ids[i] for i in ordinary],
                 fired_nF[ordinary],
                 value_nF[ordinary],
@@ -135,6 +139,12 @@ class Drift:
         for name, held in state.items():
             self.meet(name)
             self._models[name].restore(held)
+
+    def _stratum(self, adapter: str, request_id: str) -> str:
+        """Whose rates a request is compared with."""
+        found = self._settings.route.search(request_id) if self._settings.route else None
+        route = found and (found[1] if found.re.groups else found[0])
+        return f"{adapter} {route}".strip() if route else adapter
 
     def _new(self, model_name: str) -> ModelDrift:
         baseline, reason, reference = self._settings.baseline, NO_BASELINE, None

@@ -265,11 +265,17 @@ class _Reader:
         return segment.find(self._connection, name)
 
     def ended(self, model_name: str) -> Iterator[EndedRequest]:
-        for request_id, replica, adapter, whole, *times, features, left_out in self._connection.execute(
-            _ENDED, (model_name,)
-        ):
-            rows = segment.unpack(features, FEATURE_DTYPE)
-            yield EndedRequest(request_id, replica, adapter, bool(whole), *times, rows, left_out)
+        for row in self._connection.execute(_ENDED, (model_name,)):
+            yield EndedRequest(
+                request_id=row[0],
+                replica=row[1],
+                adapter=row[2],
+                whole=bool(row[3]),
+                closed_seconds=row[4],
+                exceeded_features=row[5],
+                features=segment.unpack(row[6], FEATURE_DTYPE),
+                features_left_out=row[7],
+            )
 
     def all(self) -> list[int]:
         return [key for (key,) in self._connection.execute("SELECT key FROM request ORDER BY key")]

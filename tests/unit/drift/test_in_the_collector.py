@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -232,6 +233,27 @@ def test_replicas_and_adapters_beyond_the_bounds_are_still_counted(trusted):
     assert pipeline.drift.views()[0].requests == 120
 
 
+def test_routes_in_request_ids_have_rates_of_their_own():
+    """A route that takes over is no drift where ids tell it, and is one where they do not."""
+    told = DriftSettings(route=re.compile(r"route-(\w+)-"))
+
+    def traffic(pipeline: Pipeline, first: int, chat: int) -> Pipeline:
+        engine = Engine(pipeline, WATCHED, seed=first)
+        for minute in range(first, first + 60):
+            for name, share, requests in (("chat", 0.05, chat), ("code", 0.6, 50 - chat)):
+                ids = [f"chatcmpl-route-{name}-{minute:04d}{i:04d}-0123abcd" for i in range(requests)]
+                engine.serve(MONDAY + 60 * minute + 30, share=share, ids=ids)
+        pipeline.tick(MONDAY + 60 * (first + 61))
+        return pipeline
+
+    for settings, alarms in ((told, False), (DriftSettings(), True)):
+        calm = traffic(Pipeline(WATCHED, drift=settings), 0, chat=30).drift.observed("toy", MONDAY)
+        assert calm is not None
+        assert calm.observed.strata == (("chat", "code") if settings is told else ("",))
+        later = traffic(Pipeline(WATCHED, drift=dataclasses.replace(settings, baseline=calm)), 100, chat=10)
+        assert bool(later.drift.views()[0].alarms) == alarms
+
+
 def test_over_http_drift_is_explained_and_a_baseline_can_be_fetched(trusted):
     pipeline = against(trusted)
     engine = Engine(pipeline, WATCHED, seed=1)
@@ -327,7 +349,10 @@ def test_record_calibrate_show_replay(folder, tmp_path, capsys):
 
 def kept(folder, keep: str, built: Watchlist) -> Pipeline:
     """A pipeline after 30 minutes of traffic, some of it canary runs, with its evidence in the folder."""
-    evidence, pipeline = Store(folder, watched(built), Retention()), Pipeline(built, drift=DriftSettings(canary_key=KEY))
+    evidence, pipeline = (
+        Store(folder, watched(built), Retention()),
+        Pipeline(built, drift=DriftSettings(canary_key=KEY)),
+    )
     pipeline.record_to([lambda records: evidence.write(records, MONDAY)], keep)
     engines = [Engine(pipeline, built, replica=f"pod-{i}/0", seed=i) for i in range(2)]
     for minute in range(30):
