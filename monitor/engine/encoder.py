@@ -40,6 +40,13 @@ def arm(
     Raises: EngineRefused: the model's layers cannot be found without guessing.
     """
     layers, owner = find_layers(model, watchlist.model.layers)
+    if dtype == torch.float16 and any(hasattr(module, "routed_scaling_factor") for module in layers.modules()):
+        raise EngineRefused(
+            f"{type(model).__name__} in float16",
+            found="layers with a routed_scaling_factor divide their stream by it there, so that it does not overflow",
+            instead="Serve it with --dtype bfloat16.",
+            reason="architecture_unknown",
+        )
     places = [_place(layers, owner, rows.hook_point.layer) for rows in watchlist.hooks]
     scratch = op.scratch(max_rows, [len(rows.features) for rows in watchlist.hooks], watchlist.model.d_model, device)
     return tuple(

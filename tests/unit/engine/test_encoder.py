@@ -67,6 +67,16 @@ def test_two_halves_that_no_norm_of_the_model_adds_are_refused_not_summed(tmp_pa
     assert caught.value.reason == "architecture_unknown"
 
 
+def test_a_stream_that_is_scaled_in_float16_is_refused_there(tmp_path):
+    """vLLM's DeepSeek layers divide hidden states and residual alike."""
+    model: Any = Model(FusedLayer)
+    model.layers[2].routed_scaling_factor = 2.5
+    watchlist = tiny.watchlist(tmp_path / "w.safetensors")
+    with pytest.raises(EngineRefused, match="--dtype bfloat16"):
+        encoder.arm(model, watchlist, max_rows=16, dtype=torch.float16, device=torch.device("cpu"))
+    arm(model, watchlist)
+
+
 def test_of_a_layer_that_returns_what_is_not_known_to_be_its_stream_nothing_is_scored(tmp_path):
     model = Model(PairLayer)
     hooks = arm(model, tiny.watchlist(tmp_path / "w.safetensors"))
