@@ -68,6 +68,9 @@ bench-collector: $(VENV)/.dev ## the collector's throughput per core, step to /m
 bench-chaos: $(VENV)/.dev ## 100 collector kills, cuts, stops, full disks, clock jumps; the reconciliation printed
 	$(BIN)/python -m tests.bench.chaos
 
+nightly: $(VENV)/.dev ## 20 minutes at a steady rate through a sidecar and its gateway; how fast memory grows
+	$(BIN)/python -m tests.bench.soak
+
 fuzz: $(VENV)/.dev ## a million broken messages against decoder, receiver and pipeline
 	$(BIN)/python -m tests.fuzz.messages
 

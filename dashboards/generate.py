@@ -854,6 +854,89 @@ def health() -> Panel:
             width=8,
         ),
     ]
+    stages = [
+        graph(
+            "How full each stage is",
+            "Share of its bound. At 100 % a stage refuses or gives up the oldest, which the counters of losses show.",
+            target(
+                f"max by (stage) (latentwatch_stage_depth{{{HERE}}} / latentwatch_stage_capacity{{{HERE}}})",
+                "{{stage}}",
+            ),
+            unit="percentunit",
+            width=8,
+        ),
+        graph(
+            "Waiting to be merged",
+            "Messages, at most one a stream: streams take turns by the bytes that they send.",
+            target(
+                f'sum by (instance) (latentwatch_stage_depth{{{HERE}, stage="merge_queue_messages"}})', "{{instance}}"
+            ),
+            width=8,
+        ),
+        graph(
+            "Longest wait for a turn",
+            "Of the message that waits longest. Seconds mean too many engines, or no core of its own.",
+            target(f"max by (instance) (latentwatch_merge_queue_oldest_seconds{{{HERE}}})", "{{instance}}"),
+            unit="s",
+            width=8,
+        ),
+    ]
+    since_cut = f"latentwatch_forward_oldest_timestamp_seconds{{{HERE}}}"
+    forwarding = [
+        table(
+            "Sidecars",
+            "Each collector that forwards to one of these, and how long ago it reported.",
+            target(f"latentwatch_forwarder_connected{{{HERE}}}", format="table"),
+            target(f"time() - latentwatch_forwarder_last_seen_timestamp_seconds{{{HERE}}}", format="table"),
+            names={
+                "collector": "sidecar",
+                "instance": "gateway",
+                "Value #A": "stream open",
+                "Value #B": "silent for",
+            },
+            hide=("job",),
+            height=6,
+            overrides=[unit_of("silent for", "s")],
+        ),
+        graph(
+            "Reports to the gateway",
+            "One a second and sidecar; more after an outage. Resent ones were on their way when a stream ended.",
+            target(f"sum(rate(latentwatch_forward_reports_total{{{HERE}}}[$__rate_interval]))", "cut"),
+            target(f"sum(rate(latentwatch_forward_resent_reports_total{{{HERE}}}[$__rate_interval]))", "resent"),
+            target(f"sum(rate(latentwatch_forward_reconnects_total{{{HERE}}}[$__rate_interval]))", "reconnects"),
+            target(f"sum(latentwatch_forward_connected{{{HERE}}})", "sidecars connected"),
+            width=8,
+        ),
+        graph(
+            "Oldest report without an answer",
+            "The gateway is away or slow while this grows; counts wait for it and none is lost.",
+            target(f"max by (instance) ((time() - {since_cut}) * ({since_cut} > bool 0))", "{{instance}}"),
+            target(f"max(latentwatch_forward_waiting_reports{{{HERE}}})", "reports that wait, at most 8"),
+            unit="s",
+            width=8,
+        ),
+        graph(
+            "Rows of requests that wait",
+            "In memory. At the bound the oldest are shed, those without an exceedance first.",
+            target(f"max by (instance) (latentwatch_forward_waiting_bytes{{{HERE}}})", "{{instance}}"),
+            target(f"max(latentwatch_forward_capacity_bytes{{{HERE}}})", "bound"),
+            unit="bytes",
+            width=8,
+        ),
+        graph(
+            "Rows and crossings shed",
+            "Requests that the gateway cannot look up: as sidecars count it, and as they told their gateway.",
+            target(
+                f"sum by (kind) (rate(latentwatch_forward_shed_total{{{HERE}}}[$__rate_interval]))",
+                "{{kind}}, shed here",
+            ),
+            target(
+                f"sum by (collector, kind) (rate(latentwatch_forwarder_shed_total{{{HERE}}}[$__rate_interval]))",
+                "{{collector}}, {{kind}}",
+            ),
+            unit="ops",
+        ),
+    ]
     evidence = [
         graph(
             "Records written",
@@ -926,7 +1009,14 @@ def health() -> Panel:
             for name, title, words, unit in ENGINE_COUNTERS
         ),
     ]
-    rows = [("Collectors", collectors), ("Ingest", ingest), ("Evidence", evidence), ("Engines", engines)]
+    rows = [
+        ("Collectors", collectors),
+        ("Ingest", ingest),
+        ("Stages", stages),
+        ("Forwarding", forwarding),
+        ("Evidence", evidence),
+        ("Engines", engines),
+    ]
     words = "Collectors, the streams to them, and the engines behind: what every other figure rests on."
     return dashboard("health", "Collector and engine health", words, [JOB, INSTANCE], rows)
 

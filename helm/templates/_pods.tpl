@@ -123,6 +123,20 @@ seccompProfile:
 - --otlp-metrics={{ . }}
 {{- end }}
 {{- end }}
+{{- with .Values.forward }}
+{{- if .to }}
+{{- if ne $.Values.mode "sidecar" }}
+{{- fail "forward.to: a gateway forwards to none; it is for mode: sidecar" }}
+{{- end }}
+- --forward-to={{ .to }}
+{{- with .token }}
+- --forward-token-file=/etc/latentwatch/forward-token/{{ .key }}
+{{- end }}
+{{- with .ca }}
+- --forward-ca=/etc/latentwatch/forward-ca/{{ .key }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- with .Values.httpToken }}
 - --http-token-file=/etc/latentwatch/http-token/{{ .key }}
 {{- end }}
@@ -164,6 +178,9 @@ securityContext:
 {{- $all := dict "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken -}}
 {{- if .Values.evidence.enabled -}}
 {{- $all = merge $all (dict "evidence-token" .Values.evidence.token "evidence-key" .Values.evidence.contentKey) -}}
+{{- end -}}
+{{- if .Values.forward.to -}}
+{{- $all = merge $all (dict "forward-token" .Values.forward.token "forward-ca" .Values.forward.ca) -}}
 {{- end -}}
 {{- range $name, $secret := $all }}
 {{- if $secret }}

@@ -33,19 +33,6 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 CROSSING_DTYPE = np.dtype([("slot", "<i8"), ("feature", "<i8"), ("position", "<i8"), ("value", "<f8"), ("phase", "u1")])
 """The first token at which a request's statistic for a feature went above the limit, and the statistic there."""
 
-FEATURE_DTYPE = np.dtype(
-    [
-        ("index", "<i2"),
-        ("max", "<f4"),
-        ("position", "<i4"),
-        ("statistic", "<f4"),  # NaN for none
-        ("statistic_position", "<i4"),  # -1 for none
-        ("fired", "<i4"),
-        ("exceeded", "?"),
-    ]
-)
-"""One feature of a request, as its summary keeps it. The evidence files hold it: a change is a new format there."""
-
 
 @dataclass(frozen=True)
 class StepView:

@@ -12,6 +12,7 @@ from monitor.errors import ConfigRefused
 if TYPE_CHECKING:
     from monitor.collector.drift import DriftSettings
     from monitor.collector.evidence import EvidenceSettings
+    from monitor.collector.service import ForwardSettings
     from monitor.transport.security import ServerTls
 
 HELP = "Receive what engines score, and serve metrics, a JSON API and a live page."
@@ -66,6 +67,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what this finds in a request's id is its route, or what its first group finds; each of some 8 routes and "
         "adapters has rates of its own in the baseline (default: adapters only)",
     )
+    parser.add_argument(
+        "--request-id-key-file",
+        type=Path,
+        metavar="FILE",
+        help="hold request ids as hashes under the key in this file, which only its owner may read; a request is still "
+        "found by its clear id (default: ids are held as they are)",
+    )
+    forward = parser.add_argument_group("gateway")
+    forward.add_argument(
+        "--forward-to",
+        metavar="ADDRESS",
+        help="tell this collector, the gateway, once a second what is counted here, and a row for each request "
+        "(default: nothing is forwarded)",
+    )
+    forward.add_argument(
+        "--forward-name",
+        metavar="NAME",
+        help="what the gateway calls this collector; each needs a name of its own (default: the host's name)",
+    )
+    forward.add_argument("--forward-ca", type=Path, metavar="FILE", help="authority of the gateway's certificate")
+    forward.add_argument("--forward-cert", type=Path, metavar="FILE", help="certificate to show the gateway")
+    forward.add_argument("--forward-key", type=Path, metavar="FILE", help="its key")
+    forward.add_argument("--forward-token-file", type=Path, metavar="FILE", help="bearer token to show the gateway")
     evidence = parser.add_argument_group("evidence")
     evidence.add_argument(
         "--evidence",
@@ -148,6 +172,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="ask engines for this bearer token; may be given more than once, for rotation",
     )
+    parser.add_argument("--http-tls-cert", type=Path, metavar="FILE", help="PEM certificate: serve --http over TLS")
+    parser.add_argument("--http-tls-key", type=Path, metavar="FILE", help="its key")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate for TCP addresses of --listen")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its key")
     parser.add_argument(
@@ -175,9 +201,12 @@ def run(args: argparse.Namespace) -> int:
         drift=drift_settings(args.baseline, args.canary_key, args.route),
         evidence=_evidence_settings(args) if args.evidence else None,
         otlp=TelemetrySettings(args.otlp, args.otlp_metrics) if args.otlp else None,
+        forward=_forward(args),
         tls=_tls(args),
         token_files=tuple(args.token_file or ()),
         http_token_files=tuple(args.http_token_file or ()),
+        http_tls=_http_tls(args),
+        request_id_key_file=args.request_id_key_file,
     )
 
     def started(service: Service) -> None:
@@ -226,6 +255,51 @@ def _evidence_settings(args: argparse.Namespace) -> EvidenceSettings:
         token_file=args.evidence_token,
         key_file=args.evidence_key,
     )
+
+
+def _forward(args: argparse.Namespace) -> ForwardSettings | None:
+    """Raises ConfigRefused, "tls_unusable" or "forward"."""
+    import socket
+
+    from monitor.collector.service import ForwardSettings
+    from monitor.transport.security import Credentials
+
+    given = (args.forward_name, args.forward_ca, args.forward_cert, args.forward_key, args.forward_token_file)
+    if args.forward_to:
+        if (args.forward_cert is None) != (args.forward_key is None) or (args.forward_cert and not args.forward_ca):
+            raise ConfigRefused(
+                "TLS to the gateway",
+                found=f"--forward-cert is {args.forward_cert}, --forward-key {args.forward_key}, --forward-ca "
+                f"{args.forward_ca}",
+                instead="Give certificate and key together, and the authority with them.",
+                reason="tls_unusable",
+            )
+        credentials = Credentials(args.forward_ca, args.forward_cert, args.forward_key, args.forward_token_file)
+        return ForwardSettings(args.forward_to, args.forward_name or socket.gethostname(), credentials)
+    if any(given):
+        raise ConfigRefused(
+            "forwarding to a gateway",
+            found="--forward-name, -ca, -cert, -key or -token-file is given, and --forward-to is not",
+            instead="Give --forward-to HOST:PORT too.",
+            reason="forward",
+        )
+    return None
+
+
+def _http_tls(args: argparse.Namespace) -> ServerTls | None:
+    """Raises ConfigRefused, "tls_unusable", where a part of it lacks."""
+    from monitor.transport.security import ServerTls
+
+    if args.http_tls_cert and args.http_tls_key:
+        return ServerTls(args.http_tls_cert, args.http_tls_key, protocol="http/1.1")
+    if args.http_tls_cert or args.http_tls_key:
+        raise ConfigRefused(
+            "TLS over HTTP",
+            found=f"--http-tls-cert is {args.http_tls_cert}, --http-tls-key is {args.http_tls_key}",
+            instead="Give both.",
+            reason="tls_unusable",
+        )
+    return None
 
 
 def _tls(args: argparse.Namespace) -> ServerTls | None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from monitor.errors import StateRefused
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised with every change of what a state holds, or of how a journal is replayed."""
 
 State: TypeAlias = dict[str, Any]

@@ -39,6 +39,8 @@ class Bounds:
     what it was never told had arrived. About 300 bytes each."""
     stream_gone_seconds: float = 600.0
     """Without a stream for so long, a boot's open requests are closed as lost."""
+    forward_bytes: int = 32 << 20
+    """Rows of ended requests that wait for a gateway, bytes; beyond it the oldest without an exceedance go first."""
     request_idle_seconds: float = 3600.0
     """Without a token for so long, a request is closed as lost: its engine forgot to say how it ended."""
     replica_forgotten_seconds: float = 900.0

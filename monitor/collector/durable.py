@@ -37,6 +37,7 @@ from monitor.collector.pipeline import Pipeline
 from monitor.errors import Refusal, StateRefused
 from monitor.step import StepBatch
 from monitor.transport import codec
+from monitor.transport.report import Report
 from monitor.transport.session import Hello
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ _SYNC_SECONDS: Final = 1.0
 _RECORD: Final = struct.Struct("<II")  # bytes of the body, its CRC-32
 _EVENT: Final = struct.Struct("<cdI")  # kind, the pipeline's time, number of the stream's hello in this journal
 _HEADER, _NAME, _HELLO, _BATCH, _GOODBYE, _TICK, _REFUSED, _SHIFT = b"J", b"N", b"H", b"B", b"G", b"T", b"R", b"S"
+_HELD = b"A"
 
 
 class DurableSink:
@@ -107,6 +109,10 @@ class DurableSink:
         self._pipeline.observe(hello, sequence, batch, now)
         self._note(_BATCH, now, hello, codec.encode_batch(sequence, batch))
 
+    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+        self._pipeline.merge(hello, sequence, report, now)
+        self._note(_BATCH, now, hello, codec.encode_report(sequence, report))
+
     def goodbye(self, hello: Hello, now: float) -> None:
         self._pipeline.goodbye(hello, now)
         self._note(_GOODBYE, now, hello)
@@ -138,6 +144,11 @@ class DurableSink:
         self._pipeline.tick(now)
         self._note(_TICK, now)
         self.commit()
+
+    def acknowledged(self, number: int) -> None:
+        """See Pipeline.acknowledged."""
+        self._pipeline.acknowledged(number)
+        self._note(_HELD, 0.0, text=struct.pack("<Q", number))
 
     def shift_clock(self, seconds: float) -> None:
         """See Pipeline.shift_clock. Due times here move along."""
@@ -316,6 +327,8 @@ class DurableSink:
             pipeline.refused(text.decode())
         elif kind == _SHIFT:
             pipeline.shift_clock(*struct.unpack("<d", text))
+        elif kind == _HELD:
+            pipeline.acknowledged(*struct.unpack("<Q", text))
         elif hello is None:
             raise ValueError(f"event {kind!r} of a stream without a hello")
         elif kind == _HELLO:
@@ -326,6 +339,9 @@ class DurableSink:
             numbered = codec.decode_request(text)
             if isinstance(numbered, Hello):
                 raise ValueError("a hello where a batch was written")
+            if isinstance(numbered, codec.NumberedReport):
+                pipeline.merge(hello, numbered.sequence, numbered.report, now)
+                return
             pipeline.observe(hello, numbered.sequence, numbered.batch, now)
         else:
             raise ValueError(f"event of unknown kind {kind!r}")

@@ -86,8 +86,9 @@ class Evidence:
         """See Archive.find."""
 
         def work() -> list[StoredRequest]:
-            found = self._archive.find(name)
-            self._audit.add(self._clock(), actor, "show", len(found), request=name)
+            held = self._held(name)
+            found = self._archive.find(held)
+            self._audit.add(self._clock(), actor, "show", len(found), request=held)
             return found
 
         return await self._read(work)
@@ -105,28 +106,31 @@ class Evidence:
 
     async def erase(self, name: str, actor: str) -> Erased:
         """See store.erase; after everything that was recorded before."""
-        erased = await asyncio.wrap_future(self._writer.run(lambda: store.erase(self._folder, name)))
-        await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=name))
+        held = await asyncio.wrap_future(self._writer.run(lambda: self._held(name)))
+        erased = await asyncio.wrap_future(self._writer.run(lambda: store.erase(self._folder, held)))
+        await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=held))
         return erased
 
     async def attach(self, name: str, vault: Vault, content: Content, actor: str) -> int:
         """See Store.attach; after everything that was recorded before."""
 
         def work() -> int:
-            return self._store.attach(name, lambda key: vault.seal(key, content), self._clock())
+            return self._store.attach(held, lambda key: vault.seal(key, content), self._clock())
 
+        held = await asyncio.wrap_future(self._writer.run(lambda: self._held(name)))
         found = await asyncio.wrap_future(self._writer.run(work))
-        await self._read(lambda: self._audit.add(self._clock(), actor, "attach", found, request=name))
+        await self._read(lambda: self._audit.add(self._clock(), actor, "attach", found, request=held))
         return found
 
     async def content(self, name: str, vault: Vault, actor: str) -> Content | None:
         """What was said in the request with this id, the latest where it is several. Raises: ConfigRefused."""
 
         def work() -> Content | None:
+            held = self._held(name)
             found = [
-                (key, sealed) for key in store.find(self._folder, name) if (sealed := contents.get(self._folder, key))
+                (key, sealed) for key in store.find(self._folder, held) if (sealed := contents.get(self._folder, key))
             ]
-            self._audit.add(self._clock(), actor, "content", len(found), request=name)
+            self._audit.add(self._clock(), actor, "content", len(found), request=held)
             return vault.open(*found[-1]) if found else None
 
         return await self._read(work)
@@ -141,6 +145,14 @@ class Evidence:
         self._reading.submit(self._archive.close).result()
         self._reading.submit(self._audit.close).result()
         self._reading.shutdown()
+
+    def _held(self, name: str) -> str:
+        """What a request is kept under that somebody asks for by this name."""
+        pseudonyms = self._pipeline.pseudonyms
+        if pseudonyms is None:
+            return name
+        hashed, *others = pseudonyms.candidates(name)
+        return next((held for held in (hashed, *others) if store.find(self._folder, held)), hashed)
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reading, work)

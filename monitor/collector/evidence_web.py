@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import sqlite3
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -22,6 +22,16 @@ from monitor.names import Severity
 _OFF: Final = "This collector writes no evidence; start it with --evidence DIR."
 _NOT_KEPT: Final = "It exceeded no limit, is too old, or was seen by another collector."
 _BEARER: Final = "Bearer "
+_Answers = dict[int | str, dict[str, Any]]
+_READ: Final[_Answers] = {
+    404: {"description": "no evidence is written here, or no such request is kept"},
+    503: {"description": "the evidence cannot be read, or the reading cannot be audited"},
+}
+_TRUST: Final[_Answers] = _READ | {
+    401: {"description": "the token is missing or wrong"},
+    403: {"description": "this collector was not started with what this needs"},
+    409: {"description": "the request still runs, several have this id, or what is kept cannot be opened"},
+}
 
 Id = Annotated[str, Path(max_length=4 * MAX_ID_CHARACTERS, description="engine request id, response id or trace id")]
 
@@ -106,7 +116,7 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
         detail = {"detail": f"the evidence cannot be read, or the reading cannot be noted in its audit log: {error}"}
         return JSONResponse(detail, 503)
 
-    @app.get("/v1/evidence/exceedances", response_model=EvidenceExceedances, tags=["evidence"])
+    @app.get("/v1/evidence/exceedances", response_model=EvidenceExceedances, responses=_READ, tags=["evidence"])
     async def get_exceedances(
         request: Request,
         evidence: Kept,
@@ -124,7 +134,7 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
     @app.get(
         "/v1/evidence/requests/{request_id:path}",
         response_model=EvidenceRequests,
-        responses={404: {"description": "no such request is kept"}},
+        responses=_READ,
         tags=["evidence"],
     )
     async def get_request(request: Request, evidence: Kept, request_id: Id) -> Response:
@@ -136,7 +146,7 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
     @app.delete(
         "/v1/evidence/requests/{request_id:path}",
         response_model=EvidenceErased,
-        responses={409: {"description": "the request still runs"}},
+        responses=_TRUST,
         tags=["evidence"],
     )
     async def delete_request(request: Request, evidence: Trusted, request_id: Id) -> Response:
@@ -151,7 +161,7 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
     @app.put(
         "/v1/evidence/content/{request_id:path}",
         status_code=204,
-        responses={404: {"description": "no such request is kept, so its content is not either"}},
+        responses=_TRUST,
         tags=["evidence"],
     )
     async def put_content(
@@ -169,7 +179,7 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
             raise HTTPException(409, f"{found} requests have this id. Give the engine's own request id.")
         return Response(status_code=204)
 
-    @app.get("/v1/evidence/content/{request_id:path}", response_model=ContentOut, tags=["evidence"])
+    @app.get("/v1/evidence/content/{request_id:path}", response_model=ContentOut, responses=_TRUST, tags=["evidence"])
     async def get_content(request: Request, evidence: Trusted, vault: Sealing, request_id: Id) -> Response:
         """What was said in a request."""
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -14,12 +14,14 @@ from monitor.collector.views import TOKEN_SERIES, ModelTotals, ReplicaView, Snap
 from monitor.drift.detection import KINDS
 from monitor.drift.watch import DriftView
 from monitor.evidence.records import KINDS as KINDS_OF_RECORD
-from monitor.evidence.writer import DROP_REASONS, NOTHING_WRITTEN, WriterTotals
+from monitor.evidence.writer import DROP_REASONS, NOTHING_WRITTEN, QUEUE_BYTES, WriterTotals
 from monitor.export import metrics
 from monitor.export.metrics import ENGINE_COUNTERS, Metric
 from monitor.export.prometheus import ExemplarLine, Family, LabelRows
 from monitor.names import Outcome
 from monitor.transport import door
+from monitor.transport.receiver import ReceiverFacts
+from monitor.transport.relay import RelayFacts
 from monitor.watchlist.card import Feature, Watchlist
 
 REFUSALS: Final = (
@@ -42,6 +44,8 @@ REFUSALS: Final = (
     "message_too_large",
     "replayed",
     "stream_idle",
+    "replica_twice",
+    "forwards_twice",
     *door.REFUSALS,
     "http_unauthenticated",
     "http_slow",
@@ -89,6 +93,8 @@ class ProcessFacts:
     state: StateFacts = StateFacts()
     evidence: EvidenceFacts = EvidenceFacts()
     otlp: OtlpFacts = OtlpFacts()
+    relay: RelayFacts = field(default_factory=RelayFacts)
+    receiver: ReceiverFacts = field(default_factory=ReceiverFacts)
 
 
 class Families:
@@ -116,6 +122,8 @@ class Families:
         yield Family(metrics.SERIES_WITHHELD, ((),), [withheld])
         yield from self._replicas(snapshot.replicas)
         yield from self._collector(snapshot)
+        yield from self._stages(snapshot, process)
+        yield from self._forwarding(snapshot, process.relay)
         yield from self._evidence(process.evidence)
         yield from self._otlp(process.otlp)
         yield from self._about(process)
@@ -244,6 +252,47 @@ class Families:
             edges_SB=np.array([lag.edges]),
             cumulative_SB=np.cumsum([lag.counts], axis=1),
             sum_S=[lag.sum],
+        )
+
+    def _stages(self, snapshot: Snapshot, process: ProcessFacts) -> Iterator[Family]:
+        receiver, bounds = process.receiver, snapshot.bounds
+        rows = (
+            ("streams", receiver.streams, receiver.max_streams),
+            ("merge_queue_messages", receiver.turns.waiting, receiver.max_streams),
+            ("replicas", len(snapshot.replicas) + len(snapshot.forwarders), bounds.replicas),
+            ("models", len(snapshot.models), bounds.models),
+            ("open_requests", snapshot.collector.open_requests, bounds.open_requests),
+            ("evidence_queue_bytes", process.evidence.writer.queued_bytes, QUEUE_BYTES),
+        )
+        stages = tuple((stage,) for stage, _, _ in rows)
+        yield Family(metrics.STAGE_DEPTH, stages, [depth for _, depth, _ in rows])
+        yield Family(metrics.STAGE_CAPACITY, stages, [capacity for _, _, capacity in rows])
+        yield Family(metrics.MERGE_QUEUE_OLDEST, ((),), [receiver.turns.oldest_seconds])
+
+    def _forwarding(self, snapshot: Snapshot, relay: RelayFacts) -> Iterator[Family]:
+        """To a gateway, where there is one, and from every sidecar that forwards here."""
+        forward = snapshot.forward
+        here: LabelRows = ((),) if forward else ()
+        for metric, value in (
+            (metrics.FORWARD_CONNECTED, int(relay.connected)),
+            (metrics.FORWARD_RECONNECTS, relay.reconnects),
+            (metrics.FORWARD_RESENT, relay.resent_reports),
+            (metrics.FORWARD_REPORTS, forward.cut if forward else 0),
+            (metrics.FORWARD_WAITING, forward.waiting_reports if forward else 0),
+            (metrics.FORWARD_OLDEST, forward.oldest_seconds if forward else 0.0),
+            (metrics.FORWARD_ROWS, forward.waiting_bytes if forward else 0),
+            (metrics.FORWARD_CAPACITY, forward.capacity_bytes if forward else 0),
+        ):
+            yield Family(metric, here, [value] * len(here))
+        shed = (("request", forward.shed_requests), ("crossing", forward.shed_crossings)) if forward else ()
+        yield Family(metrics.FORWARD_SHED, tuple((kind,) for kind, _ in shed), [count for _, count in shed])
+        rows = tuple((sidecar.collector,) for sidecar in snapshot.forwarders)
+        yield Family(metrics.FORWARDER_CONNECTED, rows, [int(f.connected) for f in snapshot.forwarders])
+        yield Family(metrics.FORWARDER_LAST_SEEN, rows, [f.last_seen_seconds for f in snapshot.forwarders])
+        yield Family(
+            metrics.FORWARDER_SHED,
+            tuple((f.collector, kind) for f in snapshot.forwarders for kind in ("request", "crossing")),
+            [count for f in snapshot.forwarders for count in (f.shed_requests, f.shed_crossings)],
         )
 
     def _evidence(self, facts: EvidenceFacts) -> Iterator[Family]:

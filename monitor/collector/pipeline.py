@@ -30,6 +30,9 @@ from monitor.collector.checkpoint import State
 from monitor.collector.config import Bounds
 from monitor.collector.drift import Drift, DriftSettings
 from monitor.collector.events import EVENT_DTYPE, EventRing
+from monitor.collector.forward import Forward
+from monitor.collector.gather import Elsewhere, features_of, was_seen
+from monitor.collector.pseudonyms import Pseudonyms
 from monitor.collector.recorder import Keep, Recorder
 from monitor.collector.replicas import Boot, Replicas
 from monitor.collector.requests import (
@@ -44,15 +47,17 @@ from monitor.collector.requests import (
     summarise,
 )
 from monitor.drift.limits import with_limits
+from monitor.errors import StreamRefused
 from monitor.evidence.records import Record
 from monitor.names import Outcome, Phase, Reason, TokenState, response_id, trace_id
-from monitor.step import RequestClosed, RequestOpened, StepBatch, validate
+from monitor.step import CROSSED_DTYPE, RequestClosed, RequestOpened, StepBatch, validate
+from monitor.transport import report as reports
+from monitor.transport.report import TOKEN_SHAPE, ReplicaState, Report, RequestRow
 from monitor.transport.session import Hello
 from monitor.watchlist.card import Watchlist
 
 Array = npt.NDArray[Any]
 
-_TOKEN_SHAPE: Final = (len(TokenState) + 1, len(Reason), len(Phase) + 1)
 _OUTCOMES: Final[Mapping[Outcome, Literal["finished", "aborted", "lost"]]] = {
     Outcome.FINISHED: "finished",
     Outcome.ABORTED: "aborted",
@@ -61,6 +66,8 @@ _OUTCOMES: Final[Mapping[Outcome, Literal["finished", "aborted", "lost"]]] = {
 _TOTALS: Final = ("serial", "messages", "duplicates", "lost_sequences", "requests_evicted", "excess_tokens")
 """Plain counts of a Pipeline."""
 _MODEL_COLUMNS: Final = ("fired_F", "requests_F", "exceedances_F")
+_ROWS_AT_ONCE: Final = 512
+"""Rows of a report that are unfolded at a time: at 1,024 features some 17 MiB."""
 _REASON_SLUGS: Final = 64
 """Distinct refusal reasons shown; they are slugs of our own code, so more means someone is inventing them."""
 
@@ -69,7 +76,7 @@ _REASON_SLUGS: Final = 64
 class _Engine:
     """Counts of one (model_name, engine)."""
 
-    tokens: Array = field(default_factory=lambda: np.zeros(_TOKEN_SHAPE, np.int64))
+    tokens: Array = field(default_factory=lambda: np.zeros(TOKEN_SHAPE, np.int64))
     requests: Counter[Outcome] = field(default_factory=Counter)
 
 
@@ -113,6 +120,17 @@ class Pipeline:
         self._messages = self._duplicates = self._lost_sequences = 0
         self._requests_evicted = self._excess_tokens = 0
         self._recorder: Recorder | None = None
+        self._elsewhere = Elsewhere(self.bounds.open_requests)
+        self.forward: Forward | None = None
+        self.pseudonyms: Pseudonyms | None = None
+        """Under which ids are looked up; whoever calls `observe` and `merge` has replaced them."""
+
+    def forward_from(self, boot_id: str) -> None:
+        """Cut reports for a gateway from now on, in `forward`. Call it before `restore`.
+
+        Args: boot_id: 32 hex digits, drawn anew; a state that is restored has the one that it began with.
+        """
+        self.forward = Forward(boot_id, len(self.features), self.bounds)
 
     def record_to(self, sinks: Sequence[Callable[[Sequence[Record]], None]], keep: Keep) -> None:
         """Hand evidence to every sink from now on; see recorder.Recorder. They must neither block nor raise."""
@@ -125,10 +143,20 @@ class Pipeline:
 
         A hello with a boot id that is new for its replica ends the requests of the earlier boots as LOST.
         """
+        if hello.forwards and self.forward is not None:
+            raise StreamRefused(
+                f"collector {hello.replica}",
+                found="this collector forwards to another one itself, and only what engines send here travels on",
+                instead="Forward to the gateway itself.",
+                reason="forwards_twice",
+            )
         boot, over = self._replicas.greet(hello, now)
-        self._engine(hello)
-        self._model(hello.model_name)
-        self.drift.meet(hello.model_name)
+        if hello.forwards:
+            for row in self._elsewhere.restarted(hello):
+                self._index.close(row)
+            return boot.high_sequence
+        self._engine((hello.model_name, hello.engine))
+        self._meet(hello.model_name)
         for other in over:
             self._lose(other, now)
         return boot.high_sequence
@@ -139,19 +167,37 @@ class Pipeline:
         Raises: StreamRefused: "malformed_batch", or "unknown_boot" for a stream that never said hello here.
         """
         boot = self._replicas.boot(hello)
-        if sequence <= boot.high_sequence:
-            self._messages += 1
-            self._duplicates += 1
+        if self._held(boot, sequence):
             return
         validate(batch, sparse_F=self._sparse_F, hook_points=len(self.watchlist.hooks))
-        self._messages += 1
-        if boot.high_sequence:
-            self._lost_sequences += sequence - boot.high_sequence - 1
-        boot.high_sequence = sequence
-        boot.last_seen_seconds = now
+        self._count(boot, sequence, batch.time_unix_nano, now)
         boot.counters = batch.counters
         self._take(boot, batch, now)
-        self._lag.observe(max(0.0, now - batch.time_unix_nano / 1e9))
+
+    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+        """Take what a collector counted since its last report, whole or not at all.
+
+        Raises: StreamRefused: "malformed_batch", "unknown_boot", or as `hello` for the engines in it; "replica_twice"
+                for an engine that streams here itself.
+        """
+        boot = self._replicas.boot(hello)
+        if self._held(boot, sequence):
+            return
+        reports.validate(
+            report,
+            features=len(self.features),
+            hook_points=len(self.watchlist.hooks),
+            statistic_buckets=self.table.edges_FB.shape[1] + 1,
+            norm_buckets=len(NORM_EDGES) + 1,
+        )
+        self._replicas.check_report(hello, report)
+        self._count(boot, sequence, report.time_unix_nano, now)
+        boot.shed_requests, boot.shed_crossings = report.shed_requests, report.shed_crossings
+        for other in self._replicas.mention(hello, report):
+            self._lose(other, now)
+        self._add_deltas(report, now)
+        for first in range(0, len(report.requests), _ROWS_AT_ONCE):
+            self._add_rows(hello, report.requests[first : first + _ROWS_AT_ONCE], now)
 
     def goodbye(self, hello: Hello, now: float) -> None:
         """The stream ended; its open requests wait for it to come back, up to Bounds.stream_gone_seconds."""
@@ -169,7 +215,16 @@ class Pipeline:
         idle = list(self._slots.idle_since(now - self.bounds.request_idle_seconds))
         for slot in idle:
             self._close(self._slots.request(slot).handles, {slot: None}, now)
+        for row in self._elsewhere.idle(now - self.bounds.request_idle_seconds):
+            self._index.close(row)
         self.drift.tick(now)
+        if self.forward is not None and self.forward.due:
+            self._report(self.forward, now)
+
+    def acknowledged(self, number: int) -> None:
+        """The gateway holds every report up to this one."""
+        if self.forward is not None:
+            self.forward.acknowledged(number)
 
     def commit(self) -> None:
         """Nothing: this state is kept in memory. `durable.DurableSink` keeps it on a disk."""
@@ -200,6 +255,8 @@ class Pipeline:
             "lag": {"counts": list(self._lag.counts), "sum": self._lag.sum},
             "refused": dict(self._refused),
             "totals": {name: getattr(self, f"_{name}") for name in _TOTALS},
+            "elsewhere": self._elsewhere.state(roster),
+            "forward": self.forward.state() if self.forward else None,
         }
         return state | {"requests": roster.state()}
 
@@ -221,7 +278,13 @@ class Pipeline:
         self._refused.update(state["refused"])
         for name in _TOTALS:
             setattr(self, f"_{name}", state["totals"][name])
-        for serial in sorted((*state["slots"]["serials"], *state["index"]["serial"])):
+        self._elsewhere.restore(state["elsewhere"], roster)
+        if self.forward is not None and state["forward"] is not None:
+            running = {serial: self._slots.request(slot) for serial, slot in self._slots.by_serial.items()}
+            models = {name: self._model_totals(name) for name in self._models}
+            self.forward.restore(state["forward"], running, models)
+        parts = (state["slots"]["serials"], state["index"]["serial"], state["elsewhere"]["serial"])
+        for serial in sorted(serial for serials in parts for serial in serials):
             self._index.named(serial, roster.request(serial).request_id)
 
     def disconnect_all(self) -> None:
@@ -232,13 +295,16 @@ class Pipeline:
 
     def snapshot(self, now: float) -> views.Snapshot:
         """Every number that /metrics shows; later batches do not change it."""
-        replicas = tuple(self._replica_view(name) for name in sorted(self._replicas.known))
+        newest = {name: self._replicas.known[name].newest for name in sorted(self._replicas.known)}
         return views.Snapshot(
             now=now,
             engines=tuple(self._engine_totals(key) for key in sorted(self._engines)),
             models=tuple(self._model_totals(name) for name in sorted(self._models)),
-            replicas=replicas,
+            replicas=tuple(_replica_view(boot) for boot in newest.values() if not boot.hello.forwards),
+            forwarders=tuple(_forwarder_view(boot) for boot in newest.values() if boot.hello.forwards),
+            forward=self.forward.facts() if self.forward else None,
             drift=self.drift.views(),
+            bounds=self.bounds,
             collector=views.CollectorTotals(
                 messages=self._messages,
                 duplicates=self._duplicates,
@@ -249,6 +315,7 @@ class Pipeline:
                 summaries_evicted=self._index.evicted,
                 accounting_excess_tokens=self._excess_tokens,
                 ingest_lag=views.LagView(self._lag.edges, tuple(self._lag.counts), self._lag.sum),
+                open_requests=len(self._slots.by_serial),
             ),
         )
 
@@ -270,15 +337,18 @@ class Pipeline:
     def latest(self, limit: int) -> list[int]:
         """Numbers for `request`: open requests, newest first, then closed ones, latest end first."""
         opened = sorted(self._slots.by_serial, reverse=True)[:limit]
+        opened += self._elsewhere.latest(limit - len(opened))
         return [*opened, *self._index.latest_closed(limit - len(opened))]
 
     def find(self, name: str) -> list[int]:
         """Numbers of the requests with this engine request id or response id, newest first; empty when none is held."""
-        return list(reversed(self._index.find(name)))
+        names = self.pseudonyms.candidates(name) if self.pseudonyms else (name,)
+        return next((list(reversed(found)) for held in names if (found := self._index.find(held))), [])
 
     def request(self, serial: int) -> views.RequestView | None:
         """One request, by a number that `latest` or `find` gave; None when it was let go since."""
-        closed = self._index.closed_request(serial)
+        going = self._elsewhere.row(serial)
+        closed = self._index.closed_request(serial) or going
         if closed is None:
             slot = self._slots.by_serial.get(serial)
             if slot is None:
@@ -296,9 +366,9 @@ class Pipeline:
             engine=request.engine,
             adapter=request.adapter,
             trace_id=trace_id(request.traceparent),
-            outcome=_OUTCOMES[closed.outcome] if closed else "open",
+            outcome=_OUTCOMES[closed.outcome] if closed and not going else "open",
             opened_seconds=request.opened_seconds,
-            closed_seconds=closed.closed_seconds if closed else None,
+            closed_seconds=closed.closed_seconds if closed and not going else None,
             opening_seen=request.opening_seen,
             prompt_tokens=request.prompt_tokens,
             output_tokens=closed.output_tokens if closed else None,
@@ -309,10 +379,28 @@ class Pipeline:
             features_left_out=summary.left_out,
         )
 
+    # -- one message
+
+    def _held(self, boot: Boot, sequence: int) -> bool:
+        """Whether this came before; it is counted then."""
+        held = sequence <= boot.high_sequence
+        self._messages += held
+        self._duplicates += held
+        return held
+
+    def _count(self, boot: Boot, sequence: int, time_unix_nano: int, now: float) -> None:
+        """A message that will be taken."""
+        self._messages += 1
+        if boot.high_sequence:
+            self._lost_sequences += sequence - boot.high_sequence - 1
+        boot.high_sequence = sequence
+        boot.last_seen_seconds = now
+        self._lag.observe(max(0.0, now - time_unix_nano / 1e9))
+
     # -- one step
 
     def _take(self, boot: Boot, batch: StepBatch, now: float) -> None:
-        engine, model = self._engine(boot.hello), self._model(boot.hello.model_name)
+        engine, model = self._engine((boot.hello.model_name, boot.hello.engine)), self._model(boot.hello.model_name)
         segments = batch.segments_S
         engine.tokens += _token_counts(segments)
         slot_S = boot.handles.find(segments["handle"])
@@ -337,6 +425,8 @@ class Pipeline:
         model.exceedances_F += exceeded_F
         self._add_events(model, crossings, now)
         self._windows.add(_window(view, segments, exceeded_F), now)
+        if self.forward is not None:
+            self.forward.peak(boot.hello.model_name, view.peak_F)
         self._end(boot, batch.closed, now)
 
     def _open(self, boot: Boot, opened: tuple[RequestOpened, ...], handles_S: Array, now: float) -> None:
@@ -383,6 +473,8 @@ class Pipeline:
         request.handles.remove(np.array([slot]))
         if self._recorder:
             self._recorder.clear(slot)
+        if self.forward is not None:
+            self.forward.evicted(request)
         self._index.forget(request.serial, request.request_id)
         self._requests_evicted += 1
         return True
@@ -390,16 +482,30 @@ class Pipeline:
     def _add_events(self, model: _Model, crossings: Array, now: float) -> None:
         if not len(crossings):
             return
-        events = np.zeros(len(crossings), EVENT_DTYPE)
-        events["seconds"], events["peak"] = now, np.nan
+        crossed = np.empty(len(crossings), CROSSED_DTYPE)
+        crossed["seconds"] = now
         for name in ("feature", "phase", "position", "value"):
-            events[name] = crossings[name]
-        self._events.add(events, self._slots.requests[crossings["slot"]])
-        newest = {int(c["feature"]): c for c in crossings[np.unique(crossings["feature"], return_index=True)[1]]}
-        for feature, crossing in newest.items():
-            request = self._slots.request(int(crossing["slot"]))
+            crossed[name] = crossings[name]
+        requests = self._slots.requests[crossings["slot"]]
+        self._note(model, crossed, requests)
+        if self.forward is not None:
+            self.forward.crossed(crossed, requests)
+
+    def _note(self, model: _Model, crossed: Array, requests: Array) -> None:
+        """List crossings (CROSSED_DTYPE) of these requests, all of one model, and keep each feature's latest."""
+        events = np.zeros(len(crossed), EVENT_DTYPE)
+        events["peak"] = np.nan
+        for name in ("feature", "phase", "position", "value", "seconds"):
+            events[name] = crossed[name]
+        self._events.add(events, requests)
+        features, from_end = np.unique(crossed["feature"][::-1], return_index=True)
+        for feature, i in zip(features.tolist(), (len(crossed) - 1 - from_end).tolist(), strict=True):
+            request = requests[i]
             model.latest[feature] = views.Exemplar(
-                request.request_id, trace_id(request.traceparent), float(crossing["value"]), now
+                request.request_id,
+                trace_id(request.traceparent),
+                float(crossed["value"][i]),
+                float(crossed["seconds"][i]),
             )
 
     # -- ends of requests
@@ -410,7 +516,7 @@ class Pipeline:
         slots = boot.handles.find(np.array([event.handle for event in closed], np.int64)).tolist()
         ends: dict[int, RequestClosed | None] = {s: event for s, event in zip(slots, closed, strict=True) if s >= 0}
         unknown = [event for slot, event in zip(slots, closed, strict=True) if slot < 0]
-        self._engine(boot.hello).requests.update(event.outcome for event in unknown)
+        self._engine((boot.hello.model_name, boot.hello.engine)).requests.update(event.outcome for event in unknown)
         self._close(boot.handles, ends, now)
 
     def _lose(self, boot: Boot, now: float) -> None:
@@ -427,7 +533,9 @@ class Pipeline:
         for i, (slot, event) in enumerate(ends.items()):
             if summaries[i].exceeded:
                 self._events.settle(self._slots.request(slot).serial, features.statistic_nF[i])
-            self._close_one(slot, event, summaries[i], now)
+            closed = self._close_one(slot, event, summaries[i], now)
+            if self.forward is not None:
+                self.forward.ended(closed, features, i)
         handles.remove(slots)
 
     def _count_statistics(self, slots: Array, features: RequestFeatures, now: float) -> None:
@@ -446,7 +554,7 @@ class Pipeline:
         if whole:
             self.drift.add([requests[i] for i in whole], features.of(whole), now)
 
-    def _close_one(self, slot: int, event: RequestClosed | None, summary: FeatureSummary, now: float) -> None:
+    def _close_one(self, slot: int, event: RequestClosed | None, summary: FeatureSummary, now: float) -> ClosedRequest:
         accounted = self._slots.accounted[slot].copy()
         request = self._slots.release(slot)
         engine = self._engines[request.model_name, request.engine]
@@ -466,6 +574,7 @@ class Pipeline:
         self._index.close(closed)
         if self._recorder:
             self._recorder.close(slot, closed)
+        return closed
 
     def _settle(
         self, request: OpenRequest, event: RequestClosed, accounted: Array, engine: _Engine, now: float
@@ -491,10 +600,92 @@ class Pipeline:
         window.tokens_by_state[TokenState.DROPPED] = missing
         self._windows.add(window, now)
 
+    # -- reports, to a gateway and from a sidecar
+
+    def _report(self, forward: Forward, now: float) -> None:
+        """Cut a report of what this collector's own engines did since the last one."""
+        slots = np.array([self._slots.by_serial[serial] for serial in forward.open_crossed], np.int64)
+        features = self._states.features_of(slots)
+        for i, slot in enumerate(slots.tolist()):
+            tokens = self._slots.accounted[slot].sum(axis=1)
+            forward.still_open(self._slots.request(slot), features, i, tokens, now)
+        replicas = [
+            ReplicaState(boot.hello, boot.streams > 0, boot.last_seen_seconds, _open_requests(boot), boot.counters)
+            for boot in (replica.newest for replica in self._replicas.known.values())
+            if not boot.hello.forwards
+        ]
+        engines = [self._engine_totals(key) for key in sorted(self._engines)]
+        forward.cut(replicas, engines, [self._model_totals(name) for name in sorted(self._models)], now)
+
+    def _add_deltas(self, report: Report, now: float) -> None:
+        window = FeatureWindow.empty(len(self.features))
+        for counted in report.engines:
+            engine = self._engine((counted.model_name, counted.engine))
+            engine.tokens += counted.tokens
+            engine.requests.update(dict(zip(Outcome, counted.requests, strict=True)))
+            window.tokens_by_state[:] += counted.tokens.sum(axis=(1, 2))
+        for delta in report.models:
+            model = self._meet(delta.model_name)
+            model.fired_F += delta.fired_F
+            model.requests_F += delta.requests_F
+            model.exceedances_F += delta.exceedances_F
+            model.statistic.counts_FB += delta.statistic_FB
+            model.statistic.sum_F += delta.statistic_sum_F
+            model.norm.counts_FB += delta.norm_HB
+            model.norm.sum_F += delta.norm_sum_H
+            window.fired_F[:] += delta.fired_F
+            window.exceedances_F[:] += delta.exceedances_F
+            np.maximum(window.peak_F, delta.peak_F, out=window.peak_F)
+        self._windows.add(window, now)
+
+    def _add_rows(self, hello: Hello, rows: Sequence[RequestRow], now: float) -> None:
+        """Take n requests of a report: for look-up, evidence and drift. Their counts came with the deltas."""
+        features = features_of(rows, len(self.features))
+        summaries = summarise(features, self.table.limit_F, self.bounds.summary_features)
+        of_drift: dict[tuple[str, str], list[int]] = {}
+        requests = []
+        for i, row in enumerate(rows):
+            request = self._elsewhere.request(hello, row, self._serial + 1)
+            self._serial = max(self._serial, request.serial)
+            self._index.named(request.serial, request.request_id)
+            requests.append(request)
+            if len(row.crossings):
+                self._note(self._meet(row.model_name), row.crossings, np.array([request] * len(row.crossings), object))
+            if summaries[i].exceeded:
+                self._events.settle(request.serial, features.statistic_nF[i])
+            latest = ClosedRequest(
+                open=request,
+                outcome=row.outcome or Outcome.LOST,
+                closed_seconds=row.closed_seconds,
+                output_tokens=row.output_tokens,
+                total_tokens=row.total_tokens,
+                tokens=row.tokens,
+                features=summaries[i],
+            )
+            if row.outcome is None:
+                beyond = self._elsewhere.keep(hello, latest)
+            else:
+                self._elsewhere.end(hello, row.number)
+                beyond = latest
+                if row.opening_seen and was_seen(row):
+                    of_drift.setdefault((row.model_name, row.replica), []).append(i)
+            if beyond is not None:
+                self._index.close(beyond)
+            if self._recorder:
+                self._recorder.elsewhere(row.crossings, latest, ended=row.outcome is not None)
+        for (model_name, _), places in of_drift.items():
+            self._meet(model_name)
+            self.drift.add([requests[i] for i in places], features.of(places), now)
+
     # -- plain values
 
-    def _engine(self, hello: Hello) -> _Engine:
-        return self._engines.setdefault((hello.model_name, hello.engine), _Engine())
+    def _engine(self, key: tuple[str, str]) -> _Engine:
+        return self._engines.setdefault(key, _Engine())
+
+    def _meet(self, name: str) -> _Model:
+        """A model of which something is said: it has series from now on."""
+        self.drift.meet(name)
+        return self._model(name)
 
     def _model(self, name: str) -> _Model:
         if name not in self._models:
@@ -516,7 +707,7 @@ class Pipeline:
             engine=key[1],
             tokens=engine.tokens.copy(),
             requests={outcome: engine.requests[outcome] for outcome in Outcome},
-            open_requests=sum(len(b.handles) for b in boots if (b.hello.model_name, b.hello.engine) == key),
+            open_requests=sum(_open_requests(b) for b in boots if (b.hello.model_name, b.hello.engine) == key),
         )
 
     def _model_totals(self, name: str) -> views.ModelTotals:
@@ -529,25 +720,6 @@ class Pipeline:
             statistic=model.statistic.copy(),
             norm=model.norm.copy(),
             latest=dict(model.latest),
-        )
-
-    def _replica_view(self, name: str) -> views.ReplicaView:
-        boot = self._replicas.known[name].newest
-        hello = boot.hello
-        return views.ReplicaView(
-            replica=name,
-            model_name=hello.model_name,
-            engine=hello.engine,
-            boot_id=hello.boot_id,
-            armed=hello.armed,
-            not_armed_reason=hello.not_armed_reason,
-            not_armed_text=hello.not_armed_text,
-            plugin_version=hello.plugin_version,
-            engine_version=hello.engine_version,
-            connected=boot.streams > 0,
-            last_seen_seconds=boot.last_seen_seconds,
-            open_requests=len(boot.handles),
-            counters=boot.counters,
         )
 
     def _exceedance(self, event: Array, request: OpenRequest) -> views.Exceedance:
@@ -592,6 +764,39 @@ class Pipeline:
         )
 
 
+def _open_requests(boot: Boot) -> int:
+    return len(boot.handles) + boot.open_afar
+
+
+def _replica_view(boot: Boot) -> views.ReplicaView:
+    hello = boot.hello
+    return views.ReplicaView(
+        replica=hello.replica,
+        model_name=hello.model_name,
+        engine=hello.engine,
+        boot_id=hello.boot_id,
+        armed=hello.armed,
+        not_armed_reason=hello.not_armed_reason,
+        not_armed_text=hello.not_armed_text,
+        plugin_version=hello.plugin_version,
+        engine_version=hello.engine_version,
+        connected=boot.streams > 0,
+        last_seen_seconds=boot.last_seen_seconds,
+        open_requests=_open_requests(boot),
+        counters=boot.counters,
+    )
+
+
+def _forwarder_view(boot: Boot) -> views.ForwarderView:
+    return views.ForwarderView(
+        collector=boot.hello.replica,
+        connected=boot.streams > 0,
+        last_seen_seconds=boot.last_seen_seconds,
+        shed_requests=boot.shed_requests,
+        shed_crossings=boot.shed_crossings,
+    )
+
+
 def _model_state(model: _Model) -> State:
     return {name: getattr(model, name).copy() for name in _MODEL_COLUMNS} | {
         "statistic": model.statistic.state(),
@@ -609,10 +814,10 @@ def _restore_model(model: _Model, state: State) -> None:
 
 
 def _token_counts(segments_S: Array) -> Array:
-    """Tokens by state, reason and phase, int64 of _TOKEN_SHAPE."""
-    key = np.ravel_multi_index((segments_S["state"], segments_S["reason"], segments_S["phase"]), _TOKEN_SHAPE)
-    counts = np.bincount(key, weights=segments_S["count"], minlength=int(np.prod(_TOKEN_SHAPE)))
-    return counts.astype(np.int64).reshape(_TOKEN_SHAPE)
+    """Tokens by state, reason and phase, int64 of TOKEN_SHAPE."""
+    key = np.ravel_multi_index((segments_S["state"], segments_S["reason"], segments_S["phase"]), TOKEN_SHAPE)
+    counts = np.bincount(key, weights=segments_S["count"], minlength=int(np.prod(TOKEN_SHAPE)))
+    return counts.astype(np.int64).reshape(TOKEN_SHAPE)
 
 
 def _window(view: StepView, segments_S: Array, exceeded_F: Array) -> FeatureWindow:

@@ -77,22 +77,23 @@ class Recorder:
             self._sink(
                 (
                     Activations(request, self._fires.take(slot), self._rows.take(slot)),
-                    Ended(
-                        request=request,
-                        closed_seconds=closed.closed_seconds,
-                        outcome=closed.outcome,
-                        prompt_tokens=closed.open.prompt_tokens,
-                        output_tokens=closed.output_tokens,
-                        total_tokens=closed.total_tokens,
-                        tokens=tuple(closed.tokens[list(TokenState)].tolist()),
-                        exceeded_features=closed.features.exceeded,
-                        features=closed.features.rows,
-                        features_left_out=closed.features.left_out,
-                        activations_lost=int(self._fires.lost_K[slot] + self._rows.lost_K[slot]),
-                    ),
+                    _ended(request, closed, int(self._fires.lost_K[slot] + self._rows.lost_K[slot])),
                 )
             )
         self.clear(slot)
+
+    def elsewhere(self, crossings: Array, latest: ClosedRequest, *, ended: bool) -> None:
+        """A request of another collector, which has its activations, crossed limits (CROSSED_DTYPE) or ended."""
+        request = _request(latest.open)
+        if len(crossings):
+            self._sink(
+                [
+                    Exceedance(request, feature, seconds, position, Phase(phase), value)
+                    for feature, phase, position, value, seconds in crossings.tolist()
+                ]
+            )
+        if ended and (latest.features.exceeded or self._keep == "all"):
+            self._sink((_ended(request, latest, 0),))
 
     def clear(self, slot: int) -> None:
         """A request was let go without an end."""
@@ -141,6 +142,22 @@ def _request(request: OpenRequest) -> Request:
         traceparent=request.traceparent,
         opened_seconds=request.opened_seconds,
         opening_seen=request.opening_seen,
+    )
+
+
+def _ended(request: Request, closed: ClosedRequest, activations_lost: int) -> Ended:
+    return Ended(
+        request=request,
+        closed_seconds=closed.closed_seconds,
+        outcome=closed.outcome,
+        prompt_tokens=closed.open.prompt_tokens,
+        output_tokens=closed.output_tokens,
+        total_tokens=closed.total_tokens,
+        tokens=tuple(closed.tokens[list(TokenState)].tolist()),
+        exceeded_features=closed.features.exceeded,
+        features=closed.features.rows,
+        features_left_out=closed.features.left_out,
+        activations_lost=activations_lost,
     )
 
 

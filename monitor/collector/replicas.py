@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -11,11 +11,14 @@ from monitor.collector.config import Bounds
 from monitor.collector.requests import HandleMap
 from monitor.errors import StreamRefused
 from monitor.step import EngineCounters
+from monitor.transport.report import Report
 from monitor.transport.session import Hello
 
 _LABEL_BYTES: Final = {"replica": 253, "boot_id": 64, "engine": 64, "model_name": 253}
 """253 is the longest DNS name, which a pod's name is."""
 _TEXT_CHARACTERS: Final = 512
+_AFAR: Final = ("via", "open_afar", "shed_requests", "shed_crossings")
+"""Fields of a Boot that forwarding gives a meaning."""
 
 
 @dataclass
@@ -28,6 +31,13 @@ class Boot:
     streams: int = 0
     last_seen_seconds: float = 0.0
     counters: EngineCounters = field(default_factory=EngineCounters)
+    via: str = ""
+    """The collector that forwards for it; empty for one that streams here itself."""
+    open_afar: int = 0
+    """Open requests, as `via` counts them."""
+    shed_requests: int = 0
+    """Of a collector that forwards: rows that it gave up since its boot."""
+    shed_crossings: int = 0
 
 
 @dataclass
@@ -59,26 +69,72 @@ class Replicas:
         Raises: StreamRefused: "replica_name", "watchlist_mismatch", "too_many_replicas", "too_many_models" or
                 "boot_changed".
         """
-        _check_labels(hello)
-        self._check_watchlist(hello)
-        self._check_capacity(hello)
-        replica = self.known.get(hello.replica, Replica())
-        fresh = hello.boot_id not in replica.boots
-        boot = replica.boots.get(hello.boot_id)
-        if boot is None:
-            boot = Boot(hello, high_sequence=self._marks.get((hello.replica, hello.boot_id), 0))
-        _check_same_engine(boot.hello, hello)
-        self._marks.pop((hello.replica, hello.boot_id), None)
-        self._engines.add((hello.model_name, hello.engine))
-        self.known[hello.replica] = replica
-        replica.boots[hello.boot_id] = boot
-        boot.hello = hello
+        self._check((hello,))
+        boot, over = self._boot(hello)
+        if not hello.forwards:
+            self._engines.add((hello.model_name, hello.engine))
+        boot.via = ""
         boot.streams += 1
         boot.last_seen_seconds = now
+        return boot, over
+
+    def check_report(self, forwarder: Hello, report: Report) -> None:
+        """Refuse a report of engines that could not stream here themselves. Raises StreamRefused, as `greet` does."""
+        for state in report.replicas:
+            known = self.known.get(state.hello.replica)
+            direct = known.boots.get(state.hello.boot_id) if known else None
+            if state.hello.forwards or (direct and direct.streams and not direct.via):
+                raise StreamRefused(
+                    f"replica {state.hello.replica} in a report of collector {forwarder.replica}",
+                    found="it streams here itself, and would be counted twice",
+                    instead="Let an engine stream to one collector only.",
+                    reason="replica_twice",
+                )
+        hellos = tuple(state.hello for state in report.replicas)
+        self._check(hellos, _counted(report), {model.model_name for model in report.models})
+
+    def mention(self, forwarder: Hello, report: Report) -> list[Boot]:
+        """Take what a checked report says of engines; the boots that it shows to be over."""
+        over: list[Boot] = []
+        for state in report.replicas:
+            boot, others = self._boot(state.hello)
+            over += others
+            boot.via = forwarder.replica
+            boot.streams = int(state.connected)
+            boot.last_seen_seconds = state.last_seen_seconds
+            boot.open_afar = state.open_requests
+            boot.counters = state.counters
+        self._engines |= _counted(report)
+        return over
+
+    def _boot(self, hello: Hello) -> tuple[Boot, list[Boot]]:
+        """The boot of an accepted hello, and those that are over where it is new."""
+        replica = self.known.setdefault(hello.replica, Replica())
+        fresh = hello.boot_id not in replica.boots
+        if fresh:
+            held = self._marks.pop((hello.replica, hello.boot_id), 0)
+            replica.boots[hello.boot_id] = Boot(hello, high_sequence=held)
+        boot = replica.boots[hello.boot_id]
+        boot.hello = hello
         over = [other for other in replica.boots.values() if other is not boot] if fresh else []
         while len(replica.boots) > self._bounds.boots_per_replica:
             self._forget(replica.boots.popitem(last=False)[1])
         return boot, over
+
+    def _check(
+        self, hellos: Sequence[Hello], engines: Set[tuple[str, str]] = frozenset(), models: Set[str] = frozenset()
+    ) -> None:
+        for hello in hellos:
+            _check_labels(hello)
+            self._check_watchlist(hello)
+            replica = self.known.get(hello.replica)
+            if replica and (boot := replica.boots.get(hello.boot_id)):
+                _check_same_engine(boot.hello, hello)
+        for model_name, engine in (*engines, *((name, "0") for name in models)):
+            _check_label("report", "model_name", model_name)
+            _check_label("report", "engine", engine)
+        engines = engines | {(hello.model_name, hello.engine) for hello in hellos if not hello.forwards}
+        self._check_capacity({hello.replica for hello in hellos}, engines, models | {name for name, _ in engines})
 
     def boot(self, hello: Hello) -> Boot:
         """The boot of an accepted stream. Raises StreamRefused "unknown_boot" when it was forgotten meanwhile."""
@@ -99,6 +155,11 @@ class Replicas:
         if replica and (boot := replica.boots.get(hello.boot_id)):
             boot.streams = max(0, boot.streams - 1)
             boot.last_seen_seconds = now
+        if hello.forwards:
+            # Nobody here knows how they are now.
+            for other in self._boots():
+                if other.via == hello.replica:
+                    other.streams = 0
 
     def gone(self, now: float) -> list[Boot]:
         """Boots without a stream for so long that their open requests are over. Forgets replicas gone for longer."""
@@ -140,6 +201,7 @@ class Replicas:
                     "streams": boot.streams,
                     "last_seen_seconds": boot.last_seen_seconds,
                     "counters": asdict(boot.counters),
+                    **{name: getattr(boot, name) for name in _AFAR},
                 }
                 for boot in self._boots()
             ],
@@ -158,6 +220,7 @@ class Replicas:
                 streams=row["streams"],
                 last_seen_seconds=row["last_seen_seconds"],
                 counters=EngineCounters(**row["counters"]),
+                **{name: row[name] for name in _AFAR},
             )
             boot.handles.restore(row["handles"])
             by_slot.update(dict.fromkeys(boot.handles.slots.tolist(), boot.handles))
@@ -184,32 +247,37 @@ class Replicas:
                 reason="watchlist_mismatch",
             )
 
-    def _check_capacity(self, hello: Hello) -> None:
-        models = {model for model, _ in self._engines}
+    def _check_capacity(self, replicas: Set[str], engines: Set[tuple[str, str]], models: Set[str]) -> None:
+        known_models = {model for model, _ in self._engines}
+        name = min(replicas, default="report")
         checks = (
             (
                 "too_many_replicas",
-                hello.replica not in self.known and len(self.known) >= self._bounds.replicas,
-                f"this collector already knows {len(self.known)} replicas",
+                len(replicas - self.known.keys()) + len(self.known) > self._bounds.replicas
+                and not replicas <= self.known.keys(),
+                f"this collector already knows {len(self.known)} replicas, and its bound is {self._bounds.replicas}",
             ),
             (
                 "too_many_models",
-                (hello.model_name not in models and len(models) >= self._bounds.models)
-                or (
-                    (hello.model_name, hello.engine) not in self._engines
-                    and len(self._engines) >= self._bounds.replicas
-                ),
-                f"this collector already counts {len(models)} models and {len(self._engines)} engines",
+                (not models <= known_models and len(models | known_models) > self._bounds.models)
+                or (not engines <= self._engines and len(engines | self._engines) > self._bounds.replicas),
+                f"this collector already counts {len(known_models)} models and {len(self._engines)} engines",
             ),
         )
         for reason, beyond, found in checks:
             if beyond:
                 raise StreamRefused(
-                    f"replica {hello.replica}",
+                    f"replica {name}",
                     found=found,
                     instead="Start another collector for it, one per pod.",
                     reason=reason,
                 )
+
+
+def _counted(report: Report) -> set[tuple[str, str]]:
+    """Every model name and engine that a report has counts or requests of."""
+    counts = {(delta.model_name, delta.engine) for delta in report.engines}
+    return counts | {(row.model_name, row.engine) for row in report.requests}
 
 
 def _check_same_engine(first: Hello, again: Hello) -> None:
@@ -224,16 +292,10 @@ def _check_same_engine(first: Hello, again: Hello) -> None:
 
 
 def _check_labels(hello: Hello) -> None:
-    for name, most in _LABEL_BYTES.items():
-        text = getattr(hello, name)
-        encoded = text.encode("utf-8", "surrogatepass")
-        if not text or len(encoded) > most or not text.isprintable():
-            raise StreamRefused(
-                f"hello of replica {hello.replica[:64]!r}",
-                found=f"{name} is {text[:64]!r}, {len(encoded)} bytes",
-                instead=f"It becomes a label: use 1 to {most} bytes of printable text.",
-                reason="replica_name",
-            )
+    for name in _LABEL_BYTES:
+        # A collector that forwards has neither model nor engine of its own.
+        if name in ("replica", "boot_id") or not hello.forwards:
+            _check_label(f"hello of replica {hello.replica[:64]!r}", name, getattr(hello, name))
     for name in ("not_armed_reason", "not_armed_text", "plugin_version", "engine_version"):
         if len(getattr(hello, name)) > _TEXT_CHARACTERS:
             raise StreamRefused(
@@ -242,3 +304,14 @@ def _check_labels(hello: Hello) -> None:
                 instead=f"Use at most {_TEXT_CHARACTERS}.",
                 reason="replica_name",
             )
+
+
+def _check_label(what: str, name: str, text: str) -> None:
+    encoded, most = text.encode("utf-8", "surrogatepass"), _LABEL_BYTES[name]
+    if not text or len(encoded) > most or not text.isprintable():
+        raise StreamRefused(
+            what,
+            found=f"{name} is {text[:64]!r}, {len(encoded)} bytes",
+            instead=f"It becomes a label: use 1 to {most} bytes of printable text.",
+            reason="replica_name",
+        )

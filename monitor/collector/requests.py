@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from monitor.aggregate.requests import FEATURE_DTYPE, RequestFeatures
+from monitor.aggregate.requests import RequestFeatures
 from monitor.collector.views import rank
 from monitor.names import Outcome, Phase, TokenState, response_id
-from monitor.step import RequestOpened
+from monitor.step import FEATURE_DTYPE, RequestOpened
 
 Array = npt.NDArray[Any]
 
@@ -175,6 +175,39 @@ class ClosedRequest:
     features: FeatureSummary
 
 
+def summaries_state(closed: Sequence[ClosedRequest], roster: Roster) -> dict[str, Any]:
+    """Summaries as columns, for `restored_summaries`; copies. Their openings go to the roster."""
+    roster.add(*(request.open for request in closed))
+    return {
+        "serial": [request.open.serial for request in closed],
+        "outcome": [int(request.outcome) for request in closed],
+        "closed_seconds": [request.closed_seconds for request in closed],
+        "output_tokens": [request.output_tokens for request in closed],
+        "total_tokens": [request.total_tokens for request in closed],
+        "tokens": np.array([request.tokens for request in closed], np.int64),
+        "exceeded": [request.features.exceeded for request in closed],
+        "left_out": [request.features.left_out for request in closed],
+        "features": [len(request.features.rows) for request in closed],
+        "rows": np.concatenate([np.empty(0, FEATURE_DTYPE), *(request.features.rows for request in closed)]),
+    }
+
+
+def restored_summaries(state: dict[str, Any], roster: Roster) -> Iterator[ClosedRequest]:
+    """The summaries of `summaries_state`, of requests that the roster knows."""
+    ends = np.cumsum(state["features"], dtype=np.int64).tolist()
+    for i, serial in enumerate(state["serial"]):
+        rows = state["rows"][ends[i] - state["features"][i] : ends[i]].copy()
+        yield ClosedRequest(
+            open=roster.request(serial),
+            outcome=Outcome(state["outcome"][i]),
+            closed_seconds=state["closed_seconds"][i],
+            output_tokens=state["output_tokens"][i],
+            total_tokens=state["total_tokens"][i],
+            tokens=state["tokens"][i],
+            features=FeatureSummary(rows, state["exceeded"][i], state["left_out"][i]),
+        )
+
+
 class RequestIndex:
     """Requests by either of their ids, and the closed ones in the order of their end.
 
@@ -217,38 +250,13 @@ class RequestIndex:
     def state(self, roster: Roster) -> dict[str, Any]:
         """The closed requests, oldest first, for `restore`; copies. Their openings go to the roster."""
         closed = [*self._flagged.values(), *self._closed.values()]
-        roster.add(*(request.open for request in closed))
-        return {
-            "evicted": self.evicted,
-            "flagged": len(self._flagged),
-            "serial": [request.open.serial for request in closed],
-            "outcome": [int(request.outcome) for request in closed],
-            "closed_seconds": [request.closed_seconds for request in closed],
-            "output_tokens": [request.output_tokens for request in closed],
-            "total_tokens": [request.total_tokens for request in closed],
-            "tokens": np.array([request.tokens for request in closed], np.int64),
-            "exceeded": [request.features.exceeded for request in closed],
-            "left_out": [request.features.left_out for request in closed],
-            "features": [len(request.features.rows) for request in closed],
-            "rows": np.concatenate([np.empty(0, FEATURE_DTYPE), *(request.features.rows for request in closed)]),
-        }
+        return {"evicted": self.evicted, "flagged": len(self._flagged), **summaries_state(closed, roster)}
 
     def restore(self, state: dict[str, Any], roster: Roster) -> None:
         """Go on from `state`, with the requests that the roster knows; the caller names them."""
         self.evicted = state["evicted"]
-        ends = np.cumsum(state["features"], dtype=np.int64).tolist()
-        for i, serial in enumerate(state["serial"]):
-            rows = state["rows"][ends[i] - state["features"][i] : ends[i]].copy()
-            summary = FeatureSummary(rows, state["exceeded"][i], state["left_out"][i])
-            (self._flagged if i < state["flagged"] else self._closed)[serial] = ClosedRequest(
-                open=roster.request(serial),
-                outcome=Outcome(state["outcome"][i]),
-                closed_seconds=state["closed_seconds"][i],
-                output_tokens=state["output_tokens"][i],
-                total_tokens=state["total_tokens"][i],
-                tokens=state["tokens"][i],
-                features=summary,
-            )
+        for i, closed in enumerate(restored_summaries(state, roster)):
+            (self._flagged if i < state["flagged"] else self._closed)[closed.open.serial] = closed
 
     def close(self, request: ClosedRequest) -> None:
         """Keep a closed request, and let go of the oldest one beyond the bounds."""

@@ -10,14 +10,17 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
 
+from monitor import __version__
 from monitor.collector.config import Bounds
 from monitor.collector.drift import DriftSettings
 from monitor.collector.durable import DurableSink
@@ -25,12 +28,17 @@ from monitor.collector.evidence import Evidence, EvidenceSettings
 from monitor.collector.exposition import EvidenceFacts, Families, OtlpFacts, ProcessFacts, StateFacts
 from monitor.collector.guard import guarded, impatient
 from monitor.collector.pipeline import Pipeline
+from monitor.collector.pseudonyms import Pseudonyms, PseudonymSink
 from monitor.collector.recorder import watched
 from monitor.collector.telemetry import Telemetry, TelemetrySettings
 from monitor.collector.web import make_app
+from monitor.drift.canary import canary_prompt
 from monitor.errors import ConfigRefused
+from monitor.transport.door import HANDSHAKE_SECONDS
 from monitor.transport.receiver import Receiver
-from monitor.transport.security import ServerTls, Tokens
+from monitor.transport.relay import Relay, RelayFacts
+from monitor.transport.security import Credentials, ServerTls, Tokens
+from monitor.transport.session import Hello, Sink
 from monitor.transport.target import Target
 from monitor.watchlist import card
 
@@ -44,6 +52,17 @@ SWITCH_SECONDS = 0.0005
 look-up of evidence, would be tens of milliseconds beside the thread that writes it."""
 _STOP_SECONDS = 2.0
 """Time for streams to take their last ack and for a scrape in progress to finish."""
+
+
+@dataclass(frozen=True)
+class ForwardSettings:
+    """Which gateway is told what this collector counts."""
+
+    target: str
+    """host:port or unix:///path."""
+    name: str
+    """This collector's, unique among those of the gateway."""
+    credentials: Credentials = field(default_factory=Credentials)
 
 
 @dataclass(frozen=True)
@@ -63,20 +82,26 @@ class Settings:
     """None writes none down."""
     otlp: TelemetrySettings | None = None
     """None sends nothing."""
+    forward: ForwardSettings | None = None
+    """None forwards nothing."""
     tls: ServerTls | None = None
     """For the TCP addresses in `listen`."""
     token_files: Sequence[Path] = ()
     """Tokens that let an engine open a stream; none lets in whoever can connect."""
     http_token_files: Sequence[Path] = ()
     """Tokens that let someone read over HTTP; none lets in whoever can connect."""
+    request_id_key_file: Path | None = None
+    """Holds the key under which request ids are hashed; None keeps them as they are."""
+    http_tls: ServerTls | None = None
+    """None serves plain HTTP."""
 
 
 class Service:
     """A collector that runs in the caller's loop."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises: WatchlistRefused, BaselineRefused, StateRefused, ConfigRefused "target_invalid", "tls_unusable" or
-        "token_unusable".
+        """Raises: WatchlistRefused, BaselineRefused, StateRefused, ConfigRefused "target_invalid", "tls_unusable",
+        "token_unusable" or "request_id_key".
         """
         self._start_seconds = time.time()
         self._http = _http_target(settings.http)
@@ -88,16 +113,33 @@ class Service:
         if sinks := [part.put for part in (self.evidence, self.telemetry) if part is not None]:
             # Before the state is resumed: what the journal tells again may not have been written down before.
             self.pipeline.record_to(sinks, settings.evidence.keep if settings.evidence else "exceeded")
+        if settings.forward is not None:
+            self.pipeline.forward_from(uuid.uuid4().hex)
         self._durable = DurableSink(self.pipeline, settings.state, time.time()) if settings.state else None
         self._sink = self._durable or self.pipeline
+        accepting: Sink = self._sink
+        if settings.request_id_key_file is not None:
+            if settings.drift.route is not None:
+                raise ConfigRefused(
+                    "--request-id-key-file with --route",
+                    found="a hashed id does not tell its route",
+                    instead="Give one of them.",
+                    reason="request_id_key",
+                )
+            canary_key = settings.drift.canary_key
+            self.pipeline.pseudonyms = Pseudonyms.read(
+                settings.request_id_key_file, keep=lambda id: canary_prompt(canary_key, id) is not None
+            )
+            accepting = PseudonymSink(self._sink, self.pipeline.pseudonyms)
         self.receiver = Receiver(
-            self._sink,
+            accepting,
             settings.listen,
             clock=time.time,
             on_refused=self._sink.refused,
             tls=settings.tls,
             tokens=Tokens(settings.token_files) if settings.token_files else None,
         )
+        self._relay = self._make_relay(settings.forward) if settings.forward else None
         app = make_app(self.pipeline, clock=time.time, process=self._process, evidence=self.evidence)
         if settings.http_token_files:
             # Whoever may read evidence may read the rest: a request has room for one token.
@@ -112,12 +154,14 @@ class Service:
                 access_log=False,
                 log_config=None,
                 server_header=False,
+                ssl_context_factory=_https(settings.http_tls) if settings.http_tls else None,
                 # Far above a Prometheus pair and some open pages; what is beyond gets 503 instead of memory.
                 limit_concurrency=128,
                 timeout_graceful_shutdown=int(_STOP_SECONDS),
             )
         )
         self._guarded = bool(settings.http_token_files)
+        self._scheme = "https" if settings.http_tls else "http"
         self._socket: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -125,7 +169,7 @@ class Service:
     def http_url(self) -> str:
         """Where the page is, with the port that was bound."""
         port = self._socket.getsockname()[1] if self._socket else self._http.port
-        return f"http://{self._http.host}:{port}"
+        return f"{self._scheme}://{self._http.host}:{port}"
 
     async def start(self) -> None:
         """Bind and serve. Raises ConfigRefused, "port_in_use", "socket_in_use" or "address_unusable"."""
@@ -140,10 +184,14 @@ class Service:
             log.warning(
                 "%s is open to the network: anyone who reaches it can read metrics and request ids", self.http_url
             )
+        elif self._guarded and self._scheme == "http" and not _is_loopback(self._socket):
+            log.warning("%s is plain: whoever can listen on the network can read its token", self.http_url)
         self._tasks = [
             asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http"),
             asyncio.create_task(self._tick(), name="tick"),
         ]
+        if self._relay is not None:
+            self._tasks.append(asyncio.create_task(self._relay.run(), name="forward"))
         if self.telemetry is not None and self.telemetry.pushes:
             families = Families(self.pipeline.watchlist)
             push = self.telemetry.push(
@@ -164,6 +212,11 @@ class Service:
     async def stop(self) -> None:
         """Acknowledge what is held, end the streams, close the sockets."""
         await self.receiver.stop(_STOP_SECONDS)
+        if self._relay is not None:
+            self._sink.tick(time.time())
+            self._relay.news()
+            if not await self._relay.drain(_STOP_SECONDS):
+                log.warning("the gateway was not told of everything; with --state it is when this collector starts")
         self._server.should_exit = True
         http, *others = self._tasks
         for task in others:
@@ -187,8 +240,34 @@ class Service:
                 self._sink.shift_clock(jump)
                 offset += jump
             self._sink.tick(now)
+            if self._relay is not None:
+                self._relay.news()
             if self._durable is not None:
                 await self._durable.maintain(now)
+
+    def _make_relay(self, settings: ForwardSettings) -> Relay:
+        forward = self.pipeline.forward
+        assert forward is not None
+        hello = Hello(
+            replica=settings.name,
+            boot_id=forward.boot_id,
+            engine="",
+            model_name="",
+            watchlist_sha256=self.pipeline.watchlist.sha256,
+            armed=True,
+            not_armed_reason="",
+            not_armed_text="",
+            plugin_version=__version__,
+            engine_version="",
+            forwards=True,
+        )
+        return Relay(
+            settings.target,
+            hello,
+            lambda: forward.reports,
+            self._sink.acknowledged,
+            credentials=settings.credentials,
+        )
 
     def _process(self) -> ProcessFacts:
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -199,6 +278,8 @@ class Service:
             self._durable.facts if self._durable is not None else StateFacts(),
             self.evidence.facts() if self.evidence is not None else EvidenceFacts(),
             self.telemetry.facts() if self.telemetry is not None else OtlpFacts(),
+            self._relay.facts if self._relay is not None else RelayFacts(),
+            self.receiver.facts,
         )
 
 
@@ -226,6 +307,31 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are the service's: the receiver has to stop first."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which leaves a TLS handshake a minute."""
+        await super().startup(sockets=[])
+
+        def connection() -> asyncio.Protocol:
+            protocol: type[asyncio.Protocol] = self.config.http_protocol_class
+            return protocol(config=self.config, server_state=self.server_state, app_state={})  # type: ignore[call-arg]
+
+        for bound in sockets or ():
+            self.servers.append(
+                await asyncio.get_running_loop().create_server(
+                    connection,
+                    sock=bound,
+                    ssl=self.config.ssl,
+                    ssl_handshake_timeout=HANDSHAKE_SECONDS if self.config.ssl else None,
+                    backlog=self.config.backlog,
+                )
+            )
+
+
+def _https(tls: ServerTls) -> Callable[..., ssl.SSLContext]:
+    """What uvicorn calls for its context. Raises ConfigRefused, "tls_unusable"."""
+    context = tls.renewing_context()
+    return lambda *_: context
 
 
 def _http_target(text: str) -> Target:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from monitor.aggregate.histogram import Histograms
+from monitor.collector.config import Bounds
 from monitor.drift.watch import DriftView
 from monitor.names import Outcome, Phase, Reason, Severity, TokenState
 from monitor.step import EngineCounters
@@ -95,6 +96,37 @@ class ReplicaView:
 
 
 @dataclass(frozen=True)
+class ForwarderView:
+    """A collector that forwards to this one."""
+
+    collector: str
+    connected: bool
+    last_seen_seconds: float
+    shed_requests: int
+    """Rows of requests that it gave up since its boot."""
+    shed_crossings: int
+
+
+@dataclass(frozen=True)
+class ForwardView:
+    """How forwarding to a gateway goes. Counts are cumulative since the boot id was drawn."""
+
+    cut: int
+    """Highest report number."""
+    held: int
+    """Highest one that the gateway acknowledged."""
+    waiting_reports: int
+    waiting_rows: int
+    waiting_bytes: int
+    """Of the rows."""
+    capacity_bytes: int
+    oldest_seconds: float
+    """When the oldest report without an ack was cut, seconds since the Unix epoch; 0 for none."""
+    shed_requests: int
+    shed_crossings: int
+
+
+@dataclass(frozen=True)
 class LagView:
     """Histogram of seconds from the engine's hand-over of a step to its merge here."""
 
@@ -117,6 +149,8 @@ class CollectorTotals:
     summaries_evicted: int
     accounting_excess_tokens: int
     ingest_lag: LagView
+    open_requests: int
+    """With statistics of their own here."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +161,11 @@ class Snapshot:
     engines: tuple[EngineTotals, ...]
     models: tuple[ModelTotals, ...]
     replicas: tuple[ReplicaView, ...]
+    forwarders: tuple[ForwarderView, ...]
+    forward: ForwardView | None
+    """None where this collector forwards to none."""
     drift: tuple[DriftView, ...]
+    bounds: Bounds
     collector: CollectorTotals
 
 

@@ -13,13 +13,13 @@ from typing import Any, Final, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from monitor.aggregate.requests import FEATURE_DTYPE
 from monitor.errors import ConfigRefused
 from monitor.evidence import segment
 from monitor.evidence.records import FIRE_RECORD, row_record
 from monitor.evidence.segment import Watched, WatchedFeature
 from monitor.evidence.store import segments
 from monitor.names import Outcome, Phase, TokenState
+from monitor.step import FEATURE_DTYPE
 
 Array = npt.NDArray[Any]
 

@@ -73,7 +73,7 @@ class Ended(NamedTuple):
     """Scored, inherited, unseen, dropped."""
     exceeded_features: int
     features: Array
-    """aggregate.requests.FEATURE_DTYPE, the most abnormal first."""
+    """step.FEATURE_DTYPE, the most abnormal first."""
     features_left_out: int
     activations_lost: int
     """Sparse activations and dense rows before the first exceedance that were let go, because they did not fit."""

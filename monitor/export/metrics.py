@@ -192,7 +192,8 @@ INGEST_LAG = Metric(
     "latentwatch_ingest_lag_seconds",
     "histogram",
     (),
-    "Time from the engine's hand-over of a step to its merge here, clocks of both hosts compared.",
+    "Time from the engine's hand-over of a step to its merge here, clocks of both hosts compared. For what another "
+    "collector forwards, from the time at which it cut its report.",
     LAG_EDGES,
 )
 ENGINE_COUNTERS: Final = {
@@ -304,6 +305,70 @@ STATE_RESUMED = Metric(
     (),
     "Events that this process took from the journal of the one before it when it started.",
 )
+STAGE_DEPTH = Metric(
+    "latentwatch_stage_depth",
+    "gauge",
+    ("stage",),
+    "How much each bounded stage of this collector holds; the stage's name has the unit.",
+)
+STAGE_CAPACITY = Metric(
+    "latentwatch_stage_capacity", "gauge", ("stage",), "How much each bounded stage of this collector may hold."
+)
+MERGE_QUEUE_OLDEST = Metric(
+    "latentwatch_merge_queue_oldest_seconds",
+    "gauge",
+    (),
+    "How long the message has waited that waits longest for its stream's turn to be merged.",
+)
+FORWARD_CONNECTED = Metric(
+    "latentwatch_forward_connected", "gauge", (), "Whether the gateway of --forward-to has welcomed this collector."
+)
+FORWARD_RECONNECTS = Metric(
+    "latentwatch_forward_reconnects_total", "counter", (), "Streams to the gateway that were opened after the first."
+)
+FORWARD_REPORTS = Metric(
+    "latentwatch_forward_reports_total", "counter", (), "Reports that were cut for the gateway since the state began."
+)
+FORWARD_RESENT = Metric(
+    "latentwatch_forward_resent_reports_total", "counter", (), "Reports that went to the gateway more than once."
+)
+FORWARD_WAITING = Metric(
+    "latentwatch_forward_waiting_reports", "gauge", (), "Reports that the gateway has not acknowledged; 8 at most."
+)
+FORWARD_OLDEST = Metric(
+    "latentwatch_forward_oldest_timestamp_seconds",
+    "gauge",
+    (),
+    "Unix time at which the oldest report without an acknowledgement was cut, 0 for none.",
+)
+FORWARD_ROWS = Metric(
+    "latentwatch_forward_waiting_bytes", "gauge", (), "Rows of requests that are in no report yet, in memory."
+)
+FORWARD_CAPACITY = Metric(
+    "latentwatch_forward_capacity_bytes", "gauge", (), "Rows of requests that may wait; beyond it the oldest are shed."
+)
+FORWARD_SHED = Metric(
+    "latentwatch_forward_shed_total",
+    "counter",
+    ("kind",),
+    "Rows of requests, and crossings in them, that the gateway will not see. Counts of tokens, requests and features "
+    "reach it all the same.",
+)
+FORWARDER_CONNECTED = Metric(
+    "latentwatch_forwarder_connected", "gauge", ("collector",), "Whether a collector that forwards here has a stream."
+)
+FORWARDER_LAST_SEEN = Metric(
+    "latentwatch_forwarder_last_seen_timestamp_seconds",
+    "gauge",
+    ("collector",),
+    "Unix time of the last report of a collector that forwards here; each sends one a second.",
+)
+FORWARDER_SHED = Metric(
+    "latentwatch_forwarder_shed_total",
+    "counter",
+    ("collector", "kind"),
+    "What a collector that forwards here has shed, by its own account since its state began.",
+)
 EVIDENCE_WRITTEN = Metric(
     "latentwatch_evidence_written_total", "counter", ("kind",), "Records that were written to the evidence folder."
 )
@@ -377,6 +442,21 @@ METRICS: Final = (
     STATE_JOURNAL,
     STATE_WRITE_FAILURES,
     STATE_RESUMED,
+    STAGE_DEPTH,
+    STAGE_CAPACITY,
+    MERGE_QUEUE_OLDEST,
+    FORWARD_CONNECTED,
+    FORWARD_RECONNECTS,
+    FORWARD_REPORTS,
+    FORWARD_RESENT,
+    FORWARD_WAITING,
+    FORWARD_OLDEST,
+    FORWARD_ROWS,
+    FORWARD_CAPACITY,
+    FORWARD_SHED,
+    FORWARDER_CONNECTED,
+    FORWARDER_LAST_SEEN,
+    FORWARDER_SHED,
     EVIDENCE_WRITTEN,
     EVIDENCE_DROPPED,
     EVIDENCE_QUEUE,

@@ -23,6 +23,8 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from monitor.errors import Refusal, StreamRefused
 from monitor.names import Outcome, Phase, Reason, TokenState
 from monitor.step import (
+    CROSSED_DTYPE,
+    FEATURE_DTYPE,
     FIRE_DTYPE,
     SEGMENT_DTYPE,
     EngineCounters,
@@ -32,6 +34,7 @@ from monitor.step import (
     owns_rows,
 )
 from monitor.transport._pb import latentwatch_pb2 as pb
+from monitor.transport.report import TOKEN_SHAPE, EngineDelta, ModelDelta, ReplicaState, Report, RequestRow
 from monitor.transport.session import PROTOCOL, Hello
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
@@ -40,6 +43,8 @@ MAX_REPLICA_BYTES: Final = 253
 """A DNS name's length, and so a pod name's; a replica is a label on every series."""
 MAX_COLUMNS: Final = 1 << 16
 """Dense features or hook points of one batch: a feature is a u2 in FIRE_DTYPE, so no watchlist has more."""
+MAX_COUNT: Final = 1 << 48
+"""Largest count of one report: years of a fleet's tokens, and far below what makes a sum of reports overflow."""
 MAX_TEXT_BYTES: Final = 4096
 """Longest free text of a Hello; its longest real one is a refusal's sentence."""
 
@@ -51,6 +56,23 @@ _DENSE_DTYPE = np.dtype("<f2")
 _NORM_DTYPE = np.dtype("<f4")
 _INT32_MAX = 2**31 - 1
 _COUNTERS = tuple(field.name for field in fields(EngineCounters))
+_MODEL_COLUMNS: Final = {
+    "fired": "fired_F",
+    "requests": "requests_F",
+    "exceedances": "exceedances_F",
+    "statistic": "statistic_FB",
+    "statistic_sum": "statistic_sum_F",
+    "norm": "norm_HB",
+    "norm_sum": "norm_sum_H",
+}
+"""Fields of a ModelDelta on the wire and their names here."""
+_ROW_OPTIONAL: Final = ("prompt_tokens", "output_tokens", "total_tokens")
+_ROW_FIELDS: Final = tuple(
+    name
+    for name in pb.RequestRow.DESCRIPTOR.fields_by_name
+    if name not in ("outcome", "tokens", "features", "crossings")
+)
+"""Fields of a RequestRow that are the same on the wire and here."""
 _HEX_32 = re.compile(r"[0-9a-f]{32}")
 _HEX_64 = re.compile(r"[0-9a-f]{64}")
 _SLUG = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -67,6 +89,14 @@ class NumberedBatch:
 
 
 @dataclass(frozen=True)
+class NumberedReport:
+    """A report with the number that its stream gave it."""
+
+    sequence: int
+    report: Report
+
+
+@dataclass(frozen=True)
 class Welcome:
     resume_after_sequence: int
     collector_id: str
@@ -77,7 +107,7 @@ class Ack:
     sequence: int
 
 
-Request: TypeAlias = Hello | NumberedBatch
+Request: TypeAlias = Hello | NumberedBatch | NumberedReport
 Reply: TypeAlias = Welcome | Ack | StreamRefused
 
 
@@ -85,8 +115,7 @@ def encode_hello(hello: Hello, *, last_acked_sequence: int, time_unix_nano: int)
     """The first message of a stream. Raises StreamRefused, reason "malformed_hello", for what no receiver accepts."""
     _check_hello(hello)
     message = pb.Hello(protocol=PROTOCOL, last_acked_sequence=last_acked_sequence, time_unix_nano=time_unix_nano)
-    for field in fields(Hello):
-        setattr(message, field.name, getattr(hello, field.name))
+    _fill_hello(message, hello)
     return pb.StreamRequest(hello=message).SerializeToString()
 
 
@@ -122,6 +151,11 @@ def encode_batch(sequence: int, batch: StepBatch) -> bytes:
     return pb.StreamRequest(batch=_batch_message(sequence, batch)).SerializeToString()
 
 
+def encode_report(sequence: int, report: Report) -> bytes:
+    """One report as a stream message. Raises StreamRefused, "malformed_batch": a value does not fit its field."""
+    return pb.StreamRequest(report=_report_message(sequence, report)).SerializeToString()
+
+
 def decode_request(data: bytes) -> Request:
     """Read a message of an exporter.
 
@@ -133,7 +167,9 @@ def decode_request(data: bytes) -> Request:
         return _read_hello(request.hello)
     if kind == "batch":
         return _read_batch(request.batch)
-    raise _malformed("stream message", f"{len(data)} bytes hold neither a hello nor a batch")
+    if kind == "report":
+        return _read_report(request.report)
+    raise _malformed("stream message", f"{len(data)} bytes hold neither a hello, a batch nor a report")
 
 
 def encode_reply(reply: Welcome | Ack | Refusal) -> bytes:
@@ -316,6 +352,131 @@ def _read_batch(message: pb.StepBatch) -> NumberedBatch:
     return NumberedBatch(message.sequence, batch)
 
 
+def _report_message(sequence: int, report: Report) -> pb.Report:
+    what = f"report {sequence}"
+    try:
+        return pb.Report(
+            sequence=sequence,
+            time_unix_nano=report.time_unix_nano,
+            replicas=[_replica_message(replica) for replica in report.replicas],
+            engines=[
+                pb.EngineDelta(
+                    model_name=engine.model_name,
+                    engine=engine.engine,
+                    tokens=engine.tokens.ravel().tolist(),
+                    requests=engine.requests,
+                )
+                for engine in report.engines
+            ],
+            models=[
+                pb.ModelDelta(
+                    model_name=model.model_name,
+                    peak=_packed(what, "peak", model.peak_F, _NORM_DTYPE, model.fired_F.shape),
+                    **{name: getattr(model, column).ravel().tolist() for name, column in _MODEL_COLUMNS.items()},
+                )
+                for model in report.models
+            ],
+            requests=[
+                pb.RequestRow(
+                    outcome=row.outcome or 0,
+                    tokens=row.tokens.tolist(),
+                    features=_packed(what, "features", row.features, FEATURE_DTYPE, (len(row.features),)),
+                    crossings=_packed(what, "crossings", row.crossings, CROSSED_DTYPE, (len(row.crossings),)),
+                    **{name: getattr(row, name) for name in _ROW_FIELDS},
+                )
+                for row in report.requests
+            ],
+            shed_requests=report.shed_requests,
+            shed_crossings=report.shed_crossings,
+        )
+    except (ValueError, TypeError) as error:
+        raise _malformed(what, f"a value does not fit its field: {error}") from error
+
+
+def _replica_message(replica: ReplicaState) -> pb.ReplicaState:
+    hello = pb.Hello(protocol=PROTOCOL)
+    _fill_hello(hello, replica.hello)
+    return pb.ReplicaState(
+        hello=hello,
+        connected=replica.connected,
+        last_seen_seconds=replica.last_seen_seconds,
+        open_requests=replica.open_requests,
+        counters=pb.EngineCounters(**{name: getattr(replica.counters, name) for name in _COUNTERS}),
+    )
+
+
+def _fill_hello(message: pb.Hello, hello: Hello) -> None:
+    for field in fields(Hello):
+        setattr(message, field.name, getattr(hello, field.name))
+
+
+def _read_report(message: pb.Report) -> NumberedReport:
+    what = f"report {message.sequence}"
+    _no_unknown_fields(what, message, *message.replicas, *message.engines, *message.models, *message.requests)
+    _no_unknown_fields(what, *(replica.counters for replica in message.replicas))
+    if message.sequence < 1:
+        raise _malformed(what, "sequences count from 1")
+    report = Report(
+        time_unix_nano=message.time_unix_nano,
+        replicas=tuple(
+            ReplicaState(
+                hello=_read_hello(replica.hello),
+                connected=replica.connected,
+                last_seen_seconds=replica.last_seen_seconds,
+                open_requests=replica.open_requests,
+                counters=EngineCounters(**{name: getattr(replica.counters, name) for name in _COUNTERS}),
+            )
+            for replica in message.replicas
+        ),
+        engines=tuple(
+            EngineDelta(
+                engine.model_name,
+                engine.engine,
+                _counts(what, "tokens", engine.tokens, TOKEN_SHAPE),
+                tuple(engine.requests),
+            )
+            for engine in message.engines
+        ),
+        models=tuple(_read_model(what, model) for model in message.models),
+        requests=tuple(_read_row(what, row) for row in message.requests),
+        shed_requests=message.shed_requests,
+        shed_crossings=message.shed_crossings,
+    )
+    return NumberedReport(message.sequence, report)
+
+
+def _read_row(what: str, row: pb.RequestRow) -> RequestRow:
+    same: dict[str, Any] = {name: getattr(row, name) for name in _ROW_FIELDS}
+    same |= dict.fromkeys((name for name in _ROW_OPTIONAL if not row.HasField(name)), None)
+    return RequestRow(
+        outcome=_outcome(what, row.outcome) if row.outcome else None,
+        tokens=_counts(what, "tokens", row.tokens, (len(TokenState) + 1,)),
+        features=_records(what, "features", row.features, FEATURE_DTYPE),
+        crossings=_records(what, "crossings", row.crossings, CROSSED_DTYPE),
+        **same,
+    )
+
+
+def _read_model(what: str, model: pb.ModelDelta) -> ModelDelta:
+    F, H = len(model.fired), len(model.norm_sum)
+    shapes = {"statistic": (F, -1), "norm": (H, -1), "norm_sum": (H,)}
+    columns = {
+        column: _counts(what, name, getattr(model, name), shapes.get(name, (F,)), float if "sum" in name else np.int64)
+        for name, column in _MODEL_COLUMNS.items()
+    }
+    return ModelDelta(model_name=model.model_name, peak_F=_records(what, "peak", model.peak, _NORM_DTYPE), **columns)
+
+
+def _counts(what: str, name: str, values: Any, shape: tuple[int, ...], dtype: Any = np.int64) -> Array:
+    try:
+        counts: Array = np.fromiter(values, dtype, len(values)).reshape(shape)
+    except (ValueError, OverflowError) as error:
+        raise _malformed(what, f"{name} has {len(values)} values that are no counts of shape {shape}") from error
+    if dtype is np.int64 and (counts > MAX_COUNT).any():
+        raise _malformed(what, f"{name} counts {int(counts.max())}, more than {MAX_COUNT}")
+    return counts
+
+
 def _records(what: str, name: str, data: bytes, dtype: np.dtype[Any]) -> Array:
     if len(data) % dtype.itemsize:
         raise _malformed(what, f"{name} has {len(data)} bytes, no multiple of a record's {dtype.itemsize}")
@@ -370,7 +531,7 @@ def _read_hello(message: pb.Hello) -> Hello:
 
 
 def _check_hello(hello: Hello) -> None:
-    for name in (field.name for field in fields(Hello) if field.name != "armed"):
+    for name in (field.name for field in fields(Hello) if field.name not in ("armed", "forwards")):
         limit = MAX_REPLICA_BYTES if name == "replica" else MAX_TEXT_BYTES
         length = len(getattr(hello, name).encode(errors="replace"))
         if length > limit:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import logging
 import os
 import socket
@@ -22,6 +23,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -36,6 +38,7 @@ from monitor.transport.rarely import Rarely
 from monitor.transport.security import ServerTls, Tokens, may_speak_for
 from monitor.transport.session import Hello, Sink
 from monitor.transport.target import Target
+from monitor.transport.turns import Account, TurnFacts, Turns
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,19 @@ _SETTLE_SECONDS: Final = 1.0
 _LOG_AGAIN_SECONDS: Final = 10.0
 """Between two lines on streams refused for one reason: every engine of a fleet tries again each few seconds."""
 
+_FULL: Final = frozenset({"too_many_replicas", "too_many_models", "too_many_streams"})
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ReceiverFacts:
+    """How full a receiver is."""
+
+    streams: int = 0
+    max_streams: int = 0
+    turns: TurnFacts = field(default_factory=TurnFacts)
+    """Messages that wait to be merged, at most one a stream."""
 
 
 class _Stream:
@@ -79,6 +94,7 @@ class _Stream:
         self.hello = hello
         self.held = held
         """Highest sequence in the state."""
+        self.account = Account()
         self.reading = True
         self.unacked = 0
         """Batches observed since the last ack."""
@@ -131,6 +147,7 @@ class Receiver:
         self._max_streams = max_streams
         self._ack_batches = ack_batches
         self._ack_seconds = ack_seconds
+        self._turns = Turns()
         self._streams: dict[tuple[str, str], _Stream] = {}
         self._handlers: set[asyncio.Task[None]] = set()
         self._bound_port: int | None = None
@@ -143,6 +160,11 @@ class Receiver:
     def bound_port(self) -> int | None:
         """Port of the first TCP address, None while there is none."""
         return self._bound_port
+
+    @property
+    def facts(self) -> ReceiverFacts:
+        """How full it is."""
+        return ReceiverFacts(len(self._streams), self._max_streams, self._turns.facts)
 
     @property
     def live_streams(self) -> int:
@@ -293,7 +315,7 @@ class Receiver:
         hello = codec.decode_request(data)
         if not isinstance(hello, Hello):
             raise _hello_missing(f"its first message is batch {hello.sequence}")
-        self._check_identity(hello, context.peer())
+        self._check_identity(hello.replica, context.peer())
         key = (hello.replica, hello.boot_id)
         if len(self._streams) >= self._max_streams and key not in self._streams:
             raise StreamRefused(
@@ -332,26 +354,40 @@ class Receiver:
         while (data := await context.read()) is not grpc.aio.EOF and not stream.ended.done():
             stream.heard_seconds = time.monotonic()
             try:
-                if len(data) > codec.MAX_MESSAGE_BYTES:
-                    raise _too_large(stream.hello, len(data))
-                numbered = codec.decode_request(data)
-                if isinstance(numbered, Hello):
-                    raise _hello_repeated(stream.hello)
-                if numbered.sequence <= stream.held:
-                    raise _replayed(stream.hello, numbered.sequence, stream.held)
-                self._sink.observe(stream.hello, numbered.sequence, numbered.batch, self._clock())
+                take = functools.partial(self._take, stream, context.peer(), data)
+                await self._turns.take(stream.account, len(data), take, alone=len(self._streams) == 1)
             except StreamRefused as refusal:
                 return refusal
             except Exception as error:
                 log.exception("the collector failed on a batch of replica %r", stream.hello.replica)
                 return _collector_error(stream.hello, error)
-            stream.held = numbered.sequence
             if not stream.unacked:
                 loop.call_later(self._ack_seconds, stream.ack_due.set)
             stream.unacked += 1
             if stream.unacked >= self._ack_batches:
                 stream.ack_due.set()
         return None
+
+    def _take(self, stream: _Stream, peer: str, data: bytes) -> None:
+        """Hand one message to the Sink. Raises StreamRefused, and whatever the Sink fails with."""
+        if stream.ended.done():
+            return
+        if len(data) > codec.MAX_MESSAGE_BYTES:
+            raise _too_large(stream.hello, len(data))
+        numbered = codec.decode_request(data)
+        if isinstance(numbered, Hello):
+            raise _hello_repeated(stream.hello)
+        if isinstance(numbered, codec.NumberedReport) != stream.hello.forwards:
+            raise _not_announced(stream.hello)
+        if numbered.sequence <= stream.held:
+            raise _replayed(stream.hello, numbered.sequence, stream.held)
+        if isinstance(numbered, codec.NumberedReport):
+            for name in numbered.report.replica_names:
+                self._check_identity(name, peer)
+            self._sink.merge(stream.hello, numbered.sequence, numbered.report, self._clock())
+        else:
+            self._sink.observe(stream.hello, numbered.sequence, numbered.batch, self._clock())
+        stream.held = numbered.sequence
 
     async def _acknowledge(self, stream: _Stream, context: Any) -> None:
         """Acknowledge whenever that is due, the last time when the stream is read no more."""
@@ -374,18 +410,21 @@ class Receiver:
             # The text may hold what the peer sent, so it is logged as a value and bounded.
             log.warning("stream of %s refused, %s: %.500r", context.peer(), refusal.reason, str(refusal))
         await context.write(codec.encode_reply(refusal))
+        if refusal.reason in _FULL:
+            # Said as gRPC says it too, for whoever looks at statuses.
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(refusal))
 
     def _goodbye(self, stream: _Stream) -> None:
         log.info("replica %r disconnected after %d", stream.hello.replica, stream.held)
         self._sink.goodbye(stream.hello, self._clock())
 
-    def _check_identity(self, hello: Hello, peer: str) -> None:
+    def _check_identity(self, replica: str, peer: str) -> None:
         """Raises StreamRefused, "replica_identity": a certificate was asked for, and it is another replica's."""
         for door in self._doors:
             names = door.names_of_peer(peer)
-            if names is not None and not may_speak_for(names, hello.replica):
+            if names is not None and not may_speak_for(names, replica):
                 raise StreamRefused(
-                    f"stream of replica {hello.replica!r}",
+                    f"stream of replica {replica!r}",
                     found=f"its certificate stands for {', '.join(sorted(names)) or 'no name'}",
                     instead="Give the engine a certificate whose DNS or URI name is LATENTWATCH_REPLICA.",
                     reason="replica_identity",
@@ -505,6 +544,16 @@ def _hello_repeated(hello: Hello) -> StreamRefused:
         found="it said hello twice",
         instead="Open one stream for each engine boot.",
         reason="hello_repeated",
+    )
+
+
+def _not_announced(hello: Hello) -> StreamRefused:
+    sends, said = ("batches", "forwards") if hello.forwards else ("reports", "does not forward")
+    return StreamRefused(
+        f"stream of replica {hello.replica!r}",
+        found=f"its hello says that it {said}, and it sends {sends}",
+        instead="An engine sends batches, a collector with --forward-to sends reports; open a stream for each.",
+        reason="malformed_batch",
     )
 
 

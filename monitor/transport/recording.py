@@ -17,6 +17,7 @@ from typing import BinaryIO, Final
 from monitor.errors import StreamRefused
 from monitor.step import StepBatch
 from monitor.transport import codec
+from monitor.transport.report import Report
 from monitor.transport.session import Hello
 
 _MAGIC: Final = b"latentwatch recording 1\n"
@@ -46,7 +47,14 @@ class RecordingSink:
         self.batches = self.bytes = self.requests = 0
 
     def hello(self, hello: Hello, now: float) -> int:
-        """See Sink."""
+        """See Sink. Raises StreamRefused "recording" for a collector that forwards: it has no steps to write down."""
+        if hello.forwards:
+            raise StreamRefused(
+                f"collector {hello.replica}",
+                found="it forwards reports, and a recording is of steps",
+                instead="Record where the engines stream to.",
+                reason="recording",
+            )
         if hello not in self._streams:
             self._streams[hello] = len(self._streams)
             self._write(now, hello, codec.encode_hello(hello, last_acked_sequence=0, time_unix_nano=int(now * 1e9)))
@@ -60,6 +68,9 @@ class RecordingSink:
             self._write(now, hello, codec.encode_batch(sequence, batch))
             self.batches += 1
             self.requests += len(batch.closed)
+
+    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+        """See Sink; `hello` let in nobody who sends reports."""
 
     def commit(self) -> None:
         """Hand what was written to the operating system, before it is acknowledged."""

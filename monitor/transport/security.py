@@ -86,18 +86,38 @@ class ServerTls:
     client_authority: Path | None = None
     """None: engines need no certificate."""
 
+    protocol: str = "h2"
+    """What is spoken behind it, as ALPN names it."""
+
     def context(self) -> ssl.SSLContext:
         """From the files as they are now. Raises ConfigRefused, "tls_unusable"."""
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
-            context.set_alpn_protocols(["h2"])
+            context.set_alpn_protocols([self.protocol])
             context.load_cert_chain(self.certificate, self.key)
             if self.client_authority is not None:
                 context.verify_mode = ssl.CERT_REQUIRED
                 context.load_verify_locations(self.client_authority)
         except OSError as error:  # ssl.SSLError is one
             raise _unusable(self.certificate, error) from error
+        return context
+
+    def renewing_context(self) -> ssl.SSLContext:
+        """One for a server that takes a single context: each handshake is by the files as they are then.
+
+        Raises: ConfigRefused, "tls_unusable". Files that cannot be used later fail the handshakes of that time.
+        """
+
+        def renew(handshake: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> int | None:
+            try:
+                handshake.context = self.context()
+            except ConfigRefused:
+                return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
+            return None
+
+        context = self.context()
+        context.sni_callback = renew
         return context
 
 
@@ -130,13 +150,20 @@ class Credentials:
 
     def channel(self, target: str, options: Sequence[tuple[str, Any]]) -> Any:
         """A channel by the files as they are now. Raises ConfigRefused, "tls_unusable"."""
+        return self._channel(grpc, target, options)
+
+    def aio_channel(self, target: str, options: Sequence[tuple[str, Any]]) -> Any:
+        """The same for an event loop."""
+        return self._channel(grpc.aio, target, options)
+
+    def _channel(self, api: Any, target: str, options: Sequence[tuple[str, Any]]) -> Any:
         if self.authority is None:
-            return grpc.insecure_channel(target, options=options)
+            return api.insecure_channel(target, options=options)
         try:
             read = [path and path.read_bytes() for path in (self.authority, self.key, self.certificate)]
         except OSError as error:
             raise _unusable(self.authority, error) from error
-        return grpc.secure_channel(target, grpc.ssl_channel_credentials(*read), options=options)
+        return api.secure_channel(target, grpc.ssl_channel_credentials(*read), options=options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each stream carries beside its messages. Raises ConfigRefused, "token_unusable"."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from monitor.step import StepBatch
+
+if TYPE_CHECKING:
+    from monitor.transport.report import Report
 
 PROTOCOL: Final = 1
 
@@ -24,6 +27,8 @@ class Hello:
     not_armed_text: str
     plugin_version: str
     engine_version: str
+    forwards: bool = False
+    """A collector that sends reports; `replica` is its name, `engine` and `model_name` are empty."""
 
 
 class Sink(Protocol):
@@ -37,6 +42,9 @@ class Sink(Protocol):
 
     def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
         """Take one batch into the state. A sequence at or below the highest one held is a counted duplicate."""
+
+    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+        """Take one report of a collector that forwards, as `observe` takes a batch."""
 
     def commit(self) -> None:
         """Called before a sender is told what is held: it forgets that then. Never raises."""

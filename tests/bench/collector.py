@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,15 @@ class Load:
 class Collector:
     """A collector process, and what its /metrics say."""
 
-    def __init__(self, folder: Path, features: int) -> None:
+    def __init__(self, folder: Path, features: int, name: str = "c", more: Sequence[str] = ()) -> None:
+        """Args: more: of its command line."""
         self.sha256 = card.write(watchlist(features_of(features)), folder / "w.safetensors").sha256
-        self.target = f"unix://{folder}/c.sock"
+        self.target = f"unix://{folder}/{name}.sock"
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "monitor", "collector", "--watchlist", str(folder / "w.safetensors")),
-                *("--listen", self.target, "--http", "127.0.0.1:0", "--state", str(folder / "state")),
+                *("--listen", self.target, "--http", "127.0.0.1:0", "--state", str(folder / f"{name}-state")),
+                *more,
             ],
             cwd=ROOT,
             stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,12 @@ def serve(arguments: list[str], log: str, clock: str) -> None:
 class Collector:
     """A collector process that can be killed and started again on the same state."""
 
-    def __init__(self, folder: Path, watched: Path, name: str = "c", clock: str = "") -> None:
+    def __init__(self, folder: Path, watched: Path, name: str = "c", clock: str = "", more: Sequence[str] = ()) -> None:
         self.socket = folder / f"{name}.sock"
         self.state = folder / f"{name}-state"
         self._log = folder / f"{name}.log"
         self._clock = clock
+        self._more = more
         self._watched = watched
         self.peak_mib = 0.0
         self.process: Any = None
@@ -77,7 +78,7 @@ class Collector:
     def start(self, *, wait: bool = True) -> None:
         self._began = self._log.stat().st_size if self._log.exists() else 0
         arguments = ["collector", "--watchlist", str(self._watched), "--listen", f"unix://{self.socket}"]
-        arguments += ["--http", "127.0.0.1:0", "--state", str(self.state)]
+        arguments += ["--http", "127.0.0.1:0", "--state", str(self.state), *self._more]
         self.process = _FORKS.Process(target=serve, args=(arguments, str(self._log), self._clock))
         self.process.start()
         if wait:
@@ -268,8 +269,9 @@ class World:
     faults: list[tuple[float, float]] = field(default_factory=list)
     """Begin and end of each fault, on the monotonic clock."""
 
-    def collector(self, name: str = "c", clock: str = "") -> Collector:
-        made = Collector(self.folder, self.watched, name, clock)
+    def collector(self, name: str = "c", clock: str = "", more: Sequence[str] = ()) -> Collector:
+        """Args: more: of its command line."""
+        made = Collector(self.folder, self.watched, name, clock, more)
         self.collectors.append(made)
         return made
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from monitor.collector.drift import DriftSettings
-from monitor.collector.service import Service, Settings
+from monitor.collector.service import ForwardSettings, Service, Settings
 from monitor.drift.detection import Budget
 from monitor.export.metrics import METRICS, sample_names
 from monitor.watchlist import card
@@ -139,14 +139,17 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "127.0.0.1:0",
         state=folder / "state",
         drift=DriftSettings(baseline, Budget(window_seconds=1.0)),
+        forward=ForwardSettings(f"unix://{folder}/g.sock", "pod-0"),
     )
     service = Service(settings)
+    gateway = Service(Settings(folder / "toy.safetensors", (f"unix://{folder}/g.sock",), "127.0.0.1:0"))
     who = hello(model_name="llama", watchlist_sha256=watched.sha256)
     traffic = Traffic(watched, running=6)
     traffic.incident, traffic.cached_share = True, 0.3
     ended = threading.Event()
 
     async def greet() -> None:
+        await gateway.start()
         await service.start()
         service.pipeline.hello(who, time.time())
 
@@ -162,7 +165,9 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     in_loop(greet())
     thread = threading.Thread(target=feed)
     thread.start()
-    with prometheus(folder, {"latentwatch": [service.http_url.removeprefix("http://")]}) as url:
+    with prometheus(
+        folder, {"latentwatch": [made.http_url.removeprefix("http://") for made in (service, gateway)]}
+    ) as url:
         firing = 'ALERTS{alertname="LatentwatchCriticalExceedance",alertstate="firing"}'
         eventually(lambda: ask(url, "query", query=firing)["result"])
         eventually(lambda: ask(url, "query", query="model:latentwatch_coverage:ratio_rate3d")["result"])
@@ -171,6 +176,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ended.set()
     thread.join()
     in_loop(service.stop())
+    in_loop(gateway.stop())
 
 
 def substituted(text: str) -> str:

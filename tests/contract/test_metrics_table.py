@@ -41,6 +41,7 @@ def made() -> Pipeline:
         for sequence, batch in enumerate(Schedule.random(rng, requests, 9).batches(FEATURES, hooks=2), start=1):
             pipeline.observe(who, sequence, batch, 1000.0 + sequence)
     pipeline.hello(hello(replica="blind", armed=False, not_armed_reason="watchlist_width"), 1000.0)
+    pipeline.hello(hello(replica="sidecar", engine="", model_name="", forwards=True), 1000.0)
     pipeline.refused("watchlist_mismatch")
     pipeline.tick(1200.0)
     return pipeline
@@ -78,8 +79,14 @@ def parsed_name(metric: Metric, open_metrics: bool) -> str:
 
 
 def test_every_metric_shows_at_least_one_sample_once_engines_stream(made):
+    """But for those that only a collector with --forward-to has, which forwards and is forwarded to by none."""
     families = parse(page(made, open_metrics=True), open_metrics=True)
-    assert not [name for name, family in families.items() if not family.samples]
+    silent = {name for name, family in families.items() if not family.samples}
+    forwards = Pipeline(watchlist(FEATURES))
+    forwards.forward_from("f" * 32)
+    shown = parse(page(forwards, open_metrics=True), open_metrics=True)
+    assert silent == {name for name in shown if name.startswith("latentwatch_forward_")}
+    assert all(shown[name].samples for name in silent)
 
 
 def test_both_formats_show_the_same_numbers(made):

@@ -15,7 +15,7 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from monitor import step
-from monitor.transport import _pb, session
+from monitor.transport import _pb, report, session
 from monitor.transport._pb import latentwatch_pb2 as pb
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +23,7 @@ PROTO = ROOT / "proto" / "latentwatch" / "v1" / "stream.proto"
 SCALARS = {
     FieldDescriptor.TYPE_BOOL: "bool",
     FieldDescriptor.TYPE_BYTES: "bytes",
+    FieldDescriptor.TYPE_DOUBLE: "double",
     FieldDescriptor.TYPE_INT64: "int64",
     FieldDescriptor.TYPE_STRING: "string",
     FieldDescriptor.TYPE_UINT32: "uint32",
@@ -52,8 +53,8 @@ def test_every_field_of_the_proto_has_its_number_and_type_in_the_code():
         code = line.partition("//")[0]
         if opening := re.match(r"message (\w+) {", code):
             message = opening[1]
-        elif field := re.match(r"\s+(repeated )?(\w+) (\w+) = (\d+);", code):
-            declared[message, field[3]] = (bool(field[1]), field[2], int(field[4]))
+        elif field := re.match(r"\s+(repeated |optional )?(\w+) (\w+) = (\d+);", code):
+            declared[message, field[3]] = (field[1] == "repeated ", field[2], int(field[4]))
     described: dict[tuple[str, str], tuple[bool, str, int]] = {}
     for name, kind in pb.DESCRIPTOR.message_types_by_name.items():
         assert isinstance(kind, Descriptor)
@@ -70,6 +71,10 @@ def test_every_field_of_the_proto_has_its_number_and_type_in_the_code():
         (pb.RequestOpened, step.RequestOpened, set()),
         (pb.RequestClosed, step.RequestClosed, set()),
         (pb.Hello, session.Hello, {"protocol", "last_acked_sequence", "time_unix_nano"}),
+        (pb.ReplicaState, report.ReplicaState, set()),
+        (pb.EngineDelta, report.EngineDelta, set()),
+        (pb.RequestRow, report.RequestRow, set()),
+        (pb.Report, report.Report, {"sequence"}),
     ],
 )
 def test_a_message_has_the_fields_of_the_value_it_carries(message, values, only_on_the_wire):

@@ -35,6 +35,7 @@ from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, StepBatch
 from monitor.transport import codec
 from monitor.transport._pb import latentwatch_pb2 as pb
 from monitor.transport.receiver import Receiver
+from monitor.transport.report import Report
 from monitor.transport.session import Hello
 from monitor.watchlist.card import Limit
 from tests.support.engines import ROOT
@@ -56,6 +57,7 @@ class Messages:
         batches = Schedule.random(rng, requests, 9).batches(FEATURES)
         self._real = [codec.encode_batch(i, batch) for i, batch in enumerate(batches, start=1)]
         self._real.append(codec.encode_hello(hello(), last_acked_sequence=0, time_unix_nano=0))
+        self._real += _reports(batches)
 
     def next(self) -> bytes:
         return self._mutated() if self._random.random() < 0.5 else self._made_up()
@@ -153,6 +155,18 @@ class Messages:
         return self._random.choice(_FLOATS) if self._random.random() < 0.01 else self._random.uniform(-3, 9)
 
 
+def _reports(batches: list[StepBatch]) -> list[bytes]:
+    """What a collector that took these batches tells its gateway."""
+    made = Pipeline(watchlist(FEATURES))
+    made.forward_from("f" * 32)
+    made.hello(hello(), 1000.0)
+    for i, batch in enumerate(batches, start=1):
+        made.observe(hello(), i, batch, 1000.0)
+        made.tick(1000.0)
+    assert made.forward is not None
+    return [codec.encode_report(number, report) for number, report in made.forward.reports]
+
+
 class Context:
     """What a stream of gRPC's shows the receiver: messages, then the end."""
 
@@ -196,6 +210,14 @@ class Witness(Pipeline):
             self.seen.taken += 1
             self.seen.tokens += int(segments["count"][segments["reason"] != Reason.LOST].sum(dtype=np.int64))
 
+    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+        duplicates = self._duplicates
+        super().merge(hello, sequence, report, now)
+        if self._duplicates == duplicates:
+            self.seen.taken += 1
+            for engine in report.engines:
+                self.seen.tokens += int(engine.tokens.sum() - engine.tokens[:, Reason.LOST].sum())
+
 
 def run(count: int, seed: int) -> Outcome:
     """Feed `count` messages. Raises whatever is no refusal, and AssertionError where the books are wrong."""
@@ -203,7 +225,9 @@ def run(count: int, seed: int) -> Outcome:
     receiver = Receiver(pipeline, [], clock=lambda: 1000.0)
     outcome, sequence = pipeline.seen, 0
     who = hello()
+    sidecar = hello(replica="sidecar", engine="", model_name="", forwards=True)
     pipeline.hello(who, 1000.0)
+    pipeline.hello(sidecar, 1000.0)
     loop = asyncio.new_event_loop()
     with contextlib.closing(loop):
         for i in range(count):
@@ -217,6 +241,9 @@ def run(count: int, seed: int) -> Outcome:
                 if isinstance(request, Hello):
                     pipeline.hello(request, 1000.0)
                     pipeline.goodbye(request, 1000.0)
+                elif isinstance(request, codec.NumberedReport):
+                    sequence += 1
+                    pipeline.merge(sidecar, sequence, request.report, 1000.0)
                 else:
                     sequence += 1
                     pipeline.observe(who, sequence, request.batch, 1000.0)

@@ -114,6 +114,11 @@ def test_a_receiver_that_the_network_policy_shuts_out_is_refused():
         chart.objects(chart.least(otlp={"url": "http://otel:4317"}))
 
 
+def test_a_gateway_that_should_forward_is_refused():
+    with pytest.raises(HelmRenderError, match=r"forward\.to: a gateway forwards to none"):
+        chart.objects(chart.least(forward={"to": "other:4319"}))
+
+
 def test_every_object_of_the_schema_is_closed():
     """Beside those that Kubernetes itself checks, of which we list no property."""
     closed = [node for node in nodes(SCHEMA) if node.get("type") == "object" and "properties" in node]

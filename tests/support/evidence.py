@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from monitor.aggregate.requests import FEATURE_DTYPE
 from monitor.collector.pipeline import Pipeline
 from monitor.collector.recorder import Keep, watched
 from monitor.evidence.records import FIRE_RECORD, Activations, Ended, Exceedance, Record, Request, row_record
 from monitor.evidence.store import Retention, Store
 from monitor.names import Outcome, Phase
+from monitor.step import FEATURE_DTYPE
 from monitor.watchlist.card import Limit
 from tests.support.streams import Schedule, Tokens, hello, probe, sparse, watchlist
 

@@ -15,6 +15,7 @@ from monitor.errors import StreamRefused
 from monitor.names import Outcome, Phase, Reason, TokenState
 from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
 from monitor.transport.receiver import Receiver
+from monitor.transport.report import Report
 from monitor.transport.session import Hello
 
 T = TypeVar("T")
@@ -80,6 +81,7 @@ class FakeSink:
     def __init__(self, held: dict[tuple[str, str], int] | None = None) -> None:
         self.held = dict(held or {})
         self.batches: list[tuple[int, StepBatch]] = []
+        self.reports: list[tuple[int, Report]] = []
         self.calls: list[str] = []
         self.duplicates = self.commits = 0
         self.refuse_hello: StreamRefused | None = None
@@ -103,6 +105,10 @@ class FakeSink:
             return
         self.held[key] = sequence
         self.batches.append((sequence, batch))
+
+    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+        self.held[hello.replica, hello.boot_id] = sequence
+        self.reports.append((sequence, report))
 
     def commit(self) -> None:
         self.commits += 1

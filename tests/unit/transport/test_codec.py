@@ -166,7 +166,7 @@ def far_fire() -> bytes:
 @pytest.mark.parametrize(
     ("data", "found"),
     [
-        (b"", "neither a hello nor a batch"),
+        (b"", "neither a hello, a batch nor a report"),
         (b"\xff" * 40, "do not parse"),
         (wire(sequence=0), "sequences count from 1"),
         (wire(segments=segments()[:-1]), "segments has 37 bytes, no multiple of a record's 19"),
