@@ -440,6 +440,12 @@ def overview() -> Panel:
             f"count(latentwatch_drift_armed{{{MODEL}}} == 0) or vector(0)",
             thresholds=SOME_IS_ODD,
         ),
+        stat(
+            "Age of the oldest baseline",
+            "Since it was calibrated; after a month it says little about traffic of today.",
+            f"time() - min(latentwatch_drift_baseline_created_timestamp_seconds{{{MODEL}}})",
+            unit="s",
+        ),
         graph(
             "What the detectors took",
             "Windows with requests, and those of them left out of a later baseline because something alarmed.",
@@ -456,7 +462,7 @@ def overview() -> Panel:
                 "{{model_name}}, requests",
             ),
             unit="ops",
-            width=16,
+            width=12,
             height=4,
         ),
     ]

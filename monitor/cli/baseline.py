@@ -12,7 +12,7 @@ EPILOG = """example:  latentwatch baseline show prod.baseline --html prod.html""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The `show` action."""
     actions = parser.add_subparsers(dest="action", metavar="show", required=True)
-    show = actions.add_parser("show", help="print a baseline, or write it as a page with plots")
+    show = actions.add_parser("show", help="print a baseline, or write it as a page with plots", epilog=EPILOG)
     show.add_argument("baseline", type=Path, metavar="FILE")
     show.add_argument("--html", type=Path, metavar="FILE", help="write a page with a plot for each feature instead")
 

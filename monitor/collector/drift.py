@@ -162,4 +162,5 @@ class Drift:
             reference,
             reason=reason,
             baseline_sha256=baseline.sha256 if baseline and reference else "",
+            baseline_created_seconds=baseline.created_seconds if baseline and reference else 0.0,
         )

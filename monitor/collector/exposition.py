@@ -200,6 +200,12 @@ class Families:
             metrics.DRIFT_ARMED, tuple((m.model_name, m.reason) for m in models), [int(m.armed) for m in models]
         )
         armed = [model for model in models if model.armed]
+        dated = [model for model in armed if model.baseline_created_seconds]
+        yield Family(
+            metrics.DRIFT_BASELINE_CREATED,
+            tuple((m.model_name,) for m in dated),
+            [m.baseline_created_seconds for m in dated],
+        )
         kinds = tuple((m.model_name, f.id, kind) for m in armed for kind in KINDS for f in self._features)
         for metric, name in ((metrics.DRIFT_LOG10_EVALUE, "log10_evalue"), (metrics.DRIFT_SINCE, "since_seconds")):
             yield Family(metric, kinds, [v for m in armed for kind in KINDS for v in getattr(m, name)[kind].tolist()])

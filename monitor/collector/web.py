@@ -131,6 +131,8 @@ class DriftOfModel:
     reason: str
     """Why drift is not measured; empty while it is."""
     baseline_sha256: str
+    baseline_created_seconds: float
+    """0 where there is none, or where it does not say."""
     windows: int
     requests: int
     excluded_windows: int
@@ -302,6 +304,7 @@ def _drift_of(pipeline: Pipeline, view: DriftView) -> DriftOfModel:
         armed=view.armed,
         reason=view.reason,
         baseline_sha256=view.baseline_sha256,
+        baseline_created_seconds=view.baseline_created_seconds,
         windows=view.windows,
         requests=view.requests,
         excluded_windows=view.excluded_windows,

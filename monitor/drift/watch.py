@@ -89,6 +89,8 @@ class DriftView:
     reason: str
     """Why not; empty while armed."""
     baseline_sha256: str
+    baseline_created_seconds: float
+    """When it was calibrated; 0 where there is none, or where it does not say."""
     windows: int
     """Windows with requests that the detectors took."""
     requests: int
@@ -117,13 +119,15 @@ class ModelDrift:
         *,
         reason: str = "",
         baseline_sha256: str = "",
+        baseline_created_seconds: float = 0.0,
     ) -> None:
         """`reason` says why there is no reference."""
         self.model_name = model_name
         self.observed = Observed.empty(layout)
         self.state = DetectorState.empty(layout, 1)
         self._features, self._layout, self._budget = features, layout, budget
-        self._reference, self._reason, self._sha256 = reference, reason, baseline_sha256
+        self._reference, self._reason = reference, reason
+        self._sha256, self._created_seconds = baseline_sha256, baseline_created_seconds
         self._counts = RequestCounts.empty(layout, 1)
         self._groups: dict[tuple[str, str], int] = {}
         self._replicas: list[str] = []
@@ -177,6 +181,7 @@ class ModelDrift:
             armed=self._reference is not None,
             reason=self._reason,
             baseline_sha256=self._sha256,
+            baseline_created_seconds=self._created_seconds,
             windows=int(self.state.windows[0]),
             requests=self._requests,
             excluded_windows=self._excluded_windows,

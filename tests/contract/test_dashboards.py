@@ -5,6 +5,7 @@ No Grafana is at hand: what is not tested is how it draws.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -132,7 +133,9 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a Prometheus that has scraped a collector under load, through an incident, for some seconds."""
     folder = tmp_path_factory.mktemp("live")
     watched = card.write(WATCHED, folder / "toy.safetensors")
-    baseline = random_baseline(WATCHED.features, sha256=watched.sha256)
+    baseline = dataclasses.replace(
+        random_baseline(WATCHED.features, sha256=watched.sha256), created_seconds=time.time() - 86_400
+    )
     settings = Settings(
         folder / "toy.safetensors",
         (f"unix://{folder}/c.sock",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -30,7 +31,7 @@ FEATURES = (
 @pytest.fixture(scope="module")
 def made() -> Pipeline:
     """A collector with two models, two engines, every kind of feature, and something in every counter it can have."""
-    drift = DriftSettings(random_baseline(FEATURES, share=0.9))
+    drift = DriftSettings(dataclasses.replace(random_baseline(FEATURES, share=0.9), created_seconds=1e9))
     pipeline = Pipeline(watchlist(FEATURES, hooks=2), drift=drift)
     rng = np.random.default_rng(0)
     for i, model in enumerate(("toy", 'model "%d"')):

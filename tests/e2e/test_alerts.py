@@ -181,6 +181,7 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
             (
                 f"latentwatch_state_checkpoint_timestamp_seconds {now - 3600 * wrong}\n",
                 f'latentwatch_drift_armed{{model_name="m",reason="baseline_mismatch"}} {int(not wrong)}\n',
+                f'latentwatch_drift_baseline_created_timestamp_seconds{{model_name="m"}} {now - 40 * 86400 * wrong}\n',
                 'latentwatch_drift_limit_log10_evalue{model_name="m",kind="rate"} 7.9\n',
                 *(f"latentwatch_drift_log10_evalue{{{labels}}} {9 * wrong}\n" for labels in drifts.values()),
                 f'latentwatch_evidence_dropped_total{{kind="request",reason="queue_full"}} {until_now()}\n',

@@ -23,39 +23,47 @@ function make(tag, properties = {}, ...children) {
   return node;
 }
 
+// Setting what is set already has the browser lay it out again.
+function place(node, attributes) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (node.getAttribute(name) !== String(value)) node.setAttribute(name, value);
+  }
+}
+
 function draw(tag, attributes = {}, ...children) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  place(node, attributes);
   node.append(...children);
   return node;
 }
 
 function setText(node, text) {
-  if (node.textContent !== text) node.textContent = text;
+  if (node.textContent === text) return;
+  if (node.firstChild) node.firstChild.data = text;
+  else node.textContent = text;
 }
 
-// Rows are kept and updated in place, so that neither the keyboard's focus nor a selection is lost at a refresh.
+// Rows are kept and updated in place, so that neither the keyboard's focus nor a selection is lost at a refresh. A row
+// that is no longer wanted serves the next item that comes: thousands that wait to be collected are much memory.
 const rowsOf = new WeakMap();
 function reconcile(parent, items, keyOf, create, update) {
-  if (!rowsOf.has(parent)) rowsOf.set(parent, new Map());
-  const rows = rowsOf.get(parent);
-  const wanted = new Set();
-  let next = parent.firstChild;
-  for (const item of items) {
-    const key = keyOf(item);
-    if (wanted.has(key)) continue;
-    wanted.add(key);
-    let row = rows.get(key);
-    if (!row) rows.set(key, (row = create(item)));
-    update(row, item);
-    if (row === next) next = next.nextSibling;
-    else parent.insertBefore(row, next);
-  }
+  if (!rowsOf.has(parent)) rowsOf.set(parent, { rows: new Map(), spare: [] });
+  const { rows, spare } = rowsOf.get(parent);
+  const wanted = new Map(items.map((item) => [keyOf(item), item]));
   for (const [key, row] of rows) {
     if (!wanted.has(key)) {
       row.remove();
       rows.delete(key);
+      spare.push(row);
     }
+  }
+  let next = parent.firstChild;
+  for (const [key, item] of wanted) {
+    let row = rows.get(key);
+    if (!row) rows.set(key, (row = spare.pop() ?? create(item)));
+    update(row, item);
+    if (row === next) next = next.nextSibling;
+    else parent.insertBefore(row, next);
   }
 }
 
@@ -99,8 +107,18 @@ function shortId(view) {
 
 // -- plots
 
+// Only plots that can be seen are drawn anew at a refresh: the paths of the others would be garbage, megabytes a minute.
+const inView = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    target.away = !isIntersecting;
+    if (isIntersecting) sparkline(target, ...target.plotted);
+  }
+});
+
 // A line per stretch of windows with values, a dashed limit, and a dot on every window above it.
 function sparkline(svg, series, limit) {
+  svg.plotted = [series, limit];
+  if (svg.away) return;
   const values = series.filter((v) => v !== null);
   const top = Math.max(...values, limit ?? -Infinity);
   const bottom = Math.min(0, ...values, limit ?? Infinity);
@@ -126,14 +144,14 @@ function sparkline(svg, series, limit) {
     if (limit !== null && v > limit) parts.over += `M${i} ${y(v)}h0`;
   });
   end(series.length - 1);
-  svg.setAttribute("viewBox", `0 0 ${W} 34`);
-  svg.replaceChildren(
-    draw("line", { class: "base", x1: 0, x2: W, y1: y(Math.max(0, bottom)), y2: y(Math.max(0, bottom)) }),
-    draw("path", { class: "area", d: parts.area }),
-    draw("path", { class: "line", d: parts.line }),
-  );
-  if (limit !== null) svg.append(draw("line", { class: "limit", x1: 0, x2: W, y1: y(limit), y2: y(limit) }));
-  svg.append(draw("path", { class: "over", d: parts.over }));
+  if (!svg.firstChild) svg.append(...["base", "area", "line", "limit", "over"].map((name) => draw("path", { class: name })));
+  const [base, area, line, bound, over] = svg.children;
+  place(svg, { viewBox: `0 0 ${W} 34` });
+  place(base, { d: `M0 ${y(Math.max(0, bottom))}H${W}` });
+  place(area, { d: parts.area });
+  place(line, { d: parts.line });
+  place(bound, { d: limit === null ? "" : `M0 ${y(limit)}H${W}` });
+  place(over, { d: parts.over });
 }
 
 function trafficPlot(view) {
@@ -143,15 +161,14 @@ function trafficPlot(view) {
   const y = (v) => (28 - (v / top) * 26).toFixed(2);
   const path = (values) => values.map((v, i) => `${i ? "L" : "M"}${i} ${y(v)}`).join("");
   const W = seen.length - 1;
-  const svg = draw("svg", { viewBox: `0 0 ${W} 30`, preserveAspectRatio: "none", role: "img" });
-  svg.setAttribute("aria-label", "Tokens over time");
-  svg.append(
-    draw("line", { class: "base", x1: 0, x2: W, y1: 28, y2: 28 }),
-    draw("path", { class: "area", d: `${path(seen)}L${W} 28H0Z` }),
-    draw("path", { class: "line", d: path(seen) }),
-  );
-  if (missed.some((v) => v)) svg.append(draw("path", { class: "missed", d: path(missed) }));
-  at("traffic-plot").replaceChildren(svg);
+  const svg = at("traffic-plot");
+  if (!svg.firstChild) svg.append(...["base", "area", "line", "missed"].map((name) => draw("path", { class: name })));
+  const [base, area, line, lost] = svg.children;
+  place(svg, { viewBox: `0 0 ${W} 30` });
+  place(base, { d: `M0 28H${W}` });
+  place(area, { d: `${path(seen)}L${W} 28H0Z` });
+  place(line, { d: path(seen) });
+  place(lost, { d: missed.some((v) => v) ? path(missed) : "" });
 }
 
 // -- parts of the page
@@ -214,6 +231,7 @@ function featureRow() {
   const name = make("td", { className: "name" }, featureLink("", ""), make("small"));
   const svg = draw("svg", { preserveAspectRatio: "none", role: "img" });
   row.append(name, make("td", { className: "plot" }, svg));
+  inView.observe(svg);
   for (const part of ["peak", "bound", "fires", "exceeded"]) row.append(make("td", { className: `number ${part}` }));
   return row;
 }
@@ -251,10 +269,10 @@ function features(view) {
   setText(at("span"), `last ${minutes % 1 ? minutes.toFixed(1) : minutes} min`);
 }
 
-function exceedanceRow(event) {
+function exceedanceRow() {
   const button = make("button", { type: "button" });
   button.append(
-    make("span", { className: "first" }, make("span", { className: `chip ${event.severity}`, textContent: event.severity }), make("b"), make("time")),
+    make("span", { className: "first" }, make("span"), make("b"), make("time")),
     make("span", { className: "values" }),
     make("span", { className: "id" }),
   );
@@ -265,6 +283,9 @@ function updateExceedance(row, event) {
   const button = row.firstChild;
   button.onclick = () => openRequest(event.request_id);
   button.disabled = !event.request_id;
+  const chip = row.querySelector(".first").firstChild;
+  chip.className = `chip ${event.severity}`;
+  setText(chip, event.severity);
   setText(row.querySelector("b"), event.label || event.feature);
   setText(row.querySelector("time"), ago(shown.now - event.seconds));
   row.querySelector("time").dateTime = new Date(event.seconds * 1000).toISOString();
@@ -278,15 +299,16 @@ function updateExceedance(row, event) {
   setText(row.querySelector(".id"), shortId(event));
 }
 
-function engineRow(engine) {
+function engineRow() {
   const row = make("tr");
-  row.append(make("td", { textContent: engine.replica }), make("td"), make("td", {}, make("span"), make("small", { className: "sub" })));
+  row.append(make("td"), make("td"), make("td", {}, make("span"), make("small", { className: "sub" })));
   row.append(make("td", { className: "number" }), make("td", { className: "number" }), make("td", { className: "muted" }));
   return row;
 }
 
 function updateEngine(row, engine) {
-  const [, model, state, open, heard, versions] = row.children;
+  const [replica, model, state, open, heard, versions] = row.children;
+  setText(replica, engine.replica);
   setText(model, `${engine.model_name} (engine ${engine.engine})`);
   state.firstChild.className = `state ${engine.state.replace(" ", "-")}`;
   setText(state.firstChild, engine.state);
