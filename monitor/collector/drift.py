@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -106,6 +106,11 @@ class Drift:
                 value_nF[ordinary],
                 now,
             )
+
+    def forget(self, is_gone: Callable[[str], bool]) -> None:
+        """See ModelDrift.forget, for every model."""
+        for model in self._models.values():
+            model.forget(is_gone)
 
     def tick(self, now: float) -> None:
         """Close windows that are over."""

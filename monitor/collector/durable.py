@@ -47,6 +47,7 @@ _JOURNAL_BYTES: Final = 64 << 20
 """Some ten seconds of 200,000 tokens/s, and about as long to read back."""
 _RETRY_SECONDS: Final = 5.0
 _SYNC_SECONDS: Final = 1.0
+_WAIT_SECONDS: Final = 0.02
 
 _RECORD: Final = struct.Struct("<II")  # bytes of the body, its CRC-32
 _EVENT: Final = struct.Struct("<cdI")  # kind, the pipeline's time, number of the stream's hello in this journal
@@ -182,6 +183,17 @@ class DurableSink:
                 await asyncio.to_thread(os.fdatasync, self._journal)
             except OSError as error:
                 self._fail(error)
+
+    async def forget(self, name: str, now: float) -> bool:
+        """See Pipeline.forget; and have the files say nothing of it any more. Returns whether they do.
+
+        A new checkpoint takes the place of the files that tell of it. Killed before that, it is all there again.
+        """
+        while self._writing:
+            await asyncio.sleep(_WAIT_SECONDS)
+        self._pipeline.forget(name)
+        await self._checkpoint(now)
+        return self._whole
 
     def close(self, now: float) -> None:
         """Leave one checkpoint behind, so that the next start reads no journal."""

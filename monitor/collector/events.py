@@ -64,6 +64,10 @@ class EventRing:
                 found[request.serial] = [(event, request)]
         return list(found.values())
 
+    def requests(self) -> Iterator[OpenRequest]:
+        """The request of every event that is held."""
+        yield from self._requests[: min(self._added, len(self._events))]
+
     def state(self, roster: Roster) -> dict[str, Any]:
         """What is held, for `restore` of a ring of the same capacity; copies. Its requests go to the roster."""
         held = min(self._added, len(self._events))

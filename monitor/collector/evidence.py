@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hmac
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,8 @@ class Evidence:
         self._reading = ThreadPoolExecutor(1, "evidence-read")
         self._writer = Writer(self._store, clock=clock)
         self.put = self._writer.put
+        self.forget: Callable[[str], Awaitable[bool]] = self._forget_in_memory
+        """Has the rest of the collector forget a request; returns whether nothing of it is left there."""
 
     @property
     def takes_tokens(self) -> bool:
@@ -105,11 +108,17 @@ class Evidence:
         return await self._read(work)
 
     async def erase(self, name: str, actor: str) -> Erased:
-        """See store.erase; after everything that was recorded before."""
+        """See store.erase, after everything that was recorded before; and the collector itself forgets the request."""
         held = await asyncio.wrap_future(self._writer.run(lambda: self._held(name)))
         erased = await asyncio.wrap_future(self._writer.run(lambda: store.erase(self._folder, held)))
+        if not await self.forget(held):
+            erased = dataclasses.replace(erased, clean=False)
         await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=held))
         return erased
+
+    async def _forget_in_memory(self, name: str) -> bool:
+        self._pipeline.forget(name)
+        return True
 
     async def attach(self, name: str, vault: Vault, content: Content, actor: str) -> int:
         """See Store.attach; after everything that was recorded before."""

@@ -57,7 +57,8 @@ class EvidenceErased:
     requests: int
     rows: int
     clean: bool
-    """Whether no trace is left in the files; false while a reader keeps an older state open."""
+    """Whether no trace is left in the files; false while a reader keeps an older state open, or where the collector's
+    own state could not be written."""
 
 
 def _kept(request: Request) -> Evidence:
@@ -150,7 +151,10 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
         tags=["evidence"],
     )
     async def delete_request(request: Request, evidence: Trusted, request_id: Id) -> Response:
-        """Delete everything about these requests, and leave no trace in the files."""
+        """Delete everything about these requests, and leave no trace in the files, in --state or in memory.
+
+        Counts stay, and that some request went above a limit.
+        """
         if evidence.is_open(request_id):
             raise HTTPException(409, "The request still runs and more of it would be written. Ask again once it ended.")
         erased = await evidence.erase(request_id, _actor(request))

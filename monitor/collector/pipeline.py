@@ -234,6 +234,31 @@ class Pipeline:
         self._replicas.shift(seconds)
         self._slots.shift(seconds)
 
+    def forget(self, name: str) -> None:
+        """Let go of the closed requests with this engine request id, response id or trace id.
+
+        Their summaries go, and their ids wherever they stand: at exceedances, exemplars and examples of drift. What
+        they added to counts stays, and that some request went above a limit.
+        """
+        held = {request.serial: request for request in (*self._index.closed(), *self._events.requests())}
+        gone = [
+            request
+            for request in held.values()
+            if request.serial not in self._slots.by_serial
+            and name in (request.request_id, response_id(request.request_id), trace_id(request.traceparent))
+        ]
+        names = {name, *(request.request_id for request in gone)}
+
+        def is_gone(request_id: str) -> bool:
+            return request_id in names or response_id(request_id) in names
+
+        for model in self._models.values():
+            model.latest = {f: exemplar for f, exemplar in model.latest.items() if not is_gone(exemplar.request_id)}
+        self.drift.forget(is_gone)
+        for request in gone:
+            self._index.drop(request)
+            request.request_id = request.traceparent = ""
+
     # -- the whole state, to go on from in another process
 
     def state(self) -> State:

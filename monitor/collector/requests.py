@@ -235,6 +235,16 @@ class RequestIndex:
             if not serials:
                 self._serials.pop(name, None)
 
+    def closed(self) -> Iterator[OpenRequest]:
+        """Every closed request that is held."""
+        return (request.open for request in itertools.chain(self._closed.values(), self._flagged.values()))
+
+    def drop(self, request: OpenRequest) -> None:
+        """Let go of a closed request before its time."""
+        self.forget(request.serial, request.request_id)
+        self._closed.pop(request.serial, None)
+        self._flagged.pop(request.serial, None)
+
     def find(self, name: str) -> tuple[int, ...]:
         """Serial numbers of the requests with this id, oldest first."""
         return tuple(self._serials.get(bounded(name), ()))

@@ -131,6 +131,8 @@ class Service:
                 settings.request_id_key_file, keep=lambda id: canary_prompt(canary_key, id) is not None
             )
             accepting = PseudonymSink(self._sink, self.pipeline.pseudonyms)
+        if self.evidence and (durable := self._durable):
+            self.evidence.forget = lambda name: durable.forget(name, time.time())
         self.receiver = Receiver(
             accepting,
             settings.listen,

@@ -9,7 +9,7 @@ Shape legend: n requests, F features, G groups (replica, adapter).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -162,6 +162,12 @@ class ModelDrift:
             self._evidence = None
         if not self._alarming():
             self.observed.add_canary(prompt, value_F)
+
+    def forget(self, is_gone: Callable[[str], bool]) -> None:
+        """Let go of the examples with these request ids. What they added to counts stays."""
+        for feature, place in np.argwhere(np.isfinite(self._top_value_FT)).tolist():
+            if is_gone(self._top_FT[feature, place].request_id):
+                self._top_value_FT[feature, place], self._top_FT[feature, place] = -np.inf, None
 
     def close_windows(self, now: float) -> None:
         """Close the window that is over, if there is one. Call it about once a second."""

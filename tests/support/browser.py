@@ -51,6 +51,7 @@ class Tab:
         """Go there; a new load even where only the part after # differs."""
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=url)
+        self.until("location.href !== 'about:blank' && document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
         """What an expression gives, promises awaited."""

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,34 @@ def test_a_second_checkpoint_replaces_the_first_and_a_stop_leaves_no_journal_to_
     assert again.facts.resumed_events == 0 and again.facts.durable
     assert again.hello(hello(), 2000.0) == len(steps)
     assert made.snapshot(0).collector.messages == len(steps)
+
+
+def test_a_request_that_is_deleted_is_in_no_file_and_does_not_come_back(tmp_path):
+    """And what it added to counts stays."""
+    named, counts = b"chatcmpl-2-0123abcd", lambda p: [m.exceedances_F.tolist() for m in p.snapshot(0.0).models]
+    roomy = Bounds(open_requests=8)
+    one = DurableSink(pipeline(bounds=roomy), tmp_path, 1000.0)
+    one.hello(hello(), 1000.0)
+    run(one, batches(1))
+    before = counts(one._pipeline)
+    asyncio.run(one._checkpoint(1100.0))
+    assert one._pipeline.find("chatcmpl-2") and held(tmp_path, named)
+    assert asyncio.run(one.forget("chatcmpl-2", 1101.0))
+    assert not one._pipeline.find("chatcmpl-2") and not held(tmp_path, named)
+    os.close(one._journal)
+    os.close(one._lock)
+    again = DurableSink(pipeline(bounds=roomy), tmp_path, 1102.0)
+    assert not again._pipeline.find("chatcmpl-2") and again._pipeline.find("chatcmpl-1")
+    assert counts(again._pipeline) == before
+    again.close(1103.0)
+
+
+def held(folder: Path, text: bytes) -> bool:
+    """Whether these bytes are in a file, or in what a checkpoint has packed."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    packed = (zipfile.ZipFile(path) for path in files if path.suffix == ".npz")
+    content = [path.read_bytes() for path in files] + [part.read(name) for part in packed for name in part.namelist()]
+    return any(text in one or text.decode().encode("utf-32-le") in one for one in content)
 
 
 def test_a_full_disk_stops_no_counting_and_a_later_checkpoint_makes_up_for_it(tmp_path, monkeypatch):

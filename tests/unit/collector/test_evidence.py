@@ -118,6 +118,10 @@ def test_deleting_needs_the_token_and_leaves_nothing(made):
     assert answer.json()["requests"] == 1 and answer.json()["clean"]
     assert client("GET", url).status_code == 404
     assert not any(name in path.read_bytes() for path in folder.iterdir())
+    metrics = client("GET", "/metrics", headers={"accept": "application/openmetrics-text"}).text
+    pages = [client("GET", f"/v1/{page}").text for page in ("requests", "exceedances", "overview", "drift")]
+    assert not any("chatcmpl-2" in page for page in (metrics, *pages)), "nor does the collector itself know it"
+    assert "chatcmpl-1" in pages[0] and client("GET", "/v1/requests/chatcmpl-2").status_code == 404
 
 
 def test_a_request_that_runs_cannot_be_deleted_yet(made):
