@@ -6,9 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
-from monitor.names import Outcome, response_id
+from monitor.cli import main
+from monitor.drift import canary
+from monitor.names import Outcome, TokenState, response_id
 from monitor.watchlist import card
 from tests.engine.conftest import SMALL, monitored
 from tests.support import server, tiny
@@ -20,6 +23,8 @@ pytestmark = pytest.mark.engine
 PROMPTS = random_prompts(12, vocabulary=tiny.VOCABULARY, longest=60, seed=8)
 LEAVES_AFTER_TOKENS = 2
 LONG = 120
+CANARIES = 2
+CANARY_TOKENS = 70
 
 
 def request(i: int, *, leaves: bool) -> dict[str, Any]:
@@ -40,6 +45,9 @@ class Told(NamedTuple):
     counted: float
     """vLLM's prompt and generation tokens, before a client left."""
     engines: set[str]
+    canary_exit: int
+    canaries: dict[int | None, list[Scores]]
+    """By prompt, of runs of `latentwatch canary`; None where the signature is not that of its key."""
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +62,25 @@ def told(tmp_path_factory: pytest.TempPathFactory, watchlist_path: Path) -> Told
             answers = list(pool.map(lambda i: served.ask(i, request(i, leaves=False)), range(8)))
             counted = sum(served.counters().values())
             answers += pool.map(lambda i: served.ask(i, request(i, leaves=True)), range(8, 12))
-            collected.wait_closed(12)
+            canary_exit = run_canary(folder, served.port, str(model))
+            collected.wait_closed(12 + 2 * CANARIES)
         scores = collected.sink.requests(card.read(watchlist_path))
         engines = {hello.engine for hello in collected.sink.hellos}
-    return Told(answers, {response_id(name): each for name, each in scores.items()}, counted, engines)
+    canaries: dict[int | None, list[Scores]] = {}
+    for name in [name for name in scores if "lwcanary" in name]:
+        prompt = canary.canary_prompt(canary.read_key(folder / "canary.key"), name)
+        canaries.setdefault(prompt, []).append(scores.pop(name))
+    by_response = {response_id(name): each for name, each in scores.items()}
+    return Told(answers, by_response, counted, engines, canary_exit, canaries)
+
+
+def run_canary(folder: Path, port: int, model: str) -> int:
+    """Every prompt twice. They are long enough for the prefix cache to hold them, were it not for their salt."""
+    prompts = (" ".join(f"w{3 + (i + j) % 50}" for j in range(CANARY_TOKENS)) for i in range(CANARIES))
+    (folder / "safe.txt").write_text("\n".join(prompts))
+    argv = ["canary", "--server", f"http://127.0.0.1:{port}", "--model", model, "--make-key", "--every", "0.1"]
+    files = ["--prompts", str(folder / "safe.txt"), "--key", str(folder / "canary.key")]
+    return main([*argv, *files, "--runs", str(2 * CANARIES)])
 
 
 def test_the_clients_request_id_and_traceparent_are_on_its_request(told: Told):
@@ -87,3 +110,15 @@ def test_a_request_whose_client_left_ends_as_aborted_where_the_engine_stopped(to
 def test_the_engine_is_named_by_its_index(told: Told):
     assert told.engines == {"0"}
     assert {each.engine for each in told.scores.values()} == {"0"}
+
+
+def test_canary_runs_arrive_with_their_signature_are_computed_anew_and_score_the_same(told: Told):
+    assert told.canary_exit == 0
+    assert set(told.canaries) == set(range(CANARIES))
+    for first, second in told.canaries.values():
+        for run in (first, second):
+            assert {state for state, _, _ in run.tokens} == {TokenState.SCORED}
+            assert sorted(run.at) == list(range(CANARY_TOKENS))
+        np.testing.assert_allclose(
+            [first.at[t] for t in first.at], [second.at[t] for t in first.at], rtol=1e-4, atol=1e-5
+        )

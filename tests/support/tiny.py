@@ -65,9 +65,11 @@ def save_tokenizer(path: Path) -> None:
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     tokenizer: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[attr-defined]
-    transformers.PreTrainedTokenizerFast(
+    made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(path)
+    )
+    made.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    made.save_pretrained(path)
 
 
 def watchlist(
