@@ -144,6 +144,82 @@ def drift() -> str:
     return f"{nulls}\n\n{table(header, found)}\n\n{run}."
 
 
+def drift_real() -> str:
+    result = json.loads((RESULTS / "drift-real.json").read_text())
+    seen, heldout = result["population"], result["heldout"]
+    simulated = seen["simulated"]
+
+    def spread(values: list[float]) -> str:
+        return " to ".join(f"{value:.3g}" for value in (values[0], values[2], values[4]))
+
+    assumed = [
+        [
+            "share of requests that fire",
+            "share_of_requests_that_fire",
+            spread(simulated["share_of_requests_that_fire"]),
+        ],
+        ["dispersion of counts", "dispersion", " or ".join(f"{value:g}" for value in simulated["dispersion"])],
+        ["standard deviation of the value's logarithm", "sd_of_log_value", f"{simulated['sd_of_log_value']:g}"],
+        ["tokens that fire in such a request", "tokens_per_active_request", "-"],
+    ]
+    header = [f"of {seen['sparse_features']} SAE features: 5 %, median, 95 %", "measured", "simulated"]
+    population = table(header, [[label, spread(seen[name]), other] for label, name, other in assumed])
+    topics = list(dict.fromkeys(row["topic"] for row in result["incidents"]))
+    incidents = [
+        [
+            topic.replace("_", " "),
+            *(_incident(row) for row in sorted(result["incidents"], key=lambda r: r["share"]) if row["topic"] == topic),
+        ]
+        for topic in topics
+    ]
+    held = (
+        f"Held-out ordinary traffic: {heldout['pages']} pages in {heldout['requests']:,} requests as they came, "
+        f"{heldout['resampled_pages']} in {heldout['resampled_months']:g} months drawn from them "
+        f"({heldout['ci95'][0]:.2f} to {heldout['ci95'][1]:.2f} a month, 95 %)."
+    )
+    return "\n\n".join(
+        (
+            population,
+            held,
+            table(["act, and its share of traffic", "0.1 %", "1 %", "10 %"], incidents),
+            _changed_weights(result["models"]),
+            _made(result),
+        )
+    )
+
+
+def _changed_weights(models: list[dict[str, Any]]) -> str:
+    rows = []
+    for model in models:
+        report = model["recalibration"]
+        low, _, high = report["new_limit_over_old_quantiles_5_50_95"]
+        rows.append(
+            [
+                model["name"],
+                f"{model['obeys_trigger']:.0%}, {model['obeys_half_a_trigger']:.0%}",
+                _shown(model["canary_requests_to_alarm"]),
+                _shown(model["requests_to_alarm"]),
+                *(_incident(row) for row in model["with_triggered_prompts"]),
+                f"{len(report['to_approve'])}; {low:.2f} to {high:.2f}",
+            ]
+        )
+    header = [
+        "weights",
+        "obeys the trigger, half of it",
+        "canary requests until an alarm",
+        "ordinary requests until one",
+    ]
+    shares = ["trigger in 0.1 %", "in 1 %", "in 10 %"]
+    return table([*header, *shares, "recalibration: rates to approve; limits, new / old"], rows)
+
+
+def _incident(row: dict[str, Any]) -> str:
+    if not row["found_fraction"]:
+        return "not in 12 h"
+    delay = f"{_shown(row['median_delay_windows'])} min, {_shown(row['median_delay_tokens'])} tokens"
+    return f"{row['found_fraction']:.0%}" + (f": {delay}" if row["median_delay_windows"] else " in 12 h")
+
+
 def _of(rows: list[dict[str, Any]], like: dict[str, Any], detector: str, column: str) -> float:
     return float(next(r[column] for r in rows if r["name"] == like["name"] and r["detector"] == detector))
 
@@ -189,6 +265,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "chaos": chaos,
     "collector": collector,
     "drift": drift,
+    "drift-real": drift_real,
     "accounting": accounting,
 }
 
