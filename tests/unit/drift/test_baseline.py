@@ -82,9 +82,10 @@ def test_a_baseline_of_something_else_is_refused_by_name(made, field):
     mine.check(dataclasses.replace(mine.fingerprint, **{field: ""}))
 
 
-def test_too_few_requests_make_no_baseline():
-    with pytest.raises(BaselineRefused, match="400 requests") as caught:
-        random_baseline(FEATURES, requests=400).reference()
+@pytest.mark.parametrize("requests", [0, 400])
+def test_no_or_too_few_requests_make_no_baseline(requests):
+    with pytest.raises(BaselineRefused, match=f"{requests} requests") as caught:
+        random_baseline(FEATURES, requests=requests).reference()
     assert caught.value.reason == "baseline_volume"
 
 

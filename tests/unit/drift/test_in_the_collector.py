@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import re
@@ -133,6 +134,21 @@ def test_a_canary_tells_the_model_from_its_input():
     assert all(alarm.canary_moved for alarm in view.alarms) and "The canary moved too" in view.alarms[0].text
 
 
+def test_a_canary_that_stays_where_it_was_says_that_the_input_moved(trusted):
+    rng, made = np.random.default_rng(0), copy.deepcopy(trusted)
+    for _ in range(30):
+        made.observed.add_canary(0, np.array([*np.exp(rng.normal(0, 0.5, 2)), rng.normal()]))
+    pipeline = Pipeline(WATCHED, drift=DriftSettings(made, canary_key=KEY))
+    engine = Engine(pipeline, WATCHED, seed=1)
+    for minute in range(60, 90):
+        engine.serve(MONDAY + 60 * minute + 20, share=0.8)
+        ids = [f"chatcmpl-{canary.canary_id(KEY, 0, f'{minute:016x}')}-0123abcd"]
+        engine.serve(MONDAY + 60 * minute + 30, share=1.0, ids=ids)
+    alarms = pipeline.drift.views()[0].alarms
+    assert {alarm.kind for alarm in alarms} >= {"rate"} and "canary" not in {alarm.kind for alarm in alarms}
+    assert all(alarm.canary_moved is False for alarm in alarms) and "the input changed" in alarms[0].text
+
+
 @pytest.mark.parametrize(
     "request_id",
     [
@@ -170,6 +186,24 @@ def test_minutes_without_traffic_are_no_evidence(trusted):
     assert after.windows == before.windows + 1 == 5
     engine.serve(MONDAY + 20 * 3600)
     assert pipeline.drift.views()[0].alarms == []
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", ["dense_RP", "fires_N"])
+def test_a_batch_with_nan_or_infinite_scores_is_refused_and_drift_does_not_see_it(trusted, bad, column):
+    pipeline = against(trusted)
+    engine = Engine(pipeline, WATCHED, seed=2)
+    minutes(engine, 60, 3)
+    before = pipeline.drift.views()[0].log10_evalue
+    act = np.ones((4, 3), np.float32)
+    act[1, 2 if column == "dense_RP" else 0] = bad
+    request = Tokens(10_000, 2, act, np.full(4, TokenState.SCORED), np.ones((4, 1), np.float32))
+    batch = step_batch([Piece(request, 0, 4)], FEATURES, opened=[request.opened()], closed=[request.closed()])
+    assert not np.isfinite(batch.dense_RP if column == "dense_RP" else batch.fires_N["act"]).all()
+    with pytest.raises(StreamRefused, match="NaN or infinity"):
+        pipeline.observe(engine.hello, next(engine.sequence), batch, MONDAY + 63 * 60)
+    after = pipeline.drift.views()[0].log10_evalue
+    assert all(np.array_equal(before[kind], after[kind]) for kind in before)
 
 
 def test_a_clock_that_steps_back_reopens_no_window(trusted):
