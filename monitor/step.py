@@ -9,7 +9,7 @@ segment owns rows 0..count-1, the next one those after it, and row `start_row + 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -110,6 +110,18 @@ class EngineCounters:
     """Requests that began and ended while the exporter read nothing for so long that the engine forgot them."""
     untraced_requests: int = 0
     """Requests served without their client's trace context, because it could not be carried to the worker."""
+    shed_critical_tokens: int = 0
+    """Of the tokens whose scores were shed, those above a limit of a critical feature."""
+    shed_warning_tokens: int = 0
+    """The same of a warning, and of none that is critical."""
+    lost_tokens: int = 0
+    """Tokens whose books were given up as well: no collector hears of them before their request ends, if then."""
+    spool_bytes: int = 0
+    """On the disk now, over all boots of the replica."""
+    spool_failures: int = 0
+    """Times that the spool's disk could not be written or read."""
+    spool_refused: int = 0
+    """Files in the spool that are none of its own or damaged, and boots that no collector takes."""
 
 
 @dataclass(frozen=True)
@@ -142,17 +154,65 @@ class StepBatch:
         What the sender keeps when it must give something up: a batch without scores is some tens of bytes a
         segment, so that the accounting survives long after the scores do not fit.
         """
-        segments = self.segments_S.copy()
-        shed = owns_rows(segments)
-        segments["state"][shed] = TokenState.DROPPED
-        segments["reason"][shed] = reason
+        return self.with_rows(np.zeros(self.rows, bool), reason)
+
+    def with_rows(self, keep_R: Array, reason: Reason) -> StepBatch:
+        """The same books with the scores of these rows only; the tokens of the others become dropped{reason}.
+
+        Args: keep_R: bool [R].
+        """
+        segments, R = self.segments_S, len(keep_R)
+        owners = np.flatnonzero(owns_rows(segments))
+        segment_R = np.repeat(owners, segments["count"][owners])
+        starts_R = np.ones(R, bool)
+        starts_R[1:] = (segment_R[1:] != segment_R[:-1]) | (keep_R[1:] != keep_R[:-1])
+        first = np.flatnonzero(starts_R)
+        pieces = segments[segment_R[first]]
+        row_of_S = np.zeros(len(segments), np.int64)
+        row_of_S[owners] = np.cumsum(segments["count"][owners]) - segments["count"][owners]
+        pieces["start"] += (first - row_of_S[segment_R[first]]).astype("i4")
+        pieces["count"] = np.diff(first, append=R)
+        shed = ~keep_R[first]
+        pieces["state"][shed], pieces["reason"][shed] = TokenState.DROPPED, reason
+        others = np.setdiff1d(np.arange(len(segments)), owners)
+        order = np.argsort(np.concatenate([others, segment_R[first]]), kind="stable")
+        fires = self.fires_N[keep_R[self.fires_N["row"]]]
+        fires["row"] = (np.cumsum(keep_R) - 1)[fires["row"]]
         return replace(
             self,
-            segments_S=segments,
-            fires_N=np.empty(0, FIRE_DTYPE),
-            dense_RP=np.empty((0, self.dense_RP.shape[1]), np.float16),
-            norm_RH=np.empty((0, self.norm_RH.shape[1]), np.float32),
+            segments_S=_in_runs(np.concatenate([segments[others], pieces])[order]),
+            fires_N=fires,
+            dense_RP=self.dense_RP[keep_R],
+            norm_RH=self.norm_RH[keep_R],
         )
+
+
+def joined_books(batches: Sequence[StepBatch]) -> StepBatch:
+    """Consecutive batches without rows as one that says the same of every token and request.
+
+    Runs of a request's tokens become one segment; step, time and counters are those of the last batch.
+    """
+    segments = np.concatenate([batch.segments_S for batch in batches])
+    return replace(
+        batches[-1],
+        segments_S=_in_runs(segments[np.lexsort((segments["start"], segments["handle"]))]),
+        opened=tuple(event for batch in batches for event in batch.opened),
+        closed=tuple(event for batch in batches for event in batch.closed),
+    )
+
+
+def _in_runs(segments_S: Array) -> Array:
+    """The segments with neighbours made one where the second goes on as the first ends."""
+    begins_S = np.ones(len(segments_S), bool)
+    before, after = segments_S[:-1], segments_S[1:]
+    begins_S[1:] = before["start"] + before["count"] != after["start"]
+    for name in ("handle", "state", "reason", "phase"):
+        begins_S[1:] |= before[name] != after[name]
+    first = np.flatnonzero(begins_S)
+    runs: Array = segments_S[first]
+    if len(first):
+        runs["count"] = np.add.reduceat(segments_S["count"], first)
+    return runs
 
 
 # Looked up by a column's u1 values: some ten times as fast as np.isin on the few segments of a step.

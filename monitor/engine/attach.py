@@ -7,6 +7,7 @@ in a row the monitor takes itself off. The worker's own result is returned whate
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import uuid
@@ -22,7 +23,7 @@ from monitor.engine.tap import Tap
 from monitor.errors import EngineRefused, Refusal
 from monitor.names import Reason
 from monitor.ring import Geometry, Ring
-from monitor.watchlist.card import Watchlist
+from monitor.watchlist.card import Feature, Watchlist
 
 logger = logging.getLogger("vllm.latentwatch")
 """Under vLLM's own logger, so that its handlers and format apply."""
@@ -245,6 +246,7 @@ class Attachment:
             "collector": self._settings.collector,
             "drafts": config.speculative_config is not None,
             "kept": cache and {"blocks": cache.blocks, "block_size": cache.block_size},
+            "stakes": [_stake(feature) for feature in watchlist.features] if isinstance(watchlist, Watchlist) else [],
             "cached_reason": Reason.KV_CONNECTOR if kv.loads_from_elsewhere(config) else Reason.PREFIX_CACHE,
             "hello": {
                 "replica": f"{self._settings.replica}/{engine}",
@@ -281,3 +283,13 @@ def _drafts_can_be_followed(config: Any, runner: Any) -> bool:
         return True
     in_step = not config.scheduler_config.async_scheduling
     return speculative.method == "ngram" and in_step and hasattr(runner, "input_batch")
+
+
+def _stake(feature: Feature) -> tuple[str, float, bool]:
+    """What a sender that must shed scores has to know of a feature; see transport.stakes.
+
+    A sparse feature without a limit of its own matters wherever it fires, a dense one without nowhere: a baseline may
+    give it a limit at the collector, of which the engine knows nothing.
+    """
+    unlimited = math.inf if feature.dense else -math.inf
+    return feature.severity.value, feature.limit.value if feature.limit else unlimited, feature.dense

@@ -192,7 +192,7 @@ LOST_SEQUENCES = Metric(
     "latentwatch_collector_lost_sequences_total",
     "counter",
     (),
-    "Batches that never came, by gaps in the sequence numbers.",
+    "Numbers of batches that never came: given up, or made part of a later one that says the same of every token.",
 )
 INGEST_LAG = Metric(
     "latentwatch_ingest_lag_seconds",
@@ -260,6 +260,39 @@ ENGINE_COUNTERS: Final = {
         "counter",
         _REPLICA,
         "Requests served without their client's trace context, because it could not be carried to the engine.",
+    ),
+    "shed_critical_tokens": Metric(
+        "latentwatch_engine_shed_critical_tokens_total",
+        "counter",
+        _REPLICA,
+        "Tokens above a limit of a critical feature whose scores the sender gave up; part of dropped{buffer_full}.",
+    ),
+    "shed_warning_tokens": Metric(
+        "latentwatch_engine_shed_warning_tokens_total",
+        "counter",
+        _REPLICA,
+        "Tokens above a limit of a warning feature, and of no critical one, whose scores the sender gave up.",
+    ),
+    "lost_tokens": Metric(
+        "latentwatch_engine_lost_tokens_total",
+        "counter",
+        _REPLICA,
+        "Tokens that the sender gave up with their books: beyond every bound, or refused by the collector.",
+    ),
+    "spool_bytes": Metric(
+        "latentwatch_engine_spool_bytes", "gauge", _REPLICA, "Bytes in the engine's spool, all of its boots together."
+    ),
+    "spool_failures": Metric(
+        "latentwatch_engine_spool_failures_total",
+        "counter",
+        _REPLICA,
+        "Times that the spool's disk could not be written or read; scores wait in memory meanwhile.",
+    ),
+    "spool_refused": Metric(
+        "latentwatch_engine_spool_refused_total",
+        "counter",
+        _REPLICA,
+        "Files in the spool that are foreign or damaged, and boots in it that no collector takes.",
     ),
 }
 """By the field of step.EngineCounters. They begin again at 0 with every boot of the engine."""

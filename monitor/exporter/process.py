@@ -26,9 +26,13 @@ from monitor.transport.security import Credentials
 from monitor.transport.sender import Sender
 from monitor.transport.session import Hello
 from monitor.transport.spool import SpoolFolder, SpoolSettings
+from monitor.transport.stakes import Stakes
+from monitor.transport.target import positive
 
 log = logging.getLogger("latentwatch.exporter")
 
+BUFFER_MIB: Final = "LATENTWATCH_BUFFER_MIB"
+BUFFER_MIB_UNSET: Final = 64.0
 IDLE_SECONDS: Final = 0.005
 """Sleep between two looks at an empty ring: adds this much to a score's way, costs about 0.2 % of a core."""
 HEARTBEAT_SECONDS: Final = 5.0
@@ -39,10 +43,11 @@ DRAIN_SECONDS: Final = 5.0
 class Exporter:
     """One engine's ring, ledger and sender."""
 
-    def __init__(self, ring: Ring, ledger: Ledger, sender: Sender) -> None:
+    def __init__(self, ring: Ring, ledger: Ledger, sender: Sender, folder: SpoolFolder | None = None) -> None:
         self._ring = ring
         self._ledger = ledger
         self._sender = sender
+        self._folder = folder
         self._step = 0
         self._sent_at = 0.0
 
@@ -80,8 +85,8 @@ class Exporter:
         self._sent_at = now
 
     def _counters(self) -> EngineCounters:
-        """The counts that ring and sender keep, with the ledger's own."""
-        stats = self._sender.stats()
+        """The counts that ring, sender and spool keep, with the ledger's own."""
+        stats, folder = self._sender.stats(), self._folder
         return self._ledger.count(
             EngineCounters(
                 steps=self._step,
@@ -89,6 +94,12 @@ class Exporter:
                 exporter_restarts=self._ring.restarts,
                 shed_batches=stats.shed_batches,
                 reconnects=stats.reconnects,
+                shed_critical_tokens=stats.shed_critical_tokens,
+                shed_warning_tokens=stats.shed_warning_tokens,
+                lost_tokens=stats.dropped_tokens + (folder.discarded_tokens if folder is not None else 0),
+                spool_bytes=folder.bytes if folder is not None else 0,
+                spool_failures=folder.failures if folder is not None else 0,
+                spool_refused=folder.refused if folder is not None else 0,
             )
         )
 
@@ -117,14 +128,22 @@ def main() -> int:
     settings = SpoolSettings.from_env(os.environ)
     folder = SpoolFolder(settings, hello.replica) if settings is not None else None
     spool = folder.open(hello) if folder is not None else None
-    sender = Sender(config["collector"], hello, credentials=credentials, spool=spool, next_sequence=ring.next_sequence)
+    sender = Sender(
+        config["collector"],
+        hello,
+        credentials=credentials,
+        max_buffer_bytes=int(positive(os.environ, BUFFER_MIB, BUFFER_MIB_UNSET) * (1 << 20)),
+        spool=spool,
+        next_sequence=ring.next_sequence,
+        stakes=Stakes(config["stakes"]),
+    )
     kept = None
     if config["kept"]:
         kept = KeptScores(dense=ring.geometry.dense, hook_points=ring.geometry.hook_points, **config["kept"])
     ledger = Ledger(
         armed=hello.armed, drafts=config["drafts"], kept=kept, cached_reason=Reason(config["cached_reason"])
     )
-    exporter = Exporter(ring, ledger, sender)
+    exporter = Exporter(ring, ledger, sender, folder)
     leftovers = None
     if folder is None:
         sender.start()

@@ -7,9 +7,12 @@ neither waits for it nor raises.
 Where batches wait. With a spool, each batch is written there before it can be sent, and read back to be sent; only what
 the spool does not take waits in memory. Batches leave in the order of their numbers, wherever they lie.
 
-What is given up first. Over `max_buffer_bytes`, the oldest batches that this stream has not carried yet lose their
-scores and keep their books (`shed_batches`), so that the collector still learns which tokens it did not see and why.
-Only over twice that bound do the oldest books go as well (`dropped_batches`, `dropped_tokens`).
+What is given up first. Over `max_buffer_bytes`, of the batches that this stream has not carried yet, always the oldest
+first: the scores of all rows but those where a warning or critical feature is above its limit (`stakes`); then, of all
+batches, those of warnings; then those of critical features. Each batch keeps its books, so that the collector still
+learns which tokens it did not see and why. Over twice that bound the books of many batches become those of one, which
+say the same of every token. Only when that gives no room either do the oldest books go (`dropped_batches`,
+`dropped_tokens`).
 
 Why the synchronous gRPC API. Its iterator is pulled one message at a time under HTTP/2 flow control, which bounds
 what gRPC itself holds; and grpc.aio's poller is shared by every event loop of a process, which makes a second loop
@@ -17,7 +20,7 @@ in a second thread (a test, a collector in the same process) log spurious errors
 
 Threads: `_run` owns the channel and reads replies; gRPC pulls `_requests` in a thread of its own, one per stream;
 `offer`, `stats` and `close` come from the caller's. `_lock` guards everything they share and is never held across
-I/O or encoding of scores.
+I/O.
 """
 
 from __future__ import annotations
@@ -36,15 +39,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 
 from monitor.errors import ConfigRefused, StreamRefused
-from monitor.names import Reason
-from monitor.step import StepBatch
+from monitor.names import Reason, Severity
+from monitor.step import StepBatch, joined_books
 from monitor.transport import codec
 from monitor.transport.rarely import Rarely
 from monitor.transport.security import Credentials
 from monitor.transport.session import Hello
 from monitor.transport.spool import Spool, Spooled
+from monitor.transport.stakes import RANKS, Stakes
 from monitor.transport.target import Target
 
 log = logging.getLogger(__name__)
@@ -73,6 +79,11 @@ _STRIPPED_ENTRY_BYTES: Final = 224
 """The same for a batch kept as bytes."""
 _REQUEST_BYTES: Final = 240
 """Measured cost of one RequestOpened or RequestClosed beside its texts."""
+_BOOKS: Final = 1 + max(RANKS.values())
+"""Detail of a batch without scores; a lower one is the lowest rank of the rows whose scores it still has."""
+_JOINED_BATCHES: Final = 64
+_JOINED_BYTES: Final = codec.MAX_MESSAGE_BYTES // 4
+"""Bounds of what one joined batch is made of: the lock is held meanwhile."""
 _SUSPECT_REFUSALS: Final = 3
 """Refusals of the same batch before it is dropped so that those behind it get through."""
 _LOG_AGAIN_SECONDS: Final = 600.0
@@ -122,7 +133,13 @@ class SenderStats:
     buffered_batches: int
     buffered_bytes: int
     shed_batches: int
-    """Batches whose scores were given up; their tokens arrive as dropped{buffer_full}."""
+    """Batches whose scores were given up, all or in part; their tokens arrive as dropped{buffer_full}."""
+    shed_critical_tokens: int
+    """Of those tokens, the ones above the limit of a critical feature."""
+    shed_warning_tokens: int
+    """Of those tokens, the ones above the limit of a warning feature, and of no critical one."""
+    joined_batches: int
+    """Batches without scores that became part of a later one; their numbers are left out."""
     dropped_batches: int
     """Batches given up with their books: beyond the hard bound, impossible to encode, or left at close."""
     dropped_tokens: int
@@ -143,12 +160,13 @@ class SenderStats:
 class _Pending:
     """A batch that waits or is on its way. Once its scores are shed, `body` holds it: bytes are smaller."""
 
-    __slots__ = ("batch", "body", "has_scores", "nbytes", "sequence", "spooled", "tokens")
+    __slots__ = ("batch", "body", "detail", "has_scores", "nbytes", "sequence", "spooled", "tokens")
 
     def __init__(self, sequence: int, batch: StepBatch) -> None:
         self.sequence = sequence
         self.batch: StepBatch | None = batch
         self.body = b""
+        self.detail = 0
         self.has_scores = batch.rows > 0
         self.tokens = _tokens(batch)
         self.nbytes = _cost_bytes(batch)
@@ -159,20 +177,25 @@ class _Pending:
         """A batch that lies on the disk; its message is let go once it is sent."""
         pending = cls.__new__(cls)
         pending.sequence, pending.tokens, pending.body = spooled
-        pending.batch, pending.has_scores, pending.spooled = None, False, True
+        pending.batch, pending.has_scores, pending.spooled, pending.detail = None, False, True, 0
         pending.nbytes = _STRIPPED_ENTRY_BYTES + len(pending.body)
         return pending
 
-    def shed(self) -> None:
-        """Give up the scores, keep the books."""
-        assert self.batch is not None
+    def shed(self, stakes: Stakes | None) -> npt.NDArray[np.int64]:
+        """Give up the scores of the lowest rank, keep the books; int64 [ranks], the tokens whose scores went."""
         try:
-            self.body = codec.encode_batch(self.sequence, self.batch.without_scores(Reason.BUFFER_FULL))
+            batch = self.batch if self.batch is not None else _decoded(self.body)
+            rank_R = stakes.rank_R(batch) if stakes is not None else np.zeros(batch.rows, np.uint8)
+            keep_R = rank_R > self.detail
+            self.detail = self.detail + 1 if keep_R.any() else _BOOKS
+            self.body = codec.encode_batch(self.sequence, batch.with_rows(keep_R, Reason.BUFFER_FULL))
+            went = np.bincount(rank_R[~keep_R], minlength=_BOOKS)
         except Exception:
             # What cannot be encoded is dropped and counted when its turn comes, as any other such batch.
-            self.body = b""
+            self.body, self.detail, went = b"", _BOOKS, np.zeros(_BOOKS, np.int64)
         self.batch = None
         self.nbytes = _STRIPPED_ENTRY_BYTES + len(self.body)
+        return went
 
 
 class _ReadAhead:
@@ -213,6 +236,7 @@ class Sender:
         max_buffer_bytes: int = 64 << 20,
         spool: Spool | None = None,
         next_sequence: Callable[[], int] | None = None,
+        stakes: Stakes | None = None,
         backoff: Backoff | None = None,
         reply_timeout_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
@@ -223,7 +247,7 @@ class Sender:
         Args:   target: `unix:///path` or `host:port`.
                 credentials: absent for a collector that asks for none; their files are read for each stream.
                 max_buffer_bytes: memory for what no collector acknowledged yet, bytes; scores are shed above it,
-                books above twice of it.
+                books above twice of it.   stakes: whose scores are shed last; None makes no difference.
                 spool: where batches wait until they are acknowledged; it outlives the sender and is not closed by it.
                 next_sequence: gives numbers that rise from 1 over all senders of this boot.
                 reply_timeout_seconds: a stream that owes us a reply for longer is ended and another one opened.
@@ -243,12 +267,16 @@ class Sender:
 
         self._lock = threading.Condition()
         # `_queue` holds what the current stream has not carried, `_in_flight` what it has; oldest first, each
-        # older in flight than in the queue. `_whole` are those of the queue that still have their scores.
+        # older in flight than in the queue. `_joined` waits as the queue does, and is older than what was not sent of
+        # it. `_to_shed` are those of the queue that still have scores, by their detail.
         self._queue: deque[_Pending] = deque()
-        self._whole: deque[_Pending] = deque()
+        self._joined: deque[_Pending] = deque()
+        self._to_shed: tuple[deque[_Pending], ...] = tuple(deque() for _ in range(_BOOKS))
         self._in_flight: deque[_Pending] = deque()
         self._queue_bytes = 0
         self._in_flight_bytes = 0
+        self._stakes = stakes
+        self._shed_tokens = np.zeros(_BOOKS, np.int64)  # by rank
         self._spool = spool
         self._next_sequence = next_sequence or itertools.count(1).__next__
         self._sequence = 0
@@ -256,7 +284,7 @@ class Sender:
         self._highest_sent = spool.last if spool is not None else 0
         self._acked = spool.acked if spool is not None else 0
         self._shed_batches = self._dropped_batches = self._dropped_tokens = self._refused_batches = 0
-        self._resent_batches = self._welcomes = 0
+        self._resent_batches = self._welcomes = self._joined_batches = 0
         self._last_refusal: StreamRefused | None = None
         self._last_error = ""
         self._suspect = 0
@@ -292,7 +320,7 @@ class Sender:
                         self._count_dropped(pending)
                         continue
                     self._queue.append(pending)
-                    self._whole.append(pending)
+                    self._to_shed[0].append(pending)
                     self._queue_bytes += pending.nbytes
             with self._lock:
                 self._keep_within_bounds()
@@ -311,9 +339,12 @@ class Sender:
             return SenderStats(
                 sequence=self._sequence,
                 acked=self._acked,
-                buffered_batches=len(self._queue) + len(self._in_flight),
+                buffered_batches=len(self._joined) + len(self._queue) + len(self._in_flight),
                 buffered_bytes=self._queue_bytes + self._in_flight_bytes,
                 shed_batches=self._shed_batches,
+                shed_critical_tokens=int(self._shed_tokens[RANKS[Severity.CRITICAL]]),
+                shed_warning_tokens=int(self._shed_tokens[RANKS[Severity.WARNING]]),
+                joined_batches=self._joined_batches,
                 dropped_batches=self._dropped_batches,
                 dropped_tokens=self._dropped_tokens,
                 refused_batches=self._refused_batches,
@@ -346,12 +377,11 @@ class Sender:
                 call.cancel()
             thread.join(_CLOSE_SECONDS)
         with self._lock:
-            for pending in (*self._in_flight, *self._queue):
+            for pending in (*self._in_flight, *self._joined, *self._queue):
                 if not pending.spooled:
                     self._count_dropped(pending)
-            self._in_flight.clear()
-            self._queue.clear()
-            self._whole.clear()
+            for waiting in (self._in_flight, self._joined, self._queue, *self._to_shed):
+                waiting.clear()
             self._in_flight_bytes = self._queue_bytes = 0
         return self.stats()
 
@@ -368,20 +398,59 @@ class Sender:
     # The buffer. Every method of this part is called with the lock held.
 
     def _keep_within_bounds(self) -> None:
-        while self._whole and self._queue_bytes + self._in_flight_bytes > self._max_bytes:
-            pending = self._whole.popleft()
-            self._queue_bytes -= pending.nbytes
-            pending.shed()
-            self._shed_batches += pending.has_scores
-            self._queue_bytes += pending.nbytes
-        while len(self._queue) > 1 and self._queue_bytes + self._in_flight_bytes > 2 * self._max_bytes:
-            self._count_dropped(self._pop_queue())
+        for detail, waiting in enumerate(self._to_shed):
+            while waiting and self._queue_bytes + self._in_flight_bytes > self._max_bytes:
+                pending = waiting.popleft()
+                self._queue_bytes -= pending.nbytes
+                self._shed_batches += pending.has_scores and detail == 0
+                self._shed_tokens += pending.shed(self._stakes)
+                self._queue_bytes += pending.nbytes
+                if pending.detail < _BOOKS:
+                    self._to_shed[pending.detail].append(pending)
+        while (
+            len(self._joined) + len(self._queue) > 1 and self._queue_bytes + self._in_flight_bytes > 2 * self._max_bytes
+        ):
+            if not self._join():
+                self._count_dropped(self._pop_queue())
+
+    def _join(self) -> bool:
+        """Make one batch of the books of many, oldest first; False where none can be joined.
+
+        What was sent once is left as it is: a collector may hold a part of it, and knows it by its number.
+        """
+        sent: list[_Pending] = []
+        parts: list[_Pending] = []
+        size = 0
+        while self._queue and self._queue[0].sequence <= self._highest_sent:
+            sent.append(self._queue.popleft())
+        while self._queue and len(parts) < _JOINED_BATCHES and size < _JOINED_BYTES:
+            part = self._queue[0]
+            if part.detail < _BOOKS or not part.body or (parts and parts[-1].sequence + 1 != part.sequence):
+                break
+            parts.append(self._queue.popleft())
+            size += part.nbytes
+        if len(parts) > 1:
+            joined = _Pending(parts[-1].sequence, joined_books([_decoded(part.body) for part in parts]))
+            joined.shed(None)
+            self._queue_bytes += joined.nbytes - size
+            self._joined.append(joined)
+            self._joined_batches += len(parts) - 1
+        else:
+            self._queue.extendleft(parts)
+        self._queue.extendleft(reversed(sent))
+        return len(parts) > 1
+
+    def _first(self) -> deque[_Pending]:
+        """Where the oldest batch in memory that is not in flight waits; empty where none does."""
+        if self._joined and not (self._queue and self._queue[0].sequence < self._joined[0].sequence):
+            return self._joined
+        return self._queue
 
     def _pop_queue(self) -> _Pending:
-        pending = self._queue.popleft()
+        pending = self._first().popleft()
         self._queue_bytes -= pending.nbytes
-        if self._whole and self._whole[0] is pending:
-            self._whole.popleft()
+        if pending.detail < _BOOKS:
+            self._to_shed[pending.detail].remove(pending)  # one of the first there
         return pending
 
     def _pop_in_flight(self) -> _Pending:
@@ -393,8 +462,8 @@ class Sender:
         """The batch of the lowest number, in memory or read from the spool."""
         if not self._in_flight:
             self._owed_since = self._clock()
-        ahead = spooled.pending
-        if ahead is not None and not (self._queue and self._queue[0].sequence < ahead.sequence):
+        ahead, first = spooled.pending, self._first()
+        if ahead is not None and not (first and first[0].sequence < ahead.sequence):
             pending, spooled.pending = ahead, None
         else:
             pending = self._pop_queue()
@@ -408,7 +477,9 @@ class Sender:
         """What the ended stream carried and no collector acknowledged waits again, in order, before the rest."""
         carried = [pending for pending in reversed(self._in_flight) if not pending.spooled]
         self._queue.extendleft(carried)
-        self._whole.extendleft(pending for pending in carried if pending.batch is not None)
+        for pending in carried:
+            if pending.detail < _BOOKS:
+                self._to_shed[pending.detail].appendleft(pending)
         self._queue_bytes += sum(pending.nbytes for pending in carried)
         self._in_flight.clear()
         self._in_flight_bytes = 0
@@ -419,7 +490,7 @@ class Sender:
         sequence = min(sequence, self._highest_sent)
         while self._in_flight and self._in_flight[0].sequence <= sequence:
             self._pop_in_flight()
-        while self._queue and self._queue[0].sequence <= sequence:
+        while (first := self._first()) and first[0].sequence <= sequence:
             self._pop_queue()
         self._acked = max(self._acked, sequence)
 
@@ -456,7 +527,7 @@ class Sender:
 
     def _waits(self) -> bool:
         """Whether anything is not acknowledged yet."""
-        return bool(self._queue or self._in_flight) or (self._spool is not None and not self._spool.empty)
+        return bool(self._first() or self._in_flight) or (self._spool is not None and not self._spool.empty)
 
     def _one_stream(self) -> bool:
         """Open a stream and carry batches until it ends. Returns whether it ended for a reason that will stay."""
@@ -580,7 +651,7 @@ class Sender:
                             spooled.pending = None
                             continue
                         # Half the buffer, so that a collector which reads but never acknowledges cannot hold all of it.
-                        waits = self._queue or spooled.pending is not None
+                        waits = self._first() or spooled.pending is not None
                         if waits and self._in_flight_bytes <= self._max_bytes // 2:
                             return self._move_in_flight(spooled)
                         if not self._in_flight:
@@ -618,6 +689,13 @@ class Sender:
         if self._may_log("encode"):
             log.error("batch %d cannot be sent and is dropped: %s", sequence, found)
         return b""
+
+
+def _decoded(body: bytes) -> StepBatch:
+    """Raises StreamRefused where `body` is no encoded batch."""
+    numbered = codec.decode_request(body)
+    assert isinstance(numbered, codec.NumberedBatch)
+    return numbered.batch
 
 
 def _tokens(batch: StepBatch) -> int:

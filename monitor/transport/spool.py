@@ -35,10 +35,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
-from monitor.errors import ConfigRefused, StreamRefused
+from monitor.errors import StreamRefused
 from monitor.transport import codec
 from monitor.transport.rarely import Rarely
 from monitor.transport.session import Hello
+from monitor.transport.target import positive
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +80,8 @@ class SpoolSettings:
         if not env.get(FOLDER):
             return None
         chosen = cls(Path(env[FOLDER]))
-        mib = _number(env, MAX_MIB, chosen.max_bytes / (1 << 20))
-        sync_seconds = _number(env, SYNC_SECONDS, chosen.sync_seconds)
-        if mib < 1:
-            raise _refused(MAX_MIB, env[MAX_MIB])
+        mib = positive(env, MAX_MIB, chosen.max_bytes / (1 << 20))
+        sync_seconds = positive(env, SYNC_SECONDS, chosen.sync_seconds, or_zero=True)
         return cls(chosen.folder, int(mib * (1 << 20)), sync_seconds)
 
 
@@ -576,23 +575,3 @@ def _write(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _number(env: Mapping[str, str], name: str, default: float) -> float:
-    text = env.get(name, "")
-    try:
-        value = float(text) if text else default
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise _refused(name, text)
-    return value
-
-
-def _refused(name: str, found: str) -> ConfigRefused:
-    return ConfigRefused(
-        name,
-        found=f"it is {found!r}",
-        instead=f"Give a number, 1 or more for {MAX_MIB}, 0 or more for {SYNC_SECONDS}.",
-        reason="config_value",
-    )

@@ -1,8 +1,9 @@
-"""Addresses of a stream: `unix:///path` or `host:port`, the same spelling for a sender and a receiver."""
+"""Settings of a stream's two ends: addresses, `unix:///path` or `host:port`, and numbers from the environment."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,6 +47,23 @@ class Target:
         if port > 65535 or (port == 0 and not listening):
             raise _refused(text, f"port {port} is not one of 1..65535")
         return cls(host=match["host"], port=port)
+
+
+def positive(env: Mapping[str, str], name: str, unset: float, *, or_zero: bool = False) -> float:
+    """A number above 0 from the environment. Raises ConfigRefused, reason "config_value", for any other text."""
+    text = env.get(name, "")
+    try:
+        value = float(text) if text else unset
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9 or (value == 0 and not or_zero):
+        raise ConfigRefused(
+            name,
+            found=f"it is {text!r}",
+            instead=f"Give a number {'of 0 or more' if or_zero else 'above 0'}, or leave it out for {unset:g}.",
+            reason="config_value",
+        )
+    return value
 
 
 def _refused(text: str, found: str) -> ConfigRefused:

@@ -9,6 +9,7 @@ read the ring, and itself. Each time it says what it handed over, to be compared
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import signal
@@ -70,6 +71,7 @@ class Engine:
                 "collector": config.collector,
                 "drafts": False,
                 "kept": None,
+                "stakes": [("warning", -math.inf, False)] * SPARSE + [("critical", math.inf, True)] * DENSE,
                 "cached_reason": int(Reason.PREFIX_CACHE),
                 "hello": {
                     "replica": config.replica,

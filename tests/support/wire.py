@@ -134,7 +134,7 @@ class ServerThread:
         in_loop(self.receiver.start())
         self.running = True
 
-    def stop(self, grace: float = 0.2) -> None:
+    def stop(self, grace: float = 2.0) -> None:
         self.running = False
         in_loop(self.receiver.stop(grace))
 

@@ -143,7 +143,7 @@ class RequestClosed(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., outcome: _Optional[int] = ...) -> None: ...
 
 class EngineCounters(_message.Message):
-    __slots__ = ("steps", "ring_dropped_steps", "op_silent_steps", "recomputed_tokens", "surplus_tokens", "exporter_restarts", "shed_batches", "reconnects", "unattributed_rows", "unannounced_requests", "untraced_requests")
+    __slots__ = ("steps", "ring_dropped_steps", "op_silent_steps", "recomputed_tokens", "surplus_tokens", "exporter_restarts", "shed_batches", "reconnects", "unattributed_rows", "unannounced_requests", "untraced_requests", "shed_critical_tokens", "shed_warning_tokens", "lost_tokens", "spool_bytes", "spool_failures", "spool_refused")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     RING_DROPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
     OP_SILENT_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +155,12 @@ class EngineCounters(_message.Message):
     UNATTRIBUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
     UNANNOUNCED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     UNTRACED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    SHED_CRITICAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SHED_WARNING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SPOOL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPOOL_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    SPOOL_REFUSED_FIELD_NUMBER: _ClassVar[int]
     steps: int
     ring_dropped_steps: int
     op_silent_steps: int
@@ -166,7 +172,13 @@ class EngineCounters(_message.Message):
     unattributed_rows: int
     unannounced_requests: int
     untraced_requests: int
-    def __init__(self, steps: _Optional[int] = ..., ring_dropped_steps: _Optional[int] = ..., op_silent_steps: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., surplus_tokens: _Optional[int] = ..., exporter_restarts: _Optional[int] = ..., shed_batches: _Optional[int] = ..., reconnects: _Optional[int] = ..., unattributed_rows: _Optional[int] = ..., unannounced_requests: _Optional[int] = ..., untraced_requests: _Optional[int] = ...) -> None: ...
+    shed_critical_tokens: int
+    shed_warning_tokens: int
+    lost_tokens: int
+    spool_bytes: int
+    spool_failures: int
+    spool_refused: int
+    def __init__(self, steps: _Optional[int] = ..., ring_dropped_steps: _Optional[int] = ..., op_silent_steps: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., surplus_tokens: _Optional[int] = ..., exporter_restarts: _Optional[int] = ..., shed_batches: _Optional[int] = ..., reconnects: _Optional[int] = ..., unattributed_rows: _Optional[int] = ..., unannounced_requests: _Optional[int] = ..., untraced_requests: _Optional[int] = ..., shed_critical_tokens: _Optional[int] = ..., shed_warning_tokens: _Optional[int] = ..., lost_tokens: _Optional[int] = ..., spool_bytes: _Optional[int] = ..., spool_failures: _Optional[int] = ..., spool_refused: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("sequence", "time_unix_nano", "replicas", "engines", "models", "requests", "shed_requests", "shed_crossings")

@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 
 from monitor.errors import ConfigRefused, StreamRefused
-from monitor.names import Reason, TokenState
-from monitor.step import RequestOpened, StepBatch, tokens_by_state
+from monitor.names import Phase, Reason, TokenState
+from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, RequestOpened, StepBatch, owns_rows, tokens_by_state, validate
 from monitor.transport import codec, sender
 from monitor.transport.sender import Backoff, Sender
+from monitor.transport.stakes import Stakes
 from tests.support.wire import FakeSink, ServerThread, batch, eventually, hello, same, tokens
 
 FAST = Backoff(first_seconds=0.01, longest_seconds=0.05, refused_seconds=0.05)
@@ -45,6 +46,19 @@ def make() -> Iterator[Callable[..., Sender]]:
     yield make
     for one in made:
         one.close(0)
+
+
+FIRES = np.empty(0, FIRE_DTYPE)
+
+
+def tokens_of(batches: list[tuple[int, StepBatch]]) -> int:
+    return sum(tokens(value) for _, value in batches)
+
+
+def position_and_norm(value: StepBatch) -> list[tuple[int, float]]:
+    owners = value.segments_S[owns_rows(value.segments_S)]
+    positions = [start + i for _, start, count, *_ in owners.tolist() for i in range(count)]
+    return list(zip(positions, value.norm_RH[:, 0].tolist(), strict=True))
 
 
 async def no_ack(*_: Any) -> None:
@@ -241,20 +255,128 @@ def test_the_oldest_scores_are_shed_first(make, address):
 
 
 def test_beyond_twice_the_bound_the_oldest_books_go_and_their_tokens_are_counted(make, address):
+    """Each of these requests has one step and a long name: their books cannot be told any shorter."""
     one = make(address, max_buffer_bytes=20_000)
-    values = [batch(step) for step in range(1, 501)]
+    values = [replace(batch(step), opened=(RequestOpened(step, f"cmpl-{step:0200d}", 3),)) for step in range(1, 501)]
     for value in values:
         one.offer(value)
         assert one.stats().buffered_bytes <= 40_000
     stats = one.stats()
     assert stats.dropped_batches > 0
-    assert stats.dropped_tokens == sum(tokens(value) for value in values[: stats.dropped_batches])
     sink = FakeSink()
     with ServerThread(sink, address):
         one.start()
         eventually(lambda: one.stats().acked == 500)
-    assert sink.sequences == list(range(stats.dropped_batches + 1, 501)), "the gap shows the loss to the collector"
+    assert sink.steps[0] > 64 and sink.steps[-1] == 500, "the oldest went"
     assert delivered_and_dropped([sink], one) == sum(map(tokens, values))
+
+
+def test_beyond_twice_the_bound_the_books_of_many_batches_become_those_of_one(make, address):
+    """Eight requests decode for two thousand steps while no collector is there: no token is missing afterwards."""
+    one = make(address, max_buffer_bytes=20_000)
+    for step in range(2000):
+        segments = [(handle, 5 + step, 1, TokenState.SCORED, Reason.NONE, Phase.OUTPUT) for handle in range(8)]
+        scores = np.ones((8, 1), np.float16), np.ones((8, 1), np.float32)
+        opened = tuple(RequestOpened(handle, f"cmpl-{handle}", 5) for handle in range(8)) if not step else ()
+        one.offer(StepBatch(step + 1, 1, np.array(segments, SEGMENT_DTYPE), FIRES, *scores, opened))
+    stats = one.stats()
+    assert (stats.dropped_batches, stats.dropped_tokens) == (0, 0)
+    assert stats.buffered_bytes <= 40_000
+    sink = FakeSink()
+    with ServerThread(sink, address):
+        one.start()
+        eventually(lambda: one.stats().acked == 2000)
+    assert len(sink.batches) < 500
+    covered = np.zeros((8, 2000), int)
+    for _, value in sink.batches:
+        for handle, start, count, *_ in value.segments_S.tolist():
+            covered[handle, start - 5 : start - 5 + count] += 1
+    assert (covered == 1).all()
+    assert sum(len(value.opened) for _, value in sink.batches) == 8
+
+
+def test_books_that_a_collector_may_hold_in_part_are_not_joined(make, address):
+    """Batches 1 to 20 were carried once and half of them arrived; joined, they would be counted again."""
+    sink = FakeSink()
+    one = make(address, max_buffer_bytes=100_000)
+    one.start()
+    with ServerThread(sink, address, ack_seconds=60.0, ack_batches=10**6) as server:
+        for step in range(1, 21):
+            one.offer(batch(step))
+        eventually(lambda: len(sink.batches) == 20)
+        server.receiver._write_ack = no_ack
+        server.stop()
+    offered = 20 + 400
+    one._max_bytes = 25_000
+    for step in range(21, offered + 1):
+        one.offer(batch(step))
+    again = FakeSink(held={KEY: 10})
+    with ServerThread(again, address):
+        eventually(lambda: one.stats().acked == offered)
+    assert again.duplicates == 0 and one.stats().joined_batches > 0
+    counted = tokens_of(sink.batches[:10]) + tokens_of(again.batches) + one.stats().dropped_tokens
+    assert counted == sum(tokens(batch(step)) for step in range(1, offered + 1))
+
+
+STAKES = Stakes([("none", 0.0, False), ("warning", 2.0, False), ("critical", 2.0, False), ("critical", 0.5, True)])
+
+
+def at_stake(step: int) -> StepBatch:
+    """Forty tokens of one request: 4 with a critical score, 6 with one of a warning, the others with plain ones."""
+    value = np.array([(0, 0, 9.0), (1, 1, 1.0)] + [(row, 1, 3.0) for row in range(10, 18)] + [(17, 2, 5.0)], FIRE_DTYPE)
+    probe = np.zeros((40, 1), np.float16)
+    probe[[11, 30, 39]] = 0.75
+    segment = [(step, 0, 3, TokenState.UNSEEN, Reason.PREFIX_CACHE, Phase.PROMPT)]
+    segment += [(step, 3, 25, TokenState.SCORED, Reason.NONE, Phase.PROMPT)]
+    segment += [(step, 28, 15, TokenState.SCORED, Reason.NONE, Phase.OUTPUT)]
+    norm = np.arange(40, dtype=np.float32)[:, None]
+    return StepBatch(step, 1, np.array(segment, SEGMENT_DTYPE), np.sort(value, order=["row", "feature"]), probe, norm)
+
+
+@pytest.mark.parametrize(
+    ("bound", "rows", "shed"),
+    [(10**9, 40, (0, 0)), (1 << 16, None, (0, 0)), (52_000, None, (0, None)), (20_000, None, (None, None))],
+    ids=["all fits", "plain rows go", "warnings go", "critical ones go"],
+)
+def test_what_matters_most_is_shed_last(make, address, bound, rows, shed):
+    one = make(address, max_buffer_bytes=bound, stakes=STAKES)
+    for step in range(1, 101):
+        one.offer(at_stake(step))
+    sink = FakeSink()
+    stats = one.stats()
+    with ServerThread(sink, address):
+        one.start()
+        eventually(lambda: one.stats().acked == 100)
+    kept = [value.rows for _, value in sink.batches]
+    assert set(kept) <= {0, 4, 10, 40}
+    if rows is not None:
+        assert set(kept) == {rows}
+    degrees = sorted(set(kept), reverse=True)
+    assert len(degrees) <= 2 or degrees == kept[::-1], "not a warning's score goes while a plain one is left"
+    ranks = [STAKES.rank_R(value) for _, value in sink.batches]
+    assert stats.shed_critical_tokens == 400 - sum(int((rank == 2).sum()) for rank in ranks)
+    assert stats.shed_warning_tokens == 600 - sum(int((rank == 1).sum()) for rank in ranks)
+    for told, count in zip(shed, (stats.shed_critical_tokens, stats.shed_warning_tokens), strict=True):
+        assert (count == 0) if told == 0 else (count > 0)
+    assert tokens_of(sink.batches) == 100 * 43
+
+
+def test_rows_that_stay_keep_their_scores_and_positions():
+    whole = at_stake(1)
+    kept = whole.with_rows(STAKES.rank_R(whole) >= 1, Reason.BUFFER_FULL)
+    validate(kept, sparse_F=np.array([True, True, True, False]), hook_points=1)
+    assert tokens_by_state(kept.segments_S) == {
+        (TokenState.UNSEEN, Reason.PREFIX_CACHE, Phase.PROMPT): 3,
+        (TokenState.SCORED, Reason.NONE, Phase.PROMPT): 8,
+        (TokenState.SCORED, Reason.NONE, Phase.OUTPUT): 2,
+        (TokenState.DROPPED, Reason.BUFFER_FULL, Phase.PROMPT): 17,
+        (TokenState.DROPPED, Reason.BUFFER_FULL, Phase.OUTPUT): 13,
+    }
+    assert position_and_norm(kept) == [pair for pair in position_and_norm(whole) if pair[1] in (*range(10, 18), 30, 39)]
+    assert kept.dense_RP[:, 0].tolist() == [0, 0.75, 0, 0, 0, 0, 0, 0, 0.75, 0.75]
+    assert kept.fires_N.tolist() == [(row, 1, 3.0) for row in range(8)] + [(7, 2, 5.0)]
+    everything = whole.with_rows(np.ones(40, bool), Reason.BUFFER_FULL)
+    assert same(everything, whole)
 
 
 def test_the_books_balance_over_kills_a_slow_sink_and_a_small_buffer(make, address):
@@ -280,7 +402,7 @@ def test_the_books_balance_over_kills_a_slow_sink_and_a_small_buffer(make, addre
     steps = [value for sink in sinks for value in sink.steps]
     assert all(before < after for before, after in pairwise(steps)), "in order, nothing twice"
     assert delivered_and_dropped(sinks, one) == offered
-    assert step - len(steps) == one.stats().dropped_batches
+    assert step - len(steps) == one.stats().dropped_batches + one.stats().joined_batches
 
 
 def test_the_claimed_memory_is_that_of_the_waiting_batches():
@@ -306,7 +428,7 @@ def test_the_claimed_memory_is_that_of_the_waiting_batches():
         pending = [shed._queue, one._queue][1]
         begin = tracemalloc.get_traced_memory()[0] - used
         for entry in pending:
-            entry.shed()
+            entry.shed(None)
         gc.collect()
         used = tracemalloc.get_traced_memory()[0] - begin
         assert 0.9 * used < sum(entry.nbytes for entry in pending) < 1.5 * used
