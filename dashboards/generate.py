@@ -701,18 +701,10 @@ ENGINE_COUNTERS = (
     ("op_silent_steps", "Silent steps", "Steps whose graph had no score op. Anything above 0 needs a restart.", "ops"),
     ("shed_batches", "Batches shed", "The sender gave up scores because the collector was away or slow.", "ops"),
     ("shed_critical_tokens", "Critical tokens shed", "Above a critical limit, and their scores are gone.", "tokens/s"),
-    (
-        "lost_tokens",
-        "Tokens given up",
-        "With their books: beyond every bound, or refused.",
-        "tokens/s",
-    ),
-    (
-        "spool_failures",
-        "Spool failures",
-        "The disk is full or gone; scores wait in memory.",
-        "ops",
-    ),
+    ("shed_warning_tokens", "Warning tokens shed", "Above a limit, none of them a critical one's.", "tokens/s"),
+    ("lost_tokens", "Tokens given up", "With their books: beyond every bound, or refused.", "tokens/s"),
+    ("spool_failures", "Spool failures", "The disk is full or gone; scores wait in memory.", "ops"),
+    ("spool_refused", "Spool refusals", "Foreign or damaged files, and boots that no collector takes.", "ops"),
     ("reconnects", "Reconnects", "Streams that senders opened again.", "ops"),
     ("exporter_restarts", "Exporter restarts", "Starts of exporter processes after the first.", "ops"),
     ("recomputed_tokens", "Tokens recomputed", "After a preemption; their first scores stand.", "tokens/s"),
@@ -1026,6 +1018,14 @@ def health() -> Panel:
                 height=6,
             )
             for name, title, words, unit in ENGINE_COUNTERS
+        ),
+        graph(
+            "Spooled",
+            "What engines keep on their disks until a collector holds it.",
+            target(f"sum by (replica) (latentwatch_engine_spool_bytes{{{HERE}}})", "{{replica}}"),
+            unit="bytes",
+            width=8,
+            height=6,
         ),
     ]
     rows = [
