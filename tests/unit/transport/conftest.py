@@ -32,5 +32,7 @@ def no_error_in_the_background(caplog: pytest.LogCaptureFixture) -> Iterator[Non
     """An exception in a thread or task of gRPC is only logged; here it fails the test."""
     yield
     for record in caplog.get_records("call"):
+        # A server that stops says which streams it cut. On a busy machine one has not ended by itself until then.
+        cut = record.getMessage().endswith("due to server stop.")
         ours = record.name.startswith("monitor.")
-        assert ours or record.levelno < logging.WARNING, (record.name, record.getMessage(), record.exc_text)
+        assert ours or cut or record.levelno < logging.WARNING, (record.name, record.getMessage(), record.exc_text)
