@@ -68,13 +68,13 @@ bench-collector: $(VENV)/.dev ## the collector's throughput per core, step to /m
 bench-chaos: $(VENV)/.dev ## 100 collector kills, cuts, stops, full disks, clock jumps; the reconciliation printed
 	$(BIN)/python -m tests.bench.chaos
 
-nightly: $(VENV)/.dev ## 20 minutes at a steady rate through a sidecar and its gateway; how fast memory grows
+nightly: bench-drift bench-drift-real ## drift's benchmarks whole, and 20 minutes at a steady rate: how fast memory grows
 	$(BIN)/python -m tests.bench.soak
 
 fuzz: $(VENV)/.dev ## a million broken messages against decoder, receiver and pipeline
 	$(BIN)/python -m tests.fuzz.messages
 
-bench-drift: $(VENV)/.dev ## false pages and delays of drift detectors by simulation, some minutes of one core
+bench-drift: $(VENV)/.dev ## false pages and delays of drift detectors by simulation, half an hour of one core
 	$(BIN)/python -m tests.bench.drift.run
 
 bench-drift-real: $(VENV)/.dev ## the same on real scores of the demo model

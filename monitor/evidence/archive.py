@@ -147,7 +147,7 @@ class EndedRequest(NamedTuple):
     closed_seconds: float
     exceeded_features: int
     features: Array
-    """aggregate.requests.FEATURE_DTYPE."""
+    """step.FEATURE_DTYPE."""
     features_left_out: int
 
 

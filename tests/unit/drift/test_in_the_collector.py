@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from monitor.aggregate.requests import FEATURE_DTYPE
 from monitor.cli import main
 from monitor.collector.calibration import of_evidence
 from monitor.collector.drift import DriftSettings
@@ -25,6 +24,7 @@ from monitor.errors import BaselineRefused, ConfigRefused, StreamRefused
 from monitor.evidence.archive import EndedRequest
 from monitor.evidence.store import Retention, Store
 from monitor.names import TokenState
+from monitor.step import FEATURE_DTYPE
 from monitor.transport import recording
 from monitor.transport.recording import RecordingSink
 from monitor.watchlist import card
@@ -412,6 +412,26 @@ def test_evidence_of_every_request_calibrates_as_its_collector_does(folder, tmp_
     capsys.readouterr()
     assert main(["evidence", "audit", "--dir", str(tmp_path / "all")]) == 0
     assert "calibrate" in capsys.readouterr().out
+
+
+def test_canary_runs_in_a_recording_are_told_by_the_key_and_a_route_that_is_no_pattern_is_refused(
+    folder, tmp_path, capsys
+):
+    built, key, path = card.read(folder / "w.safetensors"), tmp_path / "key", str(tmp_path / "r")
+    key.write_bytes(KEY)
+    sink = RecordingSink(tmp_path / "r")
+    engine = Engine(sink, built)
+    minutes(engine, 0, 20)
+    engine.serve(MONDAY + 600, ids=[f"chatcmpl-{canary.canary_id(KEY, 5, '0' * 16)}-0123abcd"])
+    sink.close()
+    calibrate = ["calibrate", "--from", path, "--watchlist", str(folder / "w.safetensors"), "--model-name", "toy"]
+    for name, more, requests in (("told", ["--canary-key", str(key)], 800), ("not", [], 801)):
+        assert main([*calibrate, *more, "--out", str(tmp_path / name)]) == 0
+        observed = baseline.read(tmp_path / name).observed
+        assert observed.requests == requests and observed.canary_N[5] == 801 - requests
+    with pytest.raises(SystemExit):
+        main([*calibrate, "--out", str(tmp_path / "never"), "--route", "chat("])
+    assert "no regular expression" in capsys.readouterr().err
 
 
 def test_evidence_that_is_not_of_every_request_makes_no_baseline(folder, tmp_path, capsys):
