@@ -187,7 +187,7 @@ class Forward:
         for row in _report(state["rows"]).requests:
             self._append(row)
         for serial, events in state["crossed"]:
-            self._crossed[serial] = (requests[serial], [events])
+            self._crossed[serial] = (requests[serial], [events[i : i + 1] for i in range(len(events))])
             self._crossings += len(events)
         self._peaks.update(state["peaks"])
         for model_name, engine, tokens, ended in state["engines"]:

@@ -98,6 +98,8 @@ class Replicas:
         over: list[Boot] = []
         for state in report.replicas:
             boot, others = self._boot(state.hello)
+            for other in others:
+                other.open_afar = 0
             over += others
             boot.via = forwarder.replica
             boot.streams = int(state.connected)

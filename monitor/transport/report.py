@@ -137,8 +137,8 @@ def validate(report: Report, *, features: int, hook_points: int, statistic_bucke
                 _malformed(f"{name} of model {model.model_name[:64]!r} has shape {found}, expected {expected}")
         if not (np.isfinite(model.statistic_sum_F).all() and np.isfinite(model.norm_sum_H).all()):
             _malformed(f"a sum of model {model.model_name[:64]!r} is no finite number")
-        if np.isnan(model.peak_F).any():
-            _malformed(f"a peak of model {model.model_name[:64]!r} is NaN")
+        if not (model.peak_F < np.inf).all():
+            _malformed(f"a peak of model {model.model_name[:64]!r} is NaN or infinite")
     if not _fit(report.requests, F):
         for found in _wrong_rows(report.requests, F):
             _malformed(found)
@@ -160,7 +160,8 @@ def _fit(rows: tuple[RequestRow, ...], features: int) -> bool:
         all(len(row.tokens) == len(TokenState) + 1 for row in rows)
         and ascending.all()
         and ((seen["index"] >= 0) & (seen["index"] < features)).all()
-        and not np.isnan(seen["max"]).any()
+        and np.isfinite(seen["max"]).all()
+        and not np.isinf(seen["statistic"]).any()
         and ((seen["position"] >= 0) & (seen["fired"] >= 0)).all()
         and ((crossed["feature"] < features) & np.isin(crossed["phase"], list(Phase))).all()
         and np.isfinite(crossed["value"]).all()
@@ -176,8 +177,10 @@ def _wrong_rows(rows: tuple[RequestRow, ...], features: int) -> Iterator[str]:
             yield f"request {row.number} has {len(row.tokens)} token counts"
         if len(index) and (index[0] < 0 or index[-1] >= features or (np.diff(index) <= 0).any()):
             yield f"features of request {row.number} are not ascending or beyond the watchlist"
-        if np.isnan(row.features["max"]).any() or (row.features["position"] < 0).any():
+        if not np.isfinite(row.features["max"]).all() or (row.features["position"] < 0).any():
             yield f"request {row.number} has a feature without its maximum"
+        if np.isinf(row.features["statistic"]).any():
+            yield f"request {row.number} has an infinite statistic"
         if (row.features["fired"] < 0).any():
             yield f"request {row.number} has a feature that fired less than never"
         if (crossed["feature"] >= features).any() or not np.isin(crossed["phase"], list(Phase)).all():

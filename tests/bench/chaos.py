@@ -20,6 +20,7 @@ from tests.support.engines import ROOT
 RESULT = ROOT / "tests/bench/results/chaos.json"
 RUNS: dict[str, Callable[[int], Books]] = {
     "kills": lambda seed: faults.kills(100, seed),
+    "gateway_kills": lambda seed: faults.gateway_kills(20, seed),
     "cuts": lambda seed: faults.cuts(20, seed),
     "half_open": lambda seed: faults.half_open(2, seed, 16.0),
     "stops": lambda seed: faults.stops(1, seed, 30.0),

@@ -26,11 +26,13 @@ from typing import Any
 import numpy as np
 
 from monitor import __version__
+from monitor.collector.durable import DurableSink
 from monitor.collector.exposition import Families, ProcessFacts
 from monitor.collector.pipeline import Pipeline
 from monitor.export.prometheus import Exposition
 from monitor.names import Outcome, Phase, TokenState
 from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
+from monitor.transport import codec
 from monitor.transport.sender import Sender
 from monitor.watchlist import card
 from monitor.watchlist.card import Limit
@@ -229,6 +231,36 @@ def measure(features: int, seconds: float) -> dict[str, Any]:
     }
 
 
+def forwarded(features: int, seconds: float) -> dict[str, Any]:
+    """Request rows that a gateway takes per second of processor time, decoding and journal included."""
+    with tempfile.TemporaryDirectory(prefix="lw") as name:
+        sidecar, who, load = Pipeline(watchlist(features_of(features))), hello(), Load(features, life_steps=LIFE_STEPS)
+        sidecar.forward_from("f" * 32)
+        sidecar.hello(who, 1000.0)
+        forwarder = hello(replica="sidecar", engine="", model_name="", forwards=True)
+        gateway = DurableSink(Pipeline(watchlist(features_of(features))), Path(name), 1000.0)
+        gateway.hello(forwarder, 1000.0)
+        rows, sequence, size, used = 0, 0, 0, 0.0
+        while used < seconds:
+            for _ in range(LIFE_STEPS):
+                sequence += 1
+                sidecar.observe(who, sequence, load.next(), 1000.0 + sequence)
+            sidecar.tick(1000.0 + sequence)
+            assert sidecar.forward is not None
+            for number, report in list(sidecar.forward.reports):
+                message = codec.encode_report(number, report)
+                began = time.process_time()
+                decoded = codec.decode_request(message)
+                assert isinstance(decoded, codec.NumberedReport)
+                gateway.merge(forwarder, number, decoded.report, 1000.0 + sequence)
+                gateway.commit()
+                used += time.process_time() - began
+                rows, size = rows + len(report.requests), size + len(message)
+                sidecar.acknowledged(number)
+        gateway.close(1000.0 + sequence)
+    return {"features": features, "requests_per_second_per_core": round(rows / used), "bytes_per_request": size // rows}
+
+
 def fill(replicas: int, features: int) -> None:
     """Child process: a collector's state with everything that it may hold in use; prints its resident MiB."""
     pipeline = Pipeline(watchlist(features_of(features)))
@@ -267,11 +299,13 @@ def main() -> None:
         ).stdout
     )
     print(memory)
-    write(rows, memory)
+    gateway = [forwarded(features, args.seconds / 2) for features in FEATURES]
+    print(gateway)
+    write(rows, memory, gateway)
     print(f"wrote {RESULT.relative_to(ROOT)}")
 
 
-def write(rows: list[dict[str, Any]], memory: dict[str, Any]) -> None:
+def write(rows: list[dict[str, Any]], memory: dict[str, Any], gateway: list[dict[str, Any]]) -> None:
     result = {
         "what": "one collector process: throughput per core, step to /metrics, exposition, memory",
         "date": datetime.date.today().isoformat(),
@@ -281,6 +315,7 @@ def write(rows: list[dict[str, Any]], memory: dict[str, Any]) -> None:
         "load_average": os.getloadavg(),
         "rows": rows,
         "memory": memory,
+        "gateway": gateway,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -32,6 +32,35 @@ def kills(count: int, seed: int) -> Books:
         return reconcile("collector SIGKILL", made, [handed], [collector.totals()], [engine])
 
 
+def gateway_kills(count: int, seed: int) -> Books:
+    """SIGKILL of a gateway, and every third time of a sidecar, while three sidecars of two engines forward to it."""
+    rng = random.Random(seed)
+    with world() as made:
+        gateway = made.collector("gateway")
+        gateway.start()
+        sidecars = [
+            made.collector(
+                f"sidecar-{i}", more=("--forward-to", f"unix://{gateway.socket}", "--forward-name", f"pod-{i}")
+            )
+            for i in range(3)
+        ]
+        for sidecar in sidecars:
+            sidecar.start()
+        behind = [(sidecar, f"pod-{i}/{j}") for i, sidecar in enumerate(sidecars) for j in range(2)]
+        engines = [made.engine(f"unix://{at.socket}", replica=name, steps_per_second=20.0) for at, name in behind]
+        for i in range(count):
+            time.sleep(rng.uniform(0.2, 2.0))
+            broken = rng.choice(sidecars) if i % 3 == 2 else gateway
+            with made.fault():
+                broken.kill()
+                time.sleep(rng.uniform(0.0, 1.0))
+                broken.start()
+        handed = [engine.stop([at]) for engine, (at, _) in zip(engines, behind, strict=True)]
+        sent = sum(h["tokens"] for h in handed)
+        until(lambda: sum(gateway.totals().tokens.values()) >= sent, "what all sidecars were to forward")
+        return reconcile("gateway and sidecars SIGKILL", made, handed, [gateway.totals()], engines)
+
+
 def cuts(count: int, seed: int) -> Books:
     """Every connection is reset at random moments."""
     rng = random.Random(seed)

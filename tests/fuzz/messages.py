@@ -159,9 +159,11 @@ def _reports(batches: list[StepBatch]) -> list[bytes]:
     """What a collector that took these batches tells its gateway."""
     made = Pipeline(watchlist(FEATURES))
     made.forward_from("f" * 32)
-    made.hello(hello(), 1000.0)
+    # Of an engine that does not stream to the gateway itself, or its reports would be refused for that alone.
+    who = hello(replica="sidecar/0")
+    made.hello(who, 1000.0)
     for i, batch in enumerate(batches, start=1):
-        made.observe(hello(), i, batch, 1000.0)
+        made.observe(who, i, batch, 1000.0)
         made.tick(1000.0)
     assert made.forward is not None
     return [codec.encode_report(number, report) for number, report in made.forward.reports]

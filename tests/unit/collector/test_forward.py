@@ -128,6 +128,7 @@ def test_a_gateway_shows_what_its_sidecars_counted(seed, data):
             carry(source, gateway, name)
     same_totals(gateway, *sources)
     for i, source in enumerate(sources):
+        assert source.forward is not None and source.forward._crossings == len(source.forward.open_crossed) == 0
         same_requests(gateway, source, f"pod-{i}/0")
     shown = sorted((e.request_id, e.feature, e.position, e.seconds) for e in gateway.exceedances(1000))
     counted = sorted((e.request_id, e.feature, e.position, e.seconds) for s in sources for e in s.exceedances(1000))
@@ -150,6 +151,21 @@ def test_health_of_the_engines_behind_a_sidecar_is_shown_and_goes_with_its_strea
     gateway.goodbye(forwarder(), 1002.0)
     (replica,), (shown,) = gateway.snapshot(0).replicas, gateway.snapshot(0).forwarders
     assert not replica.connected and not shown.connected
+
+
+def test_an_engine_that_boots_again_behind_a_sidecar_leaves_no_open_requests_at_the_gateway():
+    gateway, source = pipeline(), sidecar()
+    gateway.hello(forwarder(), 1000.0)
+    source.hello(hello(), 1000.0)
+    source.observe(hello(), 1, batches(3)[0], 1000.0)
+    source.tick(1001.0)
+    carry(source, gateway, forwarder())
+    assert gateway.snapshot(0).engines[0].open_requests > 0
+    source.hello(hello(boot_id="1" * 32), 1002.0)
+    source.tick(1003.0)
+    carry(source, gateway, forwarder())
+    same_totals(gateway, source)
+    assert gateway.snapshot(0).engines[0].open_requests == 0
 
 
 def test_an_open_request_that_crossed_a_limit_can_be_looked_up_at_the_gateway_before_it_ends():
@@ -290,6 +306,8 @@ def crossing(**columns: Any) -> np.ndarray:
         ({"features": features(1, 1)}, "not ascending"),
         ({"features": features(-1)}, "beyond the watchlist"),
         ({"features": features(0, max=np.nan)}, "without its maximum"),
+        ({"features": features(0, max=np.inf)}, "without its maximum"),
+        ({"features": features(0, statistic=-np.inf)}, "infinite statistic"),
         ({"features": features(0, fired=-1)}, "less than never"),
         ({"crossings": crossing(feature=5)}, "no feature or no phase"),
         ({"crossings": crossing(phase=0)}, "no feature or no phase"),
