@@ -5,7 +5,8 @@ Shape legend: F features, H hook points, B+1 buckets.
 What it promises:
 - the reports' counts add up to what this collector counted, whatever the gateway does: while it is away no report is
   cut, and the next one is the difference to the last that was;
-- a report that was cut is never changed, so that its number stands for the same content until it is acknowledged;
+- a report that was cut is not changed, but for ids that are to be forgotten, so that its number stands for the same
+  counts until it is acknowledged;
 - memory is bounded by `Bounds`: beyond it rows of requests are given up and counted, those without an exceedance first.
 
 No I/O, no clock, no thread: the pipeline calls it, so that a journal makes the same reports again.
@@ -14,7 +15,7 @@ No I/O, no clock, no thread: the pipeline calls it, so that a journal makes the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -101,6 +102,22 @@ class Forward:
     ) -> None:
         """A request that crossed a limit goes on."""
         self._keep(_row(request, features, place, tokens, None, now, self._take(request)))
+
+    def forget(self, is_gone: Callable[[str], bool]) -> None:
+        """Let go of the rows of requests with these ids. Reports that were cut keep them without ids."""
+        for rows in (self._flagged, self._plain):
+            kept = [row for row in rows if not is_gone(row.request_id)]
+            self._shed_requests += len(rows) - len(kept)
+            rows.clear()
+            rows.extend(kept)
+        self._rows_bytes = sum(map(_cost, (*self._flagged, *self._plain)))
+        for i, (number, report) in enumerate(self.reports):
+            if any(is_gone(row.request_id) for row in report.requests):
+                rows_without = tuple(
+                    replace(row, request_id="", traceparent="") if is_gone(row.request_id) else row
+                    for row in report.requests
+                )
+                self.reports[i] = (number, replace(report, requests=rows_without))
 
     # -- reports
 

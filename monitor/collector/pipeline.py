@@ -255,6 +255,8 @@ class Pipeline:
         for model in self._models.values():
             model.latest = {f: exemplar for f, exemplar in model.latest.items() if not is_gone(exemplar.request_id)}
         self.drift.forget(is_gone)
+        if self.forward is not None:
+            self.forward.forget(is_gone)
         for request in gone:
             self._index.drop(request)
             request.request_id = request.traceparent = ""

@@ -242,6 +242,27 @@ def test_a_killed_sidecar_makes_the_same_reports_from_its_journal(tmp_path):
     assert asyncio.run(second.maintain(9e9)) is None
 
 
+def test_a_request_that_is_deleted_waits_for_no_gateway():
+    gateway, source = pipeline(), sidecar()
+    gateway.hello(forwarder(), 1000.0)
+    source.hello(hello(), 1000.0)
+    steps = batches(3)
+    ended = [closed.request_id for step in steps for closed in step.closed]
+    for i, step in enumerate(steps, start=1):
+        source.observe(hello(), i, step, 1000.0 + i)
+        if step is steps[-3]:
+            source.tick(1050.0)
+    for request_id in (ended[0], ended[-1]):
+        source.forget(request_id)
+        assert request_id not in repr(source.forward.reports) + repr(source.forward._plain) + repr(
+            source.forward._flagged
+        )
+    source.tick(1100.0)
+    carry(source, gateway, forwarder())
+    same_totals(gateway, source)
+    assert not gateway.find(ended[0]) and not gateway.find(ended[-1]) and gateway.find(ended[1])
+
+
 def test_a_gateways_evidence_has_the_exceedance_and_the_end_and_no_activations():
     records: list[Record] = []
     gateway, source = pipeline(), sidecar()
