@@ -106,7 +106,9 @@ def overview(
         watchlist=pipeline.watchlist.name,
         watchlist_sha256=pipeline.watchlist.sha256,
         watchlist_notes=pipeline.watchlist.notes,
-        wrong=is_anything_wrong(_by_severity(pipeline.features, windows), exceedances, seen, minutes),
+        wrong=is_anything_wrong(
+            _by_severity(pipeline.features, windows), exceedances, _drifting(pipeline, snapshot), seen, minutes
+        ),
         seen=seen,
         coverage=coverage,
         open_requests=sum(engine.open_requests for engine in snapshot.engines),
@@ -121,6 +123,15 @@ def overview(
         exceedances=exceedances,
         engines=engines,
     )
+
+
+def _drifting(pipeline: Pipeline, snapshot: Snapshot) -> list[Feature]:
+    """Features of which a detector of some model alarms, the strongest first."""
+    features = {feature.id: feature for feature in pipeline.features}
+    alarms = sorted(
+        (alarm for model in snapshot.drift for alarm in model.alarms), key=lambda a: a.log10_limit - a.log10_evalue
+    )
+    return [features[id] for id in dict.fromkeys(alarm.feature for alarm in alarms)]
 
 
 def _coverage(totals: Array, seen_M: Array, missed_M: Array, window_seconds: float) -> Coverage:

@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from monitor.collector.views import Exceedance
 from monitor.names import Severity
+from monitor.watchlist.card import Feature
 
 COVERAGE_GOAL: Final = 0.999
 """The share of tokens seen below which the page says that something is missing; the objective of the coverage alert."""
@@ -61,18 +62,31 @@ class Engine:
 
 
 def is_anything_wrong(
-    exceeded: Mapping[Severity, int], latest: Sequence[Exceedance], seen: Verdict, minutes: float
+    exceeded: Mapping[Severity, int],
+    latest: Sequence[Exceedance],
+    drifting: Sequence[Feature],
+    seen: Verdict,
+    minutes: float,
 ) -> Verdict:
-    """Args: exceeded: requests above a limit in the last `minutes`, by severity. latest: newest first."""
+    """What pages, the critical before the rest, and requests before drift.
+
+    Args:   exceeded: requests above a limit in the last `minutes`, by severity.   latest: newest first.
+    drifting: features of which a detector alarms, the strongest first.
+    """
     lately = f"in the last {minutes:g} minutes"
-    for severity in (Severity.CRITICAL, Severity.WARNING):
+    critical = [feature for feature in drifting if feature.severity is Severity.CRITICAL]
+    for severity, drifts in ((Severity.CRITICAL, critical), (Severity.WARNING, drifting)):
+        level: Level = "problem" if severity is Severity.CRITICAL else "attention"
         if count := exceeded[severity]:
             newest = next((event for event in latest if event.severity is severity), None)
             return Verdict(
-                "problem" if severity is Severity.CRITICAL else "attention",
+                level,
                 f"{count:,} {severity} {'exceedance' if count == 1 else 'exceedances'}",
                 lately.capitalize() + (f". Latest: {newest.label or newest.feature}." if newest else "."),
             )
+        if drifts:
+            said = "1 feature drifts" if len(drifting) == 1 else f"{len(drifting):,} features drift"
+            return Verdict(level, said, f"From the baseline. Most of all: {drifts[0].label or drifts[0].id}.")
     if seen.level == "waiting":
         return Verdict("waiting", "Nothing to judge yet", "No engine is connected.")
     nothing = f"No critical or warning limit was exceeded {lately}"

@@ -1,4 +1,4 @@
-"""What the Containerfiles do is done here, without a container: no image was ever built on a machine of ours."""
+"""What the Containerfiles do is done here, without a container: CI has no registry to take base images from."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ function activationRows(request) {
   const rows = request.activations.slice(0, 12).map((kept) =>
     make("div", { className: "strip-row" }, make("span", { className: "strip-name", textContent: kept.label || kept.feature, title: kept.feature }), activationStrip(kept, total, prompt)),
   );
-  const note = make("p", { className: "note", textContent: `One column a token, ${count(total)} in all; the line is where the prompt (${count(prompt)}) ends. Higher is stronger, orange is over the limit.` });
+  const note = make("p", { className: "note", textContent: `One column a token, ${count(total)} in all; the line is where the prompt (${count(prompt)}) ends. Higher is stronger; orange: this token alone is over the limit.` });
   return make("div", { className: "strips" }, make("h3", { textContent: "Token by token" }), ...rows, note);
 }
 

@@ -139,7 +139,7 @@ function sparkline(svg, series, limit) {
     parts.line += `${from === null ? "M" : "L"}${i} ${y(v)}`;
     parts.area += `${from === null ? `M${i} ${y(bottom)}L` : "L"}${i} ${y(v)}`;
     // A lone window has no neighbour to draw a line to.
-    if (from === null && series[i + 1] == null) parts.line += "h.6";
+    if (from === null && series[i + 1] == null) parts.line += "h1";
     from ??= i;
     if (limit !== null && v > limit) parts.over += `M${i} ${y(v)}h0`;
   });
@@ -168,7 +168,7 @@ function trafficPlot(view) {
   place(base, { d: `M0 28H${W}` });
   place(area, { d: `${path(seen)}L${W} 28H0Z` });
   place(line, { d: path(seen) });
-  place(lost, { d: missed.some((v) => v) ? path(missed) : "" });
+  place(lost, { d: missed.map((v, i) => (v ? `M${i} 28V${y(v)}` : "")).join("") });
 }
 
 // -- parts of the page
