@@ -76,6 +76,23 @@ def evidence() -> str:
     return f"{table(header, rows)}\n\n{result['hardware']}, {load}, {result['date']}; {versions}."
 
 
+def page() -> str:
+    result = json.loads((RESULTS / "page.json").read_text())
+    header = ["page", "features", "empty", "at start", "at the end", "largest", "proportional, largest"]
+    rows = [
+        [
+            f"{row['view']}, {row['minutes']:g} minutes",
+            f"{row['features']:,}",
+            *(f"{row[f'resident_mb_{when}']:.0f} MB" for when in ("without_page", "at_start", "at_end", "largest")),
+            f"{row['proportional_mb_largest']:.0f} MB",
+        ]
+        for row in result["rows"]
+    ]
+    shown = f"Features shown after {result['load_seconds_p50']:.2f} s (median of {result['loads']} loads)"
+    load = f"load average of the machine {result['load_average_before']} to {result['load_average_after']}"
+    return f"{table(header, rows)}\n\n{shown}, {result['load_seconds_max']:.2f} s at most; {load}. {_made(result)}"
+
+
 def _made(result: dict[str, Any]) -> str:
     """Where and when the figures of a result file were taken."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -261,6 +278,7 @@ def _largest_error(row: dict[str, Any]) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "step-time": step_time,
     "evidence": evidence,
+    "page": page,
     "probes": probes,
     "chaos": chaos,
     "collector": collector,
