@@ -204,6 +204,10 @@ class Forward:
         for row in _report(state["rows"]).requests:
             self._append(row)
         for serial, events in state["crossed"]:
+            if serial not in requests:
+                # It ended while this collector ran without a gateway.
+                self._shed_crossings += len(events)
+                continue
             self._crossed[serial] = (requests[serial], [events[i : i + 1] for i in range(len(events))])
             self._crossings += len(events)
         self._peaks.update(state["peaks"])

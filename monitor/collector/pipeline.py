@@ -122,6 +122,8 @@ class Pipeline:
         self._recorder: Recorder | None = None
         self._elsewhere = Elsewhere(self.bounds.open_requests)
         self.forward: Forward | None = None
+        self._forward_state: State | None = None
+        """Of a life that forwarded, where this one does not: what the gateway was told is not told again later."""
         self.pseudonyms: Pseudonyms | None = None
         """Under which ids are looked up; whoever calls `observe` and `merge` has replaced them."""
 
@@ -283,7 +285,7 @@ class Pipeline:
             "refused": dict(self._refused),
             "totals": {name: getattr(self, f"_{name}") for name in _TOTALS},
             "elsewhere": self._elsewhere.state(roster),
-            "forward": self.forward.state() if self.forward else None,
+            "forward": self.forward.state() if self.forward else self._forward_state,
         }
         return state | {"requests": roster.state()}
 
@@ -306,6 +308,7 @@ class Pipeline:
         for name in _TOTALS:
             setattr(self, f"_{name}", state["totals"][name])
         self._elsewhere.restore(state["elsewhere"], roster)
+        self._forward_state = state["forward"]
         if self.forward is not None and state["forward"] is not None:
             running = {serial: self._slots.request(slot) for serial, slot in self._slots.by_serial.items()}
             models = {name: self._model_totals(name) for name in self._models}

@@ -90,6 +90,18 @@ def test_every_metric_shows_at_least_one_sample_once_engines_stream(made):
     assert all(shown[name].samples for name in silent)
 
 
+def test_every_bounded_stage_shows_how_much_it_holds_of_what_it_may(made):
+    families = parse(page(made, open_metrics=True), open_metrics=True)
+    depth, capacity = (
+        {sample.labels["stage"]: sample.value for sample in families[f"latentwatch_stage_{name}"].samples}
+        for name in ("depth", "capacity")
+    )
+    assert depth.keys() == capacity.keys() >= {"streams", "merge_queue_messages", "replicas", "open_requests"}
+    assert all(depth[stage] <= capacity[stage] or not capacity[stage] for stage in depth)
+    assert (depth["replicas"], capacity["replicas"]) == (4, made.bounds.replicas)
+    assert (depth["open_requests"], capacity["open_requests"]) == (0, made.bounds.open_requests)
+
+
 def test_both_formats_show_the_same_numbers(made):
     shown = [
         {

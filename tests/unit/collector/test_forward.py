@@ -189,6 +189,28 @@ def test_an_open_request_that_crossed_a_limit_can_be_looked_up_at_the_gateway_be
     assert ended is not None and ended.outcome == "finished"
 
 
+def test_a_sidecar_that_ran_without_its_gateway_for_a_while_tells_it_what_it_missed_and_nothing_twice():
+    gateway, source = pipeline(), sidecar(1)
+    gateway.hello(forwarder(), 1000.0)
+    source.hello(hello(), 1000.0)
+    for i, step in enumerate(steps := batches(3), start=1):
+        if i == 4:
+            source.tick(1000.0 + i)
+            carry(source, gateway, forwarder())
+        if i == len(steps) // 2:
+            alone = pipeline()
+            alone.restore(source.state())
+            source = alone
+        source.observe(hello(), i, step, 1000.0 + i)
+        if i == len(steps) - 2:
+            again = sidecar(2)
+            again.restore(source.state())
+            source = again
+    source.tick(1100.0)
+    carry(source, gateway, forwarder())
+    same_totals(gateway, source)
+
+
 def test_a_gateway_that_is_away_costs_rows_beyond_the_bound_and_no_count():
     bounds = Bounds(forward_bytes=6_000)
     gateway, source = pipeline(), sidecar(bounds=bounds)
