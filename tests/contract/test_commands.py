@@ -115,8 +115,8 @@ def test_a_verb_that_the_text_names_has_help_with_an_example(line: str, capsys: 
 # -- what the commands name
 
 
-def lines_of(*paths: Path, most: int) -> str:
-    return "".join([*(line for path in paths for line in path.open())][:most])
+def lines_of(path: Path, most: int) -> str:
+    return "".join(path.read_text().splitlines(keepends=True)[:most])
 
 
 @pytest.fixture(scope="module")
@@ -224,23 +224,27 @@ def test_a_command_about_watchlists_runs(line: str, here: Path, capsys: pytest.C
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("line", [line for line in OURS if line not in COLLECTORS and line not in BUILDING])
-def test_a_command_of_ours_runs(line: str, here: Path, servers: dict[str, str], monkeypatch) -> None:
+def test_a_command_of_ours_runs(line: str, here: Path, servers: dict[str, str]) -> None:
     (here / "my.watchlist.safetensors").symlink_to(servers["watchlist"])
     verb = line.split()[1]
     asked = servers["TRUSTED"] if verb == "calibrate" else f"http://{servers['COLLECTOR']}"
     if "--update" in line:
-        earlier = shlex.split(f"calibrate --from {asked} --model-name toy --out prod.baseline")
-        assert main(earlier) == 0
-    line = line.replace("http://COLLECTOR", asked).replace("PROMETHEUS", servers["PROMETHEUS"])
-    line = line.replace("http://127.0.0.1:9464", asked).replace(
-        "http://127.0.0.1:9090", f"http://{servers['PROMETHEUS']}"
-    )
-    line = line.replace("http://127.0.0.1:9093", servers["AM"]).replace("$AM", servers["AM"]).replace("MODEL", "toy")
+        assert main(["calibrate", "--from", asked, "--model-name", "toy", "--out", "prod.baseline"]) == 0
+    for shown, real in {
+        "http://COLLECTOR": asked,
+        "http://127.0.0.1:9464": asked,
+        "http://PROMETHEUS": f"http://{servers['PROMETHEUS']}",
+        "http://127.0.0.1:9090": f"http://{servers['PROMETHEUS']}",
+        "$AM": servers["AM"],
+        "http://127.0.0.1:9093": servers["AM"],
+        "MODEL": "toy",
+    }.items():
+        line = line.replace(shown, real)
     more = []
     if verb == "evidence":
         more = ["--dir", str(here / "evidence")]
     if verb == "doctor" and "--collector" not in line:
-        more = ["--collector", f"http://{servers['COLLECTOR']}"]
+        more = ["--collector", asked]
     if verb == "doctor":
         # Until Prometheus has evaluated a rule.
         eventually(lambda: main(words(line, *more)) == 0)
