@@ -14,12 +14,14 @@ written is left out on reading, as if it had never been offered. A segment that 
 that place to its end, a file that is no spool's is refused and left where it is; both are counted and named in the log.
 
 What does not fit. All boots of a replica share `max_bytes`. Beyond it, and while the disk cannot be written, `append`
-says no, counts failures, and its caller keeps the batch in memory; the disk is tried again every few seconds.
+says no, counts failures, and its caller keeps the batch in memory; the disk is tried again every few seconds. A disk
+that is slower than the scores come makes `append` wait: that is the exporter's time, and the ring counts what it costs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -140,6 +142,10 @@ class SpoolFolder:
 
         Close each one before the next is asked for.
         """
+        with contextlib.suppress(OSError):
+            for path in self.path.iterdir():
+                if not _BOOT.fullmatch(path.name):
+                    self.refuse(path, "it is no boot's folder; move it away")
         for folder in self._boots(boot_id):
             spool = Spool(self, folder, None)
             if spool.locked:
@@ -199,9 +205,7 @@ class SpoolFolder:
         found = []
         try:
             for path in self.path.iterdir() if self.path.is_dir() else ():
-                if not _BOOT.fullmatch(path.name) or not path.is_dir():
-                    self.refuse(path, "it is no boot's folder; move it away")
-                elif path.name != but:
+                if _BOOT.fullmatch(path.name) and path.name != but:
                     # Written once, when the boot began.
                     lock = path / "lock"
                     found.append(((lock if lock.exists() else path).stat().st_mtime_ns, path))
@@ -223,7 +227,7 @@ class Spool:
         self._mark = -1
         self._segments: list[_Segment] = []
         self._number = 0
-        self._retry_at = 0.0
+        self._retry_at = self._mark_again_at = 0.0
         self._unsynced: list[int] = []
         self._closed = threading.Event()
         self._syncer: threading.Thread | None = None
@@ -236,8 +240,8 @@ class Spool:
         self.waiting_tokens = 0
         """Tokens of the batches that lay on the disk unacknowledged when this was opened."""
         self._lock_file = -1
-        with self._lock:
-            self._enter()
+        # Without the lock: reading what a boot left takes seconds, in which the others go on.
+        self._enter()
 
     @property
     def locked(self) -> bool:
@@ -283,11 +287,11 @@ class Spool:
             if sequence <= self.acked:
                 return
             self.acked = sequence
+            if not self.locked:
+                return
+            if self._shared.now() >= self._mark_again_at:
+                self._write_mark()
             try:
-                if self._mark < 0:
-                    self._mark = os.open(self.path / "acked", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                number = _MARK.pack(sequence, 0)[:8]
-                os.pwrite(self._mark, number + zlib.crc32(number).to_bytes(4, "little"), 0)
                 while self._segments and self._done_with(self._segments[0]):
                     self._remove_segment(self._segments[0])
             except OSError as error:
@@ -350,6 +354,8 @@ class Spool:
             if lock is not None:
                 self._lock_file = lock
                 self._scan()
+            elif self.hello is not None:
+                raise OSError(errno.EBUSY, "another process has it in use")
         except OSError as error:
             self._retry_at = self._shared.fail(self.path, error)
 
@@ -464,6 +470,15 @@ class Spool:
             return False
         self.hello = self.hello or hello
         return True
+
+    def _write_mark(self) -> None:
+        number = self.acked.to_bytes(8, "little")
+        try:
+            if self._mark < 0:
+                self._mark = os.open(self.path / "acked", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.pwrite(self._mark, number + zlib.crc32(number).to_bytes(4, "little"), 0)
+        except OSError as error:
+            self._mark_again_at = self._shared.fail(self.path, error)
 
     def _read_mark(self) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -228,3 +228,40 @@ def test_an_exporter_outlives_its_engine_just_long_enough_to_deliver(watchlist: 
     until(lambda: closed(collector) == 1, "what lay in the ring")
     assert collector.sum("latentwatch_tokens_total", state="scored") == PROMPT + 199
     until(lambda: not Path(f"/proc/{exporter}").exists(), "the exporter to end")
+
+
+def serve_once(watchlist: Path, target: str) -> None:
+    """A worker's whole life, with one request."""
+    engine = Engine(watchlist, target)
+    engine.request(20)
+    engine.worker.shutdown()
+    engine.exporter.wait(15)
+
+
+FROM_THREADS = """
+import multiprocessing, os, sys
+from pathlib import Path
+from monitor.transport.sender import Sender
+from tests.e2e.test_failures import serve_once
+from tests.support.wire import hello
+
+watchlist, target, method = sys.argv[1:]
+sender = Sender(target, hello())
+sender.start()
+sender._lock.acquire()
+worker = multiprocessing.get_context(method).Process(target=serve_once, args=(Path(watchlist), target))
+worker.start()
+worker.join(90)
+os._exit(worker.exitcode)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_worker_may_be_forked_or_spawned_by_a_process_with_threads(
+    method: str, watchlist: Path, collector: Collector
+):
+    """vLLM does either; the process that it comes from holds gRPC's threads here, and a lock of ours."""
+    arguments = [sys.executable, "-c", FROM_THREADS, str(watchlist), collector.target, method]
+    subprocess.run(arguments, cwd=ROOT, check=True, timeout=120)
+    until(lambda: closed(collector) == 1, "its request")
+    assert collector.sum("latentwatch_tokens_total", state="scored") == PROMPT + 19

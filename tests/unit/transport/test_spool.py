@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_two_processes_do_not_write_one_boot(tmp_path):
     clock = Clock()
     shared = folder(tmp_path, clock=clock)
     second = shared.open(hello())
-    assert not second.locked and write(second, 1) == [False]
+    assert not second.locked and write(second, 1) == [False] and shared.failures == 1
     assert shared.in_use(BEFORE)
     first.close()
     clock.seconds += 10
@@ -265,10 +266,12 @@ def test_a_folder_that_cannot_be_used_costs_the_spool_only(tmp_path, caplog):
     made = shared.open(hello())
     assert write(made, 1) == [False] and shared.failures == 1
     assert "Not a directory" in caplog.text
-    made.release(1)
+    for sequence in range(1, 20):
+        made.release(sequence)
+    assert shared.failures == 1, "acknowledgements of what is in memory touch no disk"
     (tmp_path / "file").unlink()
     clock.seconds += 10
-    assert write(made, 2) == [True], "once it can be used it is"
+    assert write(made, 20) == [True], "once it can be used it is"
     made.close()
 
 
@@ -407,6 +410,21 @@ def test_a_spooled_batch_that_is_refused_again_and_again_does_not_hold_up_the_re
         eventually(lambda: one.stats().acked == 6)
     assert sink.sequences == [1, 2, 4, 5, 6]
     assert (one.stats().refused_batches, one.stats().dropped_tokens) == (1, tokens(batch(3)))
+
+
+def test_closing_without_a_collector_ends_within_its_bound_and_leaves_the_rest_on_the_disk(make, target, tmp_path):
+    made = folder(tmp_path).open(hello())
+    one = make(target, spool=made)
+    one.start()
+    for step in range(1, 11):
+        one.offer(batch(step))
+    begin = time.monotonic()
+    stats = one.close(0.2)
+    assert time.monotonic() - begin < 5, "0.2 s and about one more, on a busy machine"
+    assert (stats.dropped_tokens, stats.buffered_batches) == (0, 0)
+    one.offer(batch(11))
+    assert one.stats().dropped_tokens == tokens(batch(11)), "what comes later is counted"
+    assert numbers(made) == list(range(1, 11))
 
 
 # What earlier boots left.
