@@ -38,7 +38,7 @@ def of_evidence(
         if request.features_left_out:
             raise _refuse(
                 what,
-                f"request {request.request_id!r} showed {request.features_left_out} features more than its summary",
+                f"a request showed {request.features_left_out} features more than its summary keeps",
                 "Calibrate from the collector's address or a recording, which have them all.",
             )
         fired_F, value_F = np.zeros(features, np.int64), np.full(features, np.nan, np.float32)
