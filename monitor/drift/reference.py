@@ -70,7 +70,7 @@ class Options:
     """The least change of rate that may ever be worth a page: nulls reach so far even where the data are endless."""
     static_tolerance: float = 1.35
     """Where the baseline is too short to have measured slow movement: a season of +-30 % stays below it."""
-    season_sds: float = 3.5
+    season_sds: float = 3.75
     """Standard deviations of slow movement that the null reaches to."""
     static_sds: float = 2.0
     """The same while the season is unknown and inside that movement: a sine's peak is at 1.4."""
