@@ -45,6 +45,8 @@ RESULT = ROOT / "tests/bench/results/accounting.json"
 LIMIT_SECONDS = 400.0
 """For one engine from its start to its end; a busy machine takes two minutes for the longest."""
 PREEMPTIONS, DRAFTED, ACCEPTED = COUNTERS
+_ORACLE = threading.Lock()
+"""Hugging Face's models are kept between requests, with hooks that belong to one forward at a time."""
 MAX_ERROR = 2e-3
 """Largest error of a score that counts as right: dense scores travel as float16, whose resolution is 1e-3."""
 
@@ -232,9 +234,10 @@ def _row(
 ) -> dict[str, Any]:
     wrong = [found for account in accounts if (found := checks.unbalanced(account))]
     compared = [] if engine.plain_fault else accounts
-    errors = np.concatenate(
-        [np.empty(0), *(checks.score_errors(account, watchlist, _model_of(account, model)) for account in compared)]
-    )
+    with _ORACLE:
+        errors = np.concatenate(
+            [np.empty(0), *(checks.score_errors(account, watchlist, _model_of(account, model)) for account in compared)]
+        )
     states = checks.states(accounts)
     assert not refusal or list(states) == ["unseen/not_armed"], f"refused, and yet {states}"
     metrics = on["metrics"]
