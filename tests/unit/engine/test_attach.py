@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from monitor.engine.attach import Attachment
+from monitor.engine.attach import Attachment, _stake
 from monitor.engine.settings import Settings
+from monitor.names import Severity
+from monitor.watchlist.card import Limit
 from tests.support import tiny
 from tests.support.fake_model import Worker
+from tests.support.streams import probe, sparse
 
 
 def attached(worker: Any, folder: Any) -> Attachment:
@@ -88,3 +93,17 @@ class Alone(Worker):
 def test_no_rank_makes_a_forward_alone_and_only_a_compiled_graph_must_have_shown_the_op(eager, tmp_path):
     refusal = attached(Alone(eager=eager), tmp_path)._refusal
     assert (refusal.reason if refusal else "") == ("" if eager else "canary_dead")
+
+
+@pytest.mark.parametrize(
+    ("feature", "stake"),
+    [
+        (sparse("a", limit=Limit("max", 3.0), severity=Severity.CRITICAL), ("critical", 3.0, False)),
+        (sparse("b"), ("warning", -math.inf, False)),
+        (probe("c", limit=Limit("rolling_mean", 0.5, 4)), ("critical", 0.5, True)),
+        (probe("d"), ("critical", math.inf, True)),
+    ],
+    ids=["limit", "sparse without one", "rolling mean", "dense without one"],
+)
+def test_the_exporter_is_told_whose_scores_to_shed_last(feature, stake):
+    assert json.loads(json.dumps(_stake(feature))) == list(stake)
