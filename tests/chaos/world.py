@@ -122,6 +122,7 @@ class Collector:
             fires=sum_of("latentwatch_feature_fired_tokens_total"),
             finished=sum_of("latentwatch_requests_total", outcome="finished"),
             excess=sum_of("latentwatch_accounting_excess_tokens_total"),
+            given_up=sum_of("latentwatch_engine_lost_tokens_total"),
             gaps=sum_of("latentwatch_collector_lost_sequences_total"),
             duplicates=sum_of("latentwatch_collector_duplicates_total"),
             durable=bool(sum_of("latentwatch_state_durable")),
@@ -146,9 +147,18 @@ class Totals:
     fires: int
     finished: int
     excess: int
+    given_up: int
+    """What the sender says it gave up with the books. A collector may find a part of it missing again, when a request
+    ends whose beginning it saw: dropped{lost}."""
     gaps: int
     duplicates: int
     durable: bool
+
+    @property
+    def accounted(self) -> int:
+        """Every token that is counted somewhere, once."""
+        again = self.tokens.get(("dropped", "lost"), 0) if self.given_up else 0
+        return sum(self.tokens.values()) - again + self.given_up
 
 
 class Engine:
@@ -179,7 +189,7 @@ class Engine:
         """
         handed = self._tell("stop")
         arrived, deadline = -1, 0.0
-        while (count := sum(sum(c.totals().tokens.values()) for c in collectors)) < earlier + handed["tokens"]:
+        while (count := sum(c.totals().accounted for c in collectors)) < earlier + handed["tokens"]:
             if count > arrived:
                 arrived, deadline = count, time.monotonic() + CATCH_UP_SECONDS
             if time.monotonic() > deadline:
@@ -374,10 +384,12 @@ def reconcile(
     dropped: dict[str, int] = {}
     merged = 0
     for counted in totals:
+        if counted.given_up:
+            dropped["given_up"] = dropped.get("given_up", 0) + counted.given_up
         for (state, reason), count in counted.tokens.items():
-            if state == "dropped":
+            if state == "dropped" and not (reason == "lost" and counted.given_up):
                 dropped[reason] = dropped.get(reason, 0) + count
-            else:
+            elif state != "dropped":
                 merged += count
     shed = sum(dropped.values())
     return Books(
