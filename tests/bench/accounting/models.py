@@ -69,10 +69,11 @@ def checkpoint(architecture: str, folder: Path) -> Path:
 
 
 def watchlist(architecture: str, checkpoint_path: Path) -> Path:
-    """A random watchlist for the checkpoint, beside it."""
+    """A random watchlist for the checkpoint, beside it, made once."""
     path = checkpoint_path.with_suffix(".watchlist.safetensors")
-    served = json.loads((checkpoint_path / "config.json").read_text())["architectures"][0]
-    tiny.watchlist(path, architecture=served)
+    if not path.exists():
+        served = json.loads((checkpoint_path / "config.json").read_text())["architectures"][0]
+        tiny.watchlist(path, architecture=served)
     return path
 
 

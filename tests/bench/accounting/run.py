@@ -298,8 +298,10 @@ def main() -> int:
     began = time.monotonic()
     with ExitStack() as stack:
         shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="accounting")))
+        # Made here, one after the other: what runs at once only reads them.
         for engine in engines:
             model = models.checkpoint(engine.architecture, shared)
+            models.watchlist(engine.architecture, model)
             if engine.adapters:
                 models.adapters(model, engine.adapters)
         pool = stack.enter_context(ThreadPoolExecutor(chosen.at_once))
