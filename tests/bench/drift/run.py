@@ -55,7 +55,7 @@ class Size:
     """How long everything runs; seconds of simulated time."""
 
     baseline: float = 28 * 86400.0
-    baselines: int = 6
+    baselines: int = 3
     """Of each null, and as many times `null`."""
     null: float = 4 * MONTH_SECONDS
     others: float = 10 * 86400.0
