@@ -470,8 +470,6 @@ async function turnTo(rank) {
 }
 
 async function refresh() {
-  // A hidden page asks less often.
-  setTimeout(refresh, document.hidden ? 4 * REFRESH_MS : REFRESH_MS);
   let view;
   try {
     view = await ask();
@@ -480,6 +478,9 @@ async function refresh() {
     view = null;
     const since = shown === null ? "Nothing has been shown yet." : `What is shown is from ${clockTime(shown.now)}.`;
     setText(at("banner"), `The collector does not answer (${error.message}). ${since} Trying again every 2 seconds.`);
+  } finally {
+    // Counted from the answer, so that one that takes longer than this is still shown. A hidden page asks less often.
+    setTimeout(refresh, document.hidden ? 4 * REFRESH_MS : REFRESH_MS);
   }
   document.body.classList.toggle("stale", view === null);
   at("banner").hidden = view !== null;
