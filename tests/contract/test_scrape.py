@@ -37,10 +37,10 @@ def test_prometheus_reads_every_metric_and_an_exemplar_leads_to_the_request(serv
     eventually(lambda: ask(url, "query", query="up == 1")["result"])
     scraped = set(ask(url, "label/__name__/values"))
     assert {name for name in scraped if name.startswith(("latentwatch", "process"))} == {
-        # What only a gateway and its sidecars show: tests/contract/test_metrics_table.py.
+        # But what only a gateway, its sidecars or a baseline have to show: tests/contract/test_metrics_table.py.
         name
         for name in sample_names()
-        if not name.startswith("latentwatch_forward")
+        if not name.startswith(("latentwatch_forward", "latentwatch_drift_baseline_created"))
     }
     now = time.time()
     (series,) = ask(url, "query_exemplars", query="latentwatch_exceedances_total", start=now - 300, end=now + 60)

@@ -167,6 +167,7 @@ def test_an_exporter_that_is_killed_is_started_again_and_its_loss_is_counted(eng
 
     def kill_once(step: int) -> None:
         if step == 10:
+            time.sleep(0.5)  # it has taken what was handed over, and holds the last step until the next one arrives
             os.kill(first, signal.SIGKILL)
             engine.exporter.wait()
             time.sleep(1.1)  # the attachment looks after its exporter once a second
