@@ -102,9 +102,16 @@ def _made(result: dict[str, Any]) -> str:
 def chaos() -> str:
     result = json.loads((RESULTS / "chaos.json").read_text())
     columns = ("fault", "faults", "sent", "merged", "shed", "lost", "doubled")
-    rows = [[str(row[name]) for name in columns] for row in result["rows"]]
-    header = ["fault", "times", "tokens sent", "merged", "shed, counted", "lost", "doubled"]
+    rows = [
+        [*(f"{row[name]:,}" if name != "fault" else row[name] for name in columns), _ratio(row["step_time_ratio"])]
+        for row in result["rows"]
+    ]
+    header = ["fault", "times", "tokens sent", "merged", "shed, counted", "lost", "doubled", "step time"]
     return f"{table(header, rows)}\n\n{_made(result)}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"x{value:.3f}"
 
 
 def collector() -> str:
