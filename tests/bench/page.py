@@ -84,7 +84,7 @@ def loads(url: str) -> dict[str, float]:
     """One after the other, each in a tab that has shown nothing."""
     seconds = []
     for _ in range(LOADS):
-        with tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as (tab, _):
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, browser(Path(profile)) as (tab, _):
             seconds.append(load_seconds(tab, url))
     return {
         "loads": LOADS,
@@ -110,7 +110,7 @@ def stay(tab: Tab) -> None:
 
 
 def measure(view: str, action: Action, url: str, minutes: float, rows: list[dict[str, Any]]) -> None:
-    with tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as (tab, pid):
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, browser(Path(profile)) as (tab, pid):
         tab.size(1440, 1000)
         row: dict[str, Any] = {"view": view, "features": MAX_FEATURES, "minutes": minutes}
         row |= {f"{name}_without_page": size for name, size in renderers_mb(pid).items()}
