@@ -69,6 +69,17 @@ class RequestFeatures:
         """The same of some of the requests; copies."""
         return RequestFeatures(**{name: array_nF[requests] for name, array_nF in vars(self).items()})
 
+    def columns(self) -> dict[str, Array]:
+        """The arrays themselves, by their names in step.FEATURE_DTYPE: all of them but its `index`."""
+        return {
+            "max": self.max_nF,
+            "position": self.max_position_nF,
+            "statistic": self.statistic_nF,
+            "statistic_position": self.statistic_position_nF,
+            "fired": self.fired_nF,
+            "exceeded": self.exceeded_nF,
+        }
+
 
 class RequestStates:
     """K slots of running statistics. The caller says which slot a request has and when it is free again."""

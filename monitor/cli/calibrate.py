@@ -151,7 +151,7 @@ def _fetched(url: str, model_name: str, token_file: Path | None) -> bytes:
     try:
         headers = {"Authorization": f"Bearer {token_file.read_text().strip()}"} if token_file else {}
         request = urllib.request.Request(address, headers=headers)  # noqa: S310 (the scheme was checked)
-        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310 (as above)
             return bytes(answer.read())
     except (urllib.error.URLError, OSError) as error:
         raise BaselineRefused(

@@ -100,7 +100,7 @@ def _sent(server: str, model: str, key: bytes, prompt: int, text: str) -> str:
         {"Content-Type": "application/json", "X-Request-Id": canary.canary_id(key, prompt, nonce)},
     )
     try:
-        with urllib.request.urlopen(request, timeout=60):  # noqa: S310
+        with urllib.request.urlopen(request, timeout=60):  # noqa: S310 (as above)
             return ""
     except (urllib.error.URLError, OSError, ValueError) as error:
         return str(error)

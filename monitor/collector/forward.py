@@ -314,14 +314,7 @@ def _row(
     seen = np.flatnonzero(features.max_position_nF[place] >= 0)
     rows = np.empty(len(seen), FEATURE_DTYPE)
     rows["index"] = seen
-    for name, column_nF in (
-        ("max", features.max_nF),
-        ("position", features.max_position_nF),
-        ("statistic", features.statistic_nF),
-        ("statistic_position", features.statistic_position_nF),
-        ("fired", features.fired_nF),
-        ("exceeded", features.exceeded_nF),
-    ):
+    for name, column_nF in features.columns().items():
         rows[name] = column_nF[place, seen]
     return RequestRow(
         number=request.serial,

@@ -133,14 +133,7 @@ def features_of(rows: Sequence[RequestRow], features: int) -> RequestFeatures:
     place = np.repeat(np.arange(n), [len(row.features) for row in rows])
     seen = joined((row.features for row in rows), FEATURE_DTYPE)
     at = place, seen["index"].astype(np.int64)
-    for name, array_nF in (
-        ("max", made.max_nF),
-        ("position", made.max_position_nF),
-        ("statistic", made.statistic_nF),
-        ("statistic_position", made.statistic_position_nF),
-        ("fired", made.fired_nF),
-        ("exceeded", made.exceeded_nF),
-    ):
+    for name, array_nF in made.columns().items():
         array_nF[at] = seen[name]
     return made
 

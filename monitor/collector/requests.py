@@ -144,14 +144,7 @@ def summarise(features: RequestFeatures, limit_F: Array, most: int) -> list[Feat
     kept_nk = rank(features.statistic_nF, limit_F, features.exceeded_nF, seen_nF)[:, :most]
     rows_nk = np.empty(kept_nk.shape, FEATURE_DTYPE)
     rows_nk["index"] = kept_nk
-    for name, column_nF in (
-        ("max", features.max_nF),
-        ("position", features.max_position_nF),
-        ("statistic", features.statistic_nF),
-        ("statistic_position", features.statistic_position_nF),
-        ("fired", features.fired_nF),
-        ("exceeded", features.exceeded_nF),
-    ):
+    for name, column_nF in features.columns().items():
         rows_nk[name] = np.take_along_axis(column_nF, kept_nk, axis=1)
     shown_n = seen_nF.sum(axis=1).tolist()
     exceeded_n = features.exceeded_nF.sum(axis=1).tolist()

@@ -315,6 +315,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=[])
 
         def connection() -> asyncio.Protocol:
+            # Any of uvicorn's protocols: what they take is known of them, not of asyncio's type.
             protocol: type[asyncio.Protocol] = self.config.http_protocol_class
             return protocol(config=self.config, server_state=self.server_state, app_state={})  # type: ignore[call-arg]
 

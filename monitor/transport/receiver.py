@@ -333,6 +333,7 @@ class Receiver:
         except StreamRefused:
             raise
         except Exception as error:
+            # A bug here is the collector's: the engine is told so and comes back.
             log.exception("the collector failed on the hello of replica %r", hello.replica)
             raise _collector_error(hello, error) from error
         stream = self._streams[key] = _Stream(hello, held)
@@ -359,6 +360,7 @@ class Receiver:
             except StreamRefused as refusal:
                 return refusal
             except Exception as error:
+                # As for the hello; the batch is not acknowledged.
                 log.exception("the collector failed on a batch of replica %r", stream.hello.replica)
                 return _collector_error(stream.hello, error)
             if not stream.unacked:

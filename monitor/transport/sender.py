@@ -392,6 +392,7 @@ class Sender:
         try:
             message = codec.encode_batch(sequence, batch)
         except Exception:
+            # It waits in memory, where `_encoded` meets the same failure and counts it.
             return False
         return len(message) <= codec.MAX_MESSAGE_BYTES and self._spool.append(sequence, _tokens(batch), message)
 
@@ -680,6 +681,7 @@ class Sender:
             else:
                 found = f"a token or request of it takes {len(data)} bytes, a message holds {codec.MAX_MESSAGE_BYTES}"
         except Exception as failure:
+            # A batch that cannot be encoded now never can: it is dropped and counted below, and the next one goes.
             found = str(failure)
         with self._lock:
             if pending in self._in_flight:

@@ -27,7 +27,7 @@ ALERTS = [rule for rule in RULES if "alert" in rule]
 
 
 def alert_id(rule: dict[str, object]) -> str:
-    return f"{rule['alert']}-{rule['labels']['severity']}"  # type: ignore[index]
+    return f"{rule['alert']}-{rule['labels']['severity']}"
 
 
 def test_promtool_accepts_every_rule_file() -> None:

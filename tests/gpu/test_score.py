@@ -39,7 +39,7 @@ class Loaded:
     """A case on the GPU with the op's tensors, as an engine holds them."""
 
     def __init__(self, T: int, D: int, K: int, **options: object) -> None:
-        self.case: Case = make_case(T, D, K, **{"dtype": torch.bfloat16, **options}).to("cuda")  # type: ignore[arg-type]
+        self.case: Case = make_case(T, D, K, **{"dtype": torch.bfloat16, **options}).to("cuda")
         self.hi_KD = self.case.w_KD.bfloat16()
         self.lo_KD = (self.case.w_KD - self.hi_KD.float()).bfloat16()
         self.scratch = op.scratch(max(T, 8192), [K], D, "cuda")

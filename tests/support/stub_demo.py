@@ -33,8 +33,8 @@ def main() -> int:
 def use_stubs(assets: Path) -> None:
     """Write assets and replace what the services module starts."""
     write_assets(assets)
-    services.ASSETS = assets  # type: ignore[misc]
-    runner.SETTLE_SECONDS = 1.0  # type: ignore[misc]
+    services.ASSETS = assets
+    runner.SETTLE_SECONDS = 1.0
     collector_url = ""
 
     def collector(_watchlist: Path, _socket: Path, port: int) -> services.Command:

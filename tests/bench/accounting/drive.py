@@ -77,13 +77,13 @@ def _keep_async_scheduling() -> None:
     """The CPU platform turns it off, as "not required"; the engine's loop and its runner do it all the same."""
     from vllm.platforms.cpu import CpuPlatform
 
-    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+    original = CpuPlatform.check_and_update_config.__func__
 
     def check_and_update_config(cls: Any, config: Any) -> None:
         original(cls, config)
         config.scheduler_config.async_scheduling = True
 
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[method-assign,assignment]
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 class Script:

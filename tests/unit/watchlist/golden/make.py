@@ -561,7 +561,7 @@ def circuit_tracer_clt(folder: Path) -> Case:
 
 @case
 def control_vector(folder: Path) -> Case:
-    np.float_ = np.float64  # type: ignore[attr-defined]  # repeng 0.4 still names it
+    np.float_ = np.float64  # repeng 0.4 still names it
     from repeng import ControlVector
     from repeng.extract import project_onto_direction
 
