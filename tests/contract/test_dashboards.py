@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import yaml
+from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.service import CollectorSettings, ForwardSettings, Service
+from latentwatch.drift.detection import Budget
+from latentwatch.export.metrics import METRICS, sample_names
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.collector.drift import DriftSettings
-from monitor.collector.service import ForwardSettings, Service, Settings
-from monitor.drift.detection import Budget
-from monitor.export.metrics import METRICS, sample_names
-from monitor.watchlist import card
 from tests.support.drift import random_baseline
 from tests.support.engines import ROOT
 from tests.support.live import Traffic, toy_watchlist
@@ -132,11 +132,11 @@ def test_every_metric_has_a_place_on_a_dashboard() -> None:
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a Prometheus that has scraped a collector under load, through an incident, for some seconds."""
     folder = tmp_path_factory.mktemp("live")
-    watched = card.write(WATCHED, folder / "toy.safetensors")
+    watched = watchlist_file.write(WATCHED, folder / "toy.safetensors")
     baseline = dataclasses.replace(
         random_baseline(WATCHED.features, sha256=watched.sha256), created_seconds=time.time() - 86_400
     )
-    settings = Settings(
+    settings = CollectorSettings(
         folder / "toy.safetensors",
         (f"unix://{folder}/c.sock",),
         "127.0.0.1:0",
@@ -145,7 +145,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         forward=ForwardSettings(f"unix://{folder}/g.sock", "pod-0"),
     )
     service = Service(settings)
-    gateway = Service(Settings(folder / "toy.safetensors", (f"unix://{folder}/g.sock",), "127.0.0.1:0"))
+    gateway = Service(CollectorSettings(folder / "toy.safetensors", (f"unix://{folder}/g.sock",), "127.0.0.1:0"))
     who = hello(model_name="llama", watchlist_sha256=watched.sha256)
     traffic = Traffic(watched, running=6)
     traffic.incident, traffic.cached_share = True, 0.3
