@@ -60,10 +60,10 @@ def test_each_state_of_each_part_has_words_and_a_failure_says_what_to_do(found, 
 
 def test_a_watchlist_file_is_read_and_a_broken_one_says_what_to_do(tmp_path):
     built = watchlist_file.write(watchlist([sparse("f")]), tmp_path / "w.safetensors")
-    finding, sha256 = doctor.watchlist_file(tmp_path / "w.safetensors")
+    finding, sha256 = doctor.readable_watchlist(tmp_path / "w.safetensors")
     assert finding.status == "ok" and sha256 == built.sha256
     (tmp_path / "w.safetensors").write_bytes(b"no")
-    finding, sha256 = doctor.watchlist_file(tmp_path / "w.safetensors")
+    finding, sha256 = doctor.readable_watchlist(tmp_path / "w.safetensors")
     assert finding.status == "failed" and finding.instead and not sha256
 
 
