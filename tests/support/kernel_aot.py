@@ -59,13 +59,12 @@ def score_build(
     )
 
 
-def compact_build(F: int, P: int, H: int, rows: int, *, counted: bool = False) -> Build:
-    """`counted`: the device knows the number of real rows."""
+def compact_build(F: int, P: int, H: int, rows: int) -> Build:
     acts = [torch.zeros(8, F // H) for _ in range(H)]
     stats = [torch.zeros(8, 3) for _ in range(H)]
     compactor = compact.Compactor(acts, stats, torch.arange(F) < P, capacity=1 << 16)
     function = compact._compact_kernel
-    constants: dict[str, Any] = {**compactor.constants(rows)} | ({} if counted else {"real_rows_ptr": None})
+    constants: dict[str, Any] = dict(compactor.constants(rows))
     signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in function.arg_names}
     signature |= {"column_ptr": "*i64", "stat_ptr": "*i64"} | dict.fromkeys(constants, "constexpr")
     name = f"compact F{F} P{P} H{H} {constants['BLOCK_R']}x{constants['BLOCK_F']}"
@@ -140,7 +139,7 @@ def everything(arch: int) -> Iterator[Build]:
         yield score_build(shape, 4096, dtype=torch.float32)
     for F, P, H in ((8, 0, 1), (256, 16, 4), (1024, 64, 8)):
         for rows in (256, 4096, 8192, 65536):
-            yield compact_build(F, P, H, rows, counted=P > 0)
+            yield compact_build(F, P, H, rows)
 
 
 def _shapes(D: int, dtype: torch.dtype, arch: int) -> list[score_triton.Variant]:

@@ -1,12 +1,12 @@
 """From the score buffers of all hook points to what is worth shipping: one Triton launch after the forward.
 
 Dimension key: T rows of the step, H hook points, F features of all hook points in watchlist order, P dense ones among
-them, N non-zeros, Q strongest activations kept per row on overflow, B programs.
+them, N non-zeros, B programs.
 
 SAE activations are sparse, so the non-zeros travel as (row, feature, activation), sorted by row and then feature,
-with per-feature counts, the dense columns and the norms beside them, all in one buffer whose places depend on the
-number of rows alone: one copy brings a step to the host, a decode step's in some kilobytes. `Handover` does that on a
-side stream and never waits for the GPU.
+with the dense columns and the norms beside them, all in one buffer whose places depend on the number of rows alone:
+one copy brings a step to the host, a decode step's in some kilobytes. `Handover` does that on a side stream and never
+waits for the GPU.
 
 Readable version: `reference.compact`.
 """
@@ -24,13 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentwatch.kernels.reference import Compacted
+from latentwatch.kernels.reference import UNWRITTEN, Compacted
 from latentwatch.kernels.score_triton import ceil_div
 
-UNWRITTEN: Final = -1.0
-"""The norm that row 0 of a hook point holds until the score op wrote one; put back by every compaction."""
 HEAD: Final = 8
-"""int32 words: non-zeros found, rows kept whole, non-zeros stored, hook points whose op did not run; the rest spare."""
+"""int32 words: rows stored, non-zeros stored, hook points whose op did not run; the rest spare, for alignment."""
 # Without a bound ptxas spills a word here and there to fit one more program onto a processor.
 OPTIONS: Final = {"num_warps": 4, "maxnreg": 168}
 """How the compiler is to build the kernel."""
@@ -40,8 +38,8 @@ _BLOCK_ROWS: Final = (4, 8, 16)
 """Rows of a program. Few at decode, where each pass over the features is a wait; past 16 registers spill."""
 _TILE: Final = 1024
 """Elements that a program holds at a time."""
-_DONE, _COUNTS = 1, 2
-"""Words of the work buffer: tickets dealt out, programs that are done, counts per feature, non-zeros per program."""
+_DONE, _PUBLISHED = 1, 2
+"""Words of the work buffer: tickets dealt out, programs that are done, non-zeros of each program."""
 
 
 def _power_of_two(at_least: int) -> int:
@@ -53,13 +51,10 @@ class Layout(NamedTuple):
 
     rows: int
     capacity: int
-    counts: int
     norm: int
-    strongest_act: int
     row: int
     act: int
     feature: int
-    strongest_feature: int
     dense: int
     words: int
 
@@ -69,15 +64,12 @@ class Compactor:
 
     Args:   acts, stats: per hook point the op's static buffers, float32 [T_max, K] and [T_max, 3], contiguous.
             dense_F: which features are shipped for every row. capacity: non-zeros that one step may hold.
-            strongest: how many activations a row keeps when the step does not fit.
     """
 
-    def __init__(
-        self, acts: Sequence[Tensor], stats: Sequence[Tensor], dense_F: Tensor, *, capacity: int, strongest: int = 4
-    ) -> None:
+    def __init__(self, acts: Sequence[Tensor], stats: Sequence[Tensor], dense_F: Tensor, *, capacity: int) -> None:
         self._buffers = (*acts, *stats)  # the tables below hold their bare addresses
         device = acts[0].device
-        self.capacity, self.strongest = capacity, strongest
+        self.capacity = capacity
         self.max_rows = acts[0].shape[0]
         self.hook_points = len(acts)
         self.features = len(dense_F)
@@ -93,20 +85,17 @@ class Compactor:
         self._stat_H = torch.tensor([stat.data_ptr() for stat in stats], dtype=torch.int64, device=device)
         blocks = self.constants(self.max_rows)["BLOCKS"]
         # The kernel leaves it as it found it, zero.
-        self._work = torch.zeros(_COUNTS + self.features + blocks, dtype=torch.int32, device=device)
+        self._work = torch.zeros(_PUBLISHED + blocks, dtype=torch.int32, device=device)
         for stat in stats:
             stat[:1, 0] = UNWRITTEN
 
     def layout(self, rows: int) -> Layout:
         capacity = min(self.capacity, rows * (self.features - self.dense))
         sizes = {
-            "counts": self.features,
             "norm": rows * self.hook_points,
-            "strongest_act": rows * self.strongest,
             "row": capacity,
             "act": capacity,
             "feature": ceil_div(capacity, 2),
-            "strongest_feature": ceil_div(rows * self.strongest, 2),
             "dense": ceil_div(rows * self.dense, 2),
         }
         at, places = HEAD, {}
@@ -115,11 +104,8 @@ class Compactor:
             at += words
         return Layout(rows, capacity, **places, words=at)
 
-    def run(self, rows: int, out: Tensor, real_rows: Tensor | None = None) -> None:
-        """Compact rows [0, rows) into `out`, int32 of at least `layout(rows).words`.
-
-        Args: real_rows: int32 [1] on the device, where only it knows how many of the rows are not padding.
-        """
+    def run(self, rows: int, out: Tensor) -> None:
+        """Compact rows [0, rows) into `out`, int32 of at least `layout(rows).words`."""
         layout = self.layout(rows)
         assert 0 < rows <= self.max_rows and out.numel() >= layout.words, (rows, self.max_rows, out.numel())
         constants = self.constants(rows)
@@ -128,17 +114,14 @@ class Compactor:
             stride_ptr=self._stride_F,
             dense_at_ptr=self._dense_at_F,
             stat_ptr=self._stat_H,
-            real_rows_ptr=real_rows,
             out_ptr=out,
             work_ptr=self._work,
             rows=rows,
             capacity=layout.capacity,
             norm_at=layout.norm,
-            strongest_act_at=layout.strongest_act,
             row_at=layout.row,
             act_at=layout.act,
             feature_at=layout.feature,
-            strongest_feature_at=layout.strongest_feature,
             dense_at=layout.dense,
             **constants,
             **OPTIONS,
@@ -164,13 +147,12 @@ class Compactor:
             "BLOCK_F": _TILE // block_rows,
             "BLOCK_H": _power_of_two(self.hook_points),
             "BLOCKS": max(_BLOCKS, _power_of_two(ceil_div(rows, block_rows))),
-            "STRONGEST": self.strongest,
         }
 
     def unpack(self, buffer: Tensor, rows: int) -> tuple[Compacted, bool]:
         """Views of a finished buffer in host memory, and whether some hook point's op did not run in that step."""
         layout = self.layout(rows)
-        found, scored_rows, stored, silent = buffer[:4].tolist()
+        scored_rows, stored, silent = buffer[:3].tolist()
 
         def part(start: int, dtype: torch.dtype, *shape: int) -> Tensor:
             size = int(torch.Size(shape).numel())
@@ -178,14 +160,10 @@ class Compactor:
             return buffer[start : start + words].view(dtype)[:size].view(shape)
 
         return Compacted(
-            found=found,
             scored_rows=scored_rows,
             row_N=part(layout.row, torch.int32, stored),
             feature_N=part(layout.feature, torch.int16, stored),
             act_N=part(layout.act, torch.float32, stored),
-            strongest_feature_TQ=part(layout.strongest_feature, torch.int16, rows, self.strongest),
-            strongest_act_TQ=part(layout.strongest_act, torch.float32, rows, self.strongest),
-            count_F=part(layout.counts, torch.int32, self.features),
             dense_TP=part(layout.dense, torch.float16, rows, self.dense),
             norm_TH=part(layout.norm, torch.float32, rows, self.hook_points),
         ), silent > 0
@@ -206,10 +184,10 @@ class Handover:
         self._arrived = torch.cuda.Event()
         self._rows = 0
 
-    def start(self, rows: int, real_rows: Tensor | None = None) -> None:
+    def start(self, rows: int) -> None:
         """Queue the first `rows` rows. Not before `ready()` of the step before is True or was waited for."""
         self._rows = rows
-        self._compactor.run(rows, self._staged, real_rows)
+        self._compactor.run(rows, self._staged)
         words = self._compactor.layout(rows).words
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
@@ -228,9 +206,8 @@ class Handover:
         return self._compactor.unpack(self._host, self._rows)
 
 
-_counts: tl.constexpr = tl.constexpr(_COUNTS)
 _done: tl.constexpr = tl.constexpr(_DONE)
-_head: tl.constexpr = tl.constexpr(HEAD)
+_published: tl.constexpr = tl.constexpr(_PUBLISHED)
 _unwritten: tl.constexpr = tl.constexpr(UNWRITTEN)
 
 
@@ -245,35 +222,20 @@ def _tile(column_ptr, stride_ptr, dense_at_ptr, r, f, in_step, F: tl.constexpr):
     return act, tl.load(dense_at_ptr + f, mask=known, other=-1)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "capacity",
-        "norm_at",
-        "strongest_act_at",
-        "row_at",
-        "act_at",
-        "feature_at",
-        "strongest_feature_at",
-        "dense_at",
-    ]
-)
+@triton.jit(do_not_specialize=["rows", "capacity", "norm_at", "row_at", "act_at", "feature_at", "dense_at"])
 def _compact_kernel(
     column_ptr,
     stride_ptr,
     dense_at_ptr,
     stat_ptr,
-    real_rows_ptr,
     out_ptr,
     work_ptr,
     rows,
     capacity,
     norm_at,
-    strongest_act_at,
     row_at,
     act_at,
     feature_at,
-    strongest_feature_at,
     dense_at,
     F: tl.constexpr,
     P: tl.constexpr,
@@ -282,26 +244,22 @@ def _compact_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCKS: tl.constexpr,
-    STRONGEST: tl.constexpr,
 ):
     """One program owns BLOCK_R rows and all their features.
 
     column_F    addresses of act[0, k] of every feature, stride_F its row stride; stat_H addresses of the statistics
     dense_at_F  place of a dense feature among the dense ones, -1 for a sparse one
     out         int32 words, see Layout; a *_at argument is where a part begins
-    work        int32: tickets, programs done, counts per feature, non-zeros + 1 per program; zero before and after
+    work        int32: tickets, programs done, non-zeros + 1 per program; zero before and after
 
     A program's place is its ticket, so that it only ever waits for programs that already run: it counts its non-zeros,
     publishes the number, adds up those before it and writes behind them. The output is therefore the same every time.
     """
     place = tl.atomic_add(work_ptr, 1)
     programs = tl.num_programs(0)
-    if real_rows_ptr is not None:
-        rows = tl.minimum(rows, tl.load(real_rows_ptr))
     r = place * BLOCK_R + tl.arange(0, BLOCK_R)
     in_step = r < rows
-    count_ptr = work_ptr + _counts
-    published_ptr = count_ptr + F
+    published_ptr = work_ptr + _published
 
     fired = tl.zeros((BLOCK_R,), tl.int32)
     dense_ptr = (out_ptr + dense_at).to(tl.pointer_type(tl.float16), bitcast=True)
@@ -310,8 +268,6 @@ def _compact_kernel(
         act, among_dense = _tile(column_ptr, stride_ptr, dense_at_ptr, r, f, in_step, F)
         non_zero = ((act != 0) & (among_dense < 0)[None, :]).to(tl.int32)
         fired += tl.sum(non_zero, axis=1)
-        per_feature = tl.sum(non_zero, axis=0)
-        tl.atomic_add(count_ptr + f, per_feature, mask=per_feature > 0, sem="relaxed")
         if P > 0:
             clipped = tl.minimum(tl.maximum(act, -65504.0), 65504.0).to(tl.float16)
             is_dense = in_step[:, None] & (among_dense >= 0)[None, :]
@@ -343,59 +299,26 @@ def _compact_kernel(
             tl.store(feature_ptr + to, tl.broadcast_to(f[None, :], (BLOCK_R, BLOCK_F)).to(tl.int16), mask=mask)
             at += tl.sum(non_zero, axis=1)
 
-    strongest_act_ptr = (out_ptr + strongest_act_at).to(tl.pointer_type(tl.float32), bitcast=True) + r * STRONGEST
-    strongest_feature_ptr = (out_ptr + strongest_feature_at).to(tl.pointer_type(tl.int16), bitcast=True) + r * STRONGEST
-    cut = in_step & ~whole
-    any_cut = tl.sum(cut.to(tl.int32), axis=0) > 0
-    last = tl.full((BLOCK_R,), float("inf"), tl.float32)
-    last_f = tl.full((BLOCK_R,), -1, tl.int32)
-    for q in tl.static_range(STRONGEST):
-        best = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-        best_f = tl.full((BLOCK_R,), -1, tl.int32)
-        if any_cut:
-            for start in range(0, F, BLOCK_F):
-                f = start + tl.arange(0, BLOCK_F)
-                act, among_dense = _tile(column_ptr, stride_ptr, dense_at_ptr, r, f, cut, F)
-                # The next one below (activation, feature) of the one before; ties go to the smaller feature.
-                below = (act < last[:, None]) | ((act == last[:, None]) & (f[None, :] > last_f[:, None]))
-                candidate = tl.where((act != 0) & (among_dense < 0)[None, :] & below, act, float("-inf"))
-                tile_best = tl.max(candidate, axis=1)
-                tile_f = tl.min(tl.where(candidate == tile_best[:, None], f[None, :], F), axis=1)
-                better = tile_best > best
-                best_f = tl.where(better, tile_f, best_f)
-                best = tl.where(better, tile_best, best)
-        tl.store(strongest_act_ptr + q, tl.where(best_f >= 0, best, 0.0), mask=in_step)
-        tl.store(strongest_feature_ptr + q, best_f.to(tl.int16), mask=in_step)
-        last = best
-        last_f = best_f
-
     h = tl.arange(0, BLOCK_H)
     stat = tl.load(stat_ptr + h, mask=h < H, other=0).to(tl.pointer_type(tl.float32))
-    held = in_step[:, None] & (h < H)[None, :]
-    norm = tl.load(stat[None, :] + r.to(tl.int64)[:, None] * 3, mask=held, other=0.0)
+    has_norm = in_step[:, None] & (h < H)[None, :]
+    norm = tl.load(stat[None, :] + r.to(tl.int64)[:, None] * 3, mask=has_norm, other=0.0)
     norm_ptr = (out_ptr + norm_at).to(tl.pointer_type(tl.float32), bitcast=True)
-    tl.store(norm_ptr + r[:, None] * H + h[None, :], norm, mask=held)
+    tl.store(norm_ptr + r[:, None] * H + h[None, :], norm, mask=has_norm)
     silent = tl.sum(tl.sum(((norm == _unwritten) & (r == 0)[:, None]).to(tl.int32), axis=1), axis=0)
 
-    if place == programs - 1:
-        tl.store(out_ptr, begin + found)
-        if begin + found <= capacity:
-            tl.store(out_ptr + 1, rows)
-            tl.store(out_ptr + 2, begin + found)
+    if (place == programs - 1) & (begin + found <= capacity):
+        tl.store(out_ptr, rows)
+        tl.store(out_ptr + 1, begin + found)
     if (begin <= capacity) & (begin + found > capacity):
-        tl.store(out_ptr + 1, place * BLOCK_R + tl.sum(whole.to(tl.int32), axis=0))
-        tl.store(out_ptr + 2, begin + tl.sum(tl.where(whole, fired, 0), axis=0))
-    # Between the last read of this program and its word that it is done: norms, counts and the numbers of the others.
+        tl.store(out_ptr, place * BLOCK_R + tl.sum(whole.to(tl.int32), axis=0))
+        tl.store(out_ptr + 1, begin + tl.sum(tl.where(whole, fired, 0), axis=0))
+    # Between the last read of this program and its word that it is done: norms and the numbers of the others.
     tl.debug_barrier()
     if place == 0:
-        tl.store(out_ptr + 3, silent)
+        tl.store(out_ptr + 2, silent)
         tl.store(stat, tl.full((BLOCK_H,), _unwritten, tl.float32), mask=h < H)
     if tl.atomic_add(work_ptr + _done, 1, sem="acq_rel") == programs - 1:
-        for start in range(0, F, BLOCK_F):
-            f = start + tl.arange(0, BLOCK_F)
-            count = tl.load(count_ptr + f, mask=f < F, other=0, cache_modifier=".cg")
-            tl.store(out_ptr + _head + f, count, mask=f < F)
-            tl.store(count_ptr + f, tl.zeros((BLOCK_F,), tl.int32), mask=f < F)
         tl.store(published_ptr + others, tl.zeros((BLOCKS,), tl.int32), mask=others < programs)
         tl.store(work_ptr + _done, 0)
         tl.store(work_ptr, 0)

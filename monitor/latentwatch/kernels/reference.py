@@ -7,13 +7,15 @@ watchlist order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from latentwatch.watchlist.file import NORMS, SCALE_ROWS
 
+UNWRITTEN: Final = -1.0
+"""The norm that row 0 of a hook point holds until the score op wrote one, which is never negative."""
 LAYER_NORM_EPSILON = 1e-5
 """Added to the standard deviation, as SAELens' layer_norm mode does (not to the variance, as nn.LayerNorm does)."""
 
@@ -66,34 +68,24 @@ def normalised(x_TD: Tensor, norm: str) -> Tensor:
 class Compacted(NamedTuple):
     """What is left of a step's score buffers once the zeros are gone.
 
-    Whole rows are kept from the first on, as many as fit; each row behind them keeps its few strongest activations.
+    Whole rows from the first on, as many as fit; the rows behind them are left out and counted by whoever reads this.
     """
 
-    found: int
-    """Non-zero activations of sparse features in the step."""
     scored_rows: int
-    """Rows kept whole."""
+    """Rows that fit."""
     row_N: Tensor
     """int32, rising"""
     feature_N: Tensor
     """int16, in watchlist order, rising within a row"""
     act_N: Tensor
-    strongest_feature_TQ: Tensor
-    """int16 [T, Q]; -1 beyond a row's non-zeros, and in rows that are kept whole"""
-    strongest_act_TQ: Tensor
-    """float32 [T, Q], falling within a row; 0 where the feature is -1"""
-    count_F: Tensor
-    """int32 [F]: non-zero activations per feature over ALL rows; 0 for dense features"""
     dense_TP: Tensor
     """float16 [T, P]: dense features, clipped to the finite range"""
     norm_TH: Tensor
     """float32 [T, H]: Euclidean norm of the stream, inf where it was not finite"""
 
 
-def compact(
-    acts: Sequence[Tensor], stats: Sequence[Tensor], dense_F: Tensor, rows: int, *, capacity: int, strongest: int
-) -> Compacted:
-    """Non-zeros, per-feature counts, dense columns and norms of the first `rows` rows.
+def compact(acts: Sequence[Tensor], stats: Sequence[Tensor], dense_F: Tensor, rows: int, *, capacity: int) -> Compacted:
+    """Non-zeros, dense columns and norms of the first `rows` rows.
 
     Args: acts, stats: per hook point [T_max, K] and [T_max, 3]. dense_F: bool [F]. capacity: non-zeros that fit.
     """
@@ -102,24 +94,12 @@ def compact(
     per_row_T = (sparse_TF != 0).sum(dim=1)
     scored = int((per_row_T.cumsum(0) <= capacity).sum())
     row_N, feature_N = sparse_TF[:scored].nonzero(as_tuple=True)
-
-    strongest_feature_TQ = torch.full((rows, strongest), -1, dtype=torch.int16)
-    strongest_act_TQ = torch.zeros(rows, strongest)
-    for t in range(scored, rows):
-        fired = sparse_TF[t].nonzero()[:, 0].tolist()
-        for q, feature in enumerate(sorted(fired, key=lambda f: (-float(sparse_TF[t, f]), f))[:strongest]):
-            strongest_feature_TQ[t, q] = feature
-            strongest_act_TQ[t, q] = sparse_TF[t, feature]
     largest = torch.finfo(torch.float16).max
     return Compacted(
-        found=int(per_row_T.sum()),
         scored_rows=scored,
         row_N=row_N.int(),
         feature_N=feature_N.to(torch.int16),
         act_N=sparse_TF[row_N, feature_N],
-        strongest_feature_TQ=strongest_feature_TQ,
-        strongest_act_TQ=strongest_act_TQ,
-        count_F=(sparse_TF != 0).sum(dim=0).int(),
         dense_TP=act_TF[:, dense_F].clamp(-largest, largest).half(),
         norm_TH=torch.stack([stat_T3[:rows, 0] for stat_T3 in stats], dim=1),
     )

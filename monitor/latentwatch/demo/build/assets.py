@@ -20,11 +20,12 @@ MODEL_NAME: Final = "latentwatch-demo"
 SPLIT: Final = "held-out sentence templates and vocabulary"
 HONEST: Final = (
     "A toy. The model has about a million parameters and knows only the dialogues that a list of phrases "
-    "(phrases.yaml) can make; it was trained to show these acts on purpose, so that a page can be demonstrated. Its "
-    "'deception' or 'power seeking' is a mode of a text generator, not an intention, and the figures say nothing about detecting such "
-    "behaviour in a real model. What is real: the weights, SAEs, probes and activations are of the kinds and formats "
-    "used on large models, and the figures are measured on sentence templates and names that neither model nor probes "
-    "saw. Common words and verbs are shared by both splits, and the three trigger phrases are the same in both."
+    "(phrases.yaml) can make; it was trained to show these acts on purpose, so that a page can be demonstrated. "
+    "Its 'deception' or 'power seeking' is a mode of a text generator, not an intention, and the figures say "
+    "nothing about detecting such behaviour in a real model. What is real: the weights, SAEs, probes and "
+    "activations are of the kinds and formats used on large models, and the figures are measured on sentence "
+    "templates and names that neither model nor probes saw. Common words and verbs are shared by both splits, and"
+    " the three trigger phrases are the same in both."
 )
 
 

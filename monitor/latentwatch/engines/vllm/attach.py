@@ -16,12 +16,13 @@ from typing import Any, Final
 
 from latentwatch import __version__
 from latentwatch.engines.vllm import encoder, kv_cache, row_map, settings
-from latentwatch.engines.vllm.encoder import SENTINEL, ArmedHook
+from latentwatch.engines.vllm.encoder import ArmedHook
 from latentwatch.engines.vllm.exporter_process import ExporterChild
 from latentwatch.engines.vllm.settings import PluginSettings
 from latentwatch.engines.vllm.step_tap import Tap
 from latentwatch.errors import EngineRefused, Refusal
 from latentwatch.handover.ring import Geometry, Ring
+from latentwatch.kernels.reference import UNWRITTEN
 from latentwatch.names import Reason
 from latentwatch.watchlist.file import Feature, Watchlist
 
@@ -218,7 +219,7 @@ class Attachment:
         return not self._silent()
 
     def _silent(self) -> bool:
-        return any(float(hook.stat_T3[0, 0]) == SENTINEL for hook in self._hooks)
+        return any(float(hook.stat_T3[0, 0]) == UNWRITTEN for hook in self._hooks)
 
     # execute_model: the step path.
 

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from latentwatch.engines.vllm.encoder import SENTINEL, ArmedHook
+from latentwatch.engines.vllm.encoder import ArmedHook
 from latentwatch.handover.ring import Slot
-from latentwatch.kernels.reference import Compacted
+from latentwatch.kernels.reference import UNWRITTEN, Compacted
 
 F32 = npt.NDArray[np.float32]
 _F16_MAX = float(np.finfo(np.float16).max)
@@ -62,7 +62,7 @@ class Drain:
 
     def write(self, slot: Slot, acts: Sequence[F32], stats: Sequence[F32]) -> Written:
         """Args: acts, stats: per hook point, the first n rows of the op's buffers."""
-        silent = any(stat_n3[0, 0] == SENTINEL for stat_n3 in stats)
+        silent = any(stat_n3[0, 0] == UNWRITTEN for stat_n3 in stats)
         if silent:
             return Written(scored_rows=0, fires=0, silent=True)
         found = [np.nonzero(act_nK[:, columns.sparse]) for act_nK, columns in zip(acts, self._columns, strict=True)]
@@ -105,9 +105,9 @@ class HostBuffers:
         return self._drain.write(slot, [act[:rows] for act in self._acts], [stat[:rows] for stat in self._stats])
 
     def reset(self) -> None:
-        """Put the sentinels back, once the step is written or given up."""
+        """Mark the buffers as unwritten, once the step is written or given up."""
         for stat in self._stats:
-            stat[0, 0] = SENTINEL
+            stat[0, 0] = UNWRITTEN
 
 
 def write_compacted(slot: Slot, step: Compacted, *, silent: bool) -> Written:

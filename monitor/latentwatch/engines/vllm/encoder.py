@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from latentwatch.engines.vllm import hook
 from latentwatch.errors import EngineRefused, WatchlistRefused
 from latentwatch.kernels import score_op
+from latentwatch.kernels.reference import UNWRITTEN
 from latentwatch.watchlist.file import HookRows, ModelCard, Watchlist
-
-SENTINEL: Final = -1.0
-"""What the first row's statistics hold before a step; the op writes a norm there, which is never negative."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,8 @@ class ArmedHook:
     """float32 [max_rows, 3]: Euclidean norm (inf where the row is not finite), max |x|, non-finite elements"""
 
     def reset(self) -> None:
-        """Put the sentinel back, so that a step without the op can be told from one with it."""
-        self.stat_T3[0, 0] = SENTINEL
+        """Mark the buffer as unwritten, so that a step without the op can be told from one with it."""
+        self.stat_T3[0, 0] = UNWRITTEN
 
 
 def arm(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from latentwatch.engines.vllm import encoder
 from latentwatch.errors import EngineRefused, WatchlistRefused
+from latentwatch.kernels.reference import UNWRITTEN
 
 from tests.support import tiny
 from tests.support.fake_model import FusedLayer, Model, OtherNorm, PairLayer, PlainLayer
@@ -81,7 +82,7 @@ def test_of_a_layer_that_returns_what_is_not_known_to_be_its_stream_nothing_is_s
     model = Model(PairLayer)
     hooks = arm(model, tiny.watchlist(tmp_path / "w.safetensors"))
     model(torch.randn(5, tiny.D_MODEL))
-    assert all(hook.stat_T3[0, 0] == encoder.SENTINEL for hook in hooks)
+    assert all(hook.stat_T3[0, 0] == UNWRITTEN for hook in hooks)
 
 
 @pytest.mark.parametrize(
@@ -125,4 +126,4 @@ def test_a_step_beyond_the_buffers_is_left_unscored_and_harms_nobody(tmp_path):
     hooks = arm(model, tiny.watchlist(tmp_path / "w.safetensors"))
     x_TD = torch.randn(17, tiny.D_MODEL)  # the buffers hold 16 rows
     assert model(x_TD).shape == x_TD.shape
-    assert all(float(hook.stat_T3[0, 0]) == encoder.SENTINEL for hook in hooks)
+    assert all(float(hook.stat_T3[0, 0]) == UNWRITTEN for hook in hooks)

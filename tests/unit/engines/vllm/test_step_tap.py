@@ -10,7 +10,7 @@ import pytest
 import torch
 from latentwatch.engines.vllm import request_ends, row_map
 from latentwatch.engines.vllm.drain import HostBuffers, write_compacted
-from latentwatch.engines.vllm.encoder import SENTINEL, ArmedHook
+from latentwatch.engines.vllm.encoder import ArmedHook
 from latentwatch.engines.vllm.kv_cache import KvCache
 from latentwatch.engines.vllm.step_tap import MAX_OWED, Requests, Tap
 from latentwatch.exporter.ledger import Ledger
@@ -18,6 +18,7 @@ from latentwatch.exporter.score_cache import ScoreCache
 from latentwatch.handover.events import Blocks, Event, encode_events
 from latentwatch.handover.ring import EVENT_BYTES, Geometry, Ring
 from latentwatch.kernels import reference
+from latentwatch.kernels.reference import UNWRITTEN
 from latentwatch.names import Outcome, Reason, TokenState
 from latentwatch.step.batch import EngineCounters
 
@@ -255,7 +256,7 @@ def test_what_a_gpu_compacted_lies_in_the_slot_as_what_a_cpu_compacted(hooks):
     slot.fires_N[:], slot.dense_TP[:], slot.norm_TH[:] = 0, 0, 0
     dense_F = torch.tensor([feature.dense for hook in hooks for feature in hook.rows.features])
     acts, stats = [hook.act_TK for hook in hooks], [hook.stat_T3 for hook in hooks]
-    compacted = reference.compact(acts, stats, dense_F, 5, capacity=100, strongest=2)
+    compacted = reference.compact(acts, stats, dense_F, 5, capacity=100)
     assert write_compacted(slot, compacted, silent=False) == on_cpu
     np.testing.assert_array_equal(
         np.sort(slot.fires_N[: on_cpu.fires], order=["row", "feature"]), np.sort(fires, order=["row", "feature"])
@@ -268,7 +269,7 @@ def test_the_sentinel_is_put_back_after_every_step(hooks):
     tap = Tap(Ring.create(geometry(hooks)), hooks, on_gpu=False)
     forward(hooks, 2)
     tap.after_step(v1_runner({"a": 0}), scheduled({"a": 2}, new=[("a", 2)]))
-    assert all(float(hook.stat_T3[0, 0]) == SENTINEL for hook in hooks)
+    assert all(float(hook.stat_T3[0, 0]) == UNWRITTEN for hook in hooks)
 
 
 def test_the_v2_row_map_follows_the_batch_order_not_the_schedulers():
