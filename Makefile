@@ -32,6 +32,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+proto: $(VENV)/.dev ## the wire's Python code from the .proto
+	$(BIN)/python proto/generate.py
+
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 

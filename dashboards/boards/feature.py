@@ -5,8 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.common import BigValueTextMode
 from grafana_foundation_sdk.models.dashboard import Dashboard, ValueMap, ValueMappingResult
-
-from monitor.export import metrics
+from latentwatch.export import metrics
 
 from .parts import (
     INSTANCE,

@@ -6,8 +6,7 @@ from typing import Final
 
 from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.dashboard import Dashboard
-
-from monitor.export import metrics
+from latentwatch.export import metrics
 
 from .parts import (
     GREEN,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.dashboard import Dashboard
-
-from monitor.export import metrics
+from latentwatch.export import metrics
 
 from .parts import (
     AS_LINES,

@@ -21,10 +21,9 @@ from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from grafana_foundation_sdk.models.text import TextMode
-
-from monitor.collector.verdicts import COVERAGE_GOAL
-from monitor.export import metrics
-from monitor.export.metrics import Metric
+from latentwatch.collector.http.verdicts import COVERAGE_GOAL
+from latentwatch.export import metrics
+from latentwatch.export.metrics import Metric
 
 from .queries import checked, increase, series
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Final
 
 import yaml
-
-from monitor.errors import ConfigRefused
-from monitor.export.metrics import FEATURE_INFO, METRICS, Metric
+from latentwatch.errors import ConfigRefused
+from latentwatch.export.metrics import FEATURE_INFO, METRICS, Metric
 
 HERE: Final = 'job=~"$job",instance=~"$instance"'
 MODEL: Final = f'{HERE},model_name=~"$model_name"'

@@ -5,8 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import TextBoxVariable
 from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.dashboard import Dashboard, VariableOption
-
-from monitor.export import metrics
+from latentwatch.export import metrics
 
 from .parts import (
     INSTANCE,

@@ -22,14 +22,14 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.http.verdicts import COVERAGE_GOAL
+from latentwatch.collector.service import CollectorSettings, ForwardSettings, Service
+from latentwatch.drift.detection import Budget
+from latentwatch.errors import ConfigRefused
+from latentwatch.export.metrics import METRICS, sample_names
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.collector.drift import DriftSettings
-from monitor.collector.service import ForwardSettings, Service, Settings
-from monitor.collector.verdicts import COVERAGE_GOAL
-from monitor.drift.detection import Budget
-from monitor.errors import ConfigRefused
-from monitor.export.metrics import METRICS, sample_names
-from monitor.watchlist import card
 from tests.support.drift import random_baseline
 from tests.support.engines import ROOT
 from tests.support.live import Traffic, toy_watchlist
@@ -187,11 +187,11 @@ def test_the_page_the_alerts_and_the_error_budget_have_one_objective() -> None:
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a Prometheus that has scraped a collector under load, through an incident, for some seconds."""
     folder = tmp_path_factory.mktemp("live")
-    watched = card.write(WATCHED, folder / "toy.safetensors")
+    watched = watchlist_file.write(WATCHED, folder / "toy.safetensors")
     baseline = dataclasses.replace(
         random_baseline(WATCHED.features, sha256=watched.sha256), created_seconds=time.time() - 86_400
     )
-    settings = Settings(
+    settings = CollectorSettings(
         folder / "toy.safetensors",
         (f"unix://{folder}/c.sock",),
         "127.0.0.1:0",
@@ -200,7 +200,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         forward=ForwardSettings(f"unix://{folder}/g.sock", "pod-0"),
     )
     service = Service(settings)
-    gateway = Service(Settings(folder / "toy.safetensors", (f"unix://{folder}/g.sock",), "127.0.0.1:0"))
+    gateway = Service(CollectorSettings(folder / "toy.safetensors", (f"unix://{folder}/g.sock",), "127.0.0.1:0"))
     who = hello(model_name="llama", watchlist_sha256=watched.sha256)
     traffic = Traffic(watched, running=6)
     traffic.incident, traffic.cached_share = True, 0.3

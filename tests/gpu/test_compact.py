@@ -9,9 +9,8 @@ import time
 
 import pytest
 import torch
+from latentwatch.kernels import compact, reference
 from torch import Tensor
-
-from monitor.kernels import compact, reference
 
 
 class Engine:

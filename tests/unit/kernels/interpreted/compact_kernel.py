@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.kernels import compact, reference
 from torch import Tensor
-
-from monitor.kernels import compact, reference
 
 POISON = 0x7FC07FC0
 """NaN as float32 and as float16, and no row or feature number as an integer."""
