@@ -20,7 +20,6 @@ HELP = "Check an installation from end to end, and say what to do for each failu
 EPILOG = """exit code 0: nothing failed; 1: something did. What is not asked for, or not on this host, is skipped.
 example:  latentwatch doctor --collector http://127.0.0.1:9464 --prometheus http://127.0.0.1:9090"""
 
-COVERAGE_GOAL: Final = 0.999
 _TIMEOUT_SECONDS: Final = 5.0
 
 Status = Literal["ok", "failed", "skipped"]
@@ -227,6 +226,8 @@ def engines(view: Mapping[str, Any]) -> Iterator[Finding]:
 
 def coverage(view: Mapping[str, Any]) -> Finding:
     """Whether the tokens of the last minutes were scored."""
+    from latentwatch.collector.http.verdicts import COVERAGE_GOAL
+
     recent, missing = view["coverage"]["recent_seen_ratio"], view["coverage"]["missing"]
     if recent is None:
         return Finding("coverage", "skipped", "no token in the last minutes; send a request")
