@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.vocabulary import PublicName, public_names
+from tests.support.vocabulary import ALLOWED, PublicName, public_names
 
 GENERATED = "_pb"
 """Name of the folder with the code that protoc writes."""
@@ -80,8 +80,8 @@ def read(root: Path) -> list[Module]:
     return modules
 
 
-def measure(modules: Sequence[Module], tests: Iterable[str], allowed: Collection[tuple[str, str]] = ()) -> list[Row]:
-    """The table. Args: tests: source text of the test files. allowed: module and name that may speak the dialect."""
+def measure(modules: Sequence[Module], tests: Iterable[str]) -> list[Row]:
+    """The table. Args: tests: source text of the test files."""
     module_lines = {module.name: line_count(module.source) for module in modules}
     function_lines = {name: lines for module in modules for name, lines in sizes(module, Function)}
     class_lines = {name: lines for module in modules for name, lines in sizes(module, ast.ClassDef)}
@@ -91,7 +91,7 @@ def measure(modules: Sequence[Module], tests: Iterable[str], allowed: Collection
     chain = longest_chain(at_run_time)
     cycle, cycle_for_types = largest_cycle(at_run_time), largest_cycle(for_types)
     anys = {module.name: count_any(module.tree) for module in modules}
-    spoken = dialect(modules, allowed)
+    spoken = dialect(modules)
     return [
         Row("modules", len(modules)),
         Row("module lines, median", quantile(module_lines.values(), 0.5)),
@@ -189,13 +189,13 @@ def count_any(tree: ast.Module) -> int:
     return sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree))
 
 
-def dialect(modules: Iterable[Module], allowed: Collection[tuple[str, str]] = ()) -> list[PublicName]:
-    """Public names with a word of the private dialect, each name of a module once."""
+def dialect(modules: Iterable[Module]) -> list[PublicName]:
+    """Public names with a word of the private dialect that are not allowed to, each name of a module once."""
     found = {
         (name.module, name.name): name
         for module in modules
         for name in public_names(module.name, module.source)
-        if name.dialect and (name.module, name.name) not in allowed
+        if name.dialect and name.name not in ALLOWED
     }
     return list(found.values())
 

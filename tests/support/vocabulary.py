@@ -42,10 +42,11 @@ DIALECT = {
 rule, since one word of the dialect stands for several things."""
 
 ALLOWED = {
-    ("latentwatch.export.metrics", "STAGE_DEPTH"): "latentwatch_stage_depth is published, its label is `stage`",
-    ("latentwatch.export.metrics", "STAGE_CAPACITY"): "latentwatch_stage_capacity is published, its label is `stage`",
+    "Dialogue.turns": "a dialogue has turns: the word of everyone who writes of chats",
+    "STAGE_DEPTH": "latentwatch_stage_depth is published, with a label `stage`",
+    "STAGE_CAPACITY": "latentwatch_stage_capacity is published, with a label `stage`",
 }
-"""Module and name that may use a word of the dialect, and why: there it is the plain word, or a promise to others."""
+"""Names that may use a word of the dialect, and why: there it is the plain word, or a promise to others."""
 
 
 @dataclass(frozen=True)
