@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -61,10 +61,6 @@ class Geometry:
     @property
     def max_fires(self) -> int:
         return min(MAX_FIRES, self.max_rows * max(1, self.features - self.dense))
-
-    def to_args(self) -> dict[str, int]:
-        """For the exporter's command line."""
-        return asdict(self)
 
 
 class Slot:
