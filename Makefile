@@ -11,7 +11,7 @@ REQ := .requirements
 # Two files of tests at a time, in the order of the folders: the engine tests are the long ones and come early.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check unit engine e2e lint types imports proto lock clean system
+.PHONY: help demo test check unit engine lint types imports dependencies proto lock clean system
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -22,7 +22,7 @@ test: system $(VENV)/.dev ## everything: linters, types, import rules, unit, con
 	@$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
-check: lint types imports ## linters, types and import rules only
+check: lint types imports dependencies ## linters, types, import and dependency rules only
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -37,6 +37,9 @@ proto: $(VENV)/.dev ## the wire's Python code from the .proto
 
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
+
+dependencies: $(VENV)/.dev
+	$(BIN)/deptry monitor
 
 unit: $(VENV)/.dev ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not e2e"
