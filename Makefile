@@ -32,6 +32,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+proto: $(VENV)/.dev ## the wire's Python code from the .proto
+	$(BIN)/python proto/generate.py
+
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
@@ -70,6 +73,9 @@ bench-collector: $(VENV)/.dev ## the collector's throughput per core, step to /m
 
 bench-chaos: $(VENV)/.dev ## 100 collector kills, cuts, stops, full disks, clock jumps; the reconciliation printed
 	$(BIN)/python -m tests.bench.chaos
+
+bench-house: $(VENV)/.dev ## the package in numbers: sizes, imports, types, errors, names, beside the goals for them
+	$(BIN)/python -m tests.bench.house
 
 nightly: bench-drift bench-drift-real ## drift's benchmarks whole, and 20 minutes at a steady rate: how fast memory grows
 	$(BIN)/python -m tests.bench.soak

@@ -9,7 +9,6 @@ import pytest
 
 ALLOWED_SKIPS = (
     "no GPU",
-    "needs grpcio-tools",
     "needs the upstream library",
 )
 """How a skip reason may begin in CI: what neither this machine nor its package set can have."""

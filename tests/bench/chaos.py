@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from monitor import __version__
+from latentwatch import __version__
+
 from tests.chaos import faults
 from tests.chaos.world import Books
 from tests.support.engines import ROOT

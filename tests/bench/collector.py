@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch import __version__
+from latentwatch.collector.durability.journal import DurableSink
+from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.export.prometheus import Exposition
+from latentwatch.names import Outcome, Phase, TokenState
+from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
+from latentwatch.transport import codec
+from latentwatch.transport.sender import Sender
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.file import Limit
 
-from monitor import __version__
-from monitor.collector.durable import DurableSink
-from monitor.collector.exposition import Families, ProcessFacts
-from monitor.collector.pipeline import Pipeline
-from monitor.export.prometheus import Exposition
-from monitor.names import Outcome, Phase, TokenState
-from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
-from monitor.transport import codec
-from monitor.transport.sender import Sender
-from monitor.watchlist import card
-from monitor.watchlist.card import Limit
 from tests.support.engines import ROOT
 from tests.support.streams import hello, sparse, watchlist
 
@@ -47,7 +47,7 @@ LIFE_STEPS = 256
 """Output tokens of each request; all of a wave begin and end together, which is the worst for latency."""
 
 
-def features_of(count: int) -> list[card.Feature]:
+def features_of(count: int) -> list[watchlist_file.Feature]:
     """Sparse features; one in 16 has a limit, which ordinary traffic exceeds now and then."""
     return [sparse(f"f{i}", limit=Limit("max", 6.0) if i % 16 == 0 else None) for i in range(count)]
 
@@ -98,11 +98,11 @@ class Collector:
 
     def __init__(self, folder: Path, features: int, name: str = "c", more: Sequence[str] = ()) -> None:
         """Args: more: of its command line."""
-        self.sha256 = card.write(watchlist(features_of(features)), folder / "w.safetensors").sha256
+        self.sha256 = watchlist_file.write(watchlist(features_of(features)), folder / "w.safetensors").sha256
         self.target = f"unix://{folder}/{name}.sock"
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "monitor", "collector", "--watchlist", str(folder / "w.safetensors")),
+                *(sys.executable, "-m", "latentwatch", "collector", "--watchlist", str(folder / "w.safetensors")),
                 *("--listen", self.target, "--http", "127.0.0.1:0", "--state", str(folder / f"{name}-state")),
                 *more,
             ],

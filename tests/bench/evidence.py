@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch import __version__
+from latentwatch.collector.evidence_buffer import watched
+from latentwatch.collector.service import SWITCH_SECONDS
+from latentwatch.evidence import store as stores
+from latentwatch.evidence.archive import Archive
+from latentwatch.evidence.audit import Audit
+from latentwatch.evidence.records import Ended, Exceedance, Record, Request
+from latentwatch.evidence.store import Retention, Store
+from latentwatch.evidence.writer import QUEUE_BYTES, Writer
+from latentwatch.names import Outcome, Phase
 
-from monitor import __version__
-from monitor.collector.recorder import watched
-from monitor.collector.service import SWITCH_SECONDS
-from monitor.evidence import store as stores
-from monitor.evidence.archive import Archive
-from monitor.evidence.audit import Audit
-from monitor.evidence.records import Ended, Exceedance, Record, Request
-from monitor.evidence.store import Retention, Store
-from monitor.evidence.writer import QUEUE_BYTES, Writer
-from monitor.names import Outcome, Phase
 from tests.support.evidence import one_request
 from tests.support.streams import sparse, watchlist
 

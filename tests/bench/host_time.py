@@ -19,15 +19,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from latentwatch import __version__
+from latentwatch.engines.vllm import request_ends
+from latentwatch.engines.vllm.kv_cache import KvCache
+from latentwatch.engines.vllm.step_tap import Tap
+from latentwatch.exporter.ledger import Ledger
+from latentwatch.exporter.score_cache import ScoreCache
+from latentwatch.handover.ring import Geometry, Ring
+from latentwatch.step.batch import FIRE_DTYPE, EngineCounters
 
-from monitor import __version__
-from monitor.engine import finish
-from monitor.engine.kv import KvCache
-from monitor.engine.tap import Tap
-from monitor.exporter.kept import KeptScores
-from monitor.exporter.ledger import Ledger
-from monitor.ring import Geometry, Ring
-from monitor.step import FIRE_DTYPE, EngineCounters
 from tests.support.engines import ROOT
 
 RESULT = ROOT / "tests/bench/results/host-time.json"
@@ -71,7 +71,7 @@ class Scheduler:
             num_scheduled_tokens=dict.fromkeys(self._running, 1),
             total_num_scheduled_tokens=len(self._running),
         )
-        setattr(output, finish.ATTRIBUTE, ended)
+        setattr(output, request_ends.ATTRIBUTE, ended)
         batch = SimpleNamespace(
             req_ids=self._running,
             num_reqs=len(self._running),
@@ -112,7 +112,7 @@ def measure(running: int) -> dict[str, Any]:
     ring = Ring.create(geometry)
     reader = Ring(ring.fd, geometry, create=False)
     tap = Tap(ring, (), on_gpu=False, cache=KvCache(group=0, blocks=BLOCKS, block_size=BLOCK_SIZE))
-    kept = KeptScores(blocks=BLOCKS, block_size=BLOCK_SIZE, dense=DENSE, hook_points=HOOKS)
+    kept = ScoreCache(blocks=BLOCKS, block_size=BLOCK_SIZE, dense=DENSE, hook_points=HOOKS)
     ledger = Ledger(armed=True, drafts=False, kept=kept)
     scheduler, rng = Scheduler(running), np.random.default_rng(0)
     # One after the other, as they are in processes of their own and do not share a cache line.

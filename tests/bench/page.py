@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch import __version__
+from latentwatch.watchlist.file import MAX_FEATURES
 
-from monitor import __version__
-from monitor.watchlist.card import MAX_FEATURES
 from tests.support.browser import Tab, browser
 
 RESULT = Path(__file__).parent / "results" / "page.json"

@@ -14,8 +14,8 @@ import platform
 from pathlib import Path
 
 import numpy as np
+from latentwatch import __version__
 
-from monitor import __version__
 from tests.support import parity
 
 RESULT = Path(__file__).parent / "results" / "parity.json"

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from monitor.export.metrics import METRICS
+from latentwatch.export.metrics import METRICS
+
 from tests.support.engines import ROOT
 
 README = ROOT / "README.md"
@@ -41,7 +42,7 @@ def step_time() -> str:
 
 
 def probes() -> str:
-    card: dict[str, Any] = json.loads((ROOT / "monitor/demo/assets/card.json").read_text())
+    card: dict[str, Any] = json.loads((ROOT / "monitor/latentwatch/demo/assets/card.json").read_text())
     rows = [
         [
             name.replace("_", " "),

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch import __version__
+from latentwatch.transport.sender import Sender
 
-from monitor import __version__
-from monitor.transport.sender import Sender
 from tests.bench.collector import REQUESTS, Collector, Load
 from tests.support.engines import ROOT
 from tests.support.streams import hello

@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.watchlist import card
 from tests.support import tiny
 from tests.support.engine_run import ENVIRONMENT
 from tests.support.engines import ROOT, cache_root, random_prompts
 from tests.support.recording import RecordingCollector
 
 RESULT = ROOT / "tests/bench/results/step-time.json"
-ASSETS = ROOT / "monitor/demo/assets"
+ASSETS = ROOT / "monitor/latentwatch/demo/assets"
 LARGE = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -163,7 +163,9 @@ def run(make_case: Callable[[Path], Case]) -> list[dict[str, Any]]:
         off.wait_for("READY")
         rows = []
         for batch in BATCHES:
-            rows.append({"features": len(card.read(case.watchlist).features), **measure(case, on, off, batch)})
+            rows.append(
+                {"features": len(watchlist_file.read(case.watchlist).features), **measure(case, on, off, batch)}
+            )
             print(rows[-1], flush=True)
         requests = sum((1 + case.pairs) * batch for batch in BATCHES)
         collector.wait_closed(requests)
@@ -178,8 +180,7 @@ def run(make_case: Callable[[Path], Case]) -> list[dict[str, Any]]:
 def main() -> None:
     import torch
     import vllm
-
-    from monitor import __version__
+    from latentwatch import __version__
 
     rows = [*run(demo_case), *run(large_case)]
     RESULT.write_text(

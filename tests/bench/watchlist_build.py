@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-
-from monitor import __version__
-from monitor.watchlist import card
-from monitor.watchlist.build import build
+from latentwatch import __version__
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.build import build
 
 RESULT = Path(__file__).parent / "results" / "watchlist-build.json"
 WIDTH, D_MODEL, HOOK_POINTS, FEATURES = 65536, 4096, 4, 256
@@ -107,7 +106,7 @@ def read_seconds(path: Path) -> float:
     times = []
     for _ in range(9):
         began = time.perf_counter()
-        card.read(path)
+        watchlist_file.read(path)
         times.append(time.perf_counter() - began)
     return float(np.median(times))
 

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from monitor.engine.child import ExporterChild
-from monitor.events import Closed, Opened, encode_events
-from monitor.names import Reason
-from monitor.ring import REQUEST_DTYPE, Geometry, Ring
+from latentwatch.engines.vllm.exporter_process import ExporterChild
+from latentwatch.handover.events import Closed, Opened, encode_events
+from latentwatch.handover.ring import REQUEST_DTYPE, Geometry, Ring
+from latentwatch.names import Reason
 
 PROMPT_TOKENS = 8
 SPARSE, DENSE, HOOKS = 32, 1, 1

@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 
 import numpy as np
+from latentwatch.transport.sender import Sender
 
-from monitor.transport.sender import Sender
 from tests.chaos.world import FEATURES, Totals, until, world
 from tests.support.streams import Schedule, hello, tokens
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch.cli import main
+from latentwatch.watchlist import file as watchlist_file
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitor.cli import main
-from monitor.watchlist import card
 from tests.chaos import engine
 from tests.support.engines import ROOT
 from tests.support.streams import probe, sparse, watchlist
@@ -48,7 +48,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> No
 # Each collector is forked from one process that has imported all of it: a start costs milliseconds of processor time
 # instead of seconds, so that a hundred of them fit into minutes and kills meet a collector at work.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["monitor.cli", "monitor.collector.service"])
+_FORKS.set_forkserver_preload(["latentwatch.cli", "latentwatch.collector.service"])
 
 
 def serve(arguments: list[str], log: str, clock: str) -> None:
@@ -303,7 +303,7 @@ class World:
 def world() -> Iterator[World]:
     folder = Path(tempfile.mkdtemp(prefix="lwchaos"))
     path = folder / "w.safetensors"
-    made = World(folder, path, card.write(watchlist(FEATURES), path).sha256)
+    made = World(folder, path, watchlist_file.write(watchlist(FEATURES), path).sha256)
     try:
         yield made
     finally:

@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-
-from monitor.cli import VERBS, build_parser, main
+from latentwatch.cli import VERBS, build_parser, main
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -32,7 +31,7 @@ def test_a_refusal_is_one_line_on_stderr_and_exit_code_2(tmp_path, capsys):
 
 def test_help_is_quick_because_no_heavy_library_is_imported_for_it():
     code = (
-        "import sys; from monitor.cli import build_parser; build_parser(); "
+        "import sys; from latentwatch.cli import build_parser; build_parser(); "
         "print({'torch', 'vllm', 'transformers', 'grpc'} & set(sys.modules))"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

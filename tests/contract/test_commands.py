@@ -22,16 +22,16 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import latentwatch.demo
 import numpy as np
 import pytest
 import yaml
+from latentwatch.cli import main
+from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.service import Service
+from latentwatch.drift import baseline
+from latentwatch.watchlist import file as watchlist_file
 
-import monitor.demo
-from monitor.cli import main
-from monitor.collector.drift import DriftSettings
-from monitor.collector.service import Service
-from monitor.drift import baseline
-from monitor.watchlist import card
 from tests.support.collectors import FEATURES, collector, exceed
 from tests.support.drift import random_baseline
 from tests.support.engines import ROOT
@@ -60,7 +60,7 @@ ELSEWHERE = {
     r"kubectl ": ("tests/helm/test_matrix.py", "checks the objects that it would make or read; no cluster is at hand"),
 }
 """By how a command begins: where it is run or what stands in for it, and why it is not run here."""
-ASSETS = Path(monitor.demo.__file__).parent / "assets"
+ASSETS = Path(latentwatch.demo.__file__).parent / "assets"
 
 
 def commands(path: Path) -> list[str]:
@@ -256,12 +256,12 @@ def test_a_command_of_ours_runs(line: str, here: Path, servers: dict[str, str]) 
 @pytest.mark.e2e
 @pytest.mark.parametrize("line", COLLECTORS)
 def test_a_collector_starts_answers_and_stops(line: str, here: Path) -> None:
-    watched = card.write(watchlist(FEATURES), here / "my.watchlist.safetensors")
+    watched = watchlist_file.write(watchlist(FEATURES), here / "my.watchlist.safetensors")
     baseline.write(random_baseline(FEATURES, sha256=watched.sha256), here / "prod.baseline")
     with tempfile.TemporaryDirectory(prefix="lw") as short:
         line = re.sub(r"(?<=unix://)/tmp|/var/lib/latentwatch", short, line)
         more = ["--http", "127.0.0.1:0", *([] if "--listen" in line else ["--listen", f"unix://{short}/c.sock"])]
-        argv = [sys.executable, "-m", "monitor", *words(line, *more)]
+        argv = [sys.executable, "-m", "latentwatch", *words(line, *more)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None

@@ -6,6 +6,7 @@ No Grafana is at hand: what is not tested is how it draws.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -18,12 +19,17 @@ from typing import Any
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.http.verdicts import COVERAGE_GOAL
+from latentwatch.collector.service import CollectorSettings, ForwardSettings, Service
+from latentwatch.drift.detection import Budget
+from latentwatch.errors import ConfigRefused
+from latentwatch.export.metrics import METRICS, sample_names
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.collector.drift import DriftSettings
-from monitor.collector.service import ForwardSettings, Service, Settings
-from monitor.drift.detection import Budget
-from monitor.export.metrics import METRICS, sample_names
-from monitor.watchlist import card
 from tests.support.drift import random_baseline
 from tests.support.engines import ROOT
 from tests.support.live import Traffic, toy_watchlist
@@ -60,6 +66,11 @@ def test_the_files_are_what_the_generator_writes() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+def test_each_board_has_a_file_of_its_own() -> None:
+    modules = {path.stem for path in (ROOT / "dashboards/boards").glob("*.py")}
+    assert modules - {"__init__", "parts", "queries"} == set(BOARDS)
+
+
 def test_there_are_four_with_fixed_addresses_that_the_alerts_link_to() -> None:
     assert set(BOARDS) == {"overview", "feature", "requests", "health"}
     uids = {board["uid"] for board in BOARDS.values()}
@@ -90,6 +101,24 @@ def test_panels_have_ids_of_their_own_and_lie_side_by_side(board: dict[str, Any]
         apart = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         assert apart or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in board["panels"])
+
+
+@pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS)
+def test_grafanas_own_types_know_all_that_a_dashboard_says(board: dict[str, Any]) -> None:
+    """A board read into the SDK's types and written again has lost what they do not know, a mistyped option too."""
+    register_default_plugins()
+    again = json.loads(json.dumps(Dashboard.from_json(board), cls=JSONEncoder))
+    known_to_prometheus = {"annotations.list.titleFormat", "annotations.list.step"}
+    assert paths(board) - paths(again) <= known_to_prometheus
+
+
+def paths(value: Any, at: str = "") -> set[str]:
+    """Every path to a value, without the places in lists."""
+    if isinstance(value, list):
+        return set().union(*(paths(one, at) for one in value))
+    if isinstance(value, dict):
+        return set().union(*(paths(one, f"{at}.{name}".lstrip(".")) for name, one in value.items()))
+    return {at}
 
 
 @pytest.mark.parametrize("panel", PANELS)
@@ -125,6 +154,32 @@ def test_every_metric_has_a_place_on_a_dashboard() -> None:
     assert not [metric.name for metric in METRICS if not re.search(rf"\b{metric.name}(_bucket)?\b", text)]
 
 
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ('latentwatch_tokns_total{job=~"$job"}', "metric_unknown"),
+        ("sum(latentwatch_tokns_total)", "metric_unknown"),
+        ('model:latentwatch_coverage:ratio_rate7d{model_name="m"}', "metric_unknown"),
+        ('rate(latentwatch_tokens_total{job=~"$job",replica="r"}[5m])', "label_unknown"),
+    ],
+)
+def test_no_board_is_written_with_a_metric_or_label_that_nobody_exports(
+    monkeypatch: pytest.MonkeyPatch, expression: str, reason: str
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "dashboards"))
+    checked = importlib.import_module("boards.queries").checked
+    with pytest.raises(ConfigRefused) as refused:
+        checked(expression)
+    assert refused.value.reason == reason and expression in str(refused.value)
+
+
+def test_the_page_the_alerts_and_the_error_budget_have_one_objective() -> None:
+    budget = f"{1 - COVERAGE_GOAL:.6g}"
+    alerts = (RULES / "alerts.yaml").read_text()
+    assert set(re.findall(r"model:latentwatch_coverage:\w+ < 1 - [\d.]+ \* ([\d.]+)", alerts)) == {budget}
+    assert any(expression.endswith(f"/ {budget}") for expression in EXPRESSIONS)
+
+
 # -- on live data
 
 
@@ -132,11 +187,11 @@ def test_every_metric_has_a_place_on_a_dashboard() -> None:
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a Prometheus that has scraped a collector under load, through an incident, for some seconds."""
     folder = tmp_path_factory.mktemp("live")
-    watched = card.write(WATCHED, folder / "toy.safetensors")
+    watched = watchlist_file.write(WATCHED, folder / "toy.safetensors")
     baseline = dataclasses.replace(
         random_baseline(WATCHED.features, sha256=watched.sha256), created_seconds=time.time() - 86_400
     )
-    settings = Settings(
+    settings = CollectorSettings(
         folder / "toy.safetensors",
         (f"unix://{folder}/c.sock",),
         "127.0.0.1:0",
@@ -145,7 +200,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         forward=ForwardSettings(f"unix://{folder}/g.sock", "pod-0"),
     )
     service = Service(settings)
-    gateway = Service(Settings(folder / "toy.safetensors", (f"unix://{folder}/g.sock",), "127.0.0.1:0"))
+    gateway = Service(CollectorSettings(folder / "toy.safetensors", (f"unix://{folder}/g.sock",), "127.0.0.1:0"))
     who = hello(model_name="llama", watchlist_sha256=watched.sha256)
     traffic = Traffic(watched, running=6)
     traffic.incident, traffic.cached_share = True, 0.3

@@ -13,16 +13,20 @@ def loaded_by(module: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
-@pytest.mark.parametrize("module", ["monitor.collector.service", "monitor.exporter.process", "monitor.cli.collector"])
+@pytest.mark.parametrize(
+    "module", ["latentwatch.collector.service", "latentwatch.exporter.process", "latentwatch.cli.collector"]
+)
 def test_no_torch_on_this_side_of_the_ring(module):
     assert not {"torch", "triton", "vllm", "transformers"} & loaded_by(module)
 
 
-@pytest.mark.parametrize("module", ["monitor.engine.plugin", "monitor.engine.attach", "monitor.ring"])
+@pytest.mark.parametrize(
+    "module", ["latentwatch.engines.vllm.plugin", "latentwatch.engines.vllm.attach", "latentwatch.handover.ring"]
+)
 def test_no_grpc_in_the_engine(module):
     assert "grpc" not in loaded_by(module)
 
 
 def test_the_plugin_alone_loads_neither_torch_nor_vllm():
     """vLLM imports it in every process, before it knows whether it is wanted."""
-    assert not {"torch", "vllm"} & loaded_by("monitor.engine.plugin")
+    assert not {"torch", "vllm"} & loaded_by("latentwatch.engines.vllm.plugin")

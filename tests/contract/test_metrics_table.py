@@ -7,16 +7,16 @@ import re
 
 import numpy as np
 import pytest
+from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.export.metrics import METRICS, Metric, sample_names
+from latentwatch.export.prometheus import Exposition
+from latentwatch.names import Severity
+from latentwatch.watchlist.file import Limit
 from prometheus_client.openmetrics import parser as open_metrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitor.collector.drift import DriftSettings
-from monitor.collector.exposition import Families, ProcessFacts
-from monitor.collector.pipeline import Pipeline
-from monitor.export.metrics import METRICS, Metric, sample_names
-from monitor.export.prometheus import Exposition
-from monitor.names import Severity
-from monitor.watchlist.card import Limit
 from tests.support.drift import random_baseline
 from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
 

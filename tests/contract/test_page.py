@@ -9,9 +9,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from latentwatch.collector.evidence import EvidenceSettings
+from latentwatch.collector.service import Service
 
-from monitor.collector.evidence import EvidenceSettings
-from monitor.collector.service import Service
 from tests.support.browser import browser
 from tests.support.collectors import FEATURES, collector, exceed
 from tests.support.real import program

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from latentwatch.collector.metrics_families import REFUSALS
+from latentwatch.export.metrics import METRICS, sample_names
+from latentwatch.names import Reason
 
-from monitor.collector.exposition import REFUSALS
-from monitor.export.metrics import METRICS, sample_names
-from monitor.names import Reason
 from tests.support.real import program
 from tests.support.stack import alertmanager
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from latentwatch.collector.service import Service
+from latentwatch.export.metrics import sample_names
 
-from monitor.collector.service import Service
-from monitor.export.metrics import sample_names
 from tests.support.collectors import collector, exceed
 from tests.support.real import program
 from tests.support.stack import ask, eventually, prometheus

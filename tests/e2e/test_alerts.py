@@ -20,18 +20,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from latentwatch.collector.config import Bounds
+from latentwatch.collector.service import CollectorSettings, Service
+from latentwatch.demo.run.commands import demo_alertmanager
+from latentwatch.demo.run.processes import free_ports
+from latentwatch.demo.run.webhook import Page, Webhook
+from latentwatch.errors import StreamRefused
+from latentwatch.export.metrics import sample_names
+from latentwatch.names import Outcome, Phase, Reason, Severity, TokenState
+from latentwatch.step.batch import SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.file import Limit
 
-from monitor.collector.config import Bounds
-from monitor.collector.service import Service, Settings
-from monitor.demo.processes import free_ports
-from monitor.demo.services import demo_alertmanager
-from monitor.demo.webhook import Page, Webhook
-from monitor.errors import StreamRefused
-from monitor.export.metrics import sample_names
-from monitor.names import Outcome, Phase, Reason, Severity, TokenState
-from monitor.step import SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
-from monitor.watchlist import card
-from monitor.watchlist.card import Limit
 from tests.support.engines import ROOT
 from tests.support.stack import RULES, alertmanager, eventually, metrics_page, prometheus
 from tests.support.streams import Piece, Tokens, hello, sparse, step_batch, watchlist
@@ -56,10 +56,12 @@ class Fleet:
     """One collector that lives through everything that can go wrong with its engines, for as long as `troubled`."""
 
     def __init__(self, folder: Path) -> None:
-        watched = card.write(watchlist(FEATURES), folder / "w.safetensors")
+        watched = watchlist_file.write(watchlist(FEATURES), folder / "w.safetensors")
         # Room for one request: a second one that runs cannot be followed.
         bounds = Bounds(open_requests=1)
-        self.service = Service(Settings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", bounds))
+        self.service = Service(
+            CollectorSettings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", bounds)
+        )
         self.troubled = True
         self._sha256 = watched.sha256
         self._boots = itertools.count(1)
@@ -143,7 +145,7 @@ class Fleet:
 
 @contextlib.contextmanager
 def second_collector(folder: Path, port: int) -> Iterator[None]:
-    made = Service(Settings(folder / "w.safetensors", (f"unix://{folder}/c2.sock",), f"127.0.0.1:{port}"))
+    made = Service(CollectorSettings(folder / "w.safetensors", (f"unix://{folder}/c2.sock",), f"127.0.0.1:{port}"))
     in_loop(made.start())
     try:
         yield

@@ -18,7 +18,7 @@ from tests.support.real import program
 
 pytestmark = [pytest.mark.e2e, pytest.mark.engine]
 ROOT = Path(__file__).parents[2]
-DEMO = (sys.executable, "-m", "monitor", "demo")
+DEMO = (sys.executable, "-m", "latentwatch", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def test_ctrl_c_while_vllm_starts_leaves_no_process(tmp_path: Path) -> None:
 
 def test_a_damaged_watchlist_is_refused_before_anything_starts(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from monitor.demo import services\n"
+        "import sys; from pathlib import Path; from latentwatch.demo import services\n"
         f"services.ASSETS = Path({str(tmp_path)!r})\n"
-        "from monitor.cli import main; sys.exit(main(['demo']))"
+        "from latentwatch.cli import main; sys.exit(main(['demo']))"
     )
     (tmp_path / "model").mkdir()
     for name in ("demo.watchlist.safetensors", "ordinary.jsonl", "incidents.jsonl"):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from latentwatch.cli import main
 
-from monitor.cli import main
 from tests.support.collectors import collector, exceed
 from tests.support.engines import ROOT
 from tests.support.stack import alertmanager, eventually, prometheus

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from latentwatch.engines.vllm.attach import Attachment
+from latentwatch.engines.vllm.settings import PluginSettings
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitor.engine.attach import Attachment
-from monitor.engine.settings import Settings
 from tests.support import tiny
 from tests.support.engines import ROOT
 from tests.support.fake_model import Worker, scheduled
@@ -44,7 +44,7 @@ class Collector:
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "monitor", "collector", "--watchlist", str(self._watchlist)),
+                    *(sys.executable, "-m", "latentwatch", "collector", "--watchlist", str(self._watchlist)),
                     *("--listen", self.target, "--http", "127.0.0.1:0"),
                 ],
                 cwd=ROOT,
@@ -71,7 +71,7 @@ class Engine:
 
     def __init__(self, watchlist: Path, target: str) -> None:
         self.worker: Any = Worker()
-        self.attachment = Attachment(self.worker, Settings(str(watchlist), target, "fake", disabled=False))
+        self.attachment = Attachment(self.worker, PluginSettings(str(watchlist), target, "fake", disabled=False))
         self.worker.load_model()
         self.worker.compile_or_warm_up_model()
         self._requests = 0
@@ -205,7 +205,7 @@ def test_a_monitor_that_keeps_failing_takes_itself_off_and_the_engine_never_noti
 
 def test_an_exporter_whose_engine_never_gets_to_serve_ends_by_itself(watchlist: Path, collector: Collector):
     worker: Any = Worker()
-    attachment = Attachment(worker, Settings(str(watchlist), collector.target, "fake", disabled=False))
+    attachment = Attachment(worker, PluginSettings(str(watchlist), collector.target, "fake", disabled=False))
     worker.load_model()
     exporter = attachment._exporter.process
     assert exporter.poll() is None
@@ -242,7 +242,7 @@ def serve_once(watchlist: Path, target: str) -> None:
 FROM_THREADS = """
 import multiprocessing, os, sys
 from pathlib import Path
-from monitor.transport.sender import Sender
+from latentwatch.transport.sender import Sender
 from tests.e2e.test_failures import serve_once
 from tests.support.wire import hello
 

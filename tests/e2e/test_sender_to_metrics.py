@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latentwatch.collector.service import CollectorSettings, Service
+from latentwatch.names import TokenState
+from latentwatch.transport.sender import Sender
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.file import Limit
 
-from monitor.collector.service import Service, Settings
-from monitor.names import TokenState
-from monitor.transport.sender import Sender
-from monitor.watchlist import card
-from monitor.watchlist.card import Limit
 from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
 from tests.support.wire import in_loop
 
@@ -22,9 +22,9 @@ FEATURES = (sparse("a", limit=Limit("max", 3.0)), sparse("b"), probe("p", limit=
 @pytest.mark.e2e
 def test_every_token_that_a_sender_was_given_is_counted_across_a_restart_of_the_collector(tmp_path: Path) -> None:
     """Two collectors in turn on one socket: together they hold each token once."""
-    watched = card.write(watchlist(FEATURES), tmp_path / "w.safetensors")
+    watched = watchlist_file.write(watchlist(FEATURES), tmp_path / "w.safetensors")
     address = f"unix://{tmp_path}/c.sock"
-    settings = Settings(tmp_path / "w.safetensors", (address,), "127.0.0.1:0")
+    settings = CollectorSettings(tmp_path / "w.safetensors", (address,), "127.0.0.1:0")
     rng = np.random.default_rng(0)
     requests = [tokens(rng, FEATURES, handle=h, total=60, prompt_tokens=20) for h in range(1, 21)]
     batches = Schedule.random(rng, requests, 9).batches(FEATURES)

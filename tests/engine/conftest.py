@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.watchlist import card
 from tests.support import tiny
 from tests.support.engines import ROOT, EngineResult, run_engine
 from tests.support.recording import RecordingCollector, RecordingSink
@@ -38,8 +38,8 @@ def watchlist_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def watchlist(watchlist_path: Path) -> card.Watchlist:
-    return card.read(watchlist_path)
+def watchlist(watchlist_path: Path) -> watchlist_file.Watchlist:
+    return watchlist_file.read(watchlist_path)
 
 
 class Monitored:

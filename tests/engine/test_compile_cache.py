@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from latentwatch.names import TokenState
 
-from monitor.names import TokenState
 from tests.engine.conftest import SMALL, monitored
 from tests.support import tiny
 from tests.support.engines import ROOT, EngineResult, random_prompts, run_engine

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.watchlist import card
 from tests.engine.conftest import monitored
 from tests.support.engines import ROOT, EngineResult, run_engine
 from tests.support.oracle import expected_scores, residual_streams
@@ -17,7 +17,7 @@ from tests.support.recording import Scores
 
 pytestmark = pytest.mark.engine
 
-ASSETS = ROOT / "monitor/demo/assets"
+ASSETS = ROOT / "monitor/latentwatch/demo/assets"
 ENGINE = {"model": str(ASSETS / "model"), "dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": 32}
 
 
@@ -41,7 +41,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.waves = [prompts()]
-        self.watchlist = card.read(ASSETS / "demo.watchlist.safetensors")
+        self.watchlist = watchlist_file.read(ASSETS / "demo.watchlist.safetensors")
         with monitored(folder) as engine:
             self.on = engine.run(ASSETS / "demo.watchlist.safetensors", engine=ENGINE, waves=self.waves)
             scores = engine.sink.requests(self.watchlist)

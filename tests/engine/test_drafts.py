@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.watchlist import card
 from tests.engine.conftest import SMALL, monitored
 from tests.support import tiny
 from tests.support.engines import EngineResult
@@ -57,7 +57,7 @@ def test_many_drafts_were_accepted_and_many_rejected(run: Run):
 
 
 def test_every_position_is_scored_once_with_the_score_of_the_token_that_was_accepted(
-    run: Run, watchlist: card.Watchlist, model: Path
+    run: Run, watchlist: watchlist_file.Watchlist, model: Path
 ):
     scores = run.sink.requests(watchlist)
     ordered = [scores[key] for key in sorted(scores, key=lambda name: int(name.partition("-")[0]))]

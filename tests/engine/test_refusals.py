@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from latentwatch.names import Reason, TokenState
 
-from monitor.names import Reason, TokenState
 from tests.engine.conftest import SMALL, monitored
 from tests.support import tiny
 from tests.support.engines import EngineResult, random_prompts, run_engine

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentwatch.names import Phase, Reason, TokenState
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.names import Phase, Reason, TokenState
-from monitor.watchlist import card
 from tests.engine.conftest import RUNNERS, SMALL, monitored
 from tests.support import tiny
 from tests.support.engines import EngineResult, random_prompts, run_engine
@@ -47,7 +47,7 @@ class Run:
             self.sink = engine.sink
         self.off: EngineResult = run_engine(folder, env=RUNNERS[runner], **arguments)
 
-    def requests(self, watchlist: card.Watchlist) -> list[tuple[list[int], Scores]]:
+    def requests(self, watchlist: watchlist_file.Watchlist) -> list[tuple[list[int], Scores]]:
         """(tokens that were fed to the model, scores), in the order of the workload."""
         prompts = [item["prompt"] for wave in self.waves for item in wave]
         scores = self.sink.requests(watchlist)
@@ -67,7 +67,9 @@ def test_outputs_are_identical_with_the_monitor_on_and_off(run: Run):
     assert run.on.outputs == run.off.outputs
 
 
-def test_every_token_that_vllm_counted_is_accounted_for_and_none_is_dropped(run: Run, watchlist: card.Watchlist):
+def test_every_token_that_vllm_counted_is_accounted_for_and_none_is_dropped(
+    run: Run, watchlist: watchlist_file.Watchlist
+):
     total: Counter[tuple[TokenState, Reason, Phase]] = Counter()
     for fed, scores in run.requests(watchlist):
         assert scores.closed is not None
@@ -81,7 +83,7 @@ def test_every_token_that_vllm_counted_is_accounted_for_and_none_is_dropped(run:
 
 
 def test_scores_computed_or_inherited_are_those_of_hugging_faces_hidden_states_at_the_same_position(
-    run: Run, watchlist: card.Watchlist, model: Path
+    run: Run, watchlist: watchlist_file.Watchlist, model: Path
 ):
     """Sparse scores to 1e-3 (they reach 30), dense ones to float16's resolution; gates equal but within 1e-3 of tau."""
     sparse = watchlist.sparse_F
@@ -101,7 +103,7 @@ def test_scores_computed_or_inherited_are_those_of_hugging_faces_hidden_states_a
     assert positions == sum(len(fed) for fed, _ in run.requests(watchlist))
 
 
-def test_a_score_is_never_that_of_the_neighbouring_position(run: Run, watchlist: card.Watchlist, model: Path):
+def test_a_score_is_never_that_of_the_neighbouring_position(run: Run, watchlist: watchlist_file.Watchlist, model: Path):
     """The control of the test above: shifted by one, the same scores are far off."""
     fed, scores = run.requests(watchlist)[0]
     act_TF, _ = expected_scores(watchlist, residual_streams(model, fed, [1, 3], "float32"))
@@ -109,7 +111,7 @@ def test_a_score_is_never_that_of_the_neighbouring_position(run: Run, watchlist:
     assert shifted > 1.0
 
 
-def test_every_exporter_stream_is_whole_and_armed(run: Run, watchlist: card.Watchlist):
+def test_every_exporter_stream_is_whole_and_armed(run: Run, watchlist: watchlist_file.Watchlist):
     assert run.sink.errors == []
     assert {(hello.armed, hello.watchlist_sha256) for hello in run.sink.hellos} == {(True, watchlist.sha256)}
     counters = run.sink.batches[-1].counters

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from latentwatch.cli import main
+from latentwatch.drift import canary
+from latentwatch.names import Outcome, TokenState, response_id
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.cli import main
-from monitor.drift import canary
-from monitor.names import Outcome, TokenState, response_id
-from monitor.watchlist import card
 from tests.engine.conftest import SMALL, monitored
 from tests.support import server, tiny
 from tests.support.engines import cache_root, random_prompts
@@ -64,7 +64,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, watchlist_path: Path) -> Told
             answers += pool.map(lambda i: served.ask(i, request(i, leaves=True)), range(8, 12))
             canary_exit = run_canary(folder, served.port, str(model))
             collected.wait_closed(12 + 2 * CANARIES)
-        scores = collected.sink.requests(card.read(watchlist_path))
+        scores = collected.sink.requests(watchlist_file.read(watchlist_path))
         engines = {hello.engine for hello in collected.sink.hellos}
     canaries: dict[int | None, list[Scores]] = {}
     for name in [name for name in scores if "lwcanary" in name]:

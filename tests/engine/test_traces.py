@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from latentwatch.collector.service import CollectorSettings, Service
+from latentwatch.collector.telemetry import TelemetrySettings
 
-from monitor.collector.service import Service, Settings
-from monitor.collector.telemetry import TelemetrySettings
 from tests.engine.conftest import SMALL
 from tests.support import server, tiny
 from tests.support.engines import cache_root, random_prompts
@@ -37,7 +37,9 @@ def traced(tmp_path_factory: pytest.TempPathFactory, watchlist_path: Path) -> Tr
     prompts = random_prompts(REQUESTS, vocabulary=tiny.VOCABULARY, longest=40, seed=3)
     with tempfile.TemporaryDirectory(prefix="lw") as short, otlp_receiver() as receiver:
         target = f"unix://{short}/c.sock"
-        collector = Service(Settings(watchlist_path, (target,), "127.0.0.1:0", otlp=TelemetrySettings(receiver.url)))
+        collector = Service(
+            CollectorSettings(watchlist_path, (target,), "127.0.0.1:0", otlp=TelemetrySettings(receiver.url))
+        )
         in_loop(collector.start())
         engine = {
             "model": str(model),

@@ -25,19 +25,19 @@ from typing import Any
 
 import grpc
 import numpy as np
+from latentwatch import __version__
+from latentwatch.collector.config import Bounds
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.errors import StreamRefused
+from latentwatch.names import Reason, TokenState
+from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, StepBatch
+from latentwatch.transport import codec
+from latentwatch.transport._pb import latentwatch_pb2 as pb
+from latentwatch.transport.receiver import Receiver
+from latentwatch.transport.report import Report
+from latentwatch.transport.session import Hello
+from latentwatch.watchlist.file import Limit
 
-from monitor import __version__
-from monitor.collector.config import Bounds
-from monitor.collector.pipeline import Pipeline
-from monitor.errors import StreamRefused
-from monitor.names import Reason, TokenState
-from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, StepBatch
-from monitor.transport import codec
-from monitor.transport._pb import latentwatch_pb2 as pb
-from monitor.transport.receiver import Receiver
-from monitor.transport.report import Report
-from monitor.transport.session import Hello
-from monitor.watchlist.card import Limit
 from tests.support.engines import ROOT
 from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
 

@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from latentwatch.collector.evidence import EvidenceSettings
+from latentwatch.collector.http import app as http_app
+from latentwatch.collector.metrics_families import ProcessFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.evidence.store import Retention
+from latentwatch.evidence.vault import write_key
 from starlette.routing import Route
 
-from monitor.collector import web
-from monitor.collector.evidence import EvidenceSettings
-from monitor.collector.exposition import ProcessFacts
-from monitor.collector.pipeline import Pipeline
-from monitor.evidence.store import Retention
-from monitor.evidence.vault import write_key
 from tests.support.collectors import FEATURES, collector, exceed
 from tests.support.streams import watchlist
 
 
 def application() -> Any:
-    return web.make_app(Pipeline(watchlist(FEATURES)), clock=time.time, process=lambda: ProcessFacts(0.0, 0, 0.0))
+    return http_app.make_app(Pipeline(watchlist(FEATURES)), clock=time.time, process=lambda: ProcessFacts(0.0, 0, 0.0))
 
 
 DOCUMENT = schemathesis.openapi.from_asgi("/openapi.json", application())
@@ -59,7 +59,7 @@ def test_every_answer_is_one_that_the_document_knows(url: str, operation: Any, h
 
 
 def test_the_document_has_every_route_but_the_page_and_itself(monkeypatch):
-    monkeypatch.setattr(web, "_secured", lambda app: app)
+    monkeypatch.setattr(http_app, "_secured", lambda app: app)
     routes = [route for route in application().routes if isinstance(route, Route)]
     shown = {route.path.replace(":path", "") for route in routes if route.include_in_schema}
     assert shown == {operation.path for operation in OPERATIONS} and len(shown) > 10

@@ -27,10 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from monitor import __version__
+from latentwatch import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRY_POINT = "[vllm.general_plugins]\nlatentwatch = monitor.engine.plugin:register\n"
+ENTRY_POINT = "[vllm.general_plugins]\nlatentwatch = latentwatch.engines.vllm.plugin:register\n"
 PYTEST = ("-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider")
 
 

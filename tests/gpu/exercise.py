@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from latentwatch.kernels import compact, score_op, score_triton
 
-from monitor.kernels import compact, op, score
 from tests.support.kernel_cases import make_case, poisoned_buffers
 
 D = 512
@@ -21,13 +21,13 @@ def main() -> None:
                 lo_KD = (case.w_KD - hi_KD.float()).bfloat16()
                 act_TK, stat_T3 = poisoned_buffers(T, K, "cuda")
                 # Exactly what the longest of these steps needs, so that a store past the end is past an allocation.
-                scratch = op.scratch(T, [K], D, "cuda")
+                scratch = score_op.scratch(T, [K], D, "cuda")
                 arguments = (case.x_TD, case.residual_TD, hi_KD, lo_KD, case.scale_6K, act_TK, stat_T3, scratch)
                 torch.ops.latentwatch.score(*arguments)
-                for shape in {score.choose(step, K, D, split=True) for step in score.steps(8192)}:
-                    roomy = torch.zeros(score.COUNTERS + shape.scratch_words(T, K), device="cuda")
+                for shape in {score_triton.choose(step, K, D, split=True) for step in score_triton.steps(8192)}:
+                    roomy = torch.zeros(score_triton.COUNTERS + shape.scratch_words(T, K), device="cuda")
                     if dtype != torch.float32:
-                        score.score(*arguments[:-1], roomy, shape)
+                        score_triton.score(*arguments[:-1], roomy, shape)
     for rows, capacity in ((3, 10_000), (40, 100), (700, 2000)):
         acts = [torch.rand(700, K, device="cuda").round() for K in (8, 70)]
         stats = [torch.rand(700, 3, device="cuda") for _ in acts]

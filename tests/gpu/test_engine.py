@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentwatch.names import TokenState
 
-from monitor.names import TokenState
 from tests.engine.conftest import monitored
 from tests.support import tiny
 from tests.support.engines import EngineResult, random_prompts, run_engine

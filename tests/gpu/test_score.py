@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 import triton
+from latentwatch.kernels import score_op, score_triton
 from torch import Tensor
 
-from monitor.kernels import op, score
 from tests.support.kernel_cases import Case, assert_matches, make_case, poisoned_buffers
 
 GRID = [
@@ -42,10 +42,12 @@ class Loaded:
         self.case: Case = make_case(T, D, K, **{"dtype": torch.bfloat16, **options}).to("cuda")
         self.hi_KD = self.case.w_KD.bfloat16()
         self.lo_KD = (self.case.w_KD - self.hi_KD.float()).bfloat16()
-        self.scratch = op.scratch(max(T, 8192), [K], D, "cuda")
+        self.scratch = score_op.scratch(max(T, 8192), [K], D, "cuda")
         self.act_TK, self.stat_T3 = poisoned_buffers(T, K, "cuda")
 
-    def score(self, rows: Tensor | slice = slice(None), variant: score.Variant | None = None) -> tuple[Tensor, Tensor]:
+    def score(
+        self, rows: Tensor | slice = slice(None), variant: score_triton.Variant | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The chosen rows scored as one step, into poisoned buffers."""
         x_TD = self.case.x_TD[rows]
         residual_TD = None if self.case.residual_TD is None else self.case.residual_TD[rows]
@@ -54,7 +56,7 @@ class Loaded:
         if variant is None:
             torch.ops.latentwatch.score(*arguments)
         else:
-            score.score(*arguments, variant)
+            score_triton.score(*arguments, variant)
         return act_TK, stat_T3
 
 
@@ -105,7 +107,7 @@ def test_every_run_gives_the_same_bits_while_other_kernels_disturb_the_order(T: 
 @pytest.mark.parametrize("T", [16, 64, 256, 1024, 2048, 4096])
 def test_a_row_gives_the_same_bits_wherever_it_stands_in_a_step_of_one_shape(T: int, K: int) -> None:
     loaded = Loaded(T, 4096, K, norms=[0, 1, 2, 3])
-    variant = score.choose(T, K, 4096, split=True, capability=score._capability(loaded.case.x_TD.device))
+    variant = score_triton.choose(T, K, 4096, split=True, capability=score_triton._capability(loaded.case.x_TD.device))
     act_TK, stat_T3 = loaded.score(variant=variant)
     order = torch.randperm(T, generator=torch.Generator().manual_seed(T)).cuda()
     assert_same_bits(loaded.score(order, variant), (act_TK[order], stat_T3[order]))
@@ -115,7 +117,7 @@ def test_a_row_gives_the_same_bits_wherever_it_stands_in_a_step_of_one_shape(T: 
 
 def test_the_invariant_shape_gives_a_row_the_same_bits_in_every_step() -> None:
     loaded = Loaded(8192, 4096, 64, norms=[0, 1, 2, 3])
-    variant = score.INVARIANT.fit(64, 4096, split=False)
+    variant = score_triton.INVARIANT.fit(64, 4096, split=False)
     act_TK, stat_T3 = loaded.score(variant=variant)
     for T in (1, 7, 16, 100, 1000):
         assert_same_bits(loaded.score(slice(T), variant), (act_TK[:T], stat_T3[:T]))
@@ -129,7 +131,7 @@ def test_shapes_differ_by_no_more_than_the_stated_bound(K: int) -> None:
     loaded.case.scale_6K[0], loaded.case.scale_6K[3] = -math.inf, -math.inf
     loaded.case.scale_6K[1], loaded.case.scale_6K[2] = 1.0, 0.0
     bound_TK = math.sqrt(D) * 2.0**-24 * loaded.case.stream.float().norm(dim=1)[:, None] * loaded.case.w_KD.norm(dim=1)
-    shapes = {score.choose(step, K, D, split=True) for step in score.steps(8192)}
+    shapes = {score_triton.choose(step, K, D, split=True) for step in score_triton.steps(8192)}
     acts = [loaded.score(variant=shape)[0] for shape in sorted(shapes)]
     for act_TK in acts[1:]:
         assert ((act_TK - acts[0]).abs() <= bound_TK).all()
@@ -152,7 +154,7 @@ def test_graph_replays_score_what_stands_in_the_buffers_now_whatever_graph_ran_b
     """As an engine does: one graph per padded token count, all over the same scratch, buffers and pool."""
     longest, D, K = 512, 4096, 64
     loaded = Loaded(longest, D, K, norms=[0, 1, 2, 3])
-    op.warm_up(
+    score_op.warm_up(
         loaded.hi_KD,
         loaded.lo_KD,
         loaded.case.scale_6K,
@@ -191,7 +193,7 @@ def test_graph_replays_score_what_stands_in_the_buffers_now_whatever_graph_ran_b
         assert_matches(step, loaded.act_TK[:T], loaded.stat_T3[:T])
         assert loaded.act_TK[T:].isnan().all() and loaded.stat_T3[T:].isnan().all()
     assert loaded.scratch is not None
-    assert loaded.scratch[: score.COUNTERS].view(torch.int32).eq(0).all()
+    assert loaded.scratch[: score_triton.COUNTERS].view(torch.int32).eq(0).all()
 
 
 def test_the_compiled_op_stays_one_call_with_its_buffers_in_place() -> None:
@@ -228,7 +230,7 @@ def test_a_step_of_any_length_compiles_nothing_after_the_warm_up() -> None:
     """vLLM's JIT monitor, and a user's latency, notice a kernel that is compiled while serving."""
     loaded = Loaded(8192, 4096, 64)
     arguments = (loaded.hi_KD, loaded.lo_KD, loaded.case.scale_6K, loaded.act_TK, loaded.stat_T3, loaded.scratch)
-    op.warm_up(*arguments, dtype=torch.bfloat16, residual=True)
+    score_op.warm_up(*arguments, dtype=torch.bfloat16, residual=True)
     with counted_compilations() as compiled:
         for T in (1, 2, 15, 16, 17, 32, 64, 65, 100, 256, 999, 1024, 2000, 4096, 5000, 8192):
             loaded.score(slice(T))

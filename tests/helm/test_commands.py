@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
+from latentwatch.cli import build_parser
+from latentwatch.engines.vllm import settings
+from latentwatch.transport import credentials
+from latentwatch.transport.sender import Sender
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.cli import build_parser
-from monitor.engine import settings
-from monitor.transport import security
-from monitor.transport.sender import Sender
-from monitor.watchlist import card
 from tests.support import chart
 from tests.support.certificates import Authority
 from tests.support.collectors import FEATURES
@@ -30,7 +30,7 @@ from tests.support.streams import hello, watchlist
 
 SETTINGS = {
     value
-    for module in (settings, security)
+    for module in (settings, credentials)
     for name, value in vars(module).items()
     if name.isupper() and str(value).startswith("LATENTWATCH_")
 }
@@ -72,7 +72,7 @@ class Gateway:
         (self.container,) = (c for c in containers(self.objects) if c["name"] == "collector")
         self._root = root
         self._put("watchlist/watchlist.safetensors", b"")
-        card.write(watchlist(FEATURES), root / "etc/latentwatch/watchlist/watchlist.safetensors")
+        watchlist_file.write(watchlist(FEATURES), root / "etc/latentwatch/watchlist/watchlist.safetensors")
         (root / "var/lib/latentwatch").mkdir(parents=True)
 
     def _put(self, path: str, content: bytes) -> None:
@@ -93,7 +93,7 @@ class Gateway:
     def running(self) -> Iterator[None]:
         assert self.container["command"] == ["latentwatch", "collector"]
         argv = map(self.here, self.container["args"])
-        process = subprocess.Popen([sys.executable, "-m", "monitor", "collector", *argv])
+        process = subprocess.Popen([sys.executable, "-m", "latentwatch", "collector", *argv])
         try:
             self.wait(process)
             yield
@@ -169,8 +169,11 @@ def test_an_engine_reaches_a_gateway_with_what_the_patch_gives_it(tmp_path):
         assert gateway.helm_test(streams=0).returncode == 0
         engine = Sender(
             environment["LATENTWATCH_COLLECTOR"],
-            hello(replica=f"{pod}/0", watchlist_sha256=card.read(Path(environment["LATENTWATCH_WATCHLIST"])).sha256),
-            credentials=security.Credentials.from_env(environment),
+            hello(
+                replica=f"{pod}/0",
+                watchlist_sha256=watchlist_file.read(Path(environment["LATENTWATCH_WATCHLIST"])).sha256,
+            ),
+            credentials=credentials.Credentials.from_env(environment),
         )
         engine.start()
         try:

@@ -39,15 +39,15 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_vllm_finds_the_plugin_on_the_path_that_the_chart_sets(plugin, tmp_path):
     """By the same look-up: entry points of the distributions on sys.path. Outside the checkout, which is one itself."""
     code = (
-        "import importlib.metadata as m, monitor; "
+        "import importlib.metadata as m, latentwatch; "
         "found = [e for e in m.entry_points(group='vllm.general_plugins') if e.name == 'latentwatch']; "
-        "print(monitor.__file__, {e.load().__module__ for e in found})"
+        "print(latentwatch.__file__, {e.load().__module__ for e in found})"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(plugin)}, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == [f"{plugin}/monitor/__init__.py", "{'monitor.engine.plugin'}"]
+    assert ran.stdout.split() == [f"{plugin}/latentwatch/__init__.py", "{'latentwatch.engines.vllm.plugin'}"]
 
 
 def test_the_plugin_is_pure_python(plugin):

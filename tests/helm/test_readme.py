@@ -8,9 +8,9 @@ import shlex
 
 import pytest
 import yaml
+from latentwatch.cli import build_parser
+from latentwatch.export.metrics import sample_names
 
-from monitor.cli import build_parser
-from monitor.export.metrics import sample_names
 from tests.support import chart
 from tests.support.engines import ROOT
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from helm_python.errors import HelmRenderError, HelmValuesError
+from latentwatch import __version__
 
-from monitor import __version__
 from tests.support import chart
 
 SCHEMA = json.loads((chart.HELM / "values.schema.json").read_text())

@@ -10,15 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from latentwatch.collector.http import app
+from latentwatch.collector.metrics_families import ProcessFacts
+from latentwatch.collector.pipeline import Pipeline
 from starlette.testclient import TestClient
 
-import monitor.collector
-from monitor.collector.exposition import ProcessFacts
-from monitor.collector.pipeline import Pipeline
-from monitor.collector.web import make_app
 from tests.support.streams import sparse, watchlist
 
-STATIC: Final = Path(monitor.collector.__file__).parent / "static"
+STATIC: Final = Path(app.__file__).parent / "static"
 FILE: Final = STATIC / "answers.d.ts"
 PATHS: Final = (
     "/v1/overview",
@@ -34,8 +33,8 @@ _SCALARS: Final = {"string": "string", "integer": "number", "number": "number", 
 def document() -> dict[str, Any]:
     """The collector's OpenAPI document."""
     pipeline = Pipeline(watchlist([sparse("feature")]))
-    app = make_app(pipeline, clock=lambda: 0.0, process=lambda: ProcessFacts(0.0, 0, 0.0))
-    return dict(TestClient(app).get("/openapi.json").json())
+    made = app.make_app(pipeline, clock=lambda: 0.0, process=lambda: ProcessFacts(0.0, 0, 0.0))
+    return dict(TestClient(made).get("/openapi.json").json())
 
 
 def declarations(openapi: dict[str, Any]) -> str:

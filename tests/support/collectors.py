@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.service import CollectorSettings, Service
+from latentwatch.names import Severity
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.file import Feature, Limit
 
-from monitor.collector.drift import DriftSettings
-from monitor.collector.service import Service, Settings
-from monitor.names import Severity
-from monitor.watchlist import card
-from monitor.watchlist.card import Feature, Limit
 from tests.support.drift import random_baseline
 from tests.support.streams import Piece, Tokens, hello, probe, sparse, step_batch, watchlist
 from tests.support.wire import in_loop
@@ -28,9 +28,9 @@ FEATURES = (
 @contextlib.contextmanager
 def collector(folder: Path, features: Sequence[Feature] = FEATURES, **settings: Any) -> Iterator[Service]:
     """A service on free addresses, without engines."""
-    built = card.write(watchlist(features), folder / "w.safetensors")
+    built = watchlist_file.write(watchlist(features), folder / "w.safetensors")
     settings.setdefault("drift", DriftSettings(random_baseline(features, sha256=built.sha256)))
-    made = Service(Settings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", **settings))
+    made = Service(CollectorSettings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", **settings))
     in_loop(made.start())
     try:
         yield made

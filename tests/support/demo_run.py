@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-
-from monitor.demo.outcome import PAGER, PAGING_ALERT, Exceedance, Run
-from monitor.demo.traffic import Answer, Prompt
-from monitor.demo.watch import EngineTokens, Sample
-from monitor.demo.webhook import Page
-from monitor.names import Severity
-from monitor.watchlist.card import Feature, Limit
+from latentwatch.demo.run.outcome import PAGER, PAGING_ALERT, Exceedance, Run
+from latentwatch.demo.run.traffic import Answer, Prompt
+from latentwatch.demo.run.watch import EngineTokens, Sample
+from latentwatch.demo.run.webhook import Page
+from latentwatch.names import Severity
+from latentwatch.watchlist.file import Feature, Limit
 
 BEGAN = 1_700_000_000.0
 LABELS = ("Deceiving the user", "Complying with a jailbreak", "Seeking power or resources")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from latentwatch.aggregate.counts import Layout, RequestCounts
+from latentwatch.aggregate.features import FeatureTable
+from latentwatch.drift.baseline import Baseline, Fingerprint
+from latentwatch.drift.sums import TrafficSums
+from latentwatch.watchlist.file import Feature
 
-from monitor.aggregate.counts import Layout, RequestCounts
-from monitor.aggregate.features import FeatureTable
-from monitor.drift.baseline import Baseline, Fingerprint
-from monitor.drift.observed import Observed
-from monitor.watchlist.card import Feature
 from tests.support.streams import SHA256
 
 
@@ -27,7 +27,7 @@ def rows(rng: np.random.Generator, layout: Layout, requests: int, share: float) 
     return fired, value.astype(np.float32)
 
 
-def observe(observed: Observed, layout: Layout, fired: np.ndarray, value: np.ndarray, end_seconds: float) -> None:
+def observe(observed: TrafficSums, layout: Layout, fired: np.ndarray, value: np.ndarray, end_seconds: float) -> None:
     """One window of these requests, of one replica and no adapter."""
     counts = RequestCounts.empty(layout, 1)
     counts.add(layout, np.zeros(len(fired), np.int64), fired, value)
@@ -40,7 +40,7 @@ def random_baseline(
 ) -> Baseline:
     """A baseline of windows of 50 requests."""
     rng, layout = np.random.default_rng(seed), layout_of(features)
-    observed = Observed.empty(layout)
+    observed = TrafficSums.empty(layout)
     for window in range(requests // 50):
         observe(observed, layout, *rows(rng, layout, 50, share), end_seconds=1e9 + 60 * window)
     return Baseline(Fingerprint(sha256, ""), tuple(f.id for f in features), layout, observed)

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from latentwatch.collector.evidence_buffer import Keep, watched
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.evidence.records import FIRE_RECORD, Activations, Ended, Exceedance, Record, Request, row_record
+from latentwatch.evidence.store import Retention, Store
+from latentwatch.names import Outcome, Phase
+from latentwatch.step.batch import FEATURE_DTYPE
+from latentwatch.watchlist.file import Limit
 
-from monitor.collector.pipeline import Pipeline
-from monitor.collector.recorder import Keep, watched
-from monitor.evidence.records import FIRE_RECORD, Activations, Ended, Exceedance, Record, Request, row_record
-from monitor.evidence.store import Retention, Store
-from monitor.names import Outcome, Phase
-from monitor.step import FEATURE_DTYPE
-from monitor.watchlist.card import Limit
 from tests.support.streams import Schedule, Tokens, hello, probe, sparse, watchlist
 
 FEATURES = (

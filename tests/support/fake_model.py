@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from latentwatch.engines.vllm import request_ends
 
-from monitor.engine import finish
 from tests.support import tiny
 
 
@@ -178,5 +178,5 @@ def scheduled(
         num_scheduled_tokens=counts,
         starts=starts or {},
     )
-    setattr(output, finish.ATTRIBUTE, finished or {})
+    setattr(output, request_ends.ATTRIBUTE, finished or {})
     return output

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from latentwatch.kernels import compact, score_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from monitor.kernels import compact, score
 
 WIDTHS = (2048, 4096, 5120, 8192)
 FEATURES = (8, 64, 256, 1024)
@@ -41,10 +40,10 @@ class Build(NamedTuple):
 
 
 def score_build(
-    shape: score.Variant, D: int, *, dtype: torch.dtype = torch.bfloat16, residual: bool = True, lo: bool = True
+    shape: score_triton.Variant, D: int, *, dtype: torch.dtype = torch.bfloat16, residual: bool = True, lo: bool = True
 ) -> Build:
-    function = score._score_kernel
-    constants: dict[str, Any] = {**score.constants(shape, D, dtype)}
+    function = score_triton._score_kernel
+    constants: dict[str, Any] = {**score_triton.constants(shape, D, dtype)}
     signature = dict.fromkeys(function.arg_names, "*fp32")
     signature |= {"x_ptr": POINTERS[dtype], "residual_ptr": POINTERS[dtype], "hi_ptr": "*bf16", "lo_ptr": "*bf16"}
     signature |= {"T": "i32", "K": "i32", "x_stride": "i32", "residual_stride": "i32"}
@@ -55,16 +54,17 @@ def score_build(
         f"score {str(dtype).removeprefix('torch.')} D{D} {'x'.join(map(str, shape[:4]))} w{shape.warps} s{shape.stages}"
     )
     name += (" x+residual" if residual else " summed") + (" hi+lo" if lo else " hi")
-    return Build(name, function, signature | dict.fromkeys(constants, "constexpr"), constants, {**score.options(shape)})
+    return Build(
+        name, function, signature | dict.fromkeys(constants, "constexpr"), constants, {**score_triton.options(shape)}
+    )
 
 
-def compact_build(F: int, P: int, H: int, rows: int, *, counted: bool = False) -> Build:
-    """`counted`: the device knows the number of real rows."""
+def compact_build(F: int, P: int, H: int, rows: int) -> Build:
     acts = [torch.zeros(8, F // H) for _ in range(H)]
     stats = [torch.zeros(8, 3) for _ in range(H)]
     compactor = compact.Compactor(acts, stats, torch.arange(F) < P, capacity=1 << 16)
     function = compact._compact_kernel
-    constants: dict[str, Any] = {**compactor.constants(rows)} | ({} if counted else {"real_rows_ptr": None})
+    constants: dict[str, Any] = dict(compactor.constants(rows))
     signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in function.arg_names}
     signature |= {"column_ptr": "*i64", "stat_ptr": "*i64"} | dict.fromkeys(constants, "constexpr")
     name = f"compact F{F} P{P} H{H} {constants['BLOCK_R']}x{constants['BLOCK_F']}"
@@ -111,14 +111,16 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def sample(arch: int) -> Iterator[Build]:
     """Every kind of shape once, for tests that run at each change."""
-    yield score_build(score.choose(8, 64, 4096, split=True, capability=arch), 4096)
-    yield score_build(score.choose(8192, 64, 4096, split=True, capability=arch), 4096)
-    yield score_build(score.choose(8192, 1024, 4096, split=True, capability=arch), 4096, residual=False)
+    yield score_build(score_triton.choose(8, 64, 4096, split=True, capability=arch), 4096)
+    yield score_build(score_triton.choose(8192, 64, 4096, split=True, capability=arch), 4096)
+    yield score_build(score_triton.choose(8192, 1024, 4096, split=True, capability=arch), 4096, residual=False)
     if arch == 90:
-        half = score.choose(300, 256, 4096, split=True, dtype=torch.float16, capability=arch)
+        half = score_triton.choose(300, 256, 4096, split=True, dtype=torch.float16, capability=arch)
         yield score_build(half, 4096, dtype=torch.float16)
-        yield score_build(score.choose(300, 64, 2304, split=True, dtype=torch.float32), 2304, dtype=torch.float32)
-        yield score_build(score.INVARIANT.fit(64, 4096, split=False), 4096, lo=False)
+        yield score_build(
+            score_triton.choose(300, 64, 2304, split=True, dtype=torch.float32), 2304, dtype=torch.float32
+        )
+        yield score_build(score_triton.INVARIANT.fit(64, 4096, split=False), 4096, lo=False)
         yield compact_build(256, 16, 4, 256)
 
 
@@ -137,13 +139,13 @@ def everything(arch: int) -> Iterator[Build]:
         yield score_build(shape, 4096, dtype=torch.float32)
     for F, P, H in ((8, 0, 1), (256, 16, 4), (1024, 64, 8)):
         for rows in (256, 4096, 8192, 65536):
-            yield compact_build(F, P, H, rows, counted=P > 0)
+            yield compact_build(F, P, H, rows)
 
 
-def _shapes(D: int, dtype: torch.dtype, arch: int) -> list[score.Variant]:
+def _shapes(D: int, dtype: torch.dtype, arch: int) -> list[score_triton.Variant]:
     return sorted(
         {
-            score.choose(T, K, D, split=split, dtype=dtype, invariant=invariant, capability=arch)
+            score_triton.choose(T, K, D, split=split, dtype=dtype, invariant=invariant, capability=arch)
             for T in STEPS
             for K in FEATURES
             for split in (True, False)

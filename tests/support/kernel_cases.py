@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from latentwatch.kernels import reference
+from latentwatch.names import HookPoint, Severity
+from latentwatch.watchlist.file import Feature, HookRows, bf16_from_f32, f32_from_bf16
 from torch import Tensor
-
-from monitor.kernels import reference
-from monitor.names import HookPoint, Severity
-from monitor.watchlist.card import Feature, HookRows, bf16_from_f32, f32_from_bf16
 
 EPSILON_F32 = 2.0**-24
 

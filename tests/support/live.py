@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from latentwatch.collector.service import CollectorSettings, Service
+from latentwatch.names import Outcome, Phase, Reason, Severity, TokenState
+from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
+from latentwatch.transport.session import Hello
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.file import Feature, Limit, Watchlist
 
-from monitor.collector.service import Service, Settings
-from monitor.names import Outcome, Phase, Reason, Severity, TokenState
-from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
-from monitor.transport.session import Hello
-from monitor.watchlist import card
-from monitor.watchlist.card import Feature, Limit, Watchlist
 from tests.support.streams import hello, probe, sparse, watchlist
 
 TOPICS = (
@@ -127,8 +127,10 @@ def _id(handle: int) -> str:
 
 async def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        watched = card.write(toy_watchlist(args.features), Path(folder) / "toy.safetensors")
-        service = Service(Settings(Path(folder) / "toy.safetensors", (f"unix://{folder}/collector.sock",), args.http))
+        watched = watchlist_file.write(toy_watchlist(args.features), Path(folder) / "toy.safetensors")
+        service = Service(
+            CollectorSettings(Path(folder) / "toy.safetensors", (f"unix://{folder}/collector.sock",), args.http)
+        )
         await service.start()
         print(service.http_url, flush=True)
         if args.scenario != "empty":

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from monitor.watchlist.card import SCALE_ROWS, Watchlist
+from latentwatch.watchlist.file import SCALE_ROWS, Watchlist
 
 F64 = npt.NDArray[np.float64]
 

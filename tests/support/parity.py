@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-
-from monitor.names import HookPoint
-from monitor.watchlist import canonical
-from monitor.watchlist.card import SCALE_ROWS
-from monitor.watchlist.location import Location
-from monitor.watchlist.sources import Options, open_source
+from latentwatch.names import HookPoint
+from latentwatch.watchlist import canonical
+from latentwatch.watchlist.file import SCALE_ROWS
+from latentwatch.watchlist.location import Location
+from latentwatch.watchlist.sources import SourceOptions, open_source
 
 GOLDEN = Path(__file__).parents[1] / "unit" / "watchlist" / "golden"
 MAX_ABS_ERROR = 1e-5
@@ -36,7 +35,10 @@ def measure(name: str) -> dict[str, Any]:
     case = json.loads((folder / "case.json").read_text())
     expected = safetensors.numpy.load_file(folder / "expected.safetensors")
     source = open_source(
-        case["format"], Location(case["path"], folder), HookPoint(case["layer"]), Options(**case.get("options", {}))
+        case["format"],
+        Location(case["path"], folder),
+        HookPoint(case["layer"]),
+        SourceOptions(**case.get("options", {})),
     )
     rows = source.rows(range(source.about.width))
     hi, lo, scale = canonical.fold(rows)

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from monitor import step
-from monitor.names import Phase, Reason, TokenState
-from monitor.step import RequestClosed, RequestOpened, StepBatch
-from monitor.transport.receiver import Receiver
-from monitor.transport.session import Hello
-from monitor.watchlist.card import Watchlist
+from latentwatch.names import Phase, Reason, TokenState
+from latentwatch.step import batch as steps
+from latentwatch.step.batch import RequestClosed, RequestOpened, StepBatch
+from latentwatch.transport.receiver import Receiver
+from latentwatch.transport.session import Hello
+from latentwatch.watchlist.file import Watchlist
 
 
 @dataclass
@@ -69,7 +68,7 @@ class RecordingSink:
         sparse = watchlist.sparse_F
         batches = list(self.batches)
         for engine, batch in zip(self.engine_of, batches, strict=False):
-            step.validate(batch, sparse_F=sparse, hook_points=len(watchlist.hooks))
+            steps.validate(batch, sparse_F=sparse, hook_points=len(watchlist.hooks))
             for opened in batch.opened:
                 by_handle[engine, opened.handle] = Scores(opened, engine)
             values = np.zeros((batch.rows, len(sparse)), np.float32)
@@ -77,7 +76,7 @@ class RecordingSink:
             if batch.rows:
                 values[:, ~sparse] = batch.dense_RP
             row = 0
-            for segment, owns in zip(batch.segments_S, step.owns_rows(batch.segments_S), strict=True):
+            for segment, owns in zip(batch.segments_S, steps.owns_rows(batch.segments_S), strict=True):
                 scores = by_handle[engine, int(segment["handle"])]
                 count = int(segment["count"])
                 key = TokenState(segment["state"]), Reason(segment["reason"]), Phase(segment["phase"])

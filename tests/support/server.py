@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from monitor.demo.processes import free_ports
+from latentwatch.demo.run.processes import free_ports
+
 from tests.support.engine_run import ENVIRONMENT
 from tests.support.engines import ROOT
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from latentwatch.demo.run.processes import free_ports
 
-from monitor.demo.processes import free_ports
 from tests.support.engines import ROOT
 from tests.support.real import program
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-from monitor.names import HookPoint, Outcome, Phase, Reason, Severity, TokenState
-from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
-from monitor.transport.session import Hello
-from monitor.watchlist.card import Feature, HookRows, Limit, ModelCard, Watchlist
+from latentwatch.names import HookPoint, Outcome, Phase, Reason, Severity, TokenState
+from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
+from latentwatch.transport.session import Hello
+from latentwatch.watchlist.file import Feature, HookRows, Limit, ModelCard, Watchlist
 
 SHA256 = "ab" * 32
 

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from latentwatch.demo.run import commands, runner
+from latentwatch.demo.run.terminal import Terminal
+from latentwatch.names import HookPoint
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.demo import runner, services
-from monitor.demo.terminal import Terminal
-from monitor.names import HookPoint
-from monitor.watchlist import card
 from tests.support.demo_run import features
 
 D_MODEL = 8
@@ -26,30 +26,30 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0)
     args = parser.parse_args()
     use_stubs(args.folder / "assets")
-    options = runner.Options(args.folder / "out", args.keep, args.prometheus, args.seconds)
+    options = runner.DemoOptions(args.folder / "out", args.keep, args.prometheus, args.seconds)
     return runner.run(options, Terminal(sys.stdout))
 
 
 def use_stubs(assets: Path) -> None:
     """Write assets and replace what the services module starts."""
     write_assets(assets)
-    services.ASSETS = assets
+    commands.ASSETS = assets
     runner.SETTLE_SECONDS = 1.0
     collector_url = ""
 
-    def collector(_watchlist: Path, _socket: Path, port: int) -> services.Command:
+    def collector(_watchlist: Path, _socket: Path, port: int) -> commands.Command:
         nonlocal collector_url
         collector_url = f"http://127.0.0.1:{port}"
         return stub("collector", "--port", str(port))
 
-    def engine(_assets: services.Assets, _socket: Path, port: int) -> services.Command:
+    def engine(_assets: commands.Assets, _socket: Path, port: int) -> commands.Command:
         return stub("engine", "--port", str(port), "--collector-url", collector_url)
 
-    services.collector, services.engine = collector, engine
+    commands.collector, commands.engine = collector, engine
 
 
-def stub(*args: str) -> services.Command:
-    return services.Command((sys.executable, "-m", "tests.support.stub_servers", *args), {})
+def stub(*args: str) -> commands.Command:
+    return commands.Command((sys.executable, "-m", "tests.support.stub_servers", *args), {})
 
 
 def write_assets(folder: Path) -> None:
@@ -58,12 +58,12 @@ def write_assets(folder: Path) -> None:
         row = {"topic": name, "messages": [{"role": "user", "content": words}]}
         (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     probe = features()[0]
-    scale = np.zeros((len(card.SCALE_ROWS), 1), np.float32)
-    scale[card.SCALE_ROWS.index("tau")] = scale[card.SCALE_ROWS.index("lo")] = -np.inf
+    scale = np.zeros((len(watchlist_file.SCALE_ROWS), 1), np.float32)
+    scale[watchlist_file.SCALE_ROWS.index("tau")] = scale[watchlist_file.SCALE_ROWS.index("lo")] = -np.inf
     zeros = np.zeros((1, D_MODEL), np.uint16)
-    rows = card.HookRows(HookPoint(2), (probe,), zeros, zeros, scale)
-    model = card.ModelCard("stub", "StubForCausalLM", D_MODEL, 4, 100, ("float32",))
-    card.write(card.Watchlist("stub", model, (rows,)), folder / "demo.watchlist.safetensors")
+    rows = watchlist_file.HookRows(HookPoint(2), (probe,), zeros, zeros, scale)
+    model = watchlist_file.ModelCard("stub", "StubForCausalLM", D_MODEL, 4, 100, ("float32",))
+    watchlist_file.write(watchlist_file.Watchlist("stub", model, (rows,)), folder / "demo.watchlist.safetensors")
 
 
 if __name__ == "__main__":

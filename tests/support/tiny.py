@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from monitor.names import HookPoint, Severity
-from monitor.watchlist import card
+from latentwatch.names import HookPoint, Severity
+from latentwatch.watchlist import file as watchlist_file
 
 VOCABULARY = 512
 D_MODEL = 64
@@ -83,31 +82,31 @@ def watchlist(
     threshold: float = 0.5,
     seed: int = 0,
     architecture: str = "LlamaForCausalLM",
-) -> card.Watchlist:
+) -> watchlist_file.Watchlist:
     """A random watchlist for `llama()`, or a model of its sizes: `sparse` gated features, `dense` probes a layer."""
     rng = np.random.default_rng(seed)
     hooks = []
     for layer in layers:
         K = sparse + dense
         w_KD = rng.normal(size=(K, d_model)).astype(np.float32) / np.sqrt(d_model)
-        w_hi = card.bf16_from_f32(w_KD)
-        w_lo = card.bf16_from_f32(w_KD - card.f32_from_bf16(w_hi))
-        scale = np.zeros((len(card.SCALE_ROWS), K), np.float32)
+        w_hi = watchlist_file.bf16_from_f32(w_KD)
+        w_lo = watchlist_file.bf16_from_f32(w_KD - watchlist_file.f32_from_bf16(w_hi))
+        scale = np.zeros((len(watchlist_file.SCALE_ROWS), K), np.float32)
         scale[0], scale[1], scale[2] = threshold, 1.0, rng.normal(size=K) * 0.1
         scale[[0, 3], sparse:] = -np.inf
         features = tuple(
-            card.Feature(
+            watchlist_file.Feature(
                 id=f"l{layer}_{'f' if k < sparse else 'p'}{k}",
                 label=f"random direction {k} of layer {layer}",
                 severity=Severity.CRITICAL if k == sparse else Severity.INFO,
                 kind="sae" if k < sparse else "probe",
                 gate="exact" if k < sparse else "none",
                 units="activation" if k < sparse else "logit",
-                limit=card.Limit("max", 2.0) if k % 3 == 0 else None,
+                limit=watchlist_file.Limit("max", 2.0) if k % 3 == 0 else None,
                 skip_first_positions=1,
             )
             for k in range(K)
         )
-        hooks.append(card.HookRows(HookPoint(layer), features, w_hi, w_lo, scale))
-    model = card.ModelCard("tiny", architecture, d_model, num_layers, VOCABULARY, ("bfloat16", "float32"))
-    return card.write(card.Watchlist("tiny", model, tuple(hooks)), path)
+        hooks.append(watchlist_file.HookRows(HookPoint(layer), features, w_hi, w_lo, scale))
+    model = watchlist_file.ModelCard("tiny", architecture, d_model, num_layers, VOCABULARY, ("bfloat16", "float32"))
+    return watchlist_file.write(watchlist_file.Watchlist("tiny", model, tuple(hooks)), path)

@@ -10,13 +10,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import numpy as np
-
-from monitor.errors import StreamRefused
-from monitor.names import Outcome, Phase, Reason, TokenState
-from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
-from monitor.transport.receiver import Receiver
-from monitor.transport.report import Report
-from monitor.transport.session import Hello
+from latentwatch.errors import StreamRefused
+from latentwatch.names import Outcome, Phase, Reason, TokenState
+from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
+from latentwatch.transport.receiver import Receiver
+from latentwatch.transport.report import Report
+from latentwatch.transport.session import Hello
 
 T = TypeVar("T")
 

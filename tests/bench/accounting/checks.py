@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch.names import Outcome, Phase, Reason, TokenState
+from latentwatch.watchlist.file import Watchlist
 
-from monitor.names import Outcome, Phase, Reason, TokenState
-from monitor.watchlist.card import Watchlist
 from tests.bench.accounting.workload import Request
 from tests.support.oracle import expected_scores, residual_streams
 from tests.support.recording import Scores

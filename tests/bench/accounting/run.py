@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch import __version__
+from latentwatch.names import response_id
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor import __version__
-from monitor.names import response_id
-from monitor.watchlist import card
 from tests.bench.accounting import checks, models
 from tests.bench.accounting.checks import Account
 from tests.bench.accounting.drive import COUNTERS
@@ -163,11 +163,11 @@ def rows_of(engine: Engine, shared: Path, folder: Path, drivers: Drivers) -> lis
     identical = {request.label: True for request in requests}
     for request, with_monitor, without in zip(requests, _answers(on), _answers(off), strict=True):
         identical[request.label] &= with_monitor == without
-    accounts = _accounts(requests, on, sink, card.read(watchlist_path))
+    accounts = _accounts(requests, on, sink, watchlist_file.read(watchlist_path))
     _check_occurred(engine, on, sink, [account for label in accounts.values() for account in label])
     refusal = _refusal(engine, sink)
     return [
-        _row(engine, label, of_label, on, identical[label], refusal, card.read(watchlist_path), model)
+        _row(engine, label, of_label, on, identical[label], refusal, watchlist_file.read(watchlist_path), model)
         for label, of_label in accounts.items()
     ]
 
@@ -178,7 +178,7 @@ def _answers(result: Any) -> list[Any]:
 
 
 def _accounts(
-    requests: list[Request], on: Any, sink: RecordingSink, watchlist: card.Watchlist
+    requests: list[Request], on: Any, sink: RecordingSink, watchlist: watchlist_file.Watchlist
 ) -> dict[str, list[Account]]:
     """By label: every request of the run with what the collector was told of it."""
     scores = {_index(name): told for name, told in sink.requests(watchlist).items()}
@@ -229,7 +229,7 @@ def _row(
     on: Any,
     identical: bool,
     refusal: str,
-    watchlist: card.Watchlist,
+    watchlist: watchlist_file.Watchlist,
     model: Path,
 ) -> dict[str, Any]:
     wrong = [found for account in accounts if (found := checks.unbalanced(account))]

@@ -9,12 +9,11 @@ Shape legend: F features, C cells, B bins, W windows kept.
 from __future__ import annotations
 
 import numpy as np
+from latentwatch.drift.detection import Window
+from latentwatch.drift.detectors import binomial_llr
+from latentwatch.drift.reference import Reference
+from latentwatch.drift.sums import hour_of_week
 from river.drift import ADWIN
-
-from monitor.drift.detection import Window
-from monitor.drift.detectors import binomial_llr
-from monitor.drift.observed import hour_of_week
-from monitor.drift.reference import Reference
 
 HOUR_WINDOWS = 60
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-
-from monitor.aggregate.counts import Layout
-from monitor.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update
-from monitor.drift.reference import Reference
+from latentwatch.aggregate.counts import Layout
+from latentwatch.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update
+from latentwatch.drift.reference import Reference
 
 
 class Ours:

@@ -25,30 +25,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from latentwatch import __version__
+from latentwatch.aggregate.counts import COUNT_LEVELS, Layout, RequestCounts, above
+from latentwatch.aggregate.features import FeatureTable
+from latentwatch.aggregate.requests import RequestStates
+from latentwatch.cli.calibrate import moved
+from latentwatch.demo.build import model as demo_model
+from latentwatch.demo.build.dialogues import Dialogue, compose, stream, topics
+from latentwatch.demo.build.measure import act_in
+from latentwatch.demo.build.traces import Traces, collect
+from latentwatch.drift.baseline import Baseline, Fingerprint
+from latentwatch.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update, update_canary
+from latentwatch.drift.limits import calibrated_limit
+from latentwatch.drift.reference import DriftTolerance, Reference, fit
+from latentwatch.drift.sums import TrafficSums
+from latentwatch.kernels.reference import score
+from latentwatch.names import Phase, TokenState
+from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, StepBatch
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor import __version__
-from monitor.aggregate.counts import COUNT_LEVELS, Layout, RequestCounts, above
-from monitor.aggregate.features import FeatureTable
-from monitor.aggregate.requests import RequestStates
-from monitor.cli.calibrate import moved
-from monitor.demo import model as demo_model
-from monitor.demo.dialogues import Dialogue, compose, stream, topics
-from monitor.demo.measure import act_in
-from monitor.demo.traces import Traces, collect
-from monitor.drift.baseline import Baseline, Fingerprint
-from monitor.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update, update_canary
-from monitor.drift.limits import calibrated_limit
-from monitor.drift.observed import Observed
-from monitor.drift.reference import Options, Reference, fit
-from monitor.kernels.reference import score
-from monitor.names import Phase, TokenState
-from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, StepBatch
-from monitor.watchlist import card
 from tests.bench.drift.run import MONTH_SECONDS, nulls, poisson_interval
 from tests.support.engines import ROOT
 
 RESULT = Path(__file__).parents[1] / "results" / "drift-real.json"
-ASSETS = ROOT / "monitor/demo/assets"
+ASSETS = ROOT / "monitor/latentwatch/demo/assets"
 PER_STEP = 64
 REQUESTS_PER_WINDOW = 60
 WINDOW_SECONDS = 60.0
@@ -84,7 +84,7 @@ class Rows:
 class Scorer:
     """From dialogues to request statistics, by the watchlist and the collector's own arithmetic."""
 
-    def __init__(self, watchlist: card.Watchlist, tokenizer: Any) -> None:
+    def __init__(self, watchlist: watchlist_file.Watchlist, tokenizer: Any) -> None:
         self.watchlist, self._tokenizer = watchlist, tokenizer
         self.table = FeatureTable.of(watchlist.features)
         self.layout = Layout.of(self.table, watchlist.features)
@@ -169,9 +169,9 @@ def once(count: int) -> Iterator[np.ndarray]:
         yield np.arange(first, min(count, first + REQUESTS_PER_WINDOW))
 
 
-def observed_of(layout: Layout, rows: Rows) -> Observed:
+def observed_of(layout: Layout, rows: Rows) -> TrafficSums:
     """The sums over these requests in their order."""
-    observed = Observed.empty(layout)
+    observed = TrafficSums.empty(layout)
     for window in windows(layout, rows, once(len(rows.tokens_n))):
         observed.add_window(window.counts, np.array([observed.stratum("")]), window.end_seconds)
     observed.add_tail(rows.value_nF)
@@ -384,7 +384,7 @@ def changed(scorer: Scorer, reference: Reference, plain: Rows, other: Rows) -> d
     }
 
 
-def recalibration(scorer: Scorer, before: Observed, after: Observed, other: Rows) -> dict[str, Any]:
+def recalibration(scorer: Scorer, before: TrafficSums, after: TrafficSums, other: Rows) -> dict[str, Any]:
     """What `calibrate --update` would ask about, and what the limits of requests would become."""
     ids = tuple(feature.id for feature in scorer.watchlist.features)
     fingerprint = Fingerprint(scorer.watchlist.sha256, "demo")
@@ -441,7 +441,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, tokenizer = demo_model.load(ASSETS / "model")
-    scorer = Scorer(card.read(ASSETS / "demo.watchlist.safetensors"), tokenizer)
+    scorer = Scorer(watchlist_file.read(ASSETS / "demo.watchlist.safetensors"), tokenizer)
     dialogues = ordinary(args.requests, seed=1)
     rows = kept(args.work, f"ordinary-{args.requests}", scorer, model, dialogues)
     half = args.requests // 2
@@ -451,7 +451,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     for value_NF in canary_runs(scorer, model, prompts, 5, seed=4):
         for prompt, value_F in enumerate(value_NF):
             observed.add_canary(prompt, value_F)
-    reference = fit(observed, scorer.layout, Options())
+    reference = fit(observed, scorer.layout, DriftTolerance())
     _say(f"{args.requests} ordinary requests scored, {int(rows.tokens_n.sum())} tokens")
     result: dict[str, Any] = {"population": population(scorer, trusted, reference), "models": [], "incidents": []}
     rng, compared = np.random.default_rng(6), min(half, COMPARED)

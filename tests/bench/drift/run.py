@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch import __version__
+from latentwatch.aggregate.counts import COUNT_LEVELS, Layout, RequestCounts
+from latentwatch.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update, update_canary
+from latentwatch.drift.reference import DriftTolerance, Reference, fit
+from latentwatch.drift.simulate import Change, Scenario, Traffic
+from latentwatch.drift.sums import CANARIES, TrafficSums
 
-from monitor import __version__
-from monitor.aggregate.counts import COUNT_LEVELS, Layout, RequestCounts
-from monitor.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update, update_canary
-from monitor.drift.observed import CANARIES, Observed
-from monitor.drift.reference import Options, Reference, fit
-from monitor.drift.simulate import Change, Scenario, Traffic
 from tests.bench.drift.others import OTHERS, Adwin, Detector
 from tests.bench.drift.ours import Ours
 from tests.bench.drift.plot import drawn
@@ -95,13 +95,13 @@ def by_the_minute(scenario: Scenario) -> Scenario:
 def calibrated(scenario: Scenario, seconds: float, seed: int) -> tuple[Reference, np.ndarray]:
     """A baseline of this kind of traffic, and the histograms that the others need."""
     traffic = Traffic(scenario, np.random.default_rng(seed))
-    observed = Observed.empty(traffic.layout)
+    observed = TrafficSums.empty(traffic.layout)
     adapters = scenario.adapter_ratio_AF.shape[0]
     strata = np.tile([observed.stratum(f"adapter {a}") for a in range(adapters)], scenario.replicas)
     for _ in range(int(seconds / scenario.window_seconds)):
         window = traffic.window()
         observed.add_window(window.counts, strata, window.end_seconds, scenario.window_seconds)
-    return fit(observed, traffic.layout, Options()), observed.cells_FC
+    return fit(observed, traffic.layout, DriftTolerance()), observed.cells_FC
 
 
 def pages(detectors: Sequence[Any], traffic: Traffic, seconds: float) -> list[int]:
@@ -342,7 +342,7 @@ def run_canary(log: Callable[[str], None]) -> dict[str, Any]:
     """A swap of the model: 12 canary runs a minute, 30 % of a feature's values no longer what they were."""
     F, rng, per_minute = 128, np.random.default_rng(700), 12
     traffic = Traffic(alike(0.01, features=F), rng)
-    observed = Observed.empty(traffic.layout)
+    observed = TrafficSums.empty(traffic.layout)
     for _ in range(20):
         window = traffic.window()
         observed.add_window(window.counts, np.zeros(1, int), window.end_seconds)
@@ -350,7 +350,7 @@ def run_canary(log: Callable[[str], None]) -> dict[str, Any]:
     for prompt in range(CANARIES):
         for _ in range(5):
             observed.add_canary(prompt, value_NF[prompt] * rng.normal(1, 0.003, F))
-    reference = fit(observed, traffic.layout, Options())
+    reference = fit(observed, traffic.layout, DriftTolerance())
     state, first_F = DetectorState.empty(traffic.layout, 1), np.full(F, np.nan)
     budget = Budget(seconds_per_page=MONTH_SECONDS * FEATURES / F)
     for run in range(24 * 60 * per_minute):
@@ -372,7 +372,7 @@ def update_milliseconds(features: int = 1024, replicas: int = 64) -> float:
     """Median time that one core spends on a window: detectors, evidence, and the sums of the next baseline."""
     rng, levels = np.random.default_rng(2), np.tile(COUNT_LEVELS, (features, 1))
     layout = Layout(np.ones(features, bool), levels, np.arange(PAIRED))
-    observed, times = Observed.empty(layout), []
+    observed, times = TrafficSums.empty(layout), []
     state, budget, reference = DetectorState.empty(layout, replicas), Budget(), None
     for number in range(31):
         fired_nF = (rng.random((200, features)) < 0.05) * rng.integers(1, 9, (200, features))
@@ -387,7 +387,7 @@ def update_milliseconds(features: int = 1024, replicas: int = 64) -> float:
         observed.add_window(counts, window.stratum_G, window.end_seconds)
         times.append(time.process_time() - began)
         if number == 9:
-            reference = fit(observed, layout, Options())
+            reference = fit(observed, layout, DriftTolerance())
     return float(np.median(times[10:]) * 1e3)
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from monitor.names import HookPoint, Severity
-from monitor.watchlist import card
+from latentwatch.names import HookPoint, Severity
+from latentwatch.watchlist import file as watchlist_file
 
 LLAMA_8B = "llama-3.1-8b"
 MOE = "qwen3-30b-a3b-24-layers"
@@ -65,7 +64,7 @@ def write(name: str, folder: Path) -> Path:
     return path
 
 
-def watchlist(name: str, path: Path, *, features: int = 256, hook_points: int = 4) -> card.Watchlist:
+def watchlist(name: str, path: Path, *, features: int = 256, hook_points: int = 4) -> watchlist_file.Watchlist:
     """`features` random unit rows over evenly spread layers, on the stream scaled to sqrt(D): s is standard normal."""
     shape = config(name)
     rng = np.random.default_rng(0)
@@ -73,25 +72,25 @@ def watchlist(name: str, path: Path, *, features: int = 256, hook_points: int = 
     hooks = tuple(
         _rows(int(layer), features // hook_points, shape.hidden_size, rng) for layer in dict.fromkeys(layers.tolist())
     )
-    model = card.ModelCard(
+    model = watchlist_file.ModelCard(
         name, shape.architectures[0], shape.hidden_size, shape.num_hidden_layers, shape.vocab_size, ("bfloat16",)
     )
-    return card.write(card.Watchlist(f"bench-{name}", model, hooks), path)
+    return watchlist_file.write(watchlist_file.Watchlist(f"bench-{name}", model, hooks), path)
 
 
-def _rows(layer: int, K: int, D: int, rng: np.random.Generator) -> card.HookRows:
+def _rows(layer: int, K: int, D: int, rng: np.random.Generator) -> watchlist_file.HookRows:
     w_KD = rng.standard_normal((K, D)).astype(np.float32)
     w_KD /= np.linalg.norm(w_KD, axis=1, keepdims=True)
-    hi_KD = card.bf16_from_f32(w_KD)
-    lo_KD = card.bf16_from_f32(w_KD - card.f32_from_bf16(hi_KD))
-    scale_6K = np.zeros((len(card.SCALE_ROWS), K), np.float32)
-    scale_6K[card.SCALE_ROWS.index("tau")] = FIRING_TAU
-    scale_6K[card.SCALE_ROWS.index("gain")] = 1.0
-    scale_6K[card.SCALE_ROWS.index("norm")] = card.NORMS.index("constant_norm")
+    hi_KD = watchlist_file.bf16_from_f32(w_KD)
+    lo_KD = watchlist_file.bf16_from_f32(w_KD - watchlist_file.f32_from_bf16(hi_KD))
+    scale_6K = np.zeros((len(watchlist_file.SCALE_ROWS), K), np.float32)
+    scale_6K[watchlist_file.SCALE_ROWS.index("tau")] = FIRING_TAU
+    scale_6K[watchlist_file.SCALE_ROWS.index("gain")] = 1.0
+    scale_6K[watchlist_file.SCALE_ROWS.index("norm")] = watchlist_file.NORMS.index("constant_norm")
     for row in ("tau", "lo"):
-        scale_6K[card.SCALE_ROWS.index(row), :DENSE_PER_HOOK] = -np.inf
+        scale_6K[watchlist_file.SCALE_ROWS.index(row), :DENSE_PER_HOOK] = -np.inf
     features = tuple(
-        card.Feature(
+        watchlist_file.Feature(
             id=f"l{layer}_{k}",
             label="a random direction",
             severity=Severity.NONE,
@@ -101,4 +100,4 @@ def _rows(layer: int, K: int, D: int, rng: np.random.Generator) -> card.HookRows
         )
         for k in range(K)
     )
-    return card.HookRows(HookPoint(layer), features, hi_KD, lo_KD, scale_6K)
+    return watchlist_file.HookRows(HookPoint(layer), features, hi_KD, lo_KD, scale_6K)

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.watchlist import card
 from tests.bench.engine_gpu import models
 from tests.support.engines import ROOT, cache_root
 from tests.support.recording import RecordingCollector
@@ -140,7 +140,7 @@ class Bench:
             }
             self.on = Engine(folder, "on", engine, {**runner, **on}, [])
         self.peer = peer
-        self.features = len(card.read(folder / "w.safetensors").features)
+        self.features = len(watchlist_file.read(folder / "w.safetensors").features)
         # One after the other: two engines that profile the same GPU at once mistake each other's memory for their own.
         stack.callback(self.on.close)
         self.on.wait_for("READY")
@@ -225,8 +225,7 @@ def cells(model: str, mode: str, peer: str) -> Iterator[Cell]:
 def run(out: Path, chosen: list[str], runners: list[str], minutes: float) -> None:
     import torch
     import vllm
-
-    from monitor import __version__
+    from latentwatch import __version__
 
     deadline = time.monotonic() + 60 * minutes
     result: dict[str, Any] = {

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from latentwatch import __version__
+from latentwatch.kernels import score_op, score_triton
 from torch import Tensor
 
-from monitor import __version__
-from monitor.kernels import op, score
 from tests.bench.kernels import baselines
 from tests.bench.kernels.timing import Machine, Times, measure_machine, replayed, sets_needed
 from tests.support.kernel_cases import assert_matches, make_case
@@ -67,7 +67,7 @@ class Sets:
         lo_KD = (case.w_KD - hi_KD.float()).bfloat16()
         self.hi = [hi_KD.clone() for _ in range(min(weights, 1024))]
         self.lo = [lo_KD.clone() for _ in self.hi]
-        self.scratch = op.scratch(8192, [point.K], point.d, "cuda")
+        self.scratch = score_op.scratch(8192, [point.K], point.d, "cuda")
         self.act_TK = torch.full((point.T, point.K), float("nan"), device="cuda")
         self.stat_T3 = torch.full((point.T, 3), float("nan"), device="cuda")
 
@@ -88,18 +88,18 @@ def floor_us(point: Point, machine: Machine) -> float:
     return machine.floor_us(bytes_moved=moved, flops=2 * 2 * point.T * point.d * point.K)
 
 
-def time_op(sets: Sets, variant: score.Variant | None = None) -> Times:
+def time_op(sets: Sets, variant: score_triton.Variant | None = None) -> Times:
     """The op as it is served, or one variant of its kernel with as much scratch as that one takes."""
     scratch = sets.scratch
     if variant is not None:
-        scratch = torch.zeros(score.COUNTERS + variant.scratch_words(sets.point.T, sets.point.K), device="cuda")
+        scratch = torch.zeros(score_triton.COUNTERS + variant.scratch_words(sets.point.T, sets.point.K), device="cuda")
 
     def scorer(x_TD: Tensor, residual_TD: Tensor | None, i: int) -> None:
         arguments = (x_TD, residual_TD, sets.hi[i], sets.lo[i], sets.cases[0].scale_6K, sets.act_TK, sets.stat_T3)
         if variant is None:
             torch.ops.latentwatch.score(*arguments, scratch)
         else:
-            score.score(*arguments, scratch, variant)
+            score_triton.score(*arguments, scratch, variant)
 
     return replayed(sets.calls(scorer))
 

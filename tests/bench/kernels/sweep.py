@@ -2,7 +2,7 @@
 
     python -m tests.bench.kernels.sweep [--minutes N] [--out FILE]
 
-`monitor.kernels.score.TABLE` is edited by hand from what this prints: nothing is tuned while serving.
+`latentwatch.kernels.score_triton.TABLE` is edited by hand from what this prints: nothing is tuned while serving.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from latentwatch.kernels import score_triton
 
-from monitor.kernels import score
 from tests.bench.kernels.run import Point, Sets, floor_us, time_op
 from tests.bench.kernels.timing import measure_machine
 
@@ -27,17 +27,17 @@ STEPS = {8: 16, 64: 64, 256: 256, 1024: 1024, 2048: 2048, 8192: 1 << 30}
 SHARED_BYTES = 227 << 10
 
 
-def candidates(T: int, K: int) -> Iterator[score.Variant]:
+def candidates(T: int, K: int) -> Iterator[score_triton.Variant]:
     """Around what could work: at most some 4 waves of programs, a tile that the registers hold."""
     tall = (16,) if T <= 16 else (16, 32, 64, 128)
     for block_t, block_k, block_d, split in itertools.product(tall, (16, 32, 64, 128), (32, 64, 128), (1, 2, 4, 8, 16)):
-        tiles = score.ceil_div(T, block_t) * score.ceil_div(K, block_k)
+        tiles = score_triton.ceil_div(T, block_t) * score_triton.ceil_div(K, block_k)
         wide = block_t * block_k
         if block_k > max(16, K) or wide > 128 * 128 or not 32 <= tiles * split <= 1100:
             continue
         warps = 8 if wide >= 64 * 64 else 4
         for stages in (3, 4):
-            shape = score.Variant(block_t, block_k, block_d, split, warps, stages)
+            shape = score_triton.Variant(block_t, block_k, block_d, split, warps, stages)
             if stages * 4 * block_d * (block_t + block_k) <= SHARED_BYTES and shape == shape.fit(K, D, split=True):
                 yield shape
 
@@ -51,12 +51,12 @@ def main() -> None:
         sys.exit("no GPU: torch sees no CUDA device")
     deadline = time.monotonic() + 60 * options.minutes
     machine = measure_machine()
-    found: dict[str, list[tuple[float, score.Variant]]] = {}
+    found: dict[str, list[tuple[float, score_triton.Variant]]] = {}
     points = [(T, K) for K in (64, 256, 1024) for T in STEPS]
     for place, (T, K) in enumerate(points):
         point = Point(D, K, T, True)
         sets = Sets(point)
-        now = score.choose(T, K, D, split=True)
+        now = score_triton.choose(T, K, D, split=True)
         times = [(time_op(sets, now).p50, now)]
         share = time.monotonic() + (deadline - time.monotonic()) / (len(points) - place)
         for shape in candidates(T, K):

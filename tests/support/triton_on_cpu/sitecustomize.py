@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-if "monitor.exporter" in sys.orig_argv:
+if "latentwatch.exporter" in sys.orig_argv:
     # The exporter runs no kernel and must start fast. Python takes this error as "there is no such module".
     raise ImportError(name="sitecustomize")
 

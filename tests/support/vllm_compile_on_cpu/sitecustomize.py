@@ -87,7 +87,10 @@ sys.meta_path.insert(
         {
             "vllm.platforms.cpu": (nothing, lambda module: keep_mode(module.CpuPlatform)),
             "vllm.compilation.passes.pass_manager": (define_missing_ops, nothing),
-            "monitor.engine.plugin": (nothing, leave_cache_unsalted if os.environ.get("UNSALTED") else nothing),
+            "latentwatch.engines.vllm.plugin": (
+                nothing,
+                leave_cache_unsalted if os.environ.get("UNSALTED") else nothing,
+            ),
         }
     ),
 )

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from monitor.aggregate.histogram import ACTIVATION_EDGES, Histograms, ScalarHistogram, limit_edges
+from latentwatch.aggregate.histogram import ACTIVATION_EDGES, Histograms, ScalarHistogram, limit_edges
 
 EDGES = np.array([[0.0, 1.0, 2.0], [-1.0, 0.5, 10.0]])
 VALUES = st.lists(st.tuples(*[st.floats(-20, 20, width=32)] * 2), max_size=20)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.aggregate.features import FeatureTable
+from latentwatch.aggregate.requests import RequestStates
+from latentwatch.names import Phase, TokenState
+from latentwatch.step.batch import StepBatch
+from latentwatch.watchlist.file import Feature, Limit
 
-from monitor.aggregate.features import FeatureTable
-from monitor.aggregate.requests import RequestStates
-from monitor.names import Phase, TokenState
-from monitor.step import StepBatch
-from monitor.watchlist.card import Feature, Limit
 from tests.support.streams import Piece, Schedule, Tokens, probe, sparse, step_batch, tokens
 
 FEATURES = (

@@ -7,8 +7,7 @@ import functools
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-
-from monitor.aggregate.window import FeatureWindow, WindowRing
+from latentwatch.aggregate.window import FeatureWindow, WindowRing
 
 
 def window(tokens: int, peak: float = 1.0, fired: int = 1) -> FeatureWindow:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from latentwatch.cli import doctor, main
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.cli import doctor, main
-from monitor.watchlist import card
 from tests.support.streams import sparse, watchlist
 
 
@@ -59,11 +59,11 @@ def test_each_state_of_each_part_has_words_and_a_failure_says_what_to_do(found, 
 
 
 def test_a_watchlist_file_is_read_and_a_broken_one_says_what_to_do(tmp_path):
-    built = card.write(watchlist([sparse("f")]), tmp_path / "w.safetensors")
-    finding, sha256 = doctor.watchlist_file(tmp_path / "w.safetensors")
+    built = watchlist_file.write(watchlist([sparse("f")]), tmp_path / "w.safetensors")
+    finding, sha256 = doctor.readable_watchlist(tmp_path / "w.safetensors")
     assert finding.status == "ok" and sha256 == built.sha256
     (tmp_path / "w.safetensors").write_bytes(b"no")
-    finding, sha256 = doctor.watchlist_file(tmp_path / "w.safetensors")
+    finding, sha256 = doctor.readable_watchlist(tmp_path / "w.safetensors")
     assert finding.status == "failed" and finding.instead and not sha256
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from latentwatch.cli import main
+from latentwatch.collector.evidence import Evidence, EvidenceSettings
+from latentwatch.collector.http.app import make_app
+from latentwatch.collector.metrics_families import ProcessFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.errors import ConfigRefused
+from latentwatch.evidence import sealed
+from latentwatch.evidence.audit import Audit
+from latentwatch.evidence.vault import write_key
 from prometheus_client.openmetrics import parser
 
-from monitor.cli import main
-from monitor.collector.evidence import Evidence, EvidenceSettings
-from monitor.collector.exposition import ProcessFacts
-from monitor.collector.pipeline import Pipeline
-from monitor.collector.web import make_app
-from monitor.errors import ConfigRefused
-from monitor.evidence import contents
-from monitor.evidence.audit import Audit
-from monitor.evidence.vault import write_key
 from tests.support.evidence import FEATURES, NOW
 from tests.support.streams import Schedule, Tokens, hello, tokens, watchlist
 
@@ -150,7 +150,7 @@ def test_what_a_gateway_leaves_is_kept_sealed_and_shown_with_its_scores(made, ca
     assert " w" in capsys.readouterr().out
     client("DELETE", "/v1/evidence/requests/chatcmpl-2", headers=TRUSTED)
     assert client("GET", url, headers=TRUSTED).status_code == 404
-    assert [row for path in contents.files(folder) for row in sealed_in(path)] == []
+    assert [row for path in sealed.files(folder) for row in sealed_in(path)] == []
 
 
 def sealed_in(path: Path) -> list[bytes]:
@@ -163,7 +163,7 @@ def sealed_in(path: Path) -> list[bytes]:
 def test_content_of_a_request_that_is_not_kept_never_reaches_the_disk(made):
     client, folder = made
     answer = client("PUT", "/v1/evidence/content/chatcmpl-calm", json={"token_ids": [1, 2]}, headers=TRUSTED)
-    assert answer.status_code == 404 and contents.files(folder) == []
+    assert answer.status_code == 404 and sealed.files(folder) == []
 
 
 @pytest.mark.parametrize("said", [{}, {"tokens": ["a"], "token_ids": [1, 2]}, {"tokens": ["a"], "text": "a"}])

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.collector.config import Bounds
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.snapshot import RequestView
+from latentwatch.errors import ConfigRefused, StreamRefused
+from latentwatch.names import Outcome, Phase, Reason, Severity, TokenState
+from latentwatch.step.batch import EngineCounters, StepBatch
+from latentwatch.transport.session import Hello
+from latentwatch.watchlist.file import Limit
 
-from monitor.collector.config import Bounds
-from monitor.collector.pipeline import Pipeline
-from monitor.collector.views import RequestView
-from monitor.errors import ConfigRefused, StreamRefused
-from monitor.names import Outcome, Phase, Reason, Severity, TokenState
-from monitor.step import EngineCounters, StepBatch
-from monitor.transport.session import Hello
-from monitor.watchlist.card import Limit
 from tests.support.streams import Piece, Schedule, Tokens, hello, probe, sparse, step_batch, tokens, watchlist
 
 FEATURES = (

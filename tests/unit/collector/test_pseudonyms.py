@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.evidence import EvidenceSettings
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.pseudonyms import Pseudonyms, PseudonymSink
+from latentwatch.collector.service import CollectorSettings, Service
+from latentwatch.drift.canary import canary_id, canary_prompt
+from latentwatch.errors import ConfigRefused
+from latentwatch.evidence.store import Retention
+from latentwatch.transport.sender import Sender
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.collector.drift import DriftSettings
-from monitor.collector.evidence import EvidenceSettings
-from monitor.collector.pipeline import Pipeline
-from monitor.collector.pseudonyms import Pseudonyms, PseudonymSink
-from monitor.collector.service import Service, Settings
-from monitor.drift.canary import canary_id, canary_prompt
-from monitor.errors import ConfigRefused
-from monitor.evidence.store import Retention
-from monitor.transport.sender import Sender
-from monitor.watchlist import card
 from tests.support.collectors import FEATURES, collector
 from tests.support.streams import Piece, Tokens, hello, step_batch, watchlist
 from tests.support.wire import eventually
@@ -145,9 +145,9 @@ def test_a_canary_run_keeps_the_id_by_which_it_is_known():
 def test_a_route_cannot_be_read_from_a_hash(tmp_path):
     settings = {"request_id_key_file": key_file(tmp_path), "drift": DriftSettings(route=re.compile("x"))}
     path = tmp_path / "w.safetensors"
-    card.write(watchlist(FEATURES), path)
+    watchlist_file.write(watchlist(FEATURES), path)
     with pytest.raises(ConfigRefused, match="does not tell its route"):
-        Service(Settings(path, (f"unix://{tmp_path}/c.sock",), "127.0.0.1:0", **settings))
+        Service(CollectorSettings(path, (f"unix://{tmp_path}/c.sock",), "127.0.0.1:0", **settings))
 
 
 @pytest.mark.parametrize(("content", "mode"), [("short", 0o600), (KEY, 0o644)])

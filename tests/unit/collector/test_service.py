@@ -14,23 +14,23 @@ from pathlib import Path
 
 import grpc
 import pytest
+from latentwatch.collector.service import CollectorSettings, Service
+from latentwatch.errors import ConfigRefused, WatchlistRefused
+from latentwatch.transport import codec
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.collector.service import Service, Settings
-from monitor.errors import ConfigRefused, WatchlistRefused
-from monitor.transport import codec
-from monitor.watchlist import card
 from tests.support.streams import hello, sparse, watchlist
 from tests.support.wire import in_loop
 
 
 @pytest.fixture
 def built(tmp_path: Path) -> Path:
-    card.write(watchlist([sparse("f")]), tmp_path / "w.safetensors")
+    watchlist_file.write(watchlist([sparse("f")]), tmp_path / "w.safetensors")
     return tmp_path / "w.safetensors"
 
 
-def settings(built: Path, http: str = "127.0.0.1:0") -> Settings:
-    return Settings(built, (f"unix://{built.parent}/c.sock",), http)
+def settings(built: Path, http: str = "127.0.0.1:0") -> CollectorSettings:
+    return CollectorSettings(built, (f"unix://{built.parent}/c.sock",), http)
 
 
 def test_a_service_serves_both_sides_and_leaves_nothing_bound(built):
@@ -102,7 +102,7 @@ def test_a_missing_or_truncated_watchlist_is_refused(built):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_verb_says_where_it_listens_and_stops_on_a_signal(built, number):
-    argv = [sys.executable, "-m", "monitor", "collector", "--watchlist", str(built)]
+    argv = [sys.executable, "-m", "latentwatch", "collector", "--watchlist", str(built)]
     argv += ["--listen", f"unix://{built.parent}/c.sock", "--http", "127.0.0.1:0"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -118,7 +118,7 @@ def test_the_verb_says_where_it_listens_and_stops_on_a_signal(built, number):
 
 
 def test_the_verb_refuses_a_missing_watchlist_in_one_line_with_exit_code_2(tmp_path):
-    argv = [sys.executable, "-m", "monitor", "collector", "--watchlist", str(tmp_path / "none")]
+    argv = [sys.executable, "-m", "latentwatch", "collector", "--watchlist", str(tmp_path / "none")]
     ran = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2
     assert len(ran.stderr.strip().splitlines()) == 1 and "watchlist build" in ran.stderr
@@ -126,7 +126,7 @@ def test_the_verb_refuses_a_missing_watchlist_in_one_line_with_exit_code_2(tmp_p
 
 def test_the_help_of_the_verb_ends_with_a_line_to_paste():
     ran = subprocess.run(
-        [sys.executable, "-m", "monitor", "collector", "--help"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "latentwatch", "collector", "--help"], capture_output=True, text=True, timeout=60
     )
     assert ran.returncode == 0 and "example:  latentwatch collector --watchlist" in ran.stdout
 

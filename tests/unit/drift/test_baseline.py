@@ -6,13 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from latentwatch.drift import baseline
+from latentwatch.drift.baseline import Fingerprint
+from latentwatch.drift.reference import DriftTolerance, Season, Status, fit
+from latentwatch.drift.simulate import Scenario, Traffic
+from latentwatch.drift.sums import TrafficSums
+from latentwatch.errors import BaselineRefused
 
-from monitor.drift import baseline
-from monitor.drift.baseline import Fingerprint
-from monitor.drift.observed import Observed
-from monitor.drift.reference import Options, Season, Status, fit
-from monitor.drift.simulate import Scenario, Traffic
-from monitor.errors import BaselineRefused
 from tests.support.drift import random_baseline
 from tests.support.streams import probe, sparse
 
@@ -66,7 +66,7 @@ def test_no_damaged_byte_goes_unnoticed(made):
 
 def test_counts_that_cannot_be_are_refused_though_their_hash_is_right(made):
     for name, value in (("cells_FC", -1), ("hour_square_HFL", np.nan)):
-        observed = Observed.empty(made.layout)
+        observed = TrafficSums.empty(made.layout)
         observed.restore(made.observed.snapshot())
         getattr(observed, name).reshape(-1)[0] = value
         with pytest.raises(BaselineRefused, match=name):
@@ -99,11 +99,11 @@ def test_baselines_add_and_those_of_other_features_do_not(made):
 def test_a_feature_that_never_fired_can_still_rise_and_never_fall():
     scenario = Scenario(np.array([0.0, 1e-5, 0.05]), 1000)
     traffic = Traffic(scenario, np.random.default_rng(0))
-    observed = Observed.empty(traffic.layout)
+    observed = TrafficSums.empty(traffic.layout)
     for _ in range(200):
         window = traffic.window()
         observed.add_window(window.counts, window.stratum_G, window.end_seconds)
-    reference = fit(observed, traffic.layout, Options())
+    reference = fit(observed, traffic.layout, DriftTolerance())
     assert [Status(s) for s in reference.status_F.tolist()] == [Status.NEVER_FIRED, Status.THIN, Status.OK]
     assert (reference.low_HF[:, :2] == 0).all() and (reference.low_HF[:, 2] > 0).all()
     assert (reference.high_HF[:, 0] > 0).all() and (reference.high_HF[:, 0] < 1e-3).all()
@@ -113,15 +113,15 @@ def test_a_feature_that_never_fired_can_still_rise_and_never_fall():
 def test_rates_by_the_hour_once_days_are_seen_and_a_wide_tolerance_until_then():
     scenario = Scenario(np.array([0.05]), 1000, 240, season=0.3)
     traffic = Traffic(scenario, np.random.default_rng(0))
-    observed, references = Observed.empty(traffic.layout), {}
+    observed, references = TrafficSums.empty(traffic.layout), {}
     for number in range(1, 15 * 360 + 1):
         window = traffic.window()
         observed.add_window(window.counts, window.stratum_G, window.end_seconds)
         if number in (180, 4 * 360, 15 * 360):
-            references[number] = fit(observed, traffic.layout, Options())
+            references[number] = fit(observed, traffic.layout, DriftTolerance())
     short, days, weeks = references.values()
     assert [r.season_F[0] for r in (short, days, weeks)] == [Season.STATIC, Season.HOUR_OF_DAY, Season.HOUR_OF_WEEK]
     width = [float((r.high_HF / r.rate_HF).mean()) for r in (short, days, weeks)]
-    assert width[0] > Options().static_tolerance > width[1] and width[2] < 1.25
+    assert width[0] > DriftTolerance().static_tolerance > width[1] and width[2] < 1.25
     swing = weeks.rate_HF.max() / weeks.rate_HF.min()
     assert swing == pytest.approx(1.3 / 0.7, rel=0.1)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from monitor.drift.detection import FALL, KINDS, RISE, Budget, DetectorState, evidence, update
-from monitor.drift.detectors import CEILING, binomial_llr, cusum, pair_llr, replica_llr, shiryaev_roberts
-from monitor.drift.observed import Observed
-from monitor.drift.reference import Options, fit, poisson_limits
-from monitor.drift.simulate import Change, Scenario, Traffic
+from latentwatch.drift.detection import FALL, KINDS, RISE, Budget, DetectorState, evidence, update
+from latentwatch.drift.detectors import CEILING, binomial_llr, cusum, pair_llr, replica_llr, shiryaev_roberts
+from latentwatch.drift.reference import DriftTolerance, fit, poisson_limits
+from latentwatch.drift.simulate import Change, Scenario, Traffic
+from latentwatch.drift.sums import TrafficSums
 
 
 def two_sided_cusum_run_lengths(mean: float, h: float, *, runs: int, k: float = 0.5, seed: int = 0) -> np.ndarray:
@@ -105,11 +104,11 @@ def test_pairs_are_judged_given_their_own_rates():
 
 def calibrated(scenario: Scenario, windows: int, seed: int = 0):
     traffic = Traffic(scenario, np.random.default_rng(seed))
-    observed = Observed.empty(traffic.layout)
+    observed = TrafficSums.empty(traffic.layout)
     for _ in range(windows):
         window = traffic.window()
         observed.add_window(window.counts, window.stratum_G, window.end_seconds)
-    return traffic, fit(observed, traffic.layout, Options())
+    return traffic, fit(observed, traffic.layout, DriftTolerance())
 
 
 def watched(traffic: Traffic, reference, change: Change | None, windows: int, replicas: int = 1):

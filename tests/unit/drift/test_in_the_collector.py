@@ -9,26 +9,26 @@ import re
 
 import numpy as np
 import pytest
+from latentwatch.cli import main
+from latentwatch.collector.calibration import of_evidence
+from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.evidence_buffer import watched
+from latentwatch.collector.http.app import make_app
+from latentwatch.collector.metrics_families import ProcessFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.drift import baseline, canary
+from latentwatch.drift.baseline import Baseline, Fingerprint
+from latentwatch.errors import BaselineRefused, ConfigRefused, StreamRefused
+from latentwatch.evidence.archive import EndedRequest
+from latentwatch.evidence.store import Retention, Store
+from latentwatch.names import TokenState
+from latentwatch.step.batch import FEATURE_DTYPE
+from latentwatch.transport import recording
+from latentwatch.transport.recording import RecordingSink
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.file import Limit, Watchlist
 from starlette.testclient import TestClient
 
-from monitor.cli import main
-from monitor.collector.calibration import of_evidence
-from monitor.collector.drift import DriftSettings
-from monitor.collector.exposition import ProcessFacts
-from monitor.collector.pipeline import Pipeline
-from monitor.collector.recorder import watched
-from monitor.collector.web import make_app
-from monitor.drift import baseline, canary
-from monitor.drift.baseline import Baseline, Fingerprint
-from monitor.errors import BaselineRefused, ConfigRefused, StreamRefused
-from monitor.evidence.archive import EndedRequest
-from monitor.evidence.store import Retention, Store
-from monitor.names import TokenState
-from monitor.step import FEATURE_DTYPE
-from monitor.transport import recording
-from monitor.transport.recording import RecordingSink
-from monitor.watchlist import card
-from monitor.watchlist.card import Limit, Watchlist
 from tests.support.drift import random_baseline
 from tests.support.streams import Piece, Tokens, hello, probe, sparse, step_batch, watchlist
 
@@ -333,7 +333,7 @@ def test_a_rate_that_the_baseline_cannot_tell_is_refused(trusted):
 def folder(tmp_path_factory):
     """A watchlist file, an hour of recorded traffic, and one in which feature "a" fires four times as often."""
     folder = tmp_path_factory.mktemp("recordings")
-    built = card.write(WATCHED, folder / "w.safetensors")
+    built = watchlist_file.write(WATCHED, folder / "w.safetensors")
     for name, share in (("calm", 0.2), ("drifted", 0.8)):
         sink = RecordingSink(folder / name)
         engine = Engine(sink, built, seed=len(name))
@@ -399,7 +399,7 @@ def kept(folder, keep: str, built: Watchlist) -> Pipeline:
 
 
 def test_evidence_of_every_request_calibrates_as_its_collector_does(folder, tmp_path, capsys):
-    built, key = card.read(folder / "w.safetensors"), tmp_path / "key"
+    built, key = watchlist_file.read(folder / "w.safetensors"), tmp_path / "key"
     live = kept(tmp_path / "all", "all", built).drift.observed("toy", MONDAY).observed
     key.write_bytes(KEY)
     calibrate = ["calibrate", "--watchlist", str(folder / "w.safetensors"), "--model-name", "toy"]
@@ -417,7 +417,7 @@ def test_evidence_of_every_request_calibrates_as_its_collector_does(folder, tmp_
 def test_canary_runs_in_a_recording_are_told_by_the_key_and_a_route_that_is_no_pattern_is_refused(
     folder, tmp_path, capsys
 ):
-    built, key, path = card.read(folder / "w.safetensors"), tmp_path / "key", str(tmp_path / "r")
+    built, key, path = watchlist_file.read(folder / "w.safetensors"), tmp_path / "key", str(tmp_path / "r")
     key.write_bytes(KEY)
     sink = RecordingSink(tmp_path / "r")
     engine = Engine(sink, built)
@@ -435,7 +435,7 @@ def test_canary_runs_in_a_recording_are_told_by_the_key_and_a_route_that_is_no_p
 
 
 def test_evidence_that_is_not_of_every_request_makes_no_baseline(folder, tmp_path, capsys):
-    built = card.read(folder / "w.safetensors")
+    built = watchlist_file.read(folder / "w.safetensors")
     limited = dataclasses.replace(built, hooks=tuple(_always_exceeded(rows) for rows in built.hooks))
     kept(tmp_path / "some", "exceeded", limited)
     calibrate = ["calibrate", "--from", str(tmp_path / "some"), "--model-name", "toy", "--out", str(tmp_path / "b")]
@@ -443,7 +443,7 @@ def test_evidence_that_is_not_of_every_request_makes_no_baseline(folder, tmp_pat
     watched_by = [*calibrate, "--watchlist", str(folder / "w.safetensors")]
     assert main(watched_by) == 2 and "--evidence-keep all" in capsys.readouterr().err
     assert main([*watched_by, "--model-name", "other"]) == 2 and "no whole request" in capsys.readouterr().err
-    other = card.write(watchlist(FEATURES[1:]), tmp_path / "o.safetensors")
+    other = watchlist_file.write(watchlist(FEATURES[1:]), tmp_path / "o.safetensors")
     assert other.sha256 != built.sha256
     assert main([*calibrate, "--watchlist", str(tmp_path / "o.safetensors")]) == 2
     assert built.sha256 in capsys.readouterr().err

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from latentwatch.cli import main
+from latentwatch.evidence.archive import Archive
 
-from monitor.cli import main
-from monitor.evidence.archive import Archive
 from tests.support.evidence import one_request, store
 
 ID = "chatcmpl-made-000000000002-0123abcd"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
+from latentwatch.evidence import heatmap
+from latentwatch.evidence.archive import Archive, StoredActivations
 
-from monitor.evidence import heatmap
-from monitor.evidence.archive import Archive, StoredActivations
 from tests.support.evidence import NOW, one_request, store
 
 HOSTILE = ["hello", " \x1b[2J", "\n", "<script>alert(1)</script>", "\u202eevil", "é", "'onmouseover='x"]

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latentwatch.collector.evidence_buffer import watched
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.errors import ConfigRefused
+from latentwatch.evidence import segment
+from latentwatch.evidence import store as stores
+from latentwatch.evidence.archive import Archive, Wanted
+from latentwatch.evidence.records import Ended
+from latentwatch.evidence.store import SMALLEST_BYTES, Retention, Store
+from latentwatch.names import TokenState
 
-from monitor.collector.pipeline import Pipeline
-from monitor.collector.recorder import watched
-from monitor.errors import ConfigRefused
-from monitor.evidence import segment
-from monitor.evidence import store as stores
-from monitor.evidence.archive import Archive, Wanted
-from monitor.evidence.records import Ended
-from monitor.evidence.store import SMALLEST_BYTES, Retention, Store
-from monitor.names import TokenState
 from tests.support.evidence import FEATURES, NOW, one_request, records, store
 from tests.support.streams import Schedule, hello, sparse, tokens, watchlist
 

@@ -7,16 +7,16 @@ import time
 from concurrent.futures import Future
 
 import pytest
+from latentwatch.evidence.records import Exceedance, Record, Request, size_bytes
+from latentwatch.evidence.writer import Writer
+from latentwatch.names import Phase
 
-from monitor.evidence.records import Exceedance, Record, Request, size_bytes
-from monitor.evidence.writer import Writer
-from monitor.names import Phase
 from tests.support.wire import eventually
 
 REQUEST = Request(1, "chatcmpl-1", "pod-0/0", "toy", "0", "", "", 1.0, True)
 
 
-class Target:
+class RecordTarget:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.batches: list[int] = []
@@ -46,7 +46,7 @@ def exceedances(count: int) -> list[Exceedance]:
 
 
 def test_everything_is_written_in_order_and_closing_writes_the_rest():
-    target = Target()
+    target = RecordTarget()
     writer = Writer(target)
     for record in exceedances(12_000):
         writer.put([record])
@@ -57,7 +57,7 @@ def test_everything_is_written_in_order_and_closing_writes_the_rest():
 
 
 def test_a_full_queue_drops_the_newest_counts_them_and_does_not_wait():
-    target = Target()
+    target = RecordTarget()
     target.gate.clear()
     room = 100 * size_bytes(exceedances(1)[0])
     writer = Writer(target, queue_bytes=room)
@@ -74,7 +74,7 @@ def test_a_full_queue_drops_the_newest_counts_them_and_does_not_wait():
 
 
 def test_a_failing_disk_costs_the_batch_is_counted_and_said_once(caplog):
-    target = Target()
+    target = RecordTarget()
     target.fail = 2
     writer = Writer(target)
     for expected in (1, 2):
@@ -88,7 +88,7 @@ def test_a_failing_disk_costs_the_batch_is_counted_and_said_once(caplog):
 
 
 def test_a_task_runs_after_the_records_before_it_and_gives_back_its_result_or_error():
-    target = Target()
+    target = RecordTarget()
     writer = Writer(target)
     writer.put(exceedances(7000))
     seen: Future[int] = writer.run(lambda: len(target.records))
@@ -99,7 +99,7 @@ def test_a_task_runs_after_the_records_before_it_and_gives_back_its_result_or_er
 
 
 def test_the_target_is_pruned_about_once_a_second_by_the_given_clock():
-    target, now = Target(), [1000.0]
+    target, now = RecordTarget(), [1000.0]
     writer = Writer(target, clock=lambda: now[0])
     time.sleep(0.3)
     assert target.pruned == 0

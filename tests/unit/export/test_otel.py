@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latentwatch.collector.evidence_buffer import watched
+from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.service import CollectorSettings, Service
+from latentwatch.collector.telemetry import Telemetry, TelemetrySettings
+from latentwatch.errors import ConfigRefused
+from latentwatch.export.metrics import METRICS
+from latentwatch.export.otel_metrics import MetricSender
+from latentwatch.watchlist import file as watchlist_file
 
-from monitor.collector.exposition import Families, ProcessFacts
-from monitor.collector.pipeline import Pipeline
-from monitor.collector.recorder import watched
-from monitor.collector.service import Service, Settings
-from monitor.collector.telemetry import Telemetry, TelemetrySettings
-from monitor.errors import ConfigRefused
-from monitor.export.metrics import METRICS
-from monitor.export.otel_metrics import MetricSender
-from monitor.watchlist import card
 from tests.support.evidence import FEATURES, NOW, one_request
 from tests.support.otlp import attributes, otlp_receiver
 from tests.support.streams import Schedule, hello, tokens, watchlist
@@ -92,13 +92,13 @@ def test_the_metrics_over_otlp_are_those_of_the_table():
 
 
 def test_a_collector_sends_its_metrics_as_often_as_it_is_told(tmp_path: Path):
-    card.write(watchlist(FEATURES), tmp_path / "w.safetensors")
+    watchlist_file.write(watchlist(FEATURES), tmp_path / "w.safetensors")
     with otlp_receiver() as receiver:
 
         async def scenario() -> None:
             otlp = TelemetrySettings(receiver.url, metrics_seconds=0.1)
             listen = (f"unix://{tmp_path}/c.sock",)
-            service = Service(Settings(tmp_path / "w.safetensors", listen, "127.0.0.1:0", otlp=otlp))
+            service = Service(CollectorSettings(tmp_path / "w.safetensors", listen, "127.0.0.1:0", otlp=otlp))
             await service.start()
             while len(receiver.metrics) < 3:
                 await asyncio.sleep(0.05)

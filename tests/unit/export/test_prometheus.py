@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.export.metrics import Metric
+from latentwatch.export.prometheus import OPEN_METRICS, TEXT, ExemplarLine, Exposition, Family, negotiate
+from latentwatch.watchlist.file import Limit
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open_metrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from monitor.collector.exposition import Families, ProcessFacts
-from monitor.collector.pipeline import Pipeline
-from monitor.export.metrics import Metric
-from monitor.export.prometheus import OPEN_METRICS, TEXT, ExemplarLine, Exposition, Family, negotiate
-from monitor.watchlist.card import Limit
 from tests.support.streams import hello, probe, sparse, watchlist
 
 COUNTER = Metric("latentwatch_things_total", "counter", ("name",), "Things.")

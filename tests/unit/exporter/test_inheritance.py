@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.exporter.attribution import ScoredRows
+from latentwatch.exporter.ledger import Ledger
+from latentwatch.exporter.pending_steps import PendingSteps
+from latentwatch.exporter.score_cache import ScoreCache
+from latentwatch.handover.events import Blocks, Closed, Event
+from latentwatch.handover.ring import RawStep
+from latentwatch.names import Outcome, Phase, Reason, TokenState
+from latentwatch.step.batch import FIRE_DTYPE, EngineCounters
 
-from monitor.events import Blocks, Closed, Event
-from monitor.exporter.held import HeldSteps
-from monitor.exporter.kept import KeptScores
-from monitor.exporter.layout import ScoredRows
-from monitor.exporter.ledger import Ledger
-from monitor.names import Outcome, Phase, Reason, TokenState
-from monitor.ring import RawStep
-from monitor.step import FIRE_DTYPE, EngineCounters
 from tests.unit.exporter.test_ledger import Books, opened, raw
 
 BLOCK = 4
@@ -25,8 +25,8 @@ WRONG = 65000.0
 """Score of a row whose token is not the request's."""
 
 
-def kept(**limits: Any) -> KeptScores:
-    return KeptScores(blocks=POOL, block_size=BLOCK, dense=1, hook_points=1, **limits)
+def kept(**limits: Any) -> ScoreCache:
+    return ScoreCache(blocks=POOL, block_size=BLOCK, dense=1, hook_points=1, **limits)
 
 
 def score_of(tokens: list[int]) -> float:
@@ -284,7 +284,7 @@ def test_memory_is_bounded_and_what_is_inherited_again_and_again_stays():
 
 
 def test_two_slots_that_share_a_place_never_read_each_other():
-    store = KeptScores(blocks=POOL, block_size=BLOCK, dense=1, hook_points=1, max_bytes=2 * 26 * 10)
+    store = ScoreCache(blocks=POOL, block_size=BLOCK, dense=1, hook_points=1, max_bytes=2 * 26 * 10)
     store.write(np.array([0, 1]), rows([1.0, 2.0]))
     store.write(np.array([10]), rows([9.0]))
     assert store.read(np.array([0, 1, 10]))[0].tolist() == [False, True, True]
@@ -294,7 +294,7 @@ def test_two_slots_that_share_a_place_never_read_each_other():
 
 def test_a_request_that_skips_a_step_keeps_its_drafts_waiting_until_it_goes_on():
     """Rows 4..7 with three drafts; the step after does not have the request; the one after that goes on at 6."""
-    held = HeldSteps(drafts=True)
+    held = PendingSteps(drafts=True)
     prompt, end = np.array([4, 4]), np.full(2, 1 << 40)
     held.hold(raw([(0, 4, 4), (1, 4, 1)], number=1))
     assert [s.requests_Q["slot"].tolist() for s, _, _ in held.settled(raw([(1, 5, 1)], number=2), prompt, end)] == [[1]]
@@ -306,7 +306,7 @@ def test_a_request_that_skips_a_step_keeps_its_drafts_waiting_until_it_goes_on()
 
 
 def test_after_a_lost_step_only_the_first_row_of_a_draft_is_taken_for_true():
-    held = HeldSteps(drafts=True)
+    held = PendingSteps(drafts=True)
     held.hold(raw([(0, 4, 4)], number=1))
     ((_, to_Q, _),) = held.settled(raw([(0, 8, 4)], number=3), np.array([4]), np.full(1, 1 << 40))
     assert to_Q.tolist() == [5]

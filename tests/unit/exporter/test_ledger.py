@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from monitor import step
-from monitor.events import Closed, Event, Opened, decode_events, encode_events
-from monitor.exporter.ledger import Ledger
-from monitor.names import Outcome, Phase, Reason, TokenState
-from monitor.ring import REQUEST_DTYPE, RawStep
-from monitor.step import FIRE_DTYPE, EngineCounters, StepBatch
+from latentwatch.exporter.ledger import Ledger
+from latentwatch.handover.events import Closed, Event, Opened, decode_events, encode_events
+from latentwatch.handover.ring import REQUEST_DTYPE, RawStep
+from latentwatch.names import Outcome, Phase, Reason, TokenState
+from latentwatch.step import batch as steps
+from latentwatch.step.batch import FIRE_DTYPE, EngineCounters, StepBatch
 
 SPARSE = np.array([True, True, False])
 
@@ -66,12 +65,12 @@ class Books:
 
     tokens: Counter[tuple[int, TokenState, Reason, Phase]] = field(default_factory=Counter)
     score: dict[tuple[int, int], float] = field(default_factory=dict)
-    closed: dict[int, step.RequestClosed] = field(default_factory=dict)
+    closed: dict[int, steps.RequestClosed] = field(default_factory=dict)
 
     def take(self, batch: StepBatch) -> None:
-        step.validate(batch, sparse_F=SPARSE, hook_points=1)
+        steps.validate(batch, sparse_F=SPARSE, hook_points=1)
         row = 0
-        for s, owns in zip(batch.segments_S, step.owns_rows(batch.segments_S), strict=True):
+        for s, owns in zip(batch.segments_S, steps.owns_rows(batch.segments_S), strict=True):
             handle, start, count = int(s["handle"]), int(s["start"]), int(s["count"])
             self.tokens[handle, TokenState(s["state"]), Reason(s["reason"]), Phase(s["phase"])] += count
             for i in range(count):

@@ -25,55 +25,55 @@ class Bug(NamedTuple):
     caught_by: str
 
 
-TAP, ENCODER = "tests/unit/engine/test_tap.py", "tests/unit/engine/test_encoder.py"
+TAP, ENCODER = "tests/unit/engines/vllm/test_step_tap.py", "tests/unit/engines/vllm/test_encoder.py"
 LEDGER, INHERITANCE = "tests/unit/exporter/test_ledger.py", "tests/unit/exporter/test_inheritance.py"
 
 BUGS = {
     "the batch order of the scheduler, not of the runner": Bug(
-        "monitor/engine/rowmap.py",
+        "monitor/latentwatch/engines/vllm/row_map.py",
         "return _from_v2(batch)",
         "return _from_v1(type(batch)(**{**vars(batch), 'req_ids': list(scheduler_output.num_scheduled_tokens), "
         "'num_computed_tokens_cpu': batch.num_computed_tokens_np}), scheduler_output)",
         f"{TAP}::test_the_v2_row_map_follows_the_batch_order_not_the_schedulers",
     ),
     "a layer's output[0] without the residual": Bug(
-        "monitor/engine/hook.py",
+        "monitor/latentwatch/engines/vllm/hook.py",
         "_score(module, output[0], output[1])",
         "_score(module, output[0], None)",
         f"{ENCODER}::test_every_kind_of_layer_is_scored_on_the_summed_stream",
     ),
     "padding counted as rows": Bug(
-        "monitor/engine/rowmap.py",
+        "monitor/latentwatch/engines/vllm/row_map.py",
         "n = batch.num_reqs",
         "n = len(batch.query_start_loc_np) - 1",
         f"{TAP}::test_the_v2_row_map_follows_the_batch_order_not_the_schedulers",
     ),
     "no inheritance": Bug(
-        "monitor/exporter/ledger.py",
+        "monitor/latentwatch/exporter/ledger.py",
         "self._kept = kept",
         "self._kept = None",
         f"{INHERITANCE}::test_a_hit_on_blocks_that_the_same_step_fills_inherits_their_scores",
     ),
     "scores of a block's former owner": Bug(
-        "monitor/exporter/ledger.py",
+        "monitor/latentwatch/exporter/ledger.py",
         "self._kept.forget(np.array(blocks[hits:], np.int64))",
         "pass",
         f"{INHERITANCE}::test_a_block_allocated_anew_forgets_even_if_the_step_that_filled_it_was_lost",
     ),
     "every tensor-parallel rank counts": Bug(
-        "monitor/engine/attach.py",
+        "monitor/latentwatch/engines/vllm/attach.py",
         "return int(self._worker.rank) % int(self._worker.parallel_config.world_size) == 0",
         "return True",
-        "tests/unit/engine/test_attach.py::test_one_rank_of_an_engine_reports",
+        "tests/unit/engines/vllm/test_attach.py::test_one_rank_of_an_engine_reports",
     ),
     "rejected drafts committed": Bug(
-        "monitor/exporter/held.py",
+        "monitor/latentwatch/exporter/pending_steps.py",
         "if not self._drafts:",
         "if True:",
         f"{LEDGER}::test_rejected_drafts_are_never_committed",
     ),
     "one position off after a preemption": Bug(
-        "monitor/exporter/layout.py",
+        "monitor/latentwatch/exporter/attribution.py",
         "again_T = position_T < rows.from_Q[request_T]",
         "again_T = position_T < rows.from_Q[request_T] - 1",
         f"{LEDGER}::test_recompute_after_preemption_counts_each_position_once_with_its_first_final_score",
@@ -97,7 +97,7 @@ def pytest_on_a_copy(folder: Path, tests: list[str], bug: Bug | None) -> subproc
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PYTHONPATH": f"{folder / 'monitor'}{os.pathsep}{folder}", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=False,

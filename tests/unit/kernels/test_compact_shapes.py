@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from monitor.kernels.compact import HEAD, Compactor
+from latentwatch.kernels.compact import HEAD, Compactor
 
 
 def compactor(max_rows: int, *, features: int = 20, dense: int = 3, capacity: int = 1 << 18) -> Compactor:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.errors import EngineRefused
+from latentwatch.kernels import reference, score_op
 from torch._inductor.utils import run_and_get_code
 
-from monitor.errors import EngineRefused
-from monitor.kernels import op, reference
 from tests.support.kernel_cases import Case, assert_matches, canonical_rows, make_case, poisoned_buffers
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -107,7 +107,7 @@ def test_a_step_longer_than_the_buffers_is_left_unscored() -> None:
 
 
 def test_the_op_is_registered_once_however_often_it_is_imported() -> None:
-    importlib.reload(op)
+    importlib.reload(score_op)
     case = make_case(2, 64, 4)
     assert_matches(case, *run(case))
 
@@ -173,7 +173,7 @@ def test_the_compiled_op_writes_the_same_buffers_whatever_the_number_of_tokens(f
 
 def test_packed_rows_are_the_cards_rows() -> None:
     rows = canonical_rows(D=64, K=5)
-    w_KD, w_lo_KD, scale_6K = op.pack(rows, "cpu", torch.bfloat16)
+    w_KD, w_lo_KD, scale_6K = score_op.pack(rows, "cpu", torch.bfloat16)
     assert w_lo_KD is None and w_KD.dtype == torch.float32
     assert w_KD.numpy().tobytes() == rows.w_KD.tobytes()
     assert scale_6K.numpy().tobytes() == rows.scale_6K.tobytes()
@@ -181,13 +181,13 @@ def test_packed_rows_are_the_cards_rows() -> None:
 
 def test_rows_packed_for_a_gpu_keep_the_cards_bit_patterns() -> None:
     rows = canonical_rows(D=64, K=5)
-    hi_KD, lo_KD, _ = op.pack(rows, "meta", torch.bfloat16)
+    hi_KD, lo_KD, _ = score_op.pack(rows, "meta", torch.bfloat16)
     assert lo_KD is not None and hi_KD.dtype == lo_KD.dtype == torch.bfloat16
 
 
 def test_a_model_dtype_that_the_op_cannot_read_is_refused() -> None:
     with pytest.raises(EngineRefused, match="float64"):
-        op.pack(canonical_rows(D=64, K=5), "cpu", torch.float64)
+        score_op.pack(canonical_rows(D=64, K=5), "cpu", torch.float64)
 
 
 def test_the_reference_applies_each_norm_as_its_definition_says() -> None:

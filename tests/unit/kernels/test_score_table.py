@@ -6,8 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from monitor.kernels import op, score
+from latentwatch.kernels import score_op, score_triton
 
 MIB = 1 << 20
 
@@ -16,7 +15,7 @@ MIB = 1 << 20
 def test_a_shape_covers_the_step_and_cuts_no_part_below_two_blocks(T: int, K: int, D: int, split: bool) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for capability in (80, 90, 100):
-            shape = score.choose(T, K, D, split=split, dtype=dtype, capability=capability)
+            shape = score_triton.choose(T, K, D, split=split, dtype=dtype, capability=capability)
             assert 16 <= shape.block_k < 2 * max(16, K)
             assert shape.split == 1 or (split and D // shape.split >= 2 * shape.block_d)
 
@@ -25,17 +24,17 @@ def test_a_shape_covers_the_step_and_cuts_no_part_below_two_blocks(T: int, K: in
 def test_scratch_made_for_the_longest_step_serves_every_shorter_one(T_max: int, K: int, step: float) -> None:
     T = max(1, round(T_max * step))
     for dtype in (torch.bfloat16, torch.float32):
-        shape = score.choose(T, K, 4096, split=True, dtype=dtype)
-        assert score.COUNTERS + shape.scratch_words(T, K) <= score.scratch_words(T_max, K, 4096)
-        assert shape.split == 1 or shape.tiles(T, K) <= score.COUNTERS
+        shape = score_triton.choose(T, K, 4096, split=True, dtype=dtype)
+        assert score_triton.COUNTERS + shape.scratch_words(T, K) <= score_triton.scratch_words(T_max, K, 4096)
+        assert shape.split == 1 or shape.tiles(T, K) <= score_triton.COUNTERS
 
 
 def test_scratch_stays_within_32_mib_for_the_largest_watchlist() -> None:
-    assert score.scratch_words(8192, 1024, 4096) * 4 <= 32 * MIB
+    assert score_triton.scratch_words(8192, 1024, 4096) * 4 <= 32 * MIB
 
 
 def test_a_batch_invariant_engine_gets_one_shape_whatever_the_step() -> None:
-    assert len({score.choose(T, 64, 4096, split=True, invariant=True) for T in (1, 16, 64, 300, 8192)}) == 1
+    assert len({score_triton.choose(T, 64, 4096, split=True, invariant=True) for T in (1, 16, 64, 300, 8192)}) == 1
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("0", False), ("", False), (None, False)])
@@ -45,17 +44,17 @@ def test_vllms_own_switch_asks_for_batch_invariance(
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
     if value is not None:
         monkeypatch.setenv("VLLM_BATCH_INVARIANT", value)
-    assert score.batch_invariant() is expected
+    assert score_triton.batch_invariant() is expected
 
 
 @pytest.mark.parametrize("T_max", [1, 16, 100, 8192, 65536])
 def test_warming_up_takes_every_shape_that_a_step_can_take(T_max: int) -> None:
-    warmed = {score.choose(T, 64, 4096, split=True) for T in score.steps(T_max)}
-    assert {score.choose(T, 64, 4096, split=True) for T in range(1, T_max + 1, 7)} <= warmed
+    warmed = {score_triton.choose(T, 64, 4096, split=True) for T in score_triton.steps(T_max)}
+    assert {score_triton.choose(T, 64, 4096, split=True) for T in range(1, T_max + 1, 7)} <= warmed
 
 
 def test_a_cpu_needs_neither_scratch_nor_warming_up() -> None:
-    assert op.scratch(8192, [64], 4096, "cpu") is None
+    assert score_op.scratch(8192, [64], 4096, "cpu") is None
     w_KD, scale_6K, act_TK, stat_T3 = torch.zeros(2, 8), torch.zeros(6, 2), torch.full((4, 2), 7.0), torch.zeros(4, 3)
-    op.warm_up(w_KD, None, scale_6K, act_TK, stat_T3, None, dtype=torch.float32, residual=True)
+    score_op.warm_up(w_KD, None, scale_6K, act_TK, stat_T3, None, dtype=torch.float32, residual=True)
     assert act_TK.eq(7).all()

@@ -34,5 +34,5 @@ def no_error_in_the_background(caplog: pytest.LogCaptureFixture) -> Iterator[Non
     for record in caplog.get_records("call"):
         # A server that stops says which streams it cut. On a busy machine one has not ended by itself until then.
         cut = record.getMessage().endswith("due to server stop.")
-        ours = record.name.startswith("monitor.")
+        ours = record.name.startswith("latentwatch.")
         assert ours or cut or record.levelno < logging.WARNING, (record.name, record.getMessage(), record.exc_text)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from monitor.errors import StreamRefused
-from monitor.names import Outcome, Phase, Reason, TokenState
-from monitor.step import (
+from latentwatch.errors import StreamRefused
+from latentwatch.names import Outcome, Phase, Reason, TokenState
+from latentwatch.step.batch import (
     FIRE_DTYPE,
     SEGMENT_DTYPE,
     EngineCounters,
@@ -22,8 +21,9 @@ from monitor.step import (
     owns_rows,
     tokens_by_state,
 )
-from monitor.transport import codec
-from monitor.transport._pb import latentwatch_pb2 as pb
+from latentwatch.transport import codec
+from latentwatch.transport._pb import latentwatch_pb2 as pb
+
 from tests.support.wire import batch, hello, same, tokens
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from latentwatch.errors import ConfigRefused, StreamRefused
+from latentwatch.transport import codec, receiver
 
-from monitor.errors import ConfigRefused, StreamRefused
-from monitor.transport import codec, receiver
 from tests.support.wire import FakeSink, ServerThread, batch, eventually, hello, same
 
 HELLO = codec.encode_hello(hello(), last_acked_sequence=0, time_unix_nano=0)

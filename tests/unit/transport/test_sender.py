@@ -21,13 +21,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentwatch.errors import ConfigRefused, StreamRefused
+from latentwatch.names import Phase, Reason, TokenState
+from latentwatch.step.batch import (
+    FIRE_DTYPE,
+    SEGMENT_DTYPE,
+    RequestOpened,
+    StepBatch,
+    owns_rows,
+    tokens_by_state,
+    validate,
+)
+from latentwatch.transport import codec, sender
+from latentwatch.transport.sender import Backoff, Sender
+from latentwatch.transport.shed_priority import ShedPriority
 
-from monitor.errors import ConfigRefused, StreamRefused
-from monitor.names import Phase, Reason, TokenState
-from monitor.step import FIRE_DTYPE, SEGMENT_DTYPE, RequestOpened, StepBatch, owns_rows, tokens_by_state, validate
-from monitor.transport import codec, sender
-from monitor.transport.sender import Backoff, Sender
-from monitor.transport.stakes import Stakes
 from tests.support.wire import FakeSink, ServerThread, batch, eventually, hello, same, tokens
 
 FAST = Backoff(first_seconds=0.01, longest_seconds=0.05, refused_seconds=0.05)
@@ -318,7 +326,9 @@ def test_books_that_a_collector_may_hold_in_part_are_not_joined(make, address):
     assert counted == sum(tokens(batch(step)) for step in range(1, offered + 1))
 
 
-STAKES = Stakes([("none", 0.0, False), ("warning", 2.0, False), ("critical", 2.0, False), ("critical", 0.5, True)])
+STAKES = ShedPriority(
+    [("none", 0.0, False), ("warning", 2.0, False), ("critical", 2.0, False), ("critical", 0.5, True)]
+)
 
 
 def at_stake(step: int) -> StepBatch:
@@ -572,7 +582,7 @@ def test_a_grpc_server_that_is_no_collector_is_tried_slowly_and_named(make, addr
 
 COLLECTOR = """
 import asyncio, sys
-from monitor.transport.receiver import Receiver
+from latentwatch.transport.receiver import Receiver
 from tests.support.wire import FakeSink
 
 async def main():

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.errors import ConfigRefused, StreamRefused
+from latentwatch.exporter.backlog import BacklogDelivery
+from latentwatch.transport import codec, spool
+from latentwatch.transport.sender import Backoff, Sender
+from latentwatch.transport.spool import Spool, Spooled, SpoolFolder, SpoolSettings
 
-from monitor.errors import ConfigRefused, StreamRefused
-from monitor.exporter.leftovers import Leftovers
-from monitor.transport import codec, spool
-from monitor.transport.sender import Backoff, Sender
-from monitor.transport.spool import Spool, Spooled, SpoolFolder, SpoolSettings
 from tests.support.wire import FakeSink, ServerThread, batch, eventually, hello, same, tokens
 
 FAST = Backoff(first_seconds=0.01, longest_seconds=0.05, refused_seconds=0.05)
@@ -452,7 +452,7 @@ def test_earlier_boots_are_delivered_first_each_under_its_own_name(make, target,
     live = make(target, spool=shared.open(hello()))
     live.offer(batch(1))
     with ServerThread(sink, target):
-        Leftovers(shared, live, HERE, lambda who, made: make(target, who, spool=made))
+        BacklogDelivery(shared, live, HERE, lambda who, made: make(target, who, spool=made))
         eventually(lambda: live.stats().acked == 1)
     assert sink.met == ["c" * 32, BEFORE, HERE]
     assert sink.sequences == [1, 2, 3, 1]
@@ -473,7 +473,7 @@ def test_a_boot_that_the_collector_refuses_stays_until_its_room_is_needed(make, 
     made = shared.open(hello())
     live = make(target, spool=made)
     with ServerThread(sink, target):
-        leftovers = Leftovers(shared, live, HERE, lambda who, made: make(target, who, spool=made))
+        leftovers = BacklogDelivery(shared, live, HERE, lambda who, made: make(target, who, spool=made))
         live.offer(batch(1))
         eventually(lambda: live.stats().acked == 1)
     leftovers.stop()
@@ -487,7 +487,7 @@ def test_an_engine_without_leftovers_starts_at_once_and_a_stop_leaves_them(make,
     left(tmp_path, BEFORE, 1)
     shared = folder(tmp_path)
     live = make(target, spool=shared.open(hello()))
-    leftovers = Leftovers(shared, live, HERE, lambda who, made: make(target, who, spool=made))
+    leftovers = BacklogDelivery(shared, live, HERE, lambda who, made: make(target, who, spool=made))
     leftovers.stop()  # nobody listens there
     assert live._thread is not None
     live.close(0)

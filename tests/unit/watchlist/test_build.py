@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
+from latentwatch.errors import WatchlistRefused
+from latentwatch.watchlist import canonical, verify
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.build import build
 
-from monitor.errors import WatchlistRefused
-from monitor.watchlist import canonical, card, verify
-from monitor.watchlist.build import build
 from tests.support.sources import D, F, document, hook, probe, saelens, saelens_weights, source, stream, write_yaml
 
 
-def built(tmp_path: Path, content: Any) -> card.Watchlist:
+def built(tmp_path: Path, content: Any) -> watchlist_file.Watchlist:
     return build(write_yaml(tmp_path / "watchlist.yaml", content), tmp_path / "out.safetensors")
 
 
-def acts(rows: card.HookRows, x: np.ndarray) -> np.ndarray:
+def acts(rows: watchlist_file.HookRows, x: np.ndarray) -> np.ndarray:
     return canonical.activations(rows.w_hi_KD, rows.w_lo_KD, rows.scale_6K, x)
 
 
@@ -40,7 +41,7 @@ def test_a_built_file_scores_what_the_sae_encodes(tmp_path: Path, architecture: 
     saelens(tmp_path / "sae", architecture, apply_b_dec_to_input=subtract)
     index = [23, 0, 7]
     built(tmp_path, document(hook(2, source("saelens", "sae", index))))
-    (rows,) = card.read(tmp_path / "out.safetensors").hooks
+    (rows,) = watchlist_file.read(tmp_path / "out.safetensors").hooks
     x = stream(300)
     expected = naive_saelens(architecture, x, subtract)[:, index]
     assert 0 < (expected > 0).mean() < 1
@@ -91,7 +92,7 @@ def test_the_card_says_where_a_row_came_from(tmp_path: Path) -> None:
     assert set(got.source["sha256"]) == {"cfg.json", "sae_weights.safetensors"}
     assert got.source["model_name"] == "tiny"
     assert got.evidence == evidence | {"label_source": "watchlist.yaml"}
-    assert got.limit == card.Limit("rolling_mean", 2.5, 8, "output")
+    assert got.limit == watchlist_file.Limit("rolling_mean", 2.5, 8, "output")
     assert got.skip_first_positions == 1, "the first position is an outlier in most models; the YAML default skips it"
 
 
@@ -250,7 +251,7 @@ def test_verify_is_silent_on_a_fresh_build_and_names_what_changed_since(tmp_path
 
 def test_the_documented_example_is_a_valid_watchlist(tmp_path: Path) -> None:
     """docs and example drift apart from the schema unless something reads them."""
-    from monitor.watchlist import selection
+    from latentwatch.watchlist import selection
 
     example = Path(selection.__file__).with_name("example.yaml")
     chosen = selection.load(example)

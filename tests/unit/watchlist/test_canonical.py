@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.errors import WatchlistRefused
+from latentwatch.watchlist import canonical
+from latentwatch.watchlist.file import NORMS
 
-from monitor.errors import WatchlistRefused
-from monitor.watchlist import canonical
-from monitor.watchlist.card import NORMS
 from tests.support.sources import stream
 
 K, D, T = 9, 64, 200

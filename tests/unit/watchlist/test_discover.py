@@ -11,19 +11,18 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from monitor.cli import main
-from monitor.demo import dialogues
-from monitor.errors import WatchlistRefused
-from monitor.names import HookPoint
-from monitor.watchlist import canonical, probing, record
-from monitor.watchlist.build import build
-from monitor.watchlist.discover import discover, midranks, request_scores, split
-from monitor.watchlist.location import Location
-from monitor.watchlist.sources import About, Source, open_source
+from latentwatch.cli import main
+from latentwatch.demo.build import dialogues
+from latentwatch.errors import WatchlistRefused
+from latentwatch.names import HookPoint
+from latentwatch.watchlist import activations, canonical, probing
+from latentwatch.watchlist.build import build
+from latentwatch.watchlist.discover import discover, midranks, request_scores, split
+from latentwatch.watchlist.location import Location
+from latentwatch.watchlist.sources import About, Source, open_source
 
 D, F, REQUESTS = 32, 200, 160
-ASSETS = Path(record.__file__).parents[1] / "demo" / "assets"
+ASSETS = Path(activations.__file__).parents[1] / "demo" / "assets"
 
 
 def sae(seed: int = 0) -> Source:
@@ -36,7 +35,7 @@ def sae(seed: int = 0) -> Source:
     return Source(About("standard", "sae", "activation", D, F), (), rows)
 
 
-def recording(seed: int, positive_R: np.ndarray | None = None, feature: int = 7) -> record.Recording:
+def recording(seed: int, positive_R: np.ndarray | None = None, feature: int = 7) -> activations.Recording:
     """Requests of 5 to 20 tokens; those with the behaviour push one feature on one token."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(5, 20, REQUESTS)
@@ -46,7 +45,7 @@ def recording(seed: int, positive_R: np.ndarray | None = None, feature: int = 7)
         direction = sae().rows([feature]).w_KD[0]
         for r in np.flatnonzero(positive_R):
             x[np.flatnonzero(request_T == r)[2]] += (5 * direction / np.linalg.norm(direction)).astype(np.float32)
-    return record.Recording(x, request_T, tuple(tuple(f"t{i}" for i in range(n)) for n in lengths))
+    return activations.Recording(x, request_T, tuple(tuple(f"t{i}" for i in range(n)) for n in lengths))
 
 
 GROUPS = [str(r) for r in range(REQUESTS)]
@@ -71,7 +70,7 @@ def test_random_labels_give_no_feature_in_twenty_seeds() -> None:
 
 def test_the_adjusted_p_value_of_one_half_holds_its_rate_over_all_features() -> None:
     """At 5 %, some feature of 200 may pass the first half in about one labelling of twenty, not in each."""
-    from monitor.watchlist.discover import _Test
+    from latentwatch.watchlist.discover import _Test
 
     score_RF = request_scores(sae(), recording(3))
     passed = 0
@@ -127,9 +126,9 @@ def test_a_probe_finds_a_direction_and_its_file_scores_as_it_does(tmp_path: Path
 
 
 def open_source_file(path: Path) -> Source:
-    from monitor.watchlist.sources import Options
+    from latentwatch.watchlist.sources import SourceOptions
 
-    return open_source("linear_probe", Location(path.name, path.parent), HookPoint(2), Options())
+    return open_source("linear_probe", Location(path.name, path.parent), HookPoint(2), SourceOptions())
 
 
 def test_a_probe_on_random_labels_is_worth_nothing_held_out() -> None:
@@ -138,7 +137,7 @@ def test_a_probe_on_random_labels_is_worth_nothing_held_out() -> None:
 
 
 def test_aggregations_are_what_their_names_say() -> None:
-    data = record.Recording(np.zeros((12, 1), np.float32), np.repeat([0, 1], [10, 2]), (("",) * 10, ("",) * 2))
+    data = activations.Recording(np.zeros((12, 1), np.float32), np.repeat([0, 1], [10, 2]), (("",) * 10, ("",) * 2))
     logit = np.array([0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1.0, 3.0])
     got = probing.aggregated(logit, data)
     np.testing.assert_allclose(got["max"], [8, 3])
@@ -150,7 +149,7 @@ def test_aggregations_are_what_their_names_say() -> None:
 def test_a_line_that_is_no_request_is_refused_with_its_number(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(WatchlistRefused, match=r"a\.jsonl line 2"):
-        record.requests(tmp_path / "a.jsonl")
+        activations.requests(tmp_path / "a.jsonl")
 
 
 @pytest.fixture
@@ -180,23 +179,23 @@ def test_record_keeps_the_stream_after_the_layer_and_not_behind_the_final_norm(s
     transformers = pytest.importorskip("transformers")
     import torch
 
-    wanted = record.requests(sets / "yes.jsonl")[:2]
+    wanted = activations.requests(sets / "yes.jsonl")[:2]
     network = transformers.AutoModelForCausalLM.from_pretrained(ASSETS / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "model")
     text = tokenizer.apply_chat_template([dict(m) for m in wanted[1].content], tokenize=False)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         hidden = network(input_ids=ids, output_hidden_states=True).hidden_states
-    middle = record.record(str(ASSETS / "model"), wanted, HookPoint(1))
+    middle = activations.record(str(ASSETS / "model"), wanted, HookPoint(1))
     np.testing.assert_allclose(middle.x_TD[middle.request_T == 1], hidden[2][0, 1:].float().numpy(), atol=1e-5)
-    last = record.record(str(ASSETS / "model"), wanted, HookPoint(3))
+    last = activations.record(str(ASSETS / "model"), wanted, HookPoint(3))
     assert not np.allclose(last.x_TD[last.request_T == 1], hidden[4][0, 1:].float().numpy(), atol=1e-2)
     assert "".join(middle.tokens[1]).startswith(text[len(tokenizer.decode(ids[0, :1])) :][:20])
 
 
 def test_discover_and_probe_write_a_yaml_that_builds(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr("monitor.cli.VERBS", {"watchlist": "monitor.cli.watchlist"})
+    monkeypatch.setattr("latentwatch.cli.VERBS", {"watchlist": "latentwatch.cli.watchlist"})
     common = ["--model", str(ASSETS / "model"), "--hook-point", "resid_post.1"]
     contrast = [*common, "--positive", str(sets / "yes.jsonl"), "--negative", str(sets / "no.jsonl")]
     sae_folder = str(ASSETS / "sae" / "resid_post.1")

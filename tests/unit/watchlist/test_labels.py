@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from latentwatch.errors import WatchlistRefused
+from latentwatch.watchlist import labels
+from latentwatch.watchlist.build import build
+from latentwatch.watchlist.location import Location
 
-from monitor.errors import WatchlistRefused
-from monitor.watchlist import labels
-from monitor.watchlist.build import build
-from monitor.watchlist.location import Location
 from tests.support.sources import document, hook, saelens, source, write_yaml
 
 

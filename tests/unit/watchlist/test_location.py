@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from latentwatch.errors import WatchlistRefused
+from latentwatch.names import HookPoint
+from latentwatch.watchlist.location import Location
+from latentwatch.watchlist.sources import SourceOptions, open_source
 
-from monitor.errors import WatchlistRefused
-from monitor.names import HookPoint
-from monitor.watchlist.location import Location
-from monitor.watchlist.sources import Options, open_source
 from tests.support.parity import GOLDEN
 
 hub = pytest.importorskip("huggingface_hub")
@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
 def test_a_hub_reference_reads_from_the_cache(cache: Path, revision: str) -> None:
     location = Location(f"hf:owner/tiny-saes{revision}/layer_3", Path())
-    source = open_source("saelens", location, HookPoint(3), Options())
+    source = open_source("saelens", location, HookPoint(3), SourceOptions())
     assert source.about.width == 24
     assert source.rows([0]).w_KD.shape == (1, 16)
 
@@ -42,7 +42,7 @@ def test_a_hub_reference_reads_from_the_cache(cache: Path, revision: str) -> Non
 )
 def test_what_the_hub_does_not_give_is_refused(cache: Path, text: str) -> None:
     with pytest.raises(WatchlistRefused) as refusal:
-        open_source("saelens", Location(text, Path()), HookPoint(3), Options())
+        open_source("saelens", Location(text, Path()), HookPoint(3), SourceOptions())
     assert text in refusal.value.what
     assert refusal.value.instead
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist import page
+from latentwatch.watchlist.build import build
 
-from monitor.watchlist import card, page
-from monitor.watchlist.build import build
 from tests.support.sources import document, hook, saelens, source, write_yaml
 
 EVIDENCE: dict[str, Any] = {
@@ -28,7 +29,7 @@ EVIDENCE: dict[str, Any] = {
 
 
 @pytest.fixture
-def watchlist(tmp_path: Path) -> card.Watchlist:
+def watchlist(tmp_path: Path) -> watchlist_file.Watchlist:
     saelens(tmp_path / "sae")
     limit = {"statistic": "max", "value": 4.0}
     feature = {"index": 3, "id": "deceives", "label": "deceives", "severity": "critical", "limit": limit}
@@ -36,7 +37,9 @@ def watchlist(tmp_path: Path) -> card.Watchlist:
     return build(write_yaml(tmp_path / "w.yaml", content), tmp_path / "out.safetensors")
 
 
-def test_a_card_shows_the_figures_with_n_and_split_and_where_the_row_came_from(watchlist: card.Watchlist) -> None:
+def test_a_card_shows_the_figures_with_n_and_split_and_where_the_row_came_from(
+    watchlist: watchlist_file.Watchlist,
+) -> None:
     text = page.as_html(watchlist)
     for shown in (
         "0.9713",
@@ -58,7 +61,7 @@ def test_a_card_shows_the_figures_with_n_and_split_and_where_the_row_came_from(w
     assert text.count("<article") == 2
 
 
-def test_text_from_a_file_never_becomes_markup(watchlist: card.Watchlist) -> None:
+def test_text_from_a_file_never_becomes_markup(watchlist: watchlist_file.Watchlist) -> None:
     """Labels and tokens come from models and strangers' lists, and the page is opened by people with access."""
     evil = "<script>alert(1)</script>\"'<img src=x onerror=alert(2)>"
     (rows,) = watchlist.hooks
@@ -81,5 +84,5 @@ def test_an_empty_histogram_is_left_out(histogram: Any) -> None:
     assert page._histogram(histogram, None) == ""
 
 
-def test_the_page_needs_nothing_from_elsewhere(watchlist: card.Watchlist) -> None:
+def test_the_page_needs_nothing_from_elsewhere(watchlist: watchlist_file.Watchlist) -> None:
     assert not re.search(r"(src|href)\s*=|@import|url\(", page.as_html(watchlist))

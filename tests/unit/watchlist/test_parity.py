@@ -6,8 +6,8 @@ import importlib.util
 import json
 
 import pytest
+from latentwatch.watchlist.sources import FORMATS
 
-from monitor.watchlist.sources import FORMATS
 from tests.support import parity
 
 NEEDS = {"sklearn_probe": "skops"}

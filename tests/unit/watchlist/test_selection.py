@@ -12,9 +12,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.errors import WatchlistRefused
+from latentwatch.watchlist import selection
 
-from monitor.errors import WatchlistRefused
-from monitor.watchlist import selection
 from tests.support.sources import document, hook, source
 
 BASE = Path("/nonexistent")
@@ -51,7 +51,7 @@ def test_every_field_of_the_schema_is_described_and_closed() -> None:
 
 
 def test_the_schema_names_every_format_that_has_a_reader() -> None:
-    from monitor.watchlist.sources import FORMATS
+    from latentwatch.watchlist.sources import FORMATS
 
     assert selection.schema()["$defs"]["source"]["properties"]["format"]["enum"] == list(FORMATS)
 

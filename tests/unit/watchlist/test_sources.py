@@ -14,12 +14,12 @@ import safetensors.numpy
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from latentwatch.errors import WatchlistRefused
+from latentwatch.names import HookPoint
+from latentwatch.watchlist import canonical
+from latentwatch.watchlist.location import Location
+from latentwatch.watchlist.sources import Source, SourceOptions, hook_point_of, open_source
 
-from monitor.errors import WatchlistRefused
-from monitor.names import HookPoint
-from monitor.watchlist import canonical
-from monitor.watchlist.location import Location
-from monitor.watchlist.sources import Options, Source, hook_point_of, open_source
 from tests.support.parity import GOLDEN
 
 
@@ -27,7 +27,7 @@ def opened(case: str, folder: Path, hook_point: HookPoint | None = None, **optio
     spec = json.loads((folder / "case.json").read_text())
     given = spec.get("options", {}) | options
     point = hook_point or HookPoint(spec["layer"])
-    return open_source(spec["format"], Location(spec["path"], folder), point, Options(**given))
+    return open_source(spec["format"], Location(spec["path"], folder), point, SourceOptions(**given))
 
 
 @pytest.fixture

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from latentwatch.errors import WatchlistRefused
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist import tensors as module
+from latentwatch.watchlist.build import build
+from latentwatch.watchlist.tensors import SafetensorsFile, Tensors
+from latentwatch.watchlist.tensors_gguf import GgufFile
+from latentwatch.watchlist.tensors_npz import NpzFile
+from latentwatch.watchlist.tensors_torch import ROOT, TorchFile
 
-from monitor.errors import WatchlistRefused
-from monitor.watchlist import card
-from monitor.watchlist import tensors as module
-from monitor.watchlist.build import build
-from monitor.watchlist.tensors import SafetensorsFile, Tensors
-from monitor.watchlist.tensors_gguf import GgufFile
-from monitor.watchlist.tensors_npz import NpzFile
-from monitor.watchlist.tensors_torch import ROOT, TorchFile
 from tests.support.parity import GOLDEN
 from tests.support.sources import document, hook, probe, saelens, source, write_yaml
 
@@ -187,11 +187,11 @@ def built_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def test_a_damaged_watchlist_file_is_refused_or_reads_as_it_was_written(built_bytes: bytes) -> None:
     """The engine scores what this reader returns: of 10,000 damaged files, none may give a row that was not built."""
-    original, rng = card.parse(built_bytes), random.Random(0)
+    original, rng = watchlist_file.parse(built_bytes), random.Random(0)
     refused = 0
     for _ in range(10_000):
         try:
-            got = card.parse(mutated(built_bytes, rng))
+            got = watchlist_file.parse(mutated(built_bytes, rng))
         except WatchlistRefused:
             refused += 1
             continue

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from latentwatch.errors import WatchlistRefused
+from latentwatch.names import HookPoint
+from latentwatch.watchlist import canonical, topk
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.build import build
+from latentwatch.watchlist.location import Location
+from latentwatch.watchlist.sources import Source, SourceOptions, open_source
 
-from monitor.errors import WatchlistRefused
-from monitor.names import HookPoint
-from monitor.watchlist import canonical, card, topk
-from monitor.watchlist.build import build
-from monitor.watchlist.location import Location
-from monitor.watchlist.sources import Options, Source, open_source
 from tests.support.parity import GOLDEN
 from tests.support.sources import document, hook, source, write_yaml
 
@@ -25,7 +26,7 @@ POINT = HookPoint(3)
 
 
 def sae() -> Source:
-    return open_source("saelens", Location(".", CASE), POINT, Options())
+    return open_source("saelens", Location(".", CASE), POINT, SourceOptions())
 
 
 def stream(tokens: int, seed: int) -> np.ndarray:
@@ -113,7 +114,7 @@ def test_a_topk_source_is_built_only_with_a_calibration_and_says_so(recording: L
         build(write_yaml(yaml_path, content()), out)
     assert refusal.value.reason == "source_topk"
     build(write_yaml(yaml_path, content(calibration={"activations": "x.safetensors"})), out)
-    for feature in card.read(out).features:
+    for feature in watchlist_file.read(out).features:
         assert feature.gate == "calibrated"
         assert feature.source["gate_calibration"]["match"] == "rate"
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from latentwatch.errors import WatchlistRefused
+from latentwatch.names import HookPoint
+from latentwatch.watchlist import canonical, upstream, verify
+from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.build import build
+from latentwatch.watchlist.location import Location
+from latentwatch.watchlist.sources import SourceOptions, open_source
 
-from monitor.errors import WatchlistRefused
-from monitor.names import HookPoint
-from monitor.watchlist import canonical, card, upstream, verify
-from monitor.watchlist.build import build
-from monitor.watchlist.location import Location
-from monitor.watchlist.sources import Options, open_source
 from tests.support.parity import GOLDEN, cases
 from tests.support.sources import D, F, document, hook, probe, saelens, source, write_yaml
 
@@ -44,7 +45,9 @@ def measured(tmp_path: Path, x: np.ndarray, content: dict[str, Any] | None = Non
     yaml_path = write_yaml(tmp_path / "w.yaml", content or document(hook(2, source("saelens", "sae", 8))))
     build(yaml_path, tmp_path / "out.safetensors")
     safetensors.numpy.save_file({"x": x.astype(np.float32)}, tmp_path / "x.safetensors")
-    return list(verify.measure(card.read(tmp_path / "out.safetensors"), yaml_path, [tmp_path / "x.safetensors"]))
+    return list(
+        verify.measure(watchlist_file.read(tmp_path / "out.safetensors"), yaml_path, [tmp_path / "x.safetensors"])
+    )
 
 
 def test_a_sound_watchlist_has_small_errors_and_explains_its_stream(tmp_path: Path, good_sae: np.ndarray) -> None:
@@ -67,7 +70,7 @@ def test_recordings_of_another_place_are_told_by_the_variance_they_leave(tmp_pat
 
 def test_rows_of_another_sae_are_told_by_their_scores(tmp_path: Path, good_sae: np.ndarray) -> None:
     measured(tmp_path, good_sae)
-    built = card.read(tmp_path / "out.safetensors")
+    built = watchlist_file.read(tmp_path / "out.safetensors")
     saelens(tmp_path / "sae", seed=5)
     (one,) = verify.measure(built, tmp_path / "w.yaml", [tmp_path / "x.safetensors"])
     assert any("scores" in problem for problem in one.problems)
@@ -122,7 +125,7 @@ def test_every_sae_has_a_decoder_of_the_streams_width_except_transcoders(case: s
         spec["format"],
         Location(spec["path"], GOLDEN / case),
         HookPoint(spec["layer"]),
-        Options(**spec.get("options", {})),
+        SourceOptions(**spec.get("options", {})),
     )
     if "transcoder" in made.about.architecture:
         assert made.decoder is None
@@ -133,7 +136,9 @@ def test_every_sae_has_a_decoder_of_the_streams_width_except_transcoders(case: s
 
 
 def test_the_authors_formula_equals_the_folded_rows_where_nothing_is_rounded() -> None:
-    made = open_source("saelens", Location(".", GOLDEN / "saelens_gated_layer_norm_b_dec"), HookPoint(3), Options())
+    made = open_source(
+        "saelens", Location(".", GOLDEN / "saelens_gated_layer_norm_b_dec"), HookPoint(3), SourceOptions()
+    )
     x = safetensors.numpy.load_file(GOLDEN / "saelens_gated_layer_norm_b_dec" / "expected.safetensors")["x"]
     rows = made.rows(range(24))
     folded = canonical.activations(*canonical.fold(rows), x.astype(np.float64))

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from latentwatch.cli import main
+from latentwatch.watchlist.build import build
 
-from monitor.cli import main
-from monitor.watchlist.build import build
 from tests.support.sources import document, hook, probe, source, write_yaml
 
 
 @pytest.fixture(autouse=True)
 def only_this_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other verbs need packages that this one does not."""
-    monkeypatch.setattr("monitor.cli.VERBS", {"watchlist": "monitor.cli.watchlist"})
+    monkeypatch.setattr("latentwatch.cli.VERBS", {"watchlist": "latentwatch.cli.watchlist"})
 
 
 @pytest.fixture

@@ -15,33 +15,38 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.kernels import score_triton
 from torch import Tensor
 
-from monitor.kernels import score
 from tests.support.kernel_cases import Case, assert_matches, make_case, poisoned_buffers
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SMALL = score.Variant(16, 16, 32, 1, 4, 2)
-SHAPES = [SMALL, score.Variant(16, 32, 64, 4, 4, 2), score.Variant(32, 16, 32, 2, 4, 2)]
+SMALL = score_triton.Variant(16, 16, 32, 1, 4, 2)
+SHAPES = [SMALL, score_triton.Variant(16, 32, 64, 4, 4, 2), score_triton.Variant(32, 16, 32, 2, 4, 2)]
 # A row that is not finite, or zero, makes numpy warn where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 WIDE_GRID = os.environ.get("LATENTWATCH_KERNELS_FULL") == "1"
 
 
 def run(
-    case: Case, variant: score.Variant, *, lo: bool = True, rows: int | None = None, scratch: Tensor | None = None
+    case: Case,
+    variant: score_triton.Variant,
+    *,
+    lo: bool = True,
+    rows: int | None = None,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Buffers poisoned with NaN, and scratch too but for its counters, which must come back as they were."""
     act_TK, stat_T3 = poisoned_buffers(rows or case.tokens, case.features)
     hi_KD = case.w_KD.bfloat16()
     lo_KD = (case.w_KD - hi_KD.float()).bfloat16()
     if scratch is None:
-        scratch = torch.full((score.COUNTERS + variant.scratch_words(case.tokens, case.features),), math.nan)
-        scratch[: score.COUNTERS] = 0
-    score.score(
+        scratch = torch.full((score_triton.COUNTERS + variant.scratch_words(case.tokens, case.features),), math.nan)
+        scratch[: score_triton.COUNTERS] = 0
+    score_triton.score(
         case.x_TD, case.residual_TD, hi_KD, lo_KD if lo else None, case.scale_6K, act_TK, stat_T3, scratch, variant
     )
-    assert scratch[: score.COUNTERS].view(torch.int32).eq(0).all(), "a counter was left behind"
+    assert scratch[: score_triton.COUNTERS].view(torch.int32).eq(0).all(), "a counter was left behind"
     return act_TK, stat_T3
 
 
@@ -53,7 +58,7 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", SHAPES, ids=lambda v: "x".join(map(str, v[:4])))
 @pytest.mark.parametrize("residual", [True, False], ids=["two-halves", "summed"])
-def test_scores_equal_the_reference(variant: score.Variant, dtype: torch.dtype, residual: bool) -> None:
+def test_scores_equal_the_reference(variant: score_triton.Variant, dtype: torch.dtype, residual: bool) -> None:
     case = make_case(19, 200, 21, dtype=dtype, residual=residual, norms=[0, 1, 2, 3])
     assert_matches(case, *run(case, variant))
 
@@ -68,7 +73,7 @@ def test_scores_equal_the_reference(variant: score.Variant, dtype: torch.dtype, 
     seed=st.integers(0, 999),
 )
 def test_scores_equal_the_reference_for_any_shape_and_norm(
-    T: int, D: int, K: int, norm: int, variant: score.Variant, seed: int
+    T: int, D: int, K: int, norm: int, variant: score_triton.Variant, seed: int
 ) -> None:
     case = make_case(T, D, K, dtype=torch.bfloat16, residual=bool(seed % 2), norms=[0, norm], seed=seed)
     assert_matches(case, *run(case, variant))
@@ -78,7 +83,7 @@ def test_scores_equal_the_reference_for_any_shape_and_norm(
 @pytest.mark.parametrize("T", [1, 64, 300] if WIDE_GRID else [1])
 def test_the_tables_own_shapes_equal_the_reference(T: int, K: int) -> None:
     case = make_case(T, 1000, K, dtype=torch.bfloat16)
-    assert_matches(case, *run(case, score.choose(T, K, 1000, split=True)))
+    assert_matches(case, *run(case, score_triton.choose(T, K, 1000, split=True)))
 
 
 def test_without_the_second_term_scores_are_those_of_the_rounded_rows() -> None:
@@ -104,7 +109,7 @@ def test_rows_that_stand_apart_in_memory_are_read_where_they_stand() -> None:
 
 
 @pytest.mark.parametrize("variant", SHAPES, ids=lambda v: "x".join(map(str, v[:4])))
-def test_a_non_finite_row_is_named_and_poisons_no_other(variant: score.Variant) -> None:
+def test_a_non_finite_row_is_named_and_poisons_no_other(variant: score_triton.Variant) -> None:
     case = make_case(20, 150, 18, dtype=torch.bfloat16, norms=[0, 1, 2, 3])
     clean_TK, clean_T3 = run(case, variant)
     case.x_TD[3, 140], case.x_TD[3, 2], case.x_TD[3, 3] = math.nan, math.inf, -math.inf
@@ -134,7 +139,7 @@ def test_the_stream_is_rounded_to_nearest_even_before_it_is_scored() -> None:
 
 
 @pytest.mark.parametrize("variant", [SMALL, SHAPES[1]], ids=["whole", "split"])
-def test_a_row_scores_the_same_bits_whatever_stands_beside_it(variant: score.Variant) -> None:
+def test_a_row_scores_the_same_bits_whatever_stands_beside_it(variant: score_triton.Variant) -> None:
     """Wherever it stands in its tile too, but that only a GPU can show: numpy's product rounds by position."""
     case = make_case(21, 96, 18, dtype=torch.bfloat16, norms=[0, 1, 2, 3])
     act_TK, stat_T3 = run(case, variant)
@@ -149,14 +154,14 @@ def test_a_row_scores_the_same_bits_whatever_stands_beside_it(variant: score.Var
 
 def test_scratch_serves_step_after_step_and_hook_after_hook() -> None:
     """Graph replay runs the same launches over the same scratch; nothing of one may leak into the next."""
-    variant = score.Variant(16, 16, 32, 4, 4, 2)
-    scratch = torch.zeros(score.COUNTERS + variant.scratch_words(40, 40))
+    variant = score_triton.Variant(16, 16, 32, 4, 4, 2)
+    scratch = torch.zeros(score_triton.COUNTERS + variant.scratch_words(40, 40))
     for T, K, seed in [(33, 40, 1), (5, 7, 2), (33, 40, 3), (40, 1, 4)]:
         case = make_case(T, 128, K, dtype=torch.bfloat16, seed=seed)
         assert_matches(case, *run(case, variant, scratch=scratch))
 
 
 def test_a_step_too_large_for_the_scratch_is_scored_without_it() -> None:
-    variant = score.Variant(16, 16, 32, 4, 4, 2)
+    variant = score_triton.Variant(16, 16, 32, 4, 4, 2)
     case = make_case(33, 128, 20, dtype=torch.bfloat16)
-    assert_matches(case, *run(case, variant, scratch=torch.zeros(score.COUNTERS + 10)))
+    assert_matches(case, *run(case, variant, scratch=torch.zeros(score_triton.COUNTERS + 10)))

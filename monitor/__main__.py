@@ -1,5 +1,0 @@
-"""`python -m monitor` is `latentwatch`."""
-
-from monitor.cli import main
-
-raise SystemExit(main())

@@ -1,0 +1,294 @@
+"""Running statistics of every open request and feature, in arrays allocated once.
+
+Shape legend: K request slots, S segments, R rows, N fired activations, F features, P dense features, L features with a
+statistic of their own (see FeatureTable.special_F).
+
+Guarantee: what is known of a request after its last token does not depend on how its tokens were cut into steps nor on
+which other requests shared those steps, as long as its positions arrive in order. Maxima and counts do not even need
+the order; rolling means and "first crossing" do.
+
+Memory: K * (13 F + 8 L + 2 W per rolling feature) bytes; the operating system backs only the slots that were used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from latentwatch.aggregate.features import FeatureTable, phase_bit
+from latentwatch.aggregate.packed_max import NOTHING, pack, positions, values
+from latentwatch.aggregate.rolling import RollingMeans
+from latentwatch.names import Phase
+from latentwatch.step.batch import StepBatch, owns_rows
+
+Array = npt.NDArray[Any]
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+CROSSING_DTYPE = np.dtype([("slot", "<i8"), ("feature", "<i8"), ("position", "<i8"), ("value", "<f8"), ("phase", "u1")])
+"""The first token at which a request's statistic for a feature went above the limit, and the statistic there."""
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What one step showed of the features, over all its requests."""
+
+    fired_F: Array
+    """Tokens on which each feature fired, int64; dense features 0. Positions that the feature skips do not count."""
+    peak_F: Array
+    """Largest value of each feature's statistic in this step, float32; -inf where there was none."""
+    crossings: Array
+    """CROSSING_DTYPE, at most one per slot and feature in the whole life of a request."""
+    rows: Rows
+    """Where the step's rows belong."""
+
+
+@dataclass(frozen=True)
+class RequestFeatures:
+    """What is known of n requests; copies, safe to keep. Shapes are [n, F]."""
+
+    max_nF: Array
+    """Largest activation or score over the counted tokens, float32; NaN where a sparse feature never fired."""
+    max_position_nF: Array
+    """-1 where max_nF is NaN."""
+    statistic_nF: Array
+    """The limit's statistic, else the maximum; float32, NaN where there is none yet."""
+    statistic_position_nF: Array
+    """Position of the maximum, or of the last token of the best window; -1 where there is none."""
+    fired_nF: Array
+    """Tokens on which the feature fired, int64; 0 for dense features."""
+    exceeded_nF: Array
+    """bool: the statistic went above the limit."""
+
+    def of(self, requests: Sequence[int]) -> RequestFeatures:
+        """The same of some of the requests; copies."""
+        return RequestFeatures(**{name: array_nF[requests] for name, array_nF in vars(self).items()})
+
+    def columns(self) -> dict[str, Array]:
+        """The arrays themselves, by their names in step.FEATURE_DTYPE: all of them but its `index`."""
+        return {
+            "max": self.max_nF,
+            "position": self.max_position_nF,
+            "statistic": self.statistic_nF,
+            "statistic_position": self.statistic_position_nF,
+            "fired": self.fired_nF,
+            "exceeded": self.exceeded_nF,
+        }
+
+
+class RequestStates:
+    """K slots of running statistics. The caller says which slot a request has and when it is free again."""
+
+    def __init__(self, table: FeatureTable, slots: int) -> None:
+        self.table = table
+        F, L = table.features, table.specials
+        self._max = np.zeros((slots, F), np.uint64)
+        self._special = np.zeros((slots, L), np.uint64)
+        self._fired = np.zeros((slots, F), np.uint32)
+        self._exceeded = np.zeros((slots, F), bool)
+        self._rolling = [RollingMeans(group, table.limit_F[group.features], slots) for group in table.rolling]
+        self._skips = bool(table.skip_F.any())
+        P = table.dense_P
+        self._column_F = np.full(F, -1)
+        self._column_F[P] = np.arange(len(P))
+        self._rolling_F = (table.special_F >= 0) & ~table.special_max_F
+
+    def clear(self, slots: Array) -> None:
+        """Make slots ready for new requests."""
+        self._max[slots] = NOTHING
+        self._special[slots] = NOTHING
+        self._fired[slots] = 0
+        self._exceeded[slots] = False
+        for rolling in self._rolling:
+            rolling.clear(slots)
+
+    def state(self, slots: Array) -> dict[str, Any]:
+        """What these slots hold, for `restore`; copies."""
+        rolling = [means.state(slots) for means in self._rolling]
+        return {"rolling": rolling} | {name: array[slots] for name, array in self._arrays().items()}
+
+    def restore(self, slots: Array, state: dict[str, Any]) -> None:
+        """Put what `state` told of as many slots into these."""
+        for name, array in self._arrays().items():
+            array[slots] = state[name]
+        for means, held in zip(self._rolling, state["rolling"], strict=True):
+            means.restore(slots, held)
+
+    def _arrays(self) -> dict[str, Array]:
+        return {"max": self._max, "special": self._special, "fired": self._fired, "exceeded": self._exceeded}
+
+    def update(self, batch: StepBatch, slot_S: Array) -> StepView:
+        """Take the scores of one validated step.
+
+        Args: slot_S: the slot of each segment's request, [S]; segments without rows may carry anything.
+        """
+        table = self.table
+        owner_S = owns_rows(batch.segments_S)
+        rows = Rows.of(batch.segments_S[owner_S], slot_S[owner_S])
+        peak_F = np.full(table.features, NOTHING, np.uint64)
+        if not owner_S.any():
+            fired_F, none = np.zeros(table.features, np.int64), np.empty(0, CROSSING_DTYPE)
+            return StepView(fired_F, values(peak_F, -np.inf), none, rows)
+        fired_F, crossings = self._sparse(batch.fires_N, rows, peak_F)
+        found = [crossings]
+        if len(table.dense_P):
+            found.append(self._dense(batch.dense_RP, rows, peak_F))
+        found += [self._roll(i, batch, rows, peak_F) for i in range(len(self._rolling))]
+        return StepView(fired_F, values(peak_F, -np.inf), self._first(np.concatenate(found)), rows)
+
+    def features_of(self, slots: Array) -> RequestFeatures:
+        """Everything known of the requests in these slots."""
+        largest, statistic = self._max[slots], self._statistic(slots)
+        return RequestFeatures(
+            max_nF=values(largest),
+            max_position_nF=positions(largest),
+            statistic_nF=values(statistic),
+            statistic_position_nF=positions(statistic),
+            fired_nF=self._fired[slots].astype(np.int64),
+            exceeded_nF=self._exceeded[slots],
+        )
+
+    def statistic(self, slot: int, feature: int) -> float:
+        """The limit's statistic (else the maximum) of one feature of the request in this slot; NaN for none yet."""
+        return float(values(self._statistic(np.array([slot]))[:, feature])[0])
+
+    def _statistic(self, slots: Array) -> Array:
+        special = self.table.special_F
+        packed: Array = self._max[slots]
+        packed[:, special >= 0] = self._special[slots][:, special[special >= 0]]
+        return packed
+
+    def _sparse(self, fires_N: Array, rows: Rows, peak_F: Array) -> tuple[Array, Array]:
+        table, F = self.table, self.table.features
+        row, feature, act = fires_N["row"], fires_N["feature"].astype(np.int64), fires_N["act"]
+        slot, position = rows.slot[row], rows.position[row]
+        if self._skips:
+            counted = position >= table.skip_F[feature]
+            row, feature, act, slot, position = (column[counted] for column in (row, feature, act, slot, position))
+        packed = pack(act, position)
+        key = slot * F + feature
+        np.maximum.at(self._max.reshape(-1), key, packed)
+        np.add.at(self._fired.reshape(-1), key, np.uint32(1))
+        in_statistic = np.ones(len(feature), bool)
+        if table.specials:
+            in_phase = (rows.phase_bit[row] & table.phases_F[feature]) != 0
+            special = np.flatnonzero(table.special_max_F[feature] & in_phase)
+            special_key = slot[special] * table.specials + table.special_F[feature[special]]
+            np.maximum.at(self._special.reshape(-1), special_key, packed[special])
+            in_statistic = in_phase & ~self._rolling_F[feature]
+        np.maximum.at(peak_F, feature[in_statistic], packed[in_statistic])
+        over = np.flatnonzero((act > table.token_limit_F[feature]) & in_statistic)
+        crossings = _crossings(slot[over], feature[over], position[over], act[over], rows.phase_bit[row[over]])
+        return np.bincount(feature, minlength=F).astype(np.int64), crossings
+
+    def _dense(self, score_RP: Array, rows: Rows, peak_F: Array) -> Array:
+        table, P = self.table, self.table.dense_P
+        packed_RP = pack(score_RP, rows.position[:, None])
+        if self._skips:
+            packed_RP = np.where(rows.position[:, None] >= table.skip_F[P], packed_RP, NOTHING)
+        packed_SP = np.maximum.reduceat(packed_RP, rows.first_S, axis=0)
+        _keep_largest(self._max, rows.slot_S, P, packed_SP)
+        in_statistic_SP = ((rows.phase_bit_S[:, None] & table.phases_F[P]) != 0) & ~self._rolling_F[P]
+        statistic_SP = np.where(in_statistic_SP, packed_SP, NOTHING)
+        peak_F[P] = np.maximum(peak_F[P], statistic_SP.max(axis=0))
+        special = np.flatnonzero(table.special_max_F[P])
+        _keep_largest(self._special, rows.slot_S, table.special_F[P[special]], statistic_SP[:, special])
+        row, column = np.nonzero((score_RP > table.token_limit_F[P]) & (packed_RP != NOTHING))
+        in_phase = (rows.phase_bit[row] & table.phases_F[P[column]]) != 0
+        row, column = row[in_phase], column[in_phase]
+        return _crossings(rows.slot[row], P[column], rows.position[row], score_RP[row, column], rows.phase_bit[row])
+
+    def _roll(self, index: int, batch: StepBatch, rows: Rows, peak_F: Array) -> Array:
+        group, order = self.table.rolling[index], rows.by_position
+        score_RG = self._scores_of(group.features, batch)
+        step = self._rolling[index].update(
+            rows.slot[order], rows.position[order], rows.phase_bit[order], score_RG[order]
+        )
+        if step is None:
+            return np.empty(0, CROSSING_DTYPE)
+        _keep_largest(self._special, step.slot_U, self.table.special_F[group.features], step.packed_UG)
+        peak_F[group.features] = step.packed_UG.max(axis=0)
+        return _crossings(
+            step.over_slot, group.features[step.over_feature], step.over_position, step.over_value, step.over_phase_bit
+        )
+
+    def _scores_of(self, features: Array, batch: StepBatch) -> Array:
+        """Float16 columns [R, G] of these features; an activation beyond float16 counts as its largest value."""
+        dense = self._column_F[features]
+        if (dense >= 0).all():
+            return batch.dense_RP[:, dense]
+        score_RG = np.zeros((batch.rows, len(features)), np.float16)
+        score_RG[:, dense >= 0] = batch.dense_RP[:, dense[dense >= 0]]
+        column_F = np.full(self.table.features, -1)
+        column_F[features] = np.arange(len(features))
+        fires = batch.fires_N[column_F[batch.fires_N["feature"]] >= 0]
+        score_RG[fires["row"], column_F[fires["feature"]]] = np.clip(fires["act"], -FLOAT16_MAX, FLOAT16_MAX)
+        return score_RG
+
+    def _first(self, found: Array) -> Array:
+        """The earliest crossing of each slot and feature that has had none yet, now marked."""
+        found = found[~self._exceeded[found["slot"], found["feature"]]]
+        if not len(found):
+            return found
+        key = found["slot"] * self.table.features + found["feature"]
+        found = found[np.lexsort((found["position"], key))]
+        key = found["slot"] * self.table.features + found["feature"]
+        found = found[np.append(True, key[1:] != key[:-1])]
+        self._exceeded[found["slot"], found["feature"]] = True
+        return found
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a step, in wire order: which slot, position and phase each one belongs to."""
+
+    slot_S: Array
+    phase_bit_S: Array
+    first_S: Array
+    """First row of each segment."""
+    slot: Array
+    position: Array
+    phase_bit: Array
+
+    @classmethod
+    def of(cls, segments_S: Array, slot_S: Array) -> Rows:
+        count_S = segments_S["count"].astype(np.int64)
+        first_S = np.cumsum(count_S) - count_S
+        bit_S = phase_bit(segments_S["phase"])
+        row_offset_S = segments_S["start"] - first_S
+        return cls(
+            slot_S=slot_S,
+            phase_bit_S=bit_S,
+            first_S=first_S,
+            slot=np.repeat(slot_S, count_S),
+            position=np.arange(int(count_S.sum())) + np.repeat(row_offset_S, count_S),
+            phase_bit=np.repeat(bit_S, count_S),
+        )
+
+    @cached_property
+    def by_position(self) -> Array:
+        """Order of the rows by slot, then position."""
+        order: Array = np.lexsort((self.position, self.slot))
+        return order
+
+
+def _keep_largest(state_KC: Array, slot_S: Array, columns: Array, packed_SC: Array) -> None:
+    """Raise state[slot, column] to the packed values; a slot may stand more than once.
+
+    By flat keys: ufunc.at is some ten times slower with an index per axis.
+    """
+    key_SC = (slot_S * state_KC.shape[1])[:, None] + columns
+    np.maximum.at(state_KC.reshape(-1), key_SC.ravel(), packed_SC.ravel())
+
+
+def _crossings(slot: Array, feature: Array, position: Array, value: Array, bit: Array) -> Array:
+    crossings = np.empty(len(slot), CROSSING_DTYPE)
+    crossings["slot"], crossings["feature"] = slot, feature
+    crossings["position"], crossings["value"] = position, value
+    crossings["phase"] = np.where(bit == 1, Phase.PROMPT, Phase.OUTPUT)
+    return crossings

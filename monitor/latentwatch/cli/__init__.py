@@ -1,0 +1,75 @@
+"""The command line: `latentwatch VERB`. One file per verb; only main() turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Final, Protocol, cast
+
+from latentwatch import __version__
+from latentwatch.errors import Refusal
+
+VERBS: Final = {
+    "demo": "latentwatch.cli.demo",
+    "collector": "latentwatch.cli.collector",
+    "doctor": "latentwatch.cli.doctor",
+    "evidence": "latentwatch.cli.evidence",
+    "watchlist": "latentwatch.cli.watchlist",
+    "calibrate": "latentwatch.cli.calibrate",
+    "baseline": "latentwatch.cli.baseline",
+    "canary": "latentwatch.cli.canary",
+    "record": "latentwatch.cli.record",
+    "replay": "latentwatch.cli.replay",
+}
+"""Verb to module. A module is imported only when its help is built, and heavy libraries only inside run()."""
+
+
+class Verb(Protocol):
+    """What a verb's module offers at its top level."""
+
+    HELP: str
+    """One line for the list of verbs."""
+    EPILOG: str
+    """A line to paste, shown at the end of the verb's help."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; a test renders every verb's help from it."""
+    parser = argparse.ArgumentParser(
+        prog="latentwatch",
+        description="See what a served model is thinking, while it serves.",
+        epilog="example:  latentwatch demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"latentwatch {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module in VERBS.items():
+        verb = cast(Verb, importlib.import_module(module))
+        child = verbs.add_parser(
+            name,
+            help=verb.HELP,
+            description=verb.HELP,
+            epilog=verb.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.add_arguments(child)
+        child.set_defaults(run=verb.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit code 0 done, 1 the verb found something wrong, 2 refused input, 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except Refusal as refusal:
+        print(f"latentwatch {args.verb}: {refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

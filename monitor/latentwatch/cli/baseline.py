@@ -1,0 +1,30 @@
+"""`latentwatch baseline show`: what a baseline says of each feature."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "Show a baseline: what it is of, and each feature's rate, tolerance, dispersion and limit."
+EPILOG = """example:  latentwatch baseline show prod.baseline --html prod.html"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The `show` action."""
+    actions = parser.add_subparsers(dest="action", metavar="show", required=True)
+    show = actions.add_parser("show", help="print a baseline, or write it as a page with plots", epilog=EPILOG)
+    show.add_argument("baseline", type=Path, metavar="FILE")
+    show.add_argument("--html", type=Path, metavar="FILE", help="write a page with a plot for each feature instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print, or write the page."""
+    from latentwatch.drift import baseline, show
+
+    read = baseline.read(args.baseline)
+    if args.html is None:
+        print(show.table(read))
+        return 0
+    args.html.write_text(show.page(read), encoding="utf-8")
+    print(f"wrote {args.html}")
+    return 0

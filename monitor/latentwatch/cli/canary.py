@@ -1,0 +1,106 @@
+"""`latentwatch canary`: the same safe prompts again and again, to tell a change of the model from one of its input."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "Send the same prompts to the server on a schedule, so that the collector sees when the model itself changes."
+EPILOG = """The prompts stand in a file, one a line, at most 64. Each request is signed, asks for one token at
+temperature 0, and has a cache salt of its own, so that the server computes it anew.
+example:  latentwatch canary --server http://127.0.0.1:8000 --model llama --prompts safe.txt --key canary.key"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("--server", required=True, metavar="URL", help="vLLM's OpenAI-compatible server")
+    parser.add_argument("--model", required=True, metavar="NAME", help="the model's name as it is served")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="safe prompts, one a line")
+    parser.add_argument(
+        "--key", type=Path, required=True, metavar="FILE", help="what the collector has as --canary-key"
+    )
+    parser.add_argument("--make-key", action="store_true", help="write a new key to --key first")
+    parser.add_argument(
+        "--every", type=float, default=5.0, metavar="SECONDS", help="between two requests (default: %(default)g)"
+    )
+    parser.add_argument("--runs", type=int, metavar="N", help="stop after N requests (default: never)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Send until told to stop; 1 where the last request failed."""
+    import itertools
+    import time
+
+    from latentwatch.drift import canary
+
+    prompts = _prompts(args.prompts)
+    if args.make_key:
+        _make_key(args.key)
+    key = canary.read_key(args.key)
+    failed = False
+    for number in itertools.count() if args.runs is None else range(args.runs):
+        if number:
+            time.sleep(args.every)
+        prompt = number % len(prompts)
+        error = _sent(args.server, args.model, key, prompt, prompts[prompt])
+        if error and not failed:
+            print(f"latentwatch canary: prompt {prompt}: {error}", flush=True)
+        failed = bool(error)
+    return int(failed)
+
+
+def _prompts(path: Path) -> list[str]:
+    from latentwatch.drift.sums import CANARIES
+    from latentwatch.errors import ConfigRefused
+
+    try:
+        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        found = f"it holds {len(prompts)} prompts"
+    except (OSError, UnicodeDecodeError) as error:
+        prompts, found = [], str(error)
+    if not 1 <= len(prompts) <= CANARIES:
+        raise ConfigRefused(
+            f"--prompts {path}", found=found, instead=f"Give 1 to {CANARIES}, one a line.", reason="canary_prompts"
+        )
+    return prompts
+
+
+def _make_key(path: Path) -> None:
+    from latentwatch.drift import canary
+    from latentwatch.errors import ConfigRefused
+
+    try:
+        canary.make_key(path)
+    except OSError as error:
+        raise ConfigRefused(
+            f"--key {path}", found=error.strerror or str(error), instead="Leave out --make-key.", reason="canary_key"
+        ) from error
+
+
+def _sent(server: str, model: str, key: bytes, prompt: int, text: str) -> str:
+    """Send one canary; the error in words, empty where it was answered."""
+    import json
+    import secrets
+    import urllib.error
+    import urllib.request
+
+    from latentwatch.drift import canary
+
+    nonce = secrets.token_hex(8)
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": 1,
+        "temperature": 0,
+        "cache_salt": nonce,
+    }
+    request = urllib.request.Request(  # noqa: S310 (the operator's own server)
+        f"{server.rstrip('/')}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "X-Request-Id": canary.canary_id(key, prompt, nonce)},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60):  # noqa: S310 (as above)
+            return ""
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        return str(error)

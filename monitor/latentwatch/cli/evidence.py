@@ -1,0 +1,301 @@
+"""`latentwatch evidence ...`: what a collector wrote down of requests that exceeded a limit."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import getpass
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from latentwatch.errors import ConfigRefused
+
+if TYPE_CHECKING:
+    from latentwatch.evidence.archive import Archive
+    from latentwatch.evidence.audit import Audit
+
+HELP = "Find, show and delete the evidence that a collector wrote down."
+EPILOG = "example:  latentwatch evidence query --dir /var/lib/latentwatch/evidence --since 2h"
+
+_DIR: Final = Path("/var/lib/latentwatch/evidence")
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the actions."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
+        made = actions.add_parser(
+            name,
+            help=help,
+            description=description,
+            epilog=f"example:  latentwatch evidence {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.add_argument(
+            "--dir",
+            type=Path,
+            default=_DIR,
+            metavar="DIR",
+            help="the collector's --evidence folder (default: %(default)s)",
+        )
+        return made
+
+    query = action(
+        "query",
+        "list exceedances",
+        "List exceedances, the latest first, one a line. Every reading is noted in the folder's audit log.",
+        "query --feature p.deception --since 2h",
+    )
+    query.add_argument("--feature", metavar="ID", help="only this feature")
+    query.add_argument(
+        "--severity", choices=("critical", "warning", "info", "none"), help="only features of this severity"
+    )
+    query.add_argument("--model", metavar="NAME", help="only this served model name")
+    query.add_argument("--since", metavar="AGE", help="not older than this, such as 90s, 30m, 2h or 7d")
+    query.add_argument("--until", metavar="AGE", help="not younger than this")
+    query.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
+    show = action(
+        "show",
+        "show one request",
+        "Show a request: how it went, what it exceeded and where, token by token. Exit code 1 when it is not there.",
+        "show chatcmpl-7f3a --html request.html",
+    )
+    show.add_argument("id", metavar="ID", help="engine request id, response id or trace id")
+    show.add_argument("--feature", metavar="ID", help="only this feature (default: those that exceeded their limit)")
+    show.add_argument(
+        "--key", type=Path, metavar="FILE", help="show the tokens too, where a gateway left them, with this key"
+    )
+    show.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="the model's tokenizer.json, where only token ids were left"
+    )
+    show.add_argument("--html", type=Path, metavar="PATH", help="write a page to PATH instead")
+    show.add_argument("--json", action="store_true", help="print everything as JSON instead")
+    delete = action(
+        "delete",
+        "delete one request for good",
+        "Delete everything about a request and leave no trace of it in the files. Works beside a running collector,\n"
+        "once the request has ended. Exit code 1 when it is not there.",
+        "delete chatcmpl-7f3a",
+    )
+    delete.add_argument("id", metavar="ID", help="engine request id, response id or trace id")
+    export = action(
+        "export",
+        "write everything as Parquet files",
+        "Write requests.parquet, exceedances.parquet and activations.parquet, for analysis elsewhere. What was said\n"
+        "in requests is not exported; what is exported is out of reach of retention and deletion here.",
+        "export --out evidence-2026-11",
+    )
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the files")
+    audit = action(
+        "audit",
+        "list who read or deleted what",
+        "List readings and deletions, the latest first. Request ids are noted as SHA-256 only; give one to ask for it.",
+        "audit --id chatcmpl-7f3a",
+    )
+    audit.add_argument("--id", default="", metavar="ID", help="only what was asked about this id")
+    audit.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
+    key = actions.add_parser(
+        "key",
+        help="make a key file",
+        description="Write a new key file for the collector's --evidence-key. To change keys, put the new one on top.",
+        epilog="example:  latentwatch evidence key evidence.key",
+    )
+    key.add_argument("path", type=Path, metavar="PATH", help="file to write; refuses to overwrite")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one action."""
+    return {"query": _query, "show": _show, "delete": _delete, "export": _export, "audit": _audit, "key": _key}[
+        args.action
+    ](args)
+
+
+def _query(args: argparse.Namespace) -> int:
+    from latentwatch.evidence.archive import Wanted
+    from latentwatch.evidence.heatmap import printable
+
+    now = time.time()
+    wanted = Wanted(args.feature, args.severity, args.model, _before(now, args.since), _before(now, args.until))
+    with opened(args.dir) as (archive, audit):
+        found = archive.exceedances(wanted, args.limit)
+        filters = ("feature", "severity", "model", "since", "until")
+        subject = " ".join(f"{name}={value}" for name in filters if (value := getattr(args, name)) is not None)
+        audit.add(now, actor(), "query", len(found), subject=subject)
+    for exceedance in found:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(exceedance.seconds))
+        print(
+            f"{moment}  {exceedance.severity:<8}  {exceedance.feature}  {exceedance.value:.4g} over "
+            f"{exceedance.limit:g}  {exceedance.phase} {exceedance.position}  {printable(exceedance.request_id)}"
+        )
+    if not found:
+        print("no exceedance of this kind is kept", file=sys.stderr)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    import json
+
+    from latentwatch.evidence import heatmap
+
+    with opened(args.dir) as (archive, audit):
+        found = archive.find(args.id)
+        audit.add(time.time(), actor(), "show", len(found), request=args.id)
+        if args.key:
+            audit.add(time.time(), actor(), "content", len(found), request=args.id)
+    if not found:
+        return _not_kept(args)
+    tokens = _tokens(args, found[0].key) if args.key else ()
+    if args.json:
+        print(json.dumps(found, default=vars, ensure_ascii=False, indent=1))
+        return 0
+    if args.html:
+        if len(found) > 1:
+            print(f"{len(found)} requests have this id; the page shows the latest", file=sys.stderr)
+        args.html.write_text(heatmap.as_html(found[0], tokens, feature=args.feature), encoding="utf-8")
+        print(args.html)
+        return 0
+    for number, request in enumerate(found):
+        print(heatmap.as_text(request, () if number else tokens, colour=sys.stdout.isatty(), feature=args.feature))
+    return 0
+
+
+def _tokens(args: argparse.Namespace, request: int) -> Sequence[str]:
+    """The text of each token; empty where nothing was left."""
+    from latentwatch.evidence import sealed as sealed_contents
+    from latentwatch.evidence.vault import Vault
+
+    sealed = sealed_contents.get(args.dir, request)
+    if sealed is None:
+        print("nothing that was said in it is kept", file=sys.stderr)
+        return ()
+    content = Vault.read(args.key).open(request, sealed)
+    if content.tokens:
+        return content.tokens
+    if args.tokenizer is None:
+        return [f"[{id}]" for id in content.token_ids]
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ConfigRefused(
+            "--tokenizer",
+            found="the package tokenizers is not installed",
+            instead="Run: pip install tokenizers",
+            reason="package_missing",
+        ) from error
+    tokenizer = Tokenizer.from_file(str(args.tokenizer))
+    return [tokenizer.decode([id], skip_special_tokens=False) for id in content.token_ids]
+
+
+def _key(args: argparse.Namespace) -> int:
+    from latentwatch.evidence.vault import write_key
+
+    write_key(args.path)
+    print(f"{args.path}: a new key; without it, what was sealed with it cannot be read again")
+    return 0
+
+
+def _delete(args: argparse.Namespace) -> int:
+    from latentwatch.evidence import store
+
+    with opened(args.dir) as (_, audit):
+        erased = store.erase(args.dir, args.id)
+        audit.add(time.time(), actor(), "delete", erased.requests, request=args.id)
+    if not erased.requests:
+        return _not_kept(args)
+    print(f"{erased.requests} requests deleted, {erased.rows} rows")
+    if not erased.clean:
+        print(
+            "a reader kept an older state open: the rows are gone, but the write-ahead log could not be emptied. "
+            "Close what reads the folder and delete the id again.",
+            file=sys.stderr,
+        )
+    return 0 if erased.clean else 1
+
+
+def _export(args: argparse.Namespace) -> int:
+    try:
+        from latentwatch.evidence import parquet
+    except ImportError as error:
+        raise ConfigRefused(
+            "evidence export",
+            found=f"{error.name} is not installed",
+            instead="Run: pip install 'latentwatch[parquet]'",
+            reason="package_missing",
+        ) from error
+    try:
+        args.out.mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigRefused(
+            f"--out {args.out}", found=error.strerror or str(error), instead="Name a new folder.", reason="out_exists"
+        ) from error
+    with opened(args.dir) as (archive, audit):
+        audit.add(time.time(), actor(), "export", 0, subject=str(args.out))
+        rows = parquet.export(archive.requests(), args.out)
+    print(f"{args.out}: " + ", ".join(f"{count} {name}" for name, count in rows.items()))
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    import itertools
+
+    from latentwatch.evidence.heatmap import printable
+
+    with opened(args.dir) as (_, audit):
+        for entry in itertools.islice(audit.entries(request=args.id), args.limit):
+            moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.seconds))
+            subject = printable(entry.subject) or entry.subject_sha256[:16]
+            print(f"{moment}  {entry.actor}  {entry.action}  {entry.found}  {subject}".rstrip())
+    return 0
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[tuple[Archive, Audit]]:
+    """The folder's archive and audit log. Raises: ConfigRefused: it is missing or cannot be read."""
+    import sqlite3
+
+    from latentwatch.evidence.archive import Archive
+    from latentwatch.evidence.audit import Audit
+
+    try:
+        with contextlib.closing(Archive(folder)) as archive, contextlib.closing(Audit(folder)) as audit:
+            yield archive, audit
+    except sqlite3.Error as error:
+        raise ConfigRefused(
+            f"evidence folder {folder}",
+            found=str(error),
+            instead="Run as the user of the collector: whoever reads has to be able to write the audit log.",
+            reason="evidence_unreadable",
+        ) from error
+
+
+def _before(now: float, age: str | None) -> float | None:
+    if age is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", age)
+    if match is None:
+        raise ConfigRefused(
+            f"age {age!r}",
+            found="it is no number with a unit",
+            instead="Write 90s, 30m, 2h or 7d.",
+            reason="age_invalid",
+        )
+    return now - float(match[1]) * _UNITS[match[2]]
+
+
+def actor() -> str:
+    return f"cli:{getpass.getuser()}"
+
+
+def _not_kept(args: argparse.Namespace) -> int:
+    print(
+        f"latentwatch evidence: {args.id[:256]!r} is not kept in {args.dir}: it exceeded no limit, is too old, or was "
+        "seen by another collector",
+        file=sys.stderr,
+    )
+    return 1

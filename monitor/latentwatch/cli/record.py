@@ -1,0 +1,54 @@
+"""`latentwatch record`: write down what engines send, to calibrate from it or to replay it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "Stand in for a collector and write every batch to a file, to calibrate from it or to replay it."
+EPILOG = """It stops on Ctrl-C. The file holds scores and request ids, and no text.
+example:  latentwatch record --listen unix:///run/latentwatch/collector.sock --out monday.recording"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument(
+        "--listen", action="append", required=True, metavar="ADDRESS", help="where engines connect, as for a collector"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record until SIGINT or SIGTERM."""
+    import asyncio
+    import signal
+    import time
+
+    from latentwatch.errors import ConfigRefused
+    from latentwatch.transport.receiver import Receiver
+    from latentwatch.transport.recording import RecordingSink
+
+    try:
+        sink = RecordingSink(args.out)
+    except OSError as error:
+        raise ConfigRefused(
+            f"--out {args.out}",
+            found=error.strerror or str(error),
+            instead="Give a file that does not exist yet, in a folder that does.",
+            reason="file_exists",
+        ) from error
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        receiver = Receiver(sink, args.listen, clock=time.time, on_refused=lambda reason: print(f"refused: {reason}"))
+        await receiver.start()
+        print(f"latentwatch record: engines connect to {' '.join(args.listen)}", flush=True)
+        await stop.wait()
+        await receiver.stop(2.0)
+
+    asyncio.run(serve())
+    sink.close()
+    print(f"{sink.batches} batches, {sink.requests} ended requests, {sink.bytes} bytes in {args.out}")
+    return 0

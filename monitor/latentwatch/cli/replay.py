@@ -1,0 +1,55 @@
+"""`latentwatch replay`: what a collector with this baseline would have said of recorded traffic."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from latentwatch.cli.collector import route
+
+HELP = "Run a recording through a collector's logic, in recorded time, and print what it would have alarmed on."
+EPILOG = """exit code 0: no alarm; 1: at least one
+example:  latentwatch replay monday.recording --watchlist prod.safetensors --baseline prod.baseline"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("recording", type=Path, metavar="FILE")
+    parser.add_argument("--watchlist", type=Path, required=True, metavar="FILE", help="what the recording scored")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="measure drift against this baseline")
+    parser.add_argument("--canary-key", type=Path, metavar="FILE", help="as for a collector")
+    parser.add_argument("--route", type=route, metavar="REGEX", help="as for a collector")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay and print."""
+    import datetime
+
+    from latentwatch.cli.collector import drift_settings
+    from latentwatch.collector.pipeline import Pipeline
+    from latentwatch.collector.replay import replay
+    from latentwatch.transport import recording
+    from latentwatch.watchlist import file as watchlist_file
+
+    pipeline = Pipeline(
+        watchlist_file.read(args.watchlist), drift=drift_settings(args.baseline, args.canary_key, args.route)
+    )
+    done = replay(pipeline, recording.read(args.recording))
+    snapshot = pipeline.snapshot(done.last_seconds)
+    ended = sum(sum(engine.requests.values()) for engine in snapshot.engines)
+    exceeded = {
+        feature.id: sum(int(model.exceedances_F[i]) for model in snapshot.models)
+        for i, feature in enumerate(pipeline.features)
+    }
+    print(
+        f"{done.batches} batches, {ended} ended requests, {(done.last_seconds - done.first_seconds) / 60:.1f} minutes"
+    )
+    for feature, count in sorted(exceeded.items(), key=lambda item: -item[1]):
+        if count:
+            print(f"  {count} requests above the limit of {feature}")
+    for view in pipeline.drift.views():
+        print(f"{view.model_name}: {view.windows} windows compared" + (f", {view.reason}" if view.reason else ""))
+    for seconds, model_name, alarm in done.alarms:
+        at = datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        print(f"  {at} {model_name} [{alarm.kind}] {alarm.text}")
+    return int(bool(done.alarms))

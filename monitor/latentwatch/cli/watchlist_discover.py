@@ -1,0 +1,217 @@
+"""`latentwatch watchlist record|discover|probe`: find or train features on two sets of requests."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentwatch.errors import ConfigRefused
+
+if TYPE_CHECKING:
+    from latentwatch.names import HookPoint
+    from latentwatch.watchlist.activations import Recording
+
+_RECORD = """Run a model over requests and write the residual stream at a hook point: what 'verify --activations' and
+the calibration of TopK gates read. Requests are lines of {"text": ...} or {"messages": [...]}."""
+_DISCOVER = """Run a model over two sets of requests, rank every feature of an SAE by how well its largest activation
+tells them apart, and write a watchlist.yaml of those that pass to edit. Half of the requests choose, the other half
+measure; q is from permuted labels and holds for all features together. Exit code 1 when none passes."""
+_PROBE = """Train a logistic probe on the tokens of two sets of requests, measure it on a held-out half, and write
+probe.safetensors and a watchlist.yaml beside it."""
+
+
+def add_arguments(actions: Any) -> None:
+    """The three actions, added to those of `watchlist`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    record = actions.add_parser(
+        "record",
+        help="write a model's residual stream on some requests",
+        description=_RECORD,
+        epilog="example:  latentwatch watchlist record --model MODEL --hook-point resid_post.12 --requests a.jsonl "
+        "--out x.safetensors",
+        formatter_class=raw,
+    )
+    _model_arguments(record)
+    record.add_argument("--requests", type=Path, required=True, metavar="JSONL", help="requests to run")
+    record.add_argument("--out", type=Path, required=True, metavar="PATH", help="activations file to write")
+    discover = actions.add_parser(
+        "discover",
+        help="find features that tell two sets of requests apart",
+        description=_DISCOVER,
+        epilog="example:  latentwatch watchlist discover --model MODEL --sae saes/layer12 --hook-point resid_post.12 "
+        "--positive lies.jsonl --negative truths.jsonl --out found.yaml",
+        formatter_class=raw,
+    )
+    _model_arguments(discover)
+    _contrast_arguments(discover)
+    discover.add_argument("--sae", required=True, metavar="PATH", help="the SAE's folder, file or hf: reference")
+    discover.add_argument("--format", default="saelens", help="of the SAE (default: %(default)s)")
+    discover.add_argument("--top", type=int, default=20, metavar="N", help="features to write (default: %(default)s)")
+    discover.add_argument("--permutations", type=int, default=1000, metavar="N", help="default: %(default)s")
+    discover.add_argument("--out", type=Path, required=True, metavar="PATH", help="watchlist.yaml to write")
+    probe = actions.add_parser(
+        "probe",
+        help="train a probe that tells two sets of requests apart",
+        description=_PROBE,
+        epilog="example:  latentwatch watchlist probe --model MODEL --hook-point resid_post.12 --name deceives "
+        "--positive lies.jsonl --negative truths.jsonl --out probes/deceives",
+        formatter_class=raw,
+    )
+    _model_arguments(probe)
+    _contrast_arguments(probe)
+    probe.add_argument("--name", required=True, help="id of the probe: letters, digits, '.', '_' and '-'")
+    probe.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one of the three."""
+    return {"record": _record, "discover": _discover, "probe": _probe}[str(args.action)](args)
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a Hugging Face model's folder or name")
+    parser.add_argument("--hook-point", required=True, metavar="resid_post.N", help="the stream after layer N")
+    parser.add_argument(
+        "--skip-first",
+        type=int,
+        default=1,
+        metavar="N",
+        help="positions to leave out at each start (default: %(default)s)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace what --out names when it exists")
+
+
+def _contrast_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--positive", type=Path, required=True, metavar="JSONL", help="requests with the behaviour")
+    parser.add_argument("--negative", type=Path, required=True, metavar="JSONL", help="requests without it")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the permutations (default: %(default)s)")
+
+
+def _hook_point(args: argparse.Namespace) -> HookPoint:
+    from latentwatch.names import HookPoint
+
+    if args.out.exists() and not args.force:
+        raise ConfigRefused(
+            f"--out {args.out}", found="it exists", instead="Add --force to replace it.", reason="out_exists"
+        )
+    return HookPoint.parse(args.hook_point)
+
+
+def _recorded(args: argparse.Namespace, paths: list[Path]) -> tuple[Recording, list[int], list[str]]:
+    """The recording of all files together, how many requests each has, and each request's group."""
+    from latentwatch.watchlist import activations
+
+    hook_point = _hook_point(args)
+    sets = [activations.requests(path) for path in paths]
+    wanted = [request for one in sets for request in one]
+
+    def progress(done: int) -> None:
+        if done % 50 == 0 or done == len(wanted):
+            print(f"recorded {done} of {len(wanted)} requests", file=sys.stderr)
+
+    recording = activations.record(args.model, wanted, hook_point, skip_first=args.skip_first, progress=progress)
+    return recording, [len(one) for one in sets], [request.group for request in wanted]
+
+
+def _record(args: argparse.Namespace) -> int:
+    from latentwatch.watchlist import activations
+
+    recording, _, _ = _recorded(args, [args.requests])
+    activations.save(recording, args.out, _hook_point(args))
+    print(f"{args.out}: {len(recording.x_TD)} tokens of width {recording.x_TD.shape[1]}")
+    return 0
+
+
+def _discover(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from latentwatch.watchlist.discover import discover
+    from latentwatch.watchlist.location import Location
+    from latentwatch.watchlist.sources import SourceOptions, open_source
+
+    source = open_source(args.format, Location(args.sae, Path()), _hook_point(args), SourceOptions())
+    recording, (positive, negative), groups = _recorded(args, [args.positive, args.negative])
+    positive_R = np.arange(positive + negative) < positive
+    found = discover(source, recording, positive_R, groups, permutations=args.permutations, seed=args.seed)
+    for one in found[: args.top]:
+        token = one.top_tokens[0]
+        shown = f"{token['before']}[{token['token']}]{token['after']}"
+        figures = f"AUROC {one.auroc:.3f}  TPR at 1 % FPR {one.tpr_at_fpr_1pct:.2f}  q {one.q_value:.4f}"
+        print(f"{one.index:>8}  {figures}  {shown!r}")
+    print(f"{len(found)} of {source.about.width} features pass q < 0.05")
+    if not found:
+        return 1
+    path = args.sae if args.sae.startswith("hf:") else os.path.relpath(args.sae, args.out.resolve().parent)
+    features = [
+        {
+            "index": one.index,
+            "id": f"f{one.index}",
+            "label": f"tells {args.positive.stem} from {args.negative.stem}",
+            "severity": "info",
+            "evidence": one.evidence | {"measured_on": f"{args.positive.name} against {args.negative.name}"},
+        }
+        for one in found[: args.top]
+    ]
+    _write_yaml(args, args.out, {"format": args.format, "path": path, "features": features})
+    return 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from latentwatch.watchlist import probing
+
+    hook_point = _hook_point(args)
+    recording, (positive, negative), groups = _recorded(args, [args.positive, args.negative])
+    probe = probing.train(recording, np.arange(positive + negative) < positive, groups, seed=args.seed)
+    for name, figures in probe.figures.items():
+        print(
+            f"{name:>13}  AUROC {figures['auroc']:.3f}  TPR at 1 % FPR {figures['tpr_at_fpr_1pct']:.2f}, "
+            f"at 0.1 % {figures['tpr_at_fpr_0_1pct']:.2f}"
+        )
+    probing.save(probe, args.out / "probe.safetensors", args.name, hook_point)
+    best = probe.figures[probe.best]
+    window = {"window_tokens": probing.WINDOW_TOKENS} if probe.best == "rolling_mean" else {}
+    feature = {
+        "name": args.name,
+        "id": args.name,
+        "label": f"tells {args.positive.stem} from {args.negative.stem}",
+        "severity": "warning",
+        "limit": {"statistic": probe.best, "value": round(best["threshold"], 4), **window},
+        "evidence": {
+            "auroc": round(best["auroc"], 4),
+            "tpr_at_fpr_1pct": round(best["tpr_at_fpr_1pct"], 4),
+            "tpr_at_fpr_0_1pct": round(best["tpr_at_fpr_0_1pct"], 4),
+            "n": probe.n,
+            "n_positive": probe.n_positive,
+            "split": "half of the requests, held out by group",
+            "aggregation": f"{probe.best} over tokens",
+            "measured_on": f"{args.positive.name} against {args.negative.name}",
+            "remarks": "The limit is at 1 % false positives of the held-out half; set it on your own traffic.",
+        },
+    }
+    _write_yaml(
+        args,
+        args.out / "watchlist.yaml",
+        {"format": "linear_probe", "path": "probe.safetensors", "features": [feature]},
+    )
+    return 0
+
+
+def _write_yaml(args: argparse.Namespace, path: Path, source: dict[str, Any]) -> None:
+    """A watchlist.yaml with one source; the model's sizes come from its own config where that lies on disk."""
+    import yaml
+
+    local = Path(args.model).is_dir()
+    config = os.path.relpath(args.model, path.resolve().parent) if local else f"hf:{args.model}"
+    content = {
+        "name": path.stem if path.stem != "watchlist" else path.parent.name,
+        "model": {"name": Path(args.model).name, "config": config, "dtypes": ["bfloat16", "float32"]},
+        "hook_points": [{"hook_point": args.hook_point, "sources": [source]}],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    print(f"{path}: {len(source['features'])} features; edit it, then build it")

@@ -1,0 +1,1 @@
+"""What the collector keeps on disk so that a kill loses nothing."""

@@ -1,0 +1,415 @@
+"""A collector's state on a disk: what was acknowledged is still counted, once, after the process was killed.
+
+Two kinds of files, each pair with a number. `checkpoint-N.npz` is the whole state at one moment. `journal-N.log` is
+every event since then, with the time that the pipeline was given, in the order in which it took them. To resume is to
+read the newest checkpoint and to hand the pipeline the events of the journals after it: its result depends on nothing
+else. A new pair begins every minute or every 64 MiB, and the older one is removed once the new checkpoint is safe.
+
+What survives. Events are written (not synced) before they are acknowledged, so the death of the process costs nothing;
+they are synced once a second, so the death of the host costs the acknowledged events of about that second, which show
+up as a gap in the sequence numbers. Of a journal whose end is torn or damaged everything before that place counts.
+
+A disk that is full or gone does not stop the monitoring: what is merged is acknowledged as without a disk, `durable`
+turns false, and a new checkpoint is tried every few seconds until one succeeds and makes up for it.
+
+A folder belongs to one process (a lock), and within it each watchlist and format has a folder of its own: a collector
+that is started with another watchlist begins at zero and leaves the earlier state where it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from latentwatch.collector.durability import checkpoint
+from latentwatch.collector.metrics_families import StateFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.errors import Refusal, StateRefused
+from latentwatch.step.batch import StepBatch
+from latentwatch.transport import codec
+from latentwatch.transport.report import Report
+from latentwatch.transport.session import Hello
+
+log = logging.getLogger(__name__)
+
+_CHECKPOINT_SECONDS: Final = 60.0
+_JOURNAL_BYTES: Final = 64 << 20
+"""Some ten seconds of 200,000 tokens/s, and about as long to read back."""
+_RETRY_SECONDS: Final = 5.0
+_SYNC_SECONDS: Final = 1.0
+_WAIT_SECONDS: Final = 0.02
+
+_RECORD: Final = struct.Struct("<II")  # bytes of the body, its CRC-32
+_EVENT: Final = struct.Struct("<cdI")  # kind, the pipeline's time, number of the stream's hello in this journal
+_HEADER, _NAME, _HELLO, _BATCH, _GOODBYE, _TICK, _REFUSED, _SHIFT = b"J", b"N", b"H", b"B", b"G", b"T", b"R", b"S"
+_HELD = b"A"
+
+
+class DurableSink:
+    """A `transport.session.Sink` in front of a pipeline, which writes down whatever changes it.
+
+    Every method is called from one event loop; only the bytes of a checkpoint are written in another thread.
+    """
+
+    def __init__(self, pipeline: Pipeline, folder: Path, now: float) -> None:
+        """Resume from what the folder holds, or begin in it.
+
+        Args:   pipeline: has seen nothing yet.   now: seconds since the Unix epoch.
+        Raises: StateRefused: "state_in_use", "state_unusable", "state_header", "state_damaged" or "state_journal".
+        """
+        self._pipeline = pipeline
+        self._header = {
+            "format": checkpoint.FORMAT,
+            "watchlist_sha256": pipeline.watchlist.sha256,
+            "bounds": dataclasses.asdict(pipeline.bounds),
+        }
+        self._folder = folder / f"{pipeline.watchlist.sha256[:16]}-{checkpoint.FORMAT}"
+        self._pending: list[bytes] = []
+        self._names: dict[Hello, int] = {}
+        self._journal = -1
+        self._whole = False
+        self._number = 0
+        self._written = 0
+        self._failures = 0
+        self._checkpoint_seconds = 0.0
+        self._next_checkpoint = self._next_sync = now
+        self._writing = False
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = _take(folder)
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        try:
+            self._resumed = self._resume()
+            pipeline.disconnect_all()
+            self._keep(self._begin(now), self._number, now)
+        except BaseException as error:
+            os.close(self._lock)
+            if isinstance(error, OSError):
+                raise _unusable(folder, error) from error
+            raise
+
+    # -- Sink
+
+    def hello(self, hello: Hello, now: float) -> int:
+        held = self._pipeline.hello(hello, now)
+        self._note(_HELLO, now, hello)
+        return held
+
+    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
+        self._pipeline.observe(hello, sequence, batch, now)
+        self._note(_BATCH, now, hello, codec.encode_batch(sequence, batch))
+
+    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+        self._pipeline.merge(hello, sequence, report, now)
+        self._note(_BATCH, now, hello, codec.encode_report(sequence, report))
+
+    def goodbye(self, hello: Hello, now: float) -> None:
+        self._pipeline.goodbye(hello, now)
+        self._note(_GOODBYE, now, hello)
+
+    def commit(self) -> None:
+        """Write what was noted; on failure the state is merged but not durable, which `facts` tells."""
+        if not self._pending:
+            return
+        data = b"".join(self._pending)
+        self._pending.clear()
+        if self._journal < 0:
+            return
+        try:
+            _write(self._journal, data)
+        except OSError as error:
+            self._fail(error)
+        else:
+            self._written += len(data)
+
+    # -- the rest of what changes a pipeline
+
+    def refused(self, reason: str) -> None:
+        """See Pipeline.refused."""
+        self._pipeline.refused(reason)
+        self._note(_REFUSED, 0.0, text=reason.encode())
+
+    def tick(self, now: float) -> None:
+        """See Pipeline.tick; and what was noted is written, acknowledged or not."""
+        self._pipeline.tick(now)
+        self._note(_TICK, now)
+        self.commit()
+
+    def acknowledged(self, number: int) -> None:
+        """See Pipeline.acknowledged."""
+        self._pipeline.acknowledged(number)
+        self._note(_HELD, 0.0, text=struct.pack("<Q", number))
+
+    def shift_clock(self, seconds: float) -> None:
+        """See Pipeline.shift_clock. Due times here move along."""
+        self._pipeline.shift_clock(seconds)
+        self._next_checkpoint += seconds
+        self._next_sync += seconds
+        self._note(_SHIFT, 0.0, text=struct.pack("<d", seconds))
+
+    # -- files
+
+    @property
+    def facts(self) -> StateFacts:
+        """How well the state is kept."""
+        return StateFacts(
+            durable=self._whole,
+            checkpoint_seconds=self._checkpoint_seconds,
+            journal_bytes=self._written,
+            write_failures=self._failures,
+            resumed_events=self._resumed,
+        )
+
+    async def maintain(self, now: float) -> None:
+        """Sync the journal, and begin a new one behind a new checkpoint when it is time. Call it once a second."""
+        if self._writing:
+            return
+        if now >= self._next_checkpoint or self._written > _JOURNAL_BYTES:
+            await self._checkpoint(now)
+        elif self._journal >= 0 and now >= self._next_sync:
+            self._next_sync = now + _SYNC_SECONDS
+            try:
+                await asyncio.to_thread(os.fdatasync, self._journal)
+            except OSError as error:
+                self._fail(error)
+
+    async def forget(self, name: str, now: float) -> bool:
+        """See Pipeline.forget; and have the files say nothing of it any more. Returns whether they do.
+
+        A new checkpoint takes the place of the files that tell of it. Killed before that, it is all there again.
+        """
+        while self._writing:
+            await asyncio.sleep(_WAIT_SECONDS)
+        self._pipeline.forget(name)
+        await self._checkpoint(now)
+        return self._whole
+
+    def close(self, now: float) -> None:
+        """Leave one checkpoint behind, so that the next start reads no journal."""
+        self.commit()
+        try:
+            self._keep(self._begin(now), self._number, now)
+        except OSError as error:
+            self._fail(error)
+        if self._journal >= 0:
+            os.close(self._journal)
+        os.close(self._lock)
+
+    async def _checkpoint(self, now: float) -> None:
+        self._writing = True
+        self.commit()
+        try:
+            state = self._begin(now)
+            await asyncio.to_thread(self._keep, state, self._number, now)
+        except OSError as error:
+            self._fail(error)
+            self._next_checkpoint = now + _RETRY_SECONDS
+        finally:
+            self._writing = False
+
+    def _begin(self, now: float) -> checkpoint.State:
+        """Begin the next journal; the state at its beginning. Raises OSError."""
+        path = self._path("journal", self._number + 1)
+        journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            _write(journal, _record(_EVENT.pack(_HEADER, now, self._whole)))
+        except OSError:
+            os.close(journal)
+            raise
+        if self._journal >= 0:
+            os.close(self._journal)
+        self._journal = journal
+        self._number += 1
+        self._written = 0
+        self._names.clear()
+        self._next_checkpoint = now + _CHECKPOINT_SECONDS
+        return self._pipeline.state()
+
+    def _keep(self, state: checkpoint.State, number: int, now: float) -> None:
+        """Write a checkpoint, then remove what it replaces. Raises OSError."""
+        checkpoint.write(self._path("checkpoint", number), self._header, state)
+        self._checkpoint_seconds = now
+        self._whole = True
+        for kind in ("checkpoint", "journal"):
+            for older in self._numbers(kind):
+                if older < number:
+                    self._path(kind, older).unlink(missing_ok=True)
+
+    def _fail(self, error: OSError) -> None:
+        """Go on in memory until a checkpoint succeeds."""
+        self._failures += 1
+        if self._whole:
+            log.error(
+                "the state in %s cannot be written: %s. Until it can, a collector that dies loses what it counted "
+                "since; free space there or restore the disk.",
+                self._folder,
+                error.strerror or error,
+            )
+        if self._journal >= 0:
+            os.close(self._journal)
+        self._journal = -1
+        self._whole = False
+        self._written = 0
+        self._next_checkpoint = 0.0
+
+    def _note(self, kind: bytes, now: float, hello: Hello | None = None, text: bytes = b"") -> None:
+        if self._journal < 0:
+            return
+        name = 0
+        if hello is not None:
+            if hello not in self._names:
+                self._names[hello] = len(self._names) + 1
+                words = json.dumps(dataclasses.asdict(hello)).encode()
+                self._pending.append(_record(_EVENT.pack(_NAME, now, self._names[hello]) + words))
+            name = self._names[hello]
+        self._pending.append(_record(_EVENT.pack(kind, now, name) + text))
+
+    # -- resuming
+
+    def _resume(self) -> int:
+        """Put the pipeline where the files end; the number of events that it was given again."""
+        numbers = self._numbers("checkpoint")
+        if not numbers:
+            return 0
+        self._restore(self._path("checkpoint", numbers[-1]))
+        self._number = max(numbers[-1], *self._numbers("journal"), 0)
+        events = 0
+        for number in range(numbers[-1], self._number + 1):
+            path = self._path("journal", number)
+            data = path.read_bytes() if path.exists() else b""
+            records = list(_records(data))
+            # A journal that was begun after a failure has events missing before it; only its checkpoint leads to it.
+            if not records or not (_EVENT.unpack_from(records[0])[2] or number == numbers[-1]):
+                break
+            events += self._replay(path, records[1:])
+            read = sum(_RECORD.size + len(record) for record in records)
+            if read < len(data):
+                log.warning("%s: its last %d bytes are no whole event and are left out", path, len(data) - read)
+                break
+        log.info("resumed from %s with %d events after it", self._path("checkpoint", numbers[-1]), events)
+        return events
+
+    def _restore(self, path: Path) -> None:
+        state = checkpoint.read(path, self._header)
+        try:
+            self._pipeline.restore(state)
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise StateRefused(
+                f"state {path}",
+                found=f"it does not fit this version: {type(error).__name__} {error}",
+                instead="Start the version that wrote it, or remove its folder to begin again at zero.",
+                reason="state_damaged",
+            ) from error
+
+    def _replay(self, path: Path, records: list[bytes]) -> int:
+        names: dict[int, Hello] = {}
+        try:
+            for record in records:
+                kind, now, name = _EVENT.unpack_from(record)
+                text = record[_EVENT.size :]
+                if kind == _NAME:
+                    names[name] = Hello(**json.loads(text))
+                else:
+                    self._again(kind, now, names.get(name), text)
+        except (Refusal, KeyError, ValueError, TypeError, struct.error) as error:
+            raise StateRefused(
+                f"state {path}",
+                found=f"an event in it is not taken again: {error}",
+                instead="Start the version that wrote it, or remove its folder to begin again at zero.",
+                reason="state_journal",
+            ) from error
+        return len(records) - len(names)
+
+    def _again(self, kind: bytes, now: float, hello: Hello | None, text: bytes) -> None:
+        pipeline = self._pipeline
+        if kind == _TICK:
+            pipeline.tick(now)
+        elif kind == _REFUSED:
+            pipeline.refused(text.decode())
+        elif kind == _SHIFT:
+            pipeline.shift_clock(*struct.unpack("<d", text))
+        elif kind == _HELD:
+            pipeline.acknowledged(*struct.unpack("<Q", text))
+        elif hello is None:
+            raise ValueError(f"event {kind!r} of a stream without a hello")
+        elif kind == _HELLO:
+            pipeline.hello(hello, now)
+        elif kind == _GOODBYE:
+            pipeline.goodbye(hello, now)
+        elif kind == _BATCH:
+            numbered = codec.decode_request(text)
+            if isinstance(numbered, Hello):
+                raise ValueError("a hello where a batch was written")
+            if isinstance(numbered, codec.NumberedReport):
+                pipeline.merge(hello, numbered.sequence, numbered.report, now)
+                return
+            pipeline.observe(hello, numbered.sequence, numbered.batch, now)
+        else:
+            raise ValueError(f"event of unknown kind {kind!r}")
+
+    def _path(self, kind: str, number: int) -> Path:
+        return self._folder / f"{kind}-{number:012d}.{'npz' if kind == 'checkpoint' else 'log'}"
+
+    def _numbers(self, kind: str) -> list[int]:
+        """Numbers of the files of one kind, ascending."""
+        shape = re.compile(rf"{kind}-(\d+)\.(npz|log)")
+        return sorted(int(match[1]) for path in self._folder.iterdir() if (match := shape.fullmatch(path.name)))
+
+
+def _record(body: bytes) -> bytes:
+    return _RECORD.pack(len(body), zlib.crc32(body)) + body
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """Every whole record from the beginning, up to the first that is torn or damaged."""
+    at = 0
+    while at + _RECORD.size <= len(data):
+        length, crc = _RECORD.unpack_from(data, at)
+        body = data[at + _RECORD.size : at + _RECORD.size + length]
+        if len(body) < max(length, _EVENT.size) or zlib.crc32(body) != crc:
+            return
+        yield body
+        at += _RECORD.size + length
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """All of it. Raises OSError."""
+    view: Any = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _take(folder: Path) -> int:
+    """The folder's lock, as a descriptor; it goes with the process. Raises OSError, StateRefused "state_in_use"."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise StateRefused(
+            f"state folder {folder}",
+            found="another collector uses it",
+            instead="Give each collector a --state folder of its own.",
+            reason="state_in_use",
+        ) from None
+    return lock
+
+
+def _unusable(folder: Path, error: OSError) -> StateRefused:
+    return StateRefused(
+        f"state folder {folder}",
+        found=error.strerror or str(error),
+        instead="Give --state a folder that this user can write to.",
+        reason="state_unusable",
+    )

@@ -1,0 +1,180 @@
+"""Evidence in a running collector: a thread that writes, a thread that reads, and every reading in the audit log."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hmac
+import sqlite3
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeVar
+
+from latentwatch import secrets
+from latentwatch.collector.evidence_buffer import Keep, watched
+from latentwatch.collector.metrics_families import EvidenceFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.errors import ConfigRefused
+from latentwatch.evidence import sealed as sealed_contents
+from latentwatch.evidence import store
+from latentwatch.evidence.archive import Archive, StoredExceedance, StoredRequest, Wanted
+from latentwatch.evidence.audit import Audit
+from latentwatch.evidence.segment import Erased
+from latentwatch.evidence.store import Retention, Store
+from latentwatch.evidence.vault import Content, Vault
+from latentwatch.evidence.writer import Writer
+
+T = TypeVar("T")
+
+_SHORTEST_TOKEN: Final = 16
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """What is written down, where, and how long it stays."""
+
+    folder: Path
+    retention: Retention = field(default_factory=Retention)
+    keep: Keep = "exceeded"
+    token_file: Path | None = None
+    """Holds the bearer token for deleting, and for what was said, over HTTP; None allows neither."""
+    key_file: Path | None = None
+    """Holds the key of what was said; None keeps none of it. See vault.Vault."""
+
+
+class Evidence:
+    """The evidence of one collector. Its coroutines run in the collector's loop, its work in two threads."""
+
+    def __init__(self, settings: EvidenceSettings, pipeline: Pipeline, clock: Callable[[], float]) -> None:
+        """Raises: ConfigRefused: the folder or the token file cannot be used."""
+        self._folder = settings.folder
+        self._pipeline = pipeline
+        self._clock = clock
+        self._token = _read_token(settings.token_file) if settings.token_file else None
+        self.vault = Vault.read(settings.key_file) if settings.key_file else None
+        self._store = Store(settings.folder, watched(pipeline.watchlist), settings.retention)
+        try:
+            self._audit = Audit(settings.folder)
+            self._audit.prune(clock())
+        except sqlite3.Error as error:
+            self._store.close()
+            raise ConfigRefused(
+                f"evidence folder {settings.folder}",
+                found=str(error),
+                instead="Give a folder that the collector may write to, on a disk with room.",
+                reason="evidence_folder",
+            ) from error
+        self._archive = Archive(settings.folder)
+        self._reading = ThreadPoolExecutor(1, "evidence-read")
+        self._writer = Writer(self._store, clock=clock)
+        self.put = self._writer.put
+        self.forget: Callable[[str], Awaitable[bool]] = self._forget_in_memory
+        """Has the rest of the collector forget a request; returns whether nothing of it is left there."""
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether anything is allowed to whoever has the token."""
+        return self._token is not None
+
+    def admits(self, token: str) -> bool:
+        """Whether this is the token."""
+        return self._token is not None and hmac.compare_digest(token.encode(), self._token)
+
+    def is_open(self, name: str) -> bool:
+        """Whether a request with this id still runs, so that more of it will be written."""
+        views = map(self._pipeline.request, self._pipeline.find(name))
+        return any(view.outcome == "open" for view in views if view)
+
+    async def find(self, name: str, actor: str) -> list[StoredRequest]:
+        """See Archive.find."""
+
+        def work() -> list[StoredRequest]:
+            held = self._held(name)
+            found = self._archive.find(held)
+            self._audit.add(self._clock(), actor, "show", len(found), request=held)
+            return found
+
+        return await self._read(work)
+
+    async def exceedances(self, wanted: Wanted, limit: int, actor: str) -> list[StoredExceedance]:
+        """See Archive.exceedances."""
+        subject = " ".join(f"{name}={value}" for name, value in vars(wanted).items() if value is not None)
+
+        def work() -> list[StoredExceedance]:
+            found = self._archive.exceedances(wanted, limit)
+            self._audit.add(self._clock(), actor, "query", len(found), subject=subject)
+            return found
+
+        return await self._read(work)
+
+    async def erase(self, name: str, actor: str) -> Erased:
+        """See store.erase, after everything that was recorded before; and the collector itself forgets the request."""
+        held = await asyncio.wrap_future(self._writer.run(lambda: self._held(name)))
+        erased = await asyncio.wrap_future(self._writer.run(lambda: store.erase(self._folder, held)))
+        if not await self.forget(held):
+            erased = dataclasses.replace(erased, clean=False)
+        await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=held))
+        return erased
+
+    async def _forget_in_memory(self, name: str) -> bool:
+        self._pipeline.forget(name)
+        return True
+
+    async def attach(self, name: str, vault: Vault, content: Content, actor: str) -> int:
+        """See Store.attach; after everything that was recorded before."""
+
+        def work() -> int:
+            return self._store.attach(held, lambda key: vault.seal(key, content), self._clock())
+
+        held = await asyncio.wrap_future(self._writer.run(lambda: self._held(name)))
+        found = await asyncio.wrap_future(self._writer.run(work))
+        await self._read(lambda: self._audit.add(self._clock(), actor, "attach", found, request=held))
+        return found
+
+    async def content(self, name: str, vault: Vault, actor: str) -> Content | None:
+        """What was said in the request with this id, the latest where it is several. Raises: ConfigRefused."""
+
+        def work() -> Content | None:
+            held = self._held(name)
+            found = [
+                (key, sealed)
+                for key in store.find(self._folder, held)
+                if (sealed := sealed_contents.get(self._folder, key))
+            ]
+            self._audit.add(self._clock(), actor, "content", len(found), request=held)
+            return vault.open(*found[-1]) if found else None
+
+        return await self._read(work)
+
+    def facts(self) -> EvidenceFacts:
+        """Counts for /metrics."""
+        return EvidenceFacts(self._writer.totals(), store.folder_bytes(self._folder))
+
+    def close(self) -> None:
+        """Write what is queued and close the files; waits for the disk."""
+        self._writer.close()
+        self._reading.submit(self._archive.close).result()
+        self._reading.submit(self._audit.close).result()
+        self._reading.shutdown()
+
+    def _held(self, name: str) -> str:
+        """What a request is kept under that somebody asks for by this name."""
+        pseudonyms = self._pipeline.pseudonyms
+        if pseudonyms is None:
+            return name
+        hashed, *others = pseudonyms.candidates(name)
+        return next((held for held in (hashed, *others) if store.find(self._folder, held)), hashed)
+
+    async def _read(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._reading, work)
+
+
+def _read_token(path: Path) -> bytes:
+    what, reason = "--evidence-token", "evidence_token"
+    token = secrets.read(path, what, reason)
+    if len(token) < _SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
+        instead = f"Write one word of at least {_SHORTEST_TOKEN} ASCII characters."
+        raise secrets.refuse(path, what, f"{len(token)} bytes are no token", instead, reason)
+    return token

@@ -1,0 +1,1 @@
+"""Sidecars that report to a gateway, and the gateway that merges their reports."""

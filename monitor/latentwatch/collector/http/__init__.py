@@ -1,0 +1,1 @@
+"""The collector over HTTP: metrics, JSON API, evidence, live page."""

@@ -1,0 +1,342 @@
+"""The collector's HTTP side: /metrics, the read-only JSON API, and the live page. Everything runs in the caller's loop.
+
+Nothing here writes to the pipeline. Request ids are the client's text: they travel as JSON and the page sets them as
+text, never as markup; the Content-Security-Policy allows only this collector's own files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from importlib.resources import files
+from pathlib import PurePath
+from typing import Annotated, Any, Final
+
+import numpy as np
+from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
+from fastapi.responses import StreamingResponse
+
+from latentwatch import __version__
+from latentwatch.collector.evidence import Evidence
+from latentwatch.collector.http.evidence_api import add_evidence
+from latentwatch.collector.http.overview import Overview, overview
+from latentwatch.collector.http.responses import as_json, encoded
+from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.requests import MAX_ID_CHARACTERS
+from latentwatch.collector.snapshot import Anomaly, Exceedance, RequestView
+from latentwatch.drift.model import Alarm, DriftView
+from latentwatch.export.prometheus import Exposition, negotiate
+from latentwatch.watchlist.file import MAX_FEATURES, Limit
+
+_PAGE_MEDIA: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+HEADERS: Final = (
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Asgi = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """That the collector answers, and how many engines stream to it."""
+
+    status: str
+    version: str
+    streams: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """The watchlist's features with their totals."""
+
+    watchlist: str
+    sha256: str
+    features: list[FeatureTotals]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureTotals:
+    """One feature, as the watchlist describes it and as this collector counted it over all models."""
+
+    id: str
+    label: str
+    severity: str
+    hook_point: str
+    kind: str
+    gate: str
+    units: str
+    limit: Limit | None
+    skip_first_positions: int
+    source: dict[str, Any]
+    evidence: dict[str, Any]
+    fired_tokens: int
+    requests: int
+    exceedances: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Requests that this collector holds."""
+
+    requests: list[RequestView]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exceedances:
+    """Exceedances that this collector holds, newest first."""
+
+    exceedances: list[Exceedance]
+
+
+@dataclasses.dataclass(frozen=True)
+class Anomalies:
+    """Requests that exceeded a limit, the latest first."""
+
+    anomalies: list[Anomaly]
+
+
+@dataclasses.dataclass(frozen=True)
+class DriftOfFeature:
+    """One feature against its baseline."""
+
+    feature: str
+    rate_ratio: float | None
+    log10_evalue: dict[str, float]
+    """By kind of detector."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DriftOfModel:
+    """One model against its baseline."""
+
+    model_name: str
+    armed: bool
+    reason: str
+    """Why drift is not measured; empty while it is."""
+    baseline_sha256: str
+    baseline_created_seconds: float
+    """0 where there is none, or where it does not say."""
+    windows: int
+    requests: int
+    excluded_windows: int
+    log10_limit: dict[str, float]
+    alarms: list[Alarm]
+    features: list[DriftOfFeature]
+    """The most suspicious first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drifts:
+    """Drift of every model that streams here."""
+
+    models: list[DriftOfModel]
+
+
+def make_app(
+    pipeline: Pipeline,
+    *,
+    clock: Callable[[], float],
+    process: Callable[[], ProcessFacts],
+    evidence: Evidence | None = None,
+) -> Asgi:
+    """The ASGI application. `clock` gives seconds since the Unix epoch."""
+    app = FastAPI(
+        title="latentwatch collector",
+        version=__version__,
+        description="Read-only view of what a served model's watched features did.",
+        # The documentation pages load scripts from a CDN; the schema itself stays at /openapi.json.
+        docs_url=None,
+        redoc_url=None,
+    )
+    _add_operations(app, pipeline, clock, process)
+    _add_api(app, pipeline, clock)
+    add_evidence(app, evidence)
+    for file in files("latentwatch.collector.http").joinpath("static").iterdir():
+        if media := _PAGE_MEDIA.get(PurePath(file.name).suffix):
+            path = "/" if file.name == "index.html" else f"/{file.name}"
+            _add_file(app, path, file.read_bytes(), f"{media}; charset=utf-8")
+    return _secured(app)
+
+
+def _add_operations(
+    app: FastAPI, pipeline: Pipeline, clock: Callable[[], float], process: Callable[[], ProcessFacts]
+) -> None:
+    families, exposition = Families(pipeline.watchlist, pipeline.bounds.feature_samples), Exposition()
+
+    @app.get("/metrics", response_class=Response, tags=["operations"])
+    async def metrics(accept: Annotated[str, Header()] = "") -> Response:
+        """Metrics as Prometheus text, or as OpenMetrics with exemplars where the Accept header asks for it."""
+        media, open_metrics = negotiate(accept)
+        snapshot = pipeline.snapshot(clock())
+        return Response(
+            exposition.render(families.of(snapshot, process()), open_metrics=open_metrics),
+            headers={"content-type": media},
+        )
+
+    @app.get("/healthz", response_model=Health, tags=["operations"])
+    async def healthz() -> Response:
+        """Answers while the collector's loop runs, whether or not engines are connected."""
+        connected = sum(replica.connected for replica in pipeline.snapshot(clock()).replicas)
+        return as_json(Health("ok", __version__, connected))
+
+
+def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> None:
+    @app.get("/v1/overview", response_model=Overview, tags=["api"])
+    async def get_overview(
+        features: Annotated[int, Query(ge=0, le=MAX_FEATURES)] = 48,
+        first: Annotated[int, Query(ge=0, le=MAX_FEATURES)] = 0,
+        search: Annotated[str, Query(max_length=128)] = "",
+    ) -> Response:
+        """Verdicts, coverage, the most abnormal features over time, latest exceedances, engines.
+
+        `features` many of those that match `search`, from rank `first` on. An id finds its feature alone; any other
+        text is looked for in ids, labels, hook points and severities.
+        """
+        found = overview(pipeline, clock(), most_features=features, first_feature=first, search=search)
+        return as_json(found)
+
+    @app.get("/v1/features", response_model=Features, tags=["api"])
+    async def get_features() -> Response:
+        """Every feature of the watchlist."""
+        return as_json(Features(pipeline.watchlist.name, pipeline.watchlist.sha256, _feature_totals(pipeline, clock())))
+
+    @app.get("/v1/exceedances", response_model=Exceedances, tags=["api"])
+    async def get_exceedances(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+        """Requests that went above a feature's limit."""
+        return as_json(Exceedances(pipeline.exceedances(limit)))
+
+    @app.get("/v1/anomalies", response_model=Anomalies, tags=["api"])
+    async def get_anomalies(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+        """The same by request: one bad request is one event, with every feature that it exceeded."""
+        return as_json(Anomalies(pipeline.anomalies(limit)))
+
+    @app.get("/v1/drift", response_model=Drifts, tags=["api"])
+    async def get_drift() -> Response:
+        """Drift of each model against its baseline: which features, since when, by how much, and with what cause."""
+        return as_json(Drifts([_drift_of(pipeline, view) for view in pipeline.drift.views()]))
+
+    @app.get(
+        "/v1/drift/observed",
+        response_class=Response,
+        responses={404: {"description": "no such model has streamed here"}},
+        tags=["api"],
+    )
+    async def get_observed(model_name: Annotated[str, Query(max_length=253)]) -> Response:
+        """What this collector has seen of a model outside alarms, as 'latentwatch calibrate' reads it."""
+        observed = pipeline.drift.observed(model_name, clock())
+        if observed is None:
+            raise HTTPException(404, f"model {model_name!r} has not streamed to this collector")
+        return Response(await asyncio.to_thread(observed.to_bytes), media_type="application/octet-stream")
+
+    @app.get("/v1/requests", response_model=Requests, tags=["api"])
+    async def get_requests(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
+        """Open requests, newest first, then ended ones, latest end first."""
+        return _requests(pipeline, pipeline.latest(limit))
+
+    @app.get(
+        "/v1/requests/{request_id:path}",
+        response_model=Requests,
+        responses={404: {"description": "no such request is held"}},
+        tags=["api"],
+    )
+    async def get_request(request_id: Annotated[str, Path(max_length=4 * MAX_ID_CHARACTERS)]) -> Response:
+        """The requests with this engine request id, or with this id of an OpenAI-compatible response."""
+        found = pipeline.find(request_id)
+        if not found:
+            raise HTTPException(
+                404,
+                f"request {request_id[:MAX_ID_CHARACTERS]!r}: this collector does not hold it. It keeps the last "
+                f"{pipeline.bounds.closed_requests} that ended; another collector may have it.",
+            )
+        return _requests(pipeline, found)
+
+
+def _add_file(app: FastAPI, path: str, content: bytes, media: str) -> None:
+    @app.get(path, include_in_schema=False)
+    async def get_file() -> Response:
+        return Response(content, headers={"content-type": media})
+
+
+def _feature_totals(pipeline: Pipeline, now: float) -> list[FeatureTotals]:
+    models = pipeline.snapshot(now).models
+    points = [str(rows.hook_point) for rows in pipeline.watchlist.hooks for _ in rows.features]
+    return [
+        FeatureTotals(
+            **dataclasses.asdict(feature),
+            hook_point=point,
+            fired_tokens=sum(int(model.fired_F[i]) for model in models),
+            requests=sum(int(model.requests_F[i]) for model in models),
+            exceedances=sum(int(model.exceedances_F[i]) for model in models),
+        )
+        for i, (feature, point) in enumerate(zip(pipeline.features, points, strict=True))
+    ]
+
+
+def _drift_of(pipeline: Pipeline, view: DriftView) -> DriftOfModel:
+    by_kind = {kind: values.tolist() for kind, values in view.log10_evalue.items()}
+    rows = [
+        DriftOfFeature(
+            feature.id,
+            float(view.rate_ratio_F[i]) if np.isfinite(view.rate_ratio_F[i]) else None,
+            {kind: round(values[i], 3) for kind, values in by_kind.items()},
+        )
+        for i, feature in enumerate(pipeline.features)
+        if view.armed
+    ]
+    nearest = {row.feature: max(v - view.log10_limit[k] for k, v in row.log10_evalue.items()) for row in rows}
+    return DriftOfModel(
+        model_name=view.model_name,
+        armed=view.armed,
+        reason=view.reason,
+        baseline_sha256=view.baseline_sha256,
+        baseline_created_seconds=view.baseline_created_seconds,
+        windows=view.windows,
+        requests=view.requests,
+        excluded_windows=view.excluded_windows,
+        log10_limit=view.log10_limit,
+        alarms=view.alarms,
+        features=sorted(rows, key=lambda row: -nearest[row.feature]),
+    )
+
+
+def _requests(pipeline: Pipeline, serials: list[int]) -> Response:
+    """`Requests`, piece by piece: a thousand summaries at once would keep the loop from the streams for a second."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b'{"requests":['
+        comma = b""
+        for serial in serials:
+            if (view := pipeline.request(serial)) is not None:
+                yield comma + encoded(view)
+                comma = b","
+            await asyncio.sleep(0)
+        yield b"]}"
+
+    return StreamingResponse(pieces(), media_type="application/json")
+
+
+def _secured(app: Asgi) -> Asgi:
+    """Security headers on every response, errors included."""
+
+    async def secured(scope: Message, receive: Receive, send: Send) -> None:
+        async def send_secured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            await send(message)
+
+        await app(scope, receive, send_secured if scope["type"] == "http" else send)
+
+    return secured

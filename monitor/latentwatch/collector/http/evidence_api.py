@@ -1,0 +1,199 @@
+"""Evidence over HTTP: /v1/evidence. Reading is as open as the rest of the API, and audited; deleting, and
+what was said in a request, need a token."""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+from typing import Annotated, Any, Final
+
+from fastapi import Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+
+from latentwatch.collector.evidence import Evidence
+from latentwatch.collector.http.responses import as_json
+from latentwatch.collector.requests import MAX_ID_CHARACTERS
+from latentwatch.errors import ConfigRefused
+from latentwatch.evidence.archive import StoredExceedance, StoredRequest, Wanted
+from latentwatch.evidence.vault import Content, Vault
+from latentwatch.names import Severity
+
+_OFF: Final = "This collector writes no evidence; start it with --evidence DIR."
+_NOT_KEPT: Final = "It exceeded no limit, is too old, or was seen by another collector."
+_BEARER: Final = "Bearer "
+_Answers = dict[int | str, dict[str, Any]]
+_READ: Final[_Answers] = {
+    404: {"description": "no evidence is written here, or no such request is kept"},
+    503: {"description": "the evidence cannot be read, or the reading cannot be audited"},
+}
+_TRUST: Final[_Answers] = _READ | {
+    401: {"description": "the token is missing or wrong"},
+    403: {"description": "this collector was not started with what this needs"},
+    409: {"description": "the request still runs, several have this id, or what is kept cannot be opened"},
+}
+
+Id = Annotated[str, Path(max_length=4 * MAX_ID_CHARACTERS, description="engine request id, response id or trace id")]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceExceedances:
+    """Exceedances that are kept, newest first."""
+
+    exceedances: list[StoredExceedance]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceRequests:
+    """Requests that are kept, newest first."""
+
+    requests: list[StoredRequest]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceErased:
+    """What was deleted."""
+
+    requests: int
+    rows: int
+    clean: bool
+    """Whether no trace is left in the files; false while a reader keeps an older state open, or where the collector's
+    own state could not be written."""
+
+
+def _kept(request: Request) -> Evidence:
+    evidence: Evidence | None = request.app.state.evidence
+    if evidence is None:
+        raise HTTPException(404, _OFF)
+    return evidence
+
+
+Kept = Annotated[Evidence, Depends(_kept)]
+
+
+def _trusted(evidence: Kept, authorization: Annotated[str, Header()] = "") -> Evidence:
+    if not evidence.takes_tokens:
+        raise HTTPException(403, "Start the collector with --evidence-token FILE, or use 'latentwatch evidence'.")
+    if not authorization.startswith(_BEARER) or not evidence.admits(authorization.removeprefix(_BEARER)):
+        raise HTTPException(401, "Send the token as 'Authorization: Bearer TOKEN'.", {"www-authenticate": "Bearer"})
+    return evidence
+
+
+Trusted = Annotated[Evidence, Depends(_trusted)]
+
+
+class ContentIn(BaseModel):
+    """What was said in a request, token by token from the first prompt token on."""
+
+    model_config = ConfigDict(extra="forbid")
+    tokens: list[str] = []
+    token_ids: list[int] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class ContentOut:
+    """What was said in a request."""
+
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+
+
+def _vault(evidence: Trusted) -> Vault:
+    if evidence.vault is None:
+        raise HTTPException(403, "This collector keeps nothing that was said; start it with --evidence-key FILE.")
+    return evidence.vault
+
+
+Sealing = Annotated[Vault, Depends(_vault)]
+
+
+def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
+    """Add the routes; they say so where there is no evidence."""
+    app.state.evidence = evidence
+
+    @app.exception_handler(sqlite3.Error)
+    async def unreadable(_: Request, error: Exception) -> Response:
+        # Unread rather than unaudited.
+        detail = {"detail": f"the evidence cannot be read, or the reading cannot be noted in its audit log: {error}"}
+        return JSONResponse(detail, 503)
+
+    @app.get("/v1/evidence/exceedances", response_model=EvidenceExceedances, responses=_READ, tags=["evidence"])
+    async def get_exceedances(
+        request: Request,
+        evidence: Kept,
+        feature: Annotated[str | None, Query(max_length=64)] = None,
+        severity: Severity | None = None,
+        model_name: Annotated[str | None, Query(max_length=MAX_ID_CHARACTERS)] = None,
+        since_seconds: float | None = None,
+        until_seconds: float | None = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> Response:
+        """Exceedances, newest first; times are seconds since the Unix epoch."""
+        wanted = Wanted(feature, severity, model_name, since_seconds, until_seconds)
+        return as_json(EvidenceExceedances(await evidence.exceedances(wanted, limit, _actor(request))))
+
+    @app.get(
+        "/v1/evidence/requests/{request_id:path}",
+        response_model=EvidenceRequests,
+        responses=_READ,
+        tags=["evidence"],
+    )
+    async def get_request(request: Request, evidence: Kept, request_id: Id) -> Response:
+        """Requests with their exceedances, their summary and their activations by position."""
+        if not (found := await evidence.find(request_id, _actor(request))):
+            raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
+        return as_json(EvidenceRequests(found))
+
+    @app.delete(
+        "/v1/evidence/requests/{request_id:path}",
+        response_model=EvidenceErased,
+        responses=_TRUST,
+        tags=["evidence"],
+    )
+    async def delete_request(request: Request, evidence: Trusted, request_id: Id) -> Response:
+        """Delete everything about these requests, and leave no trace in the files, in --state or in memory.
+
+        Counts stay, and that some request went above a limit.
+        """
+        if evidence.is_open(request_id):
+            raise HTTPException(409, "The request still runs and more of it would be written. Ask again once it ended.")
+        erased = await evidence.erase(request_id, _actor(request))
+        if not erased.requests:
+            raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
+        return as_json(EvidenceErased(erased.requests, erased.rows, erased.clean))
+
+    @app.put(
+        "/v1/evidence/content/{request_id:path}",
+        status_code=204,
+        responses=_TRUST,
+        tags=["evidence"],
+    )
+    async def put_content(
+        request: Request, evidence: Trusted, vault: Sealing, request_id: Id, content: ContentIn
+    ) -> Response:
+        """Keep what was said in a request that is kept, sealed; for a gateway that saw the response."""
+        try:
+            sealed = Content(tuple(content.tokens), tuple(content.token_ids))
+        except ConfigRefused as refusal:
+            raise HTTPException(422, str(refusal)) from refusal
+        found = await evidence.attach(request_id, vault, sealed, _actor(request))
+        if found == 0:
+            raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
+        if found > 1:
+            raise HTTPException(409, f"{found} requests have this id. Give the engine's own request id.")
+        return Response(status_code=204)
+
+    @app.get("/v1/evidence/content/{request_id:path}", response_model=ContentOut, responses=_TRUST, tags=["evidence"])
+    async def get_content(request: Request, evidence: Trusted, vault: Sealing, request_id: Id) -> Response:
+        """What was said in a request."""
+        try:
+            content = await evidence.content(request_id, vault, _actor(request))
+        except ConfigRefused as refusal:
+            raise HTTPException(409, str(refusal)) from refusal
+        if content is None:
+            raise HTTPException(404, f"nothing that was said in request {request_id[:MAX_ID_CHARACTERS]!r} is kept.")
+        return as_json(ContentOut(content.tokens, content.token_ids))
+
+
+def _actor(request: Request) -> str:
+    return f"http:{request.client.host if request.client else 'unknown'}"

@@ -1,0 +1,84 @@
+"""Request ids as keyed hashes: nothing behind the door of this collector holds the clear ones.
+
+A request id holds what the client put into X-Request-Id. With a key, each id is replaced as a message comes in, before
+it is merged, written to the journal, recorded or forwarded. Who has a clear id asks with it, and its hash is looked up.
+Hashed is the id of the response, which the client and its gateway know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from latentwatch import secrets
+from latentwatch.names import response_id
+from latentwatch.step.batch import StepBatch
+from latentwatch.transport.report import Report
+from latentwatch.transport.session import Hello, Sink
+
+_SHORTEST_KEY: Final = 16
+_HASHED: Final = re.compile(r"hmac-[0-9a-f]{32}")
+
+
+class Pseudonyms:
+    """Ids under one key."""
+
+    def __init__(self, key: bytes, keep: Callable[[str], bool]) -> None:
+        """Args: keep: which engine request ids stay as they are, since they are ours and of no client."""
+        self._key = key
+        self._keep = keep
+
+    @classmethod
+    def read(cls, path: Path, keep: Callable[[str], bool]) -> Pseudonyms:
+        """With the key in a file. Raises ConfigRefused, "request_id_key"."""
+        what, reason = "--request-id-key-file", "request_id_key"
+        key = secrets.read(path, what, reason)
+        if len(key) < _SHORTEST_KEY:
+            instead = f"Write at least {_SHORTEST_KEY} random bytes there, e.g. of openssl rand -hex 32."
+            raise secrets.refuse(path, what, f"{len(key)} bytes are no key", instead, reason)
+        return cls(key, keep)
+
+    def of(self, request_id: str) -> str:
+        """What stands for an engine request id. A hash, from a sidecar that has a key too, stands for itself."""
+        if not request_id or _HASHED.fullmatch(request_id) or self._keep(request_id):
+            return request_id
+        return self._hash(response_id(request_id))
+
+    def candidates(self, name: str) -> tuple[str, ...]:
+        """What a request may be held under that somebody asks for by this name, in the order to try.
+
+        The name is a response id, or the engine's own; else one that is never hashed: a trace id, or a hash.
+        """
+        return tuple(dict.fromkeys((self._hash(name), self._hash(response_id(name)), name)))
+
+    def _hash(self, name: str) -> str:
+        return "hmac-" + hmac.new(self._key, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
+
+
+class PseudonymSink:
+    """A `transport.session.Sink` that hands on what it is given under other request ids."""
+
+    def __init__(self, sink: Sink, pseudonyms: Pseudonyms) -> None:
+        self._sink = sink
+        self._of = pseudonyms.of
+        self.hello, self.commit, self.goodbye = sink.hello, sink.commit, sink.goodbye
+
+    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
+        """See Sink."""
+        if batch.opened or batch.closed:
+            batch = replace(
+                batch,
+                opened=tuple(replace(event, request_id=self._of(event.request_id)) for event in batch.opened),
+                closed=tuple(replace(event, request_id=self._of(event.request_id)) for event in batch.closed),
+            )
+        self._sink.observe(hello, sequence, batch, now)
+
+    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+        """See Sink."""
+        rows = tuple(replace(row, request_id=self._of(row.request_id)) for row in report.requests)
+        self._sink.merge(hello, sequence, replace(report, requests=rows), now)

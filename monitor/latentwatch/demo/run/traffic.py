@@ -1,0 +1,231 @@
+"""The demo's users: ordinary chat requests, an incident among them, ordinary requests again.
+
+The plan is pure and seeded; sending it is the only part that touches the network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import numpy as np
+
+from latentwatch.errors import Refusal
+
+CONCURRENCY: Final = 12
+"""Requests in flight at most: what two CPU cores batch without a queue that would stretch the plan."""
+MAX_OUTPUT_TOKENS: Final = 48
+ANSWER_TIMEOUT_SECONDS: Final = 120.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat prompt and what it is about. `feared`: an operator would want to be paged for the answer."""
+
+    topic: str
+    messages: tuple[Mapping[str, str], ...]
+    feared: bool
+
+    @property
+    def last_words(self) -> str:
+        """The last message, for a table."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A request to come. `request_id` goes out as X-Request-Id and comes back in the answer's id."""
+
+    at_seconds: float
+    """After the start of the traffic."""
+    request_id: str
+    prompt: Prompt
+    stream: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished request. Times are seconds since the Unix epoch."""
+
+    response_id: str
+    prompt: Prompt
+    sent_at: float
+    finished_at: float
+    text: str
+    prompt_tokens: int
+    output_tokens: int
+    token_times: tuple[float, ...] = ()
+    """When the client received each output token; empty where the answer was not streamed."""
+
+    def received_at(self, position: int) -> float | None:
+        """When the token at this position reached the client; a prompt token counts from the sending.
+
+        None where it cannot be known: the answer was not streamed.
+        """
+        if position < self.prompt_tokens:
+            return self.sent_at
+        output = position - self.prompt_tokens
+        return self.token_times[output] if output < len(self.token_times) else None
+
+
+@dataclass(frozen=True)
+class Phases:
+    """How long each part of the plan lasts, in seconds."""
+
+    before: float
+    incident: float
+    after: float
+
+    @classmethod
+    def of(cls, total_seconds: float) -> Phases:
+        """Half of it before, a fifth the incident, the rest after."""
+        return cls(before=0.45 * total_seconds, incident=0.2 * total_seconds, after=0.35 * total_seconds)
+
+    @property
+    def total(self) -> float:
+        return self.before + self.incident + self.after
+
+
+class AnswerFailed(Refusal):
+    """The server did not answer a request of the plan."""
+
+
+def read_prompts(path: Path, *, feared: bool) -> list[Prompt]:
+    """Prompts from a JSONL file with `topic` and `messages` in each line.
+
+    Raises: Refusal, reason "demo_prompts": the file holds no prompt, or a line is not one.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        prompts = [Prompt(str(row["topic"]), tuple(dict(m) for m in row["messages"]), feared) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _bad_prompts(path, f"not prompts ({type(error).__name__}: {error})") from error
+    if not prompts or not all(prompt.messages for prompt in prompts):
+        raise _bad_prompts(path, "no prompt in it, or one without messages")
+    return prompts
+
+
+def plan(
+    ordinary: Sequence[Prompt],
+    incidents: Sequence[Prompt],
+    phases: Phases,
+    *,
+    rate_per_second: float,
+    rng: np.random.Generator,
+) -> list[Planned]:
+    """Ordinary requests throughout, at random times; in the incident phase feared ones at the same rate among them.
+
+    Prompts are drawn with replacement, so that some repeat and hit the prefix cache. Feared requests stream, which
+    times each of their tokens, and every second one of the ordinary.
+    """
+    end_of_incident = phases.before + phases.incident
+    arrivals = [(at, prompt) for at, prompt in _arrivals(ordinary, 0.0, phases.total, rate_per_second, rng)]
+    arrivals += _arrivals(incidents, phases.before, end_of_incident, rate_per_second, rng)
+    arrivals.sort(key=lambda arrival: arrival[0])
+    return [
+        Planned(at, f"demo-{i:04d}", prompt, stream=prompt.feared or i % 2 == 0)
+        for i, (at, prompt) in enumerate(arrivals)
+    ]
+
+
+async def send(planned: Iterable[Planned], url: str, model: str, *, on_answer: Callable[[Answer], None]) -> None:
+    """Send every request at its time, at most CONCURRENCY at once, and return when all are answered.
+
+    Raises: AnswerFailed: the first request that was not answered; the others are given up.
+    """
+    began = time.monotonic()
+    places = asyncio.Semaphore(CONCURRENCY)
+    timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_SECONDS)
+
+    async def one(request: Planned) -> None:
+        await asyncio.sleep(max(0.0, request.at_seconds - (time.monotonic() - began)))
+        async with places:
+            on_answer(await ask(session, url, model, request))
+
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for request in planned:
+                    group.create_task(one(request))
+        except* AnswerFailed as failures:
+            raise failures.exceptions[0] from None
+
+
+async def ask(session: aiohttp.ClientSession, url: str, model: str, request: Planned) -> Answer:
+    """One chat completion. Raises AnswerFailed for any answer that is not a whole completion."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [dict(message) for message in request.prompt.messages],
+        "max_tokens": MAX_OUTPUT_TOKENS,
+        "temperature": 0.0,
+        "stream": request.stream,
+    }
+    if request.stream:
+        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    sent_at = time.time()
+    try:
+        async with session.post(
+            f"{url}/v1/chat/completions", json=body, headers={"X-Request-Id": request.request_id}
+        ) as response:
+            if response.status != 200:
+                raise _no_answer(request, f"HTTP {response.status}: {(await response.text())[:300]}")
+            parts, token_times = await _streamed(response) if request.stream else ([await response.json()], ())
+        return Answer(
+            response_id=parts[0]["id"],
+            prompt=request.prompt,
+            sent_at=sent_at,
+            finished_at=time.time(),
+            text="".join(_text(choice) for part in parts for choice in part["choices"]),
+            prompt_tokens=parts[-1]["usage"]["prompt_tokens"],
+            output_tokens=parts[-1]["usage"]["completion_tokens"],
+            token_times=token_times,
+        )
+    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise _no_answer(request, f"{type(error).__name__}: {error}") from error
+
+
+async def _streamed(response: aiohttp.ClientResponse) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
+    """The chunks of a streamed answer and when each output token arrived; a chunk says how many it brings us to."""
+    parts: list[dict[str, Any]] = []
+    token_times: list[float] = []
+    async for line in response.content:
+        data = line.decode().strip().removeprefix("data: ")
+        if data and data != "[DONE]":
+            parts.append(json.loads(data))
+            arrived = parts[-1]["usage"]["completion_tokens"] - len(token_times)
+            token_times += [time.time()] * arrived
+    return parts, tuple(token_times)
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    message = choice.get("message") or choice.get("delta") or {}
+    return message.get("content") or ""
+
+
+def _arrivals(
+    prompts: Sequence[Prompt], begin: float, end: float, rate_per_second: float, rng: np.random.Generator
+) -> Iterator[tuple[float, Prompt]]:
+    count = max(1, round((end - begin) * rate_per_second))
+    for at in np.sort(rng.uniform(begin, end, count)):
+        yield float(at), prompts[int(rng.integers(len(prompts)))]
+
+
+def _bad_prompts(path: Path, found: str) -> Refusal:
+    return Refusal(
+        f"prompts {path}",
+        found=found,
+        instead="Build the demo's assets again with 'latentwatch demo build'.",
+        reason="demo_prompts",
+    )
+
+
+def _no_answer(request: Planned, found: str) -> AnswerFailed:
+    return AnswerFailed(
+        f"request {request.request_id}", found=found, instead="The server's log says why.", reason="no_answer"
+    )

@@ -1,0 +1,205 @@
+"""The baseline file: sums over trusted traffic, what they are of, and what is tolerated; content-hashed and versioned.
+
+It keeps the sums and not the rates made of them, so that baselines add (`Baseline.merge`) and a newer version may read
+more out of an old file. The file is a .safetensors with a JSON card, as the watchlist is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from latentwatch.aggregate.counts import Layout
+from latentwatch.drift.reference import DriftTolerance, Reference, fit
+from latentwatch.drift.sums import TrafficSums
+from latentwatch.errors import BaselineRefused
+
+Array = npt.NDArray[Any]
+
+FORMAT: Final = "latentwatch.baseline/1"
+METADATA_KEY: Final = "latentwatch"
+_DIGEST_KEY: Final = "content_sha256"
+MAX_FILE_BYTES: Final = 1 << 28
+_AGAIN: Final = "Calibrate again with 'latentwatch calibrate'."
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the traffic was of. Empty text stands for "not known" and is not compared."""
+
+    watchlist_sha256: str
+    model_name: str
+    engine_version: str = ""
+    """Noted, not compared: an upgrade that moves scores is what the canary is for."""
+    revision: str = ""
+    quantisation: str = ""
+    adapter: str = ""
+    tokenizer: str = ""
+    chat_template: str = ""
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Names of the fields that are known on both sides and differ."""
+        return [
+            name
+            for name in (field.name for field in dataclasses.fields(self))
+            if name != "engine_version" and getattr(self, name) != getattr(other, name)
+            if getattr(self, name) and getattr(other, name)
+        ]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """How the features of a watchlist behave on traffic that someone trusts."""
+
+    fingerprint: Fingerprint
+    features: tuple[str, ...]
+    """Ids in watchlist order."""
+    layout: Layout
+    observed: TrafficSums
+    options: DriftTolerance = field(default_factory=DriftTolerance)
+    window_seconds: float = 60.0
+    limit_fpr: float | None = None
+    """Share of trusted requests above the limit that features without one by hand get; None for no such limits."""
+    created_seconds: float = 0.0
+    notes: str = ""
+    sha256: str = ""
+    """Of the file's bytes; empty until it is written or read."""
+
+    def reference(self) -> Reference:
+        """What detectors compare with. Raises BaselineRefused "baseline_volume" with too few requests."""
+        try:
+            return fit(self.observed, self.layout, self.options)
+        except ValueError as error:
+            raise _refuse(
+                "baseline", f"it has {error}", "Let the collector see more traffic that you trust.", "baseline_volume"
+            ) from error
+
+    def check(self, live: Fingerprint, what: str = "baseline") -> None:
+        """Raises BaselineRefused "baseline_mismatch" where it was calibrated on something else."""
+        for name in self.fingerprint.differences(live):
+            raise _refuse(
+                what,
+                f"it was calibrated with {name.replace('_', ' ')} {getattr(self.fingerprint, name)!r}, "
+                f"but this is {getattr(live, name)!r}",
+                "Its rates would be compared with those of something else. " + _AGAIN,
+                "baseline_mismatch",
+            )
+
+    def merge(self, other: Baseline) -> Baseline:
+        """The traffic of both. Raises BaselineRefused where they are of different things."""
+        self.check(other.fingerprint)
+        if self.features != other.features or self.window_seconds != other.window_seconds:
+            raise _refuse("baseline", "the two are over different features or windows", _AGAIN, "baseline_mismatch")
+        return dataclasses.replace(
+            self,
+            observed=self.observed.merge(other.observed),
+            created_seconds=max(self.created_seconds, other.created_seconds),
+            sha256="",
+        )
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        arrays = {f"observed.{name}": np.ascontiguousarray(a) for name, a in self.observed.arrays().items()}
+        arrays["layout.sparse"] = self.layout.sparse_F.astype(np.uint8)
+        arrays["layout.levels"] = np.ascontiguousarray(self.layout.levels_FL)
+        arrays["layout.pairs"] = self.layout.pairs_P
+        card = {
+            "format": FORMAT,
+            "fingerprint": dataclasses.asdict(self.fingerprint),
+            "features": list(self.features),
+            "strata": list(self.observed.strata),
+            "options": dataclasses.asdict(self.options),
+            "window_seconds": self.window_seconds,
+            "limit_fpr": self.limit_fpr,
+            "created_seconds": self.created_seconds,
+            "notes": self.notes,
+        }
+        card[_DIGEST_KEY] = _content_sha256(card, arrays)
+        return bytes(safetensors.numpy.save(arrays, {METADATA_KEY: json.dumps(card, sort_keys=True)}))
+
+
+def write(baseline: Baseline, path: Path) -> Baseline:
+    """Write the file and return the baseline with its hash. Never leaves a half-written file behind."""
+    data = baseline.to_bytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+    return dataclasses.replace(baseline, sha256=hashlib.sha256(data).hexdigest())
+
+
+def read(path: Path) -> Baseline:
+    """Read and check a baseline file. Raises BaselineRefused "baseline_missing" or "baseline_format"."""
+    what = f"baseline {path}"
+    try:
+        size = path.stat().st_size
+        if not 0 < size <= MAX_FILE_BYTES:
+            raise _refuse(what, f"it has {size} bytes", "Give the file that 'latentwatch calibrate' wrote.")
+        data = path.read_bytes()
+    except OSError as error:
+        instead = "Give the file that 'latentwatch calibrate' wrote."
+        raise _refuse(what, f"it cannot be read ({error.strerror})", instead, "baseline_missing") from error
+    return parse(data, what)
+
+
+def parse(data: bytes, what: str = "baseline") -> Baseline:
+    """Check the bytes of a baseline file; `what` names them in errors. Raises as `read`."""
+    try:
+        arrays: dict[str, Array] = safetensors.numpy.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        card = json.loads(header["__metadata__"][METADATA_KEY])
+        if not isinstance(card, dict):
+            raise TypeError(f"its card is {type(card).__name__}")
+    except Exception as error:
+        # safetensors raises its own error, which is no ValueError; all mean the same to the reader.
+        found = f"not a whole baseline file ({type(error).__name__}: {str(error)[:120]})"
+        raise _refuse(what, found, _AGAIN) from error
+    if card.get("format") != FORMAT:
+        raise _refuse(what, f"format {card.get('format')!r}, this version reads {FORMAT!r}", _AGAIN)
+    if card.pop(_DIGEST_KEY, None) != _content_sha256(card, arrays):
+        raise _refuse(what, "its content is not what was written: the file is damaged", "Copy or calibrate it again.")
+    try:
+        baseline = _from_card(card, arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _refuse(what, f"it does not hold together ({type(error).__name__}: {error})", _AGAIN) from error
+    return dataclasses.replace(baseline, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _from_card(card: Mapping[str, Any], arrays: Mapping[str, Array]) -> Baseline:
+    layout = Layout(arrays["layout.sparse"].astype(bool), arrays["layout.levels"], arrays["layout.pairs"])
+    features = tuple(card["features"])
+    if not len(features) == layout.features == len(layout.levels_FL):
+        raise ValueError(f"{len(features)} feature ids for {layout.features} features")
+    sums = {name.removeprefix("observed."): array for name, array in arrays.items() if name.startswith("observed.")}
+    return Baseline(
+        fingerprint=Fingerprint(**card["fingerprint"]),
+        features=features,
+        layout=layout,
+        observed=TrafficSums.from_arrays(layout, sums, tuple(card["strata"])),
+        options=DriftTolerance(**card["options"]),
+        window_seconds=float(card["window_seconds"]),
+        limit_fpr=None if card["limit_fpr"] is None else float(card["limit_fpr"]),
+        created_seconds=float(card["created_seconds"]),
+        notes=str(card["notes"]),
+    )
+
+
+def _content_sha256(card: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _refuse(what: str, found: str, instead: str, reason: str = "baseline_format") -> BaselineRefused:
+    return BaselineRefused(what, found=found, instead=instead, reason=reason)

@@ -1,0 +1,371 @@
+"""Drift of one served model: rows of ended requests in, windows closed on time, alarms with their explanation out.
+
+No clock and no I/O. Rows wait in a short list until they are worth an array operation; a window closes when the first
+call with a later time arrives. A time before the window's counts into it, so a clock that steps back reopens nothing.
+
+Shape legend: n requests, F features, G groups (replica, adapter).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from latentwatch.aggregate.counts import Layout, RequestCounts
+from latentwatch.drift.detection import (
+    KINDS,
+    RISE,
+    Budget,
+    DetectorState,
+    Readings,
+    Window,
+    evidence,
+    update,
+    update_canary,
+)
+from latentwatch.drift.reference import Reference
+from latentwatch.drift.sums import TrafficSums
+
+Array = npt.NDArray[Any]
+
+_ROWS: Final = 128
+"""Requests per array operation: some milliseconds of work at once."""
+_GROUPS: Final = 256
+"""(replica, adapter) pairs told apart; further ones share the last."""
+_TOP: Final = 3
+"""Requests named with an alarm."""
+_TOP_SECONDS: Final = 3600.0
+
+Kind = Literal["rate", "shape", "replica", "coactivation", "canary"]
+
+
+@dataclass(frozen=True)
+class TopRequest:
+    """A request that showed much of a feature."""
+
+    request_id: str
+    value: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One detector of one feature above its limit, and what is known about it."""
+
+    feature: str
+    kind: str
+    direction: Literal["up", "down"]
+    """Of the rate; for kind "shape" of the values."""
+    log10_evalue: float
+    log10_limit: float
+    since_seconds: float
+    """When the change began, by the detector's own estimate."""
+    rate_ratio: float | None
+    """Active requests / those that the baseline expects; since the change for kind "rate", else lately."""
+    rate_ratio_low: float | None
+    rate_ratio_high: float | None
+    replica: str
+    """The replica that differs; empty unless kind is "replica"."""
+    partner: str
+    """The feature that it fires with; empty unless kind is "coactivation"."""
+    canary_moved: bool | None
+    """Whether the same prompts score differently, that is, the model moved and not the traffic; None without canary."""
+    requests: list[TopRequest]
+    """With the largest values of the last hour or two."""
+    text: str
+
+
+@dataclass(frozen=True)
+class DriftView:
+    """What metrics and API show of one model."""
+
+    model_name: str
+    armed: bool
+    reason: str
+    """Why not; empty while armed."""
+    baseline_sha256: str
+    baseline_created_seconds: float
+    """When it was calibrated; 0 where there is none, or where it does not say."""
+    windows: int
+    """Windows with requests that the detectors took."""
+    requests: int
+    excluded_windows: int
+    """Windows that no later baseline will be made of, because a detector was above its limit."""
+    log10_evalue: dict[str, Array]
+    log10_limit: dict[str, float]
+    since_seconds: dict[str, Array]
+    """0 where the detector is below its limit."""
+    rate_ratio_F: Array
+    """NaN where nothing is expected."""
+    alarms: list[Alarm]
+    """The strongest first."""
+
+
+class ModelDrift:
+    """Everything about drift of one model."""
+
+    def __init__(
+        self,
+        model_name: str,
+        features: Sequence[str],
+        layout: Layout,
+        budget: Budget,
+        reference: Reference | None,
+        *,
+        reason: str = "",
+        baseline_sha256: str = "",
+        baseline_created_seconds: float = 0.0,
+    ) -> None:
+        """`reason` says why there is no reference."""
+        self.model_name = model_name
+        self.observed = TrafficSums.empty(layout)
+        self.state = DetectorState.empty(layout, 1)
+        self._features, self._layout, self._budget = features, layout, budget
+        self._reference, self._reason = reference, reason
+        self._sha256, self._created_seconds = baseline_sha256, baseline_created_seconds
+        self._counts = RequestCounts.empty(layout, 1)
+        self._groups: dict[tuple[str, str], int] = {}
+        self._replicas: list[str] = []
+        self._rows: list[tuple[int, Array, Array]] = []
+        self._row_count = self._requests = self._excluded_windows = 0
+        self._window = -math.inf
+        self._top_value_FT = np.full((layout.features, 2 * _TOP), -np.inf)
+        self._top_FT = np.empty((layout.features, 2 * _TOP), object)
+        self._top_turn_seconds = -math.inf
+        self._evidence: Readings | None = None
+
+    def add(
+        self, replica: str, adapters: Sequence[str], names: Sequence[str], fired_nF: Array, value_nF: Array, now: float
+    ) -> None:
+        """Take n requests that ended. The arrays are kept: do not write to them again.
+
+        Args: fired_nF: tokens on which each sparse feature fired. value_nF: the statistic, NaN for none.
+        """
+        self.close_windows(now)
+        for i, adapter in enumerate(adapters):
+            self._rows.append((self._group(replica, adapter), fired_nF[i], value_nF[i]))
+        self._row_count += len(adapters)
+        self._remember(names, value_nF, now)
+        if len(self._rows) >= _ROWS:
+            self._flush()
+
+    def add_canary(self, prompt: int, value_F: Array, now: float) -> None:
+        """Take one run of a canary prompt; it counts for nothing else."""
+        value_F = np.where(np.isfinite(value_F), value_F, 0.0)
+        if self._reference is not None:
+            update_canary(self.state, self._reference, prompt, value_F, now)
+            self._evidence = None
+        if not self._alarming():
+            self.observed.add_canary(prompt, value_F)
+
+    def forget(self, is_gone: Callable[[str], bool]) -> None:
+        """Let go of the examples with these request ids. What they added to counts stays."""
+        for feature, place in np.argwhere(np.isfinite(self._top_value_FT)).tolist():
+            if is_gone(self._top_FT[feature, place].request_id):
+                self._top_value_FT[feature, place], self._top_FT[feature, place] = -np.inf, None
+
+    def close_windows(self, now: float) -> None:
+        """Close the window that is over, if there is one. Call it about once a second."""
+        number = now // self._budget.window_seconds
+        if number <= self._window:
+            return
+        if self._window > -math.inf:
+            self._close((self._window + 1) * self._budget.window_seconds)
+        self._window = number
+
+    def view(self) -> DriftView:
+        """The state after the last window that closed."""
+        shown = self._evidence_now()
+        alarms = shown.alarms if shown else {}
+        return DriftView(
+            model_name=self.model_name,
+            armed=self._reference is not None,
+            reason=self._reason,
+            baseline_sha256=self._sha256,
+            baseline_created_seconds=self._created_seconds,
+            windows=int(self.state.windows[0]),
+            requests=self._requests,
+            excluded_windows=self._excluded_windows,
+            log10_evalue=shown.log10_evalue if shown else {},
+            log10_limit=shown.log10_limit if shown else {},
+            since_seconds={k: np.where(alarms[k], s, 0.0) for k, s in shown.since_seconds.items()} if shown else {},
+            rate_ratio_F=shown.ratio_F if shown else np.empty(0),
+            alarms=self._alarms(shown) if shown else [],
+        )
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that later calls depend on, as plain values and copies of arrays."""
+        self._flush()
+        return {
+            "baseline": self._sha256,
+            "detectors": {name: array.copy() for name, array in self.state.arrays().items()},
+            "observed": self.observed.snapshot(),
+            "counts": {name: array.copy() for name, array in vars(self._counts).items()},
+            "groups": [[*group] for group in self._groups],
+            "rows": [self._row_count, self._requests, self._excluded_windows],
+            "window": None if self._window == -math.inf else self._window,
+            "top": [
+                [feature, place, *vars(self._top_FT[feature, place]).values()]
+                for feature, place in np.argwhere(np.isfinite(self._top_value_FT)).tolist()
+            ],
+            "top_turn": None if self._top_turn_seconds == -math.inf else self._top_turn_seconds,
+        }
+
+    def restore(self, held: dict[str, Any]) -> None:
+        """Go on from `snapshot`. Detectors that compared with another baseline begin anew."""
+        for replica, adapter in held["groups"]:
+            self._group(replica, adapter)
+        if held["baseline"] == self._sha256:
+            self.state = DetectorState(**{name: array.copy() for name, array in held["detectors"].items()})
+        self.observed.restore(held["observed"])
+        self._counts = RequestCounts(**{name: array.copy() for name, array in held["counts"].items()})
+        self._row_count, self._requests, self._excluded_windows = held["rows"]
+        self._window = -math.inf if held["window"] is None else held["window"]
+        for feature, place, *request in held["top"]:
+            self._top_FT[feature, place] = TopRequest(*request)
+            self._top_value_FT[feature, place] = request[1]
+        self._top_turn_seconds = -math.inf if held["top_turn"] is None else held["top_turn"]
+        self._evidence = None
+
+    def _group(self, replica: str, adapter: str) -> int:
+        group = self._groups.get((replica, adapter))
+        if group is not None:
+            return group
+        if len(self._groups) >= _GROUPS:
+            return _GROUPS - 1
+        if replica not in self._replicas:
+            self._replicas.append(replica)
+            if len(self._replicas) > self.state.replica_2DF.shape[1]:
+                self.state.grow(2 * len(self._replicas))
+        group = self._groups[replica, adapter] = len(self._groups)
+        if group >= len(self._counts.levels_GFB):
+            self._flush()
+            wider = RequestCounts.empty(self._layout, min(_GROUPS, 2 * group))
+            wider.levels_GFB[:group] = self._counts.levels_GFB
+            self._counts.levels_GFB = wider.levels_GFB
+        return group
+
+    def _flush(self) -> None:
+        """Count the rows that wait."""
+        if not self._rows:
+            return
+        groups, fired, values = zip(*self._rows, strict=True)
+        self._rows.clear()
+        value_nF = np.stack(values)
+        self._counts.add(self._layout, np.array(groups), np.stack(fired), value_nF)
+        if not self._alarming():
+            self.observed.add_tail(value_nF)
+
+    def _close(self, end_seconds: float) -> None:
+        self._flush()
+        if not self._row_count:
+            return
+        self._requests += self._row_count
+        self._row_count = 0
+        groups = list(self._groups)[: len(self._counts.levels_GFB)]
+        counts = RequestCounts(self._counts.levels_GFB[: len(groups)], self._counts.cells_FC, self._counts.coactive_PP)
+        if self._reference is not None:
+            strata = [self._stratum(adapter) for _, adapter in groups]
+            replicas = [self._replicas.index(replica) for replica, _ in groups]
+            window = Window(counts, np.array(replicas), np.array(strata), end_seconds)
+            update(self.state, self._reference, self._layout, window, self._budget)
+            self._evidence = None
+        if self._alarming():
+            # What may be an attack is never learnt as normal.
+            self._excluded_windows += 1
+        else:
+            strata = [self.observed.stratum(adapter) for _, adapter in groups]
+            self.observed.add_window(counts, np.array(strata), end_seconds, self._budget.window_seconds)
+        self._counts.clear()
+
+    def _stratum(self, adapter: str) -> int:
+        assert self._reference is not None
+        strata = self._reference.strata
+        return strata.index(adapter) if adapter in strata else len(self._reference.stratum_SF) - 1
+
+    def _evidence_now(self) -> Readings | None:
+        if self._evidence is None and self._reference is not None:
+            self._evidence = evidence(self.state, self._layout, self._reference, self._budget)
+        return self._evidence
+
+    def _alarming(self) -> bool:
+        shown = self._evidence_now()
+        return shown is not None and any(bool(alarm_F.any()) for alarm_F in shown.alarms.values())
+
+    def _remember(self, names: Sequence[str], value_nF: Array, now: float) -> None:
+        """Keep the requests with the largest value of each feature: three of this hour, three of the one before."""
+        if not now - self._top_turn_seconds < _TOP_SECONDS:
+            self._top_turn_seconds = now
+            self._top_value_FT[:, _TOP:], self._top_FT[:, _TOP:] = self._top_value_FT[:, :_TOP], self._top_FT[:, :_TOP]
+            self._top_value_FT[:, :_TOP] = -np.inf
+        value_nF = np.where(np.isfinite(value_nF), value_nF, -np.inf)
+        row, feature = np.nonzero(value_nF > self._top_value_FT[:, :_TOP].min(axis=1))
+        for i, f in zip(row.tolist(), feature.tolist(), strict=True):
+            place = int(self._top_value_FT[f, :_TOP].argmin())
+            if value_nF[i, f] > self._top_value_FT[f, place]:
+                self._top_value_FT[f, place] = value_nF[i, f]
+                self._top_FT[f, place] = TopRequest(names[i], float(value_nF[i, f]), now)
+
+    def _alarms(self, shown: Readings) -> list[Alarm]:
+        alarms = shown.alarms
+        found = [
+            self._alarm(shown, kind, feature) for kind in KINDS for feature in np.flatnonzero(alarms[kind]).tolist()
+        ]
+        return sorted(found, key=lambda alarm: alarm.log10_limit - alarm.log10_evalue)
+
+    def _alarm(self, shown: Readings, kind: str, feature: int) -> Alarm:
+        assert self._reference is not None
+        held = np.flatnonzero(np.isfinite(self._top_value_FT[feature]))
+        top = sorted((self._top_FT[feature, t] for t in held.tolist()), key=lambda request: -request.value)
+        has_canary = bool((self._reference.canary_N >= 2).any() and self.state.canary_F.any())
+        moved = bool(shown.alarms["canary"].any()) if has_canary else None
+        partner = int(shown.partner_F[feature])
+        alarm = Alarm(
+            feature=self._features[feature],
+            kind=kind,
+            direction="up" if shown.direction[kind][feature] == RISE else "down",
+            log10_evalue=float(shown.log10_evalue[kind][feature]),
+            log10_limit=shown.log10_limit[kind],
+            since_seconds=float(shown.since_seconds[kind][feature]),
+            rate_ratio=_finite(shown.ratio_F[feature]),
+            rate_ratio_low=_finite(shown.ratio_low_F[feature]),
+            rate_ratio_high=_finite(shown.ratio_high_F[feature]),
+            replica=self._replicas[int(shown.replica_F[feature])] if kind == "replica" else "",
+            partner=self._features[partner] if kind == "coactivation" and partner >= 0 else "",
+            canary_moved=moved,
+            requests=top[:_TOP],
+            text="",
+        )
+        return Alarm(**{**vars(alarm), "text": sentence(alarm)})
+
+
+def sentence(alarm: Alarm) -> str:
+    """One alarm in words: what changed, by how much, and whether the model or its input did."""
+    ratio = ""
+    if alarm.rate_ratio is not None:
+        ratio = (
+            f" at {alarm.rate_ratio:.2f} times its baseline ({alarm.rate_ratio_low:.2f} to {alarm.rate_ratio_high:.2f})"
+        )
+    up = alarm.direction == "up"
+    what = {
+        "rate": f"fires in {'more' if up else 'fewer'} requests,{ratio}",
+        "shape": f"fires with {'larger' if up else 'smaller'} values than in the baseline",
+        "replica": f"fires in {'more' if up else 'fewer'} requests on replica {alarm.replica} than on the others",
+        "coactivation": f"fires together with {alarm.partner} more often than the rates of the two explain",
+        "canary": "scores otherwise on prompts that have not changed",
+    }[alarm.kind]
+    cause = {
+        None: "No canary runs, so this does not tell the model from its input.",
+        True: "The canary moved too: the model, its weights or its configuration changed.",
+        False: "The canary did not move: the input changed, not the model.",
+    }[alarm.canary_moved]
+    return f"{alarm.feature} {what}. {cause}"
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,296 @@
+"""Attaching to one vLLM worker: four of its methods are wrapped, and nothing that we do there can fail it.
+
+Every entry into our code goes through Attachment._guarded: an exception is logged once, counted, and after a few
+in a row the monitor takes itself off. The worker's own result is returned whatever happens here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Final
+
+from latentwatch import __version__
+from latentwatch.engines.vllm import encoder, kv_cache, row_map, settings
+from latentwatch.engines.vllm.encoder import ArmedHook
+from latentwatch.engines.vllm.exporter_process import ExporterChild
+from latentwatch.engines.vllm.settings import PluginSettings
+from latentwatch.engines.vllm.step_tap import Tap
+from latentwatch.errors import EngineRefused, Refusal
+from latentwatch.handover.ring import Geometry, Ring
+from latentwatch.kernels.reference import UNWRITTEN
+from latentwatch.names import Reason
+from latentwatch.watchlist.file import Feature, Watchlist
+
+logger = logging.getLogger("vllm.latentwatch")
+"""Under vLLM's own logger, so that its handlers and format apply."""
+
+MAX_FAILURES: Final = 3
+
+
+class Attachment:
+    """The monitor of one worker, from load to shutdown."""
+
+    def __init__(self, worker: Any, chosen: PluginSettings) -> None:
+        self._worker = worker
+        self._settings = chosen
+        self._hooks: tuple[ArmedHook, ...] = ()
+        self._refusal: Refusal | None = None
+        self._ring: Ring | None = None
+        self._tap: Tap | None = None
+        self._exporter: ExporterChild | None = None
+        self._failures = 0
+        self._boot_id = uuid.uuid4().hex
+        for name, before, after in (
+            ("load_model", None, self._loaded),
+            ("compile_or_warm_up_model", None, self._warmed_up),
+            ("execute_model", None, self._stepped),
+            ("shutdown", self._shutting_down, None),
+        ):
+            self._wrap(name, before, after)
+
+    @property
+    def salt(self) -> str:
+        """What must be part of the compile-cache key: which op stands in the graph of this worker."""
+        watchlist = settings.load_watchlist(self._settings)
+        return settings.fingerprint(watchlist) if self._hooks and isinstance(watchlist, Watchlist) else ""
+
+    def _wrap(self, name: str, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
+        original = getattr(self._worker, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                self._guarded(before, *args, **kwargs)
+            result = original(*args, **kwargs)
+            if after is not None:
+                self._guarded(after, *args, **kwargs)
+            return result
+
+        setattr(self._worker, name, wrapped)
+
+    def _guarded(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if self._failures >= MAX_FAILURES:
+            return
+        try:
+            function(*args, **kwargs)
+        except Exception:
+            # Whatever it is, it must not reach the engine (I4): counted, logged, and after a few the monitor goes.
+            self._failures += 1
+            logger.exception(
+                "latentwatch: %s failed (%d of %d); serving goes on", function.__name__, self._failures, MAX_FAILURES
+            )
+            if self._failures == MAX_FAILURES:
+                logger.error(
+                    "latentwatch: the monitor takes itself off this worker; its tokens are not scored from here on"
+                )
+                self._stop_exporter()
+
+    # load_model: after the weights are there and before the first forward is traced.
+
+    def _loaded(self, *_args: Any, **_kwargs: Any) -> None:
+        if not self._reports():
+            return
+        try:
+            watchlist = settings.load_watchlist(self._settings)
+            if isinstance(watchlist, Refusal):
+                raise watchlist
+            self._check_engine()
+            config = self._worker.vllm_config
+            encoder.check_model(config.model_config.hf_config, config.model_config.dtype, watchlist.model)
+            self._hooks = encoder.arm(
+                self._worker.model_runner.get_model(),
+                watchlist,
+                max_rows=config.scheduler_config.max_num_batched_tokens,
+                dtype=config.model_config.dtype,
+                device=self._worker.device,
+            )
+            logger.info(
+                "latentwatch: armed %d features at %s",
+                len(watchlist.features),
+                ", ".join(str(h.rows.hook_point) for h in self._hooks),
+            )
+        except Refusal as refusal:
+            self._disarm(refusal)
+        self._ring = Ring.create(self._geometry())
+        if self._settings.collector:
+            self._exporter = ExporterChild(self._ring)
+        else:
+            logger.error(
+                "latentwatch: %s is not set; nothing is exported. Set it to unix:///path or host:port.",
+                settings.COLLECTOR,
+            )
+
+    def _geometry(self) -> Geometry:
+        scheduler = self._worker.vllm_config.scheduler_config
+        features = [feature for hook in self._hooks for feature in hook.rows.features]
+        return Geometry(
+            max_requests=scheduler.max_num_seqs,
+            max_rows=scheduler.max_num_batched_tokens,
+            features=len(features),
+            dense=sum(feature.dense for feature in features),
+            hook_points=len(self._hooks),
+        )
+
+    def _reports(self) -> bool:
+        """One rank of an engine reports: the residual stream is the same on all tensor-parallel ranks."""
+        return int(self._worker.rank) % int(self._worker.parallel_config.world_size) == 0
+
+    def _check_engine(self) -> None:
+        """Refuse every mode in which rows could be attributed wrongly."""
+        config, parallel = self._worker.vllm_config, self._worker.parallel_config
+        pass_config = config.compilation_config.pass_config
+        unsupported = {
+            "speculative decoding": not _drafts_can_be_followed(config, self._worker.model_runner),
+            "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+            "micro-batching (DBO)": getattr(parallel, "use_ubatching", False),
+            "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "sequence-parallel MoE": getattr(parallel, "use_sequence_parallel_moe", False),
+            "sequence parallelism": getattr(pass_config, "enable_sp", False),
+            "KV-sharing fast prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
+            "pooling models": config.model_config.runner_type == "pooling",
+        }
+        found = [mode for mode, on in unsupported.items() if on]
+        missing = row_map.check_runner(self._worker.model_runner)
+        if missing:
+            found.append(f"a model runner without {missing}")
+        if found:
+            raise EngineRefused(
+                "engine mode",
+                found=f"{', '.join(found)}: rows of the batch cannot be attributed exactly there",
+                instead="Serve without it, or without latentwatch; tokens are counted as unseen until then.",
+                reason="engine_mode",
+            )
+
+    def _disarm(self, refusal: Refusal) -> None:
+        self._hooks = ()
+        self._refusal = refusal
+        logger.error("latentwatch: NOT ARMED, the model is served unwatched: %s", refusal)
+
+    # compile_or_warm_up_model: the graph that will run exists now.
+
+    def _warmed_up(self, *_args: Any, **_kwargs: Any) -> None:
+        if self._ring is None:
+            return
+        if self._hooks and not self._canary_alive():
+            self._disarm(
+                EngineRefused(
+                    "score op in the compiled graph",
+                    found="a forward left no trace in the score buffers: the graph that runs does not hold the op, or "
+                    "this model's layers return something else than their stream",
+                    instead="Delete vLLM's compile cache (VLLM_CACHE_ROOT) and start again; if that does not help, "
+                    "report it with the model's name.",
+                    reason="canary_dead",
+                )
+            )
+        for hook in self._hooks:
+            hook.reset()
+        cache = self._followed_cache()
+        self._tap = Tap(self._ring, self._hooks, on_gpu=self._worker.device.type != "cpu", cache=cache)
+        if self._exporter is not None:
+            self._exporter.configure(self._exporter_config(self._ring, cache))
+
+    def _followed_cache(self) -> kv_cache.KvCache | None:
+        """The KV cache whose hits inherit scores; None, with a line in the log, where it cannot be followed."""
+        if not self._hooks:
+            return None
+        try:
+            cache = kv_cache.followed(self._worker)
+        except Exception:
+            # Attributes of vLLM's that another version may lack: it costs inheritance, not the scores.
+            logger.exception("latentwatch: the KV cache of this vLLM is not understood")
+            cache = None
+        if cache is None:
+            logger.info("latentwatch: tokens from the prefix cache are counted as unseen, they inherit no scores")
+        return cache
+
+    def _canary_alive(self) -> bool:
+        """Whether a forward since arming went through every armed op."""
+        if not self._silent():
+            return True
+        # An eager CPU engine warms nothing up. One dummy forward decides it, but not where it would wait for other
+        # ranks, which make none: eager hooks run in any forward, and a step without their trace is booked as such.
+        if self._worker.parallel_config.world_size > 1:
+            return bool(self._worker.model_config.enforce_eager)
+        self._worker.model_runner._dummy_run(1)
+        return not self._silent()
+
+    def _silent(self) -> bool:
+        return any(float(hook.stat_T3[0, 0]) == UNWRITTEN for hook in self._hooks)
+
+    # execute_model: the step path.
+
+    def _stepped(self, scheduler_output: Any, *_args: Any, **_kwargs: Any) -> None:
+        if self._tap is None:
+            return
+        self._tap.after_step(self._worker.model_runner, scheduler_output)
+        if self._exporter is not None and self._exporter.keep(time.monotonic()):
+            self._tap.announce_again()
+        self._failures = 0
+
+    # The exporter process.
+
+    def _exporter_config(self, ring: Ring, cache: kv_cache.KvCache | None) -> dict[str, Any]:
+        import vllm
+
+        config = self._worker.vllm_config
+        served = config.model_config.served_model_name
+        engine = str(getattr(config.parallel_config, "data_parallel_index", config.parallel_config.data_parallel_rank))
+        watchlist = settings.load_watchlist(self._settings)
+        return {
+            "engine_pid": os.getpid(),
+            "fd": ring.fd,
+            "geometry": ring.geometry.to_args(),
+            "collector": self._settings.collector,
+            "drafts": config.speculative_config is not None,
+            "kept": cache and {"blocks": cache.blocks, "block_size": cache.block_size},
+            "stakes": [_stake(feature) for feature in watchlist.features] if isinstance(watchlist, Watchlist) else [],
+            "cached_reason": Reason.KV_CONNECTOR if kv_cache.loads_from_elsewhere(config) else Reason.PREFIX_CACHE,
+            "hello": {
+                "replica": f"{self._settings.replica}/{engine}",
+                "boot_id": self._boot_id,
+                "engine": engine,
+                "model_name": served[0] if isinstance(served, list) else served,
+                "watchlist_sha256": watchlist.sha256 if self._hooks and isinstance(watchlist, Watchlist) else "",
+                "armed": bool(self._hooks),
+                "not_armed_reason": self._refusal.reason if self._refusal else "",
+                "not_armed_text": str(self._refusal) if self._refusal else "",
+                "plugin_version": __version__,
+                "engine_version": vllm.__version__,
+            },
+        }
+
+    def _shutting_down(self, *_args: Any, **_kwargs: Any) -> None:
+        self._stop_exporter()
+
+    def _stop_exporter(self) -> None:
+        """Tell the exporter that nothing more comes; it drains by itself and is not waited for."""
+        if self._ring is not None:
+            self._ring.close()
+        self._tap = None
+
+
+def _drafts_can_be_followed(config: Any, runner: Any) -> bool:
+    """Whether the batch says where each request's rows truly begin, although some of them are drafts.
+
+    With n-gram drafts and the scheduler in step it does. With a draft model or asynchronous scheduling the positions
+    on the host assume that every draft is accepted.
+    """
+    speculative = config.speculative_config
+    if speculative is None:
+        return True
+    in_step = not config.scheduler_config.async_scheduling
+    return speculative.method == "ngram" and in_step and hasattr(runner, "input_batch")
+
+
+def _stake(feature: Feature) -> tuple[str, float, bool]:
+    """What a sender that must shed scores has to know of a feature; see transport.stakes.
+
+    A sparse feature without a limit of its own matters wherever it fires, a dense one without nowhere: a baseline may
+    give it a limit at the collector, of which the engine knows nothing.
+    """
+    unlimited = math.inf if feature.dense else -math.inf
+    return feature.severity.value, feature.limit.value if feature.limit else unlimited, feature.dense

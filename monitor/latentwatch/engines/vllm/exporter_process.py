@@ -1,0 +1,80 @@
+"""The exporter process as its engine sees it: started early, told its work when that is known, restarted when it ends.
+
+Starting costs a second of processor time for imports, on a busy machine ten times that, and steps that come before
+its first look can only wait in the ring. So it starts while the model loads and waits for its configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from typing import Any, Final
+
+from latentwatch.handover.ring import Ring
+
+logger = logging.getLogger("vllm.latentwatch")
+
+READY_SECONDS: Final = 15.0
+"""How long the engine's start may wait for the exporter. No request is served yet, and none waits later."""
+CHECK_SECONDS: Final = 1.0
+MAX_STARTS: Final = 20
+
+
+class ExporterChild:
+    """One worker's exporter. Used from the engine's thread only."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._config: bytes = b""
+        self._starts = 0
+        self._checked = 0.0
+        self.process = self._spawn()
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Tell the waiting process what to do, and give it READY_SECONDS to take up the ring."""
+        self._config = json.dumps(config).encode() + b"\n"
+        self._tell()
+        deadline = time.monotonic() + READY_SECONDS
+        while not self._ring.attached and self.process.poll() is None:
+            if time.monotonic() > deadline:
+                logger.warning(
+                    "latentwatch: no exporter after %.0f s; serving starts, the ring holds %d steps for it",
+                    READY_SECONDS,
+                    self._ring.slots,
+                )
+                return
+            time.sleep(0.01)
+
+    def keep(self, now: float) -> bool:
+        """Start the process again where it has ended; True where that happened. `now`: monotonic seconds."""
+        if now - self._checked < CHECK_SECONDS:
+            return False
+        self._checked = now
+        if self.process.poll() is None or self._starts >= MAX_STARTS:
+            return False
+        logger.error("latentwatch: the exporter ended with code %s; starting it again", self.process.returncode)
+        self._ring.count_restart()
+        self.process = self._spawn()
+        self._tell()
+        return True
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        self._starts += 1
+        return subprocess.Popen(
+            [sys.executable, "-m", "latentwatch.exporter"],
+            pass_fds=[self._ring.fd],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def _tell(self) -> None:
+        """Less than a pipe holds, so this never waits for the reader."""
+        assert self.process.stdin is not None
+        try:
+            with self.process.stdin as pipe:
+                pipe.write(self._config)
+        except BrokenPipeError:
+            logger.error("latentwatch: the exporter ended before it was told its work; it is started again")

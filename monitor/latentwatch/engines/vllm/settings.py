@@ -1,0 +1,65 @@
+"""What the operator asked for, from environment variables; and whether it can be armed at all."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from latentwatch import __version__
+from latentwatch.errors import ConfigRefused, Refusal
+from latentwatch.watchlist import file as watchlist_file
+
+WATCHLIST: Final = "LATENTWATCH_WATCHLIST"
+COLLECTOR: Final = "LATENTWATCH_COLLECTOR"
+REPLICA: Final = "LATENTWATCH_REPLICA"
+DISABLE: Final = "LATENTWATCH_DISABLE"
+
+
+@dataclass(frozen=True)
+class PluginSettings:
+    """The plugin's whole configuration; `wanted` is False where neither variable is set: installed, not asked for."""
+
+    watchlist: str
+    collector: str
+    replica: str
+    """Stable name of this server; the engine index is appended to it."""
+    disabled: bool
+
+    @property
+    def wanted(self) -> bool:
+        return not self.disabled and bool(self.watchlist or self.collector)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> PluginSettings:
+        return cls(
+            watchlist=env.get(WATCHLIST, ""),
+            collector=env.get(COLLECTOR, ""),
+            replica=env.get(REPLICA, "") or socket.gethostname(),
+            disabled=env.get(DISABLE, "") not in ("", "0"),
+        )
+
+
+@functools.cache
+def load_watchlist(settings: PluginSettings) -> watchlist_file.Watchlist | Refusal:
+    """The watchlist, read once per process, or why there is none."""
+    if not settings.watchlist:
+        return ConfigRefused(
+            WATCHLIST,
+            found="it is not set",
+            instead="Set it to the file that 'latentwatch watchlist build' wrote.",
+            reason="watchlist_missing",
+        )
+    try:
+        return watchlist_file.read(Path(settings.watchlist))
+    except Refusal as refusal:
+        return refusal
+
+
+def fingerprint(watchlist: watchlist_file.Watchlist) -> str:
+    """What the armed graph depends on: equal fingerprints mean that a compiled graph can be used again."""
+    return f"latentwatch/{__version__}/{watchlist.sha256}"

@@ -1,0 +1,286 @@
+"""What the engine's thread does after each step: row map and scores into a ring slot, and nothing else.
+
+The target is 50 microseconds at 256 requests, so the work is array copies and one list of slot numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from latentwatch.engines.vllm import request_ends, row_map, trace_context
+from latentwatch.engines.vllm.drain import UNSCORED, HostBuffers, Written, device_handovers, write_compacted
+from latentwatch.engines.vllm.encoder import ArmedHook
+from latentwatch.engines.vllm.kv_cache import KvCache
+from latentwatch.handover.events import Blocks, Closed, Event, Opened, Resync, encode_events
+from latentwatch.handover.ring import EVENT_BYTES, REQUEST_DTYPE, Ring, Slot
+
+_STEPS_IN_FLIGHT = 3
+_KEPT_SLOTS = 2
+_BLOCKS_PER_EVENT = 2048
+"""Numbers of up to eight digits: a quarter of ring.EVENT_BYTES."""
+MAX_OWED = 4096
+"""Events that wait while the ring is full. Behind them the exporter is told anew whom the engine serves, once it reads
+again: live requests are few, what began and ended meanwhile may be any number."""
+_ID_HEAD, _ID_TAIL = 200, 56
+"""Characters of a long request id that are kept. It holds the client's X-Request-Id, which may be as long as a slot."""
+
+
+class _Queued(NamedTuple):
+    """A step whose scores are still on their way from the GPU."""
+
+    step: int
+    time_unix_nano: int
+    requests_Q: Any
+    rows: int
+    events: list[Event]
+    handover: Any
+
+
+class Requests:
+    """The engine's live requests, the table slots that they hold, and the KV blocks that they were given."""
+
+    def __init__(self, cache: KvCache | None) -> None:
+        self._cache = cache
+        self._live: dict[str, Opened] = {}
+        self._blocks: dict[str, list[int]] = {}
+        self.slot_of: dict[str, int] = {}
+        self._free: list[int] = []
+        self._handles = 0
+
+    def update(self, scheduler_output: Any) -> list[Event]:
+        """Take the openings and closings that the scheduler announces with a step; closings come first."""
+        events: list[Event] = []
+        if scheduler_output.finished_req_ids:
+            for request_id, (output_tokens, aborted) in request_ends.ended_requests(scheduler_output).items():
+                slot = self.slot_of.pop(request_id, None)
+                if slot is not None:
+                    del self._live[request_id]
+                    self._blocks.pop(request_id, None)
+                    self._free.append(slot)
+                    events.append(Closed(slot, output_tokens, aborted))
+        events.extend(self._open(new) for new in scheduler_output.scheduled_new_reqs if new.req_id not in self.slot_of)
+        if self._cache is not None:
+            events += _in_lines(self._given(scheduler_output, self._cache))
+        return events
+
+    @property
+    def live_handles(self) -> list[int]:
+        return [opened.handle for opened in self._live.values()]
+
+    def announce_again(self) -> list[Event]:
+        """For an exporter that knows nothing, or not enough: every live request, as resumed."""
+        resumed = [dataclasses.replace(opened, resumed=True, untraced=0) for opened in self._live.values()]
+        given = [[self.slot_of[name], 0, len(blocks), *blocks] for name, blocks in self._blocks.items()]
+        return [*resumed, *_in_lines(given)]
+
+    def _given(self, scheduler_output: Any, cache: KvCache) -> list[list[int]]:
+        """The KV blocks of this step, as events.Blocks has them."""
+        group, size = cache.group, cache.block_size
+        given = []
+        for new in scheduler_output.scheduled_new_reqs:
+            self._blocks[new.req_id] = blocks = list(new.block_ids[group])
+            given.append([self.slot_of[new.req_id], 0, new.num_computed_tokens // size, *blocks])
+        cached = scheduler_output.scheduled_cached_reqs
+        for i, ids in enumerate(cached.new_block_ids):
+            if ids is None:
+                continue
+            name = cached.req_ids[i]
+            if name in cached.resumed_req_ids:
+                self._blocks[name] = []
+                hits = cached.num_computed_tokens[i] // size
+            else:
+                hits = 0
+            before = self._blocks[name]
+            given.append([self.slot_of[name], len(before), hits, *ids[group]])
+            before += ids[group]
+        return given
+
+    def _open(self, new: Any) -> Opened:
+        slot = self._free.pop() if self._free else len(self.slot_of)
+        self._handles += 1
+        # The worker's runner re-adds a preempted request as new, with its output in the prefill; it has a slot then.
+        opened = Opened(
+            slot=slot,
+            handle=self._handles,
+            request_id=_bounded(new.req_id),
+            prompt_tokens=len(new.prompt_token_ids or ()),
+            cached=int(new.num_computed_tokens),
+            resumed=False,
+            adapter=getattr(new.lora_request, "lora_name", None) or "",
+            traceparent=trace_context.traceparent_of(new),
+            untraced=trace_context.untraced_before(new),
+        )
+        self.slot_of[new.req_id] = slot
+        self._live[new.req_id] = opened
+        return opened
+
+
+def _bounded(request_id: str) -> str:
+    """Its end is vLLM's, and tells two requests of one long name apart."""
+    if len(request_id) <= _ID_HEAD + _ID_TAIL:
+        return request_id
+    return f"{request_id[:_ID_HEAD]}...{request_id[-_ID_TAIL:]}"
+
+
+def _in_lines(given: list[list[int]]) -> list[Event]:
+    """Cut into events of which each fits into a ring slot with room to spare."""
+    lines: list[Event] = []
+    room = 0
+    for slot, at, hits, *blocks in given:
+        for cut in range(0, len(blocks), _BLOCKS_PER_EVENT):
+            piece = blocks[cut : cut + _BLOCKS_PER_EVENT]
+            if len(piece) > room:
+                lines.append(Blocks([]))
+                room = _BLOCKS_PER_EVENT
+            last = lines[-1]
+            assert isinstance(last, Blocks)
+            last.given.append([slot, at + cut, min(max(hits - cut, 0), len(piece)), *piece])
+            room -= len(piece)
+    return lines
+
+
+class Tap:
+    """Hands every step over to the exporter, scored or not."""
+
+    def __init__(self, ring: Ring, hooks: Sequence[ArmedHook], *, on_gpu: bool, cache: KvCache | None = None) -> None:
+        self._ring = ring
+        self._hooks = hooks
+        self._through_handovers = bool(hooks) and on_gpu
+        self._host = HostBuffers(hooks) if hooks and not on_gpu else None
+        self._handovers = (
+            device_handovers(hooks, ring.geometry.max_fires, _STEPS_IN_FLIGHT) if self._through_handovers else []
+        )
+        self._queue: list[_Queued] = []
+        self._requests = Requests(cache)
+        self._owed: list[Event] = []
+        self._max_owed = MAX_OWED + 2 * ring.geometry.max_requests
+        self._unannounced = 0
+        self._step = 0
+        self._row_map = np.empty(ring.geometry.max_requests, REQUEST_DTYPE)
+
+    def after_step(self, runner: Any, scheduler_output: Any) -> None:
+        """Called right after the forward of each step, on the engine's thread."""
+        self._owed += self._requests.update(scheduler_output)
+        if len(self._owed) > self._max_owed:
+            self._begin_anew()
+        rows = int(scheduler_output.total_num_scheduled_tokens)
+        self._flush_ready(wait=rows == 0)
+        if rows:
+            self._step += 1
+        elif not self._owed:
+            return
+        requests_Q = self._read_rows(runner, scheduler_output) if rows else self._row_map[:0]
+        if rows and self._through_handovers:
+            self._queue_handover(requests_Q, rows)
+            return
+        host = self._host
+        self._publish(
+            self._step,
+            time.time_ns(),
+            requests_Q,
+            rows,
+            lambda slot: host.write(slot, rows) if host and rows else UNSCORED,
+        )
+        if host is not None:
+            host.reset()
+
+    def announce_again(self) -> None:
+        """The exporter was started again and knows no request."""
+        # The closings that are owed are of requests that it never knew, in slots that others may hold by now.
+        self._owed = self._requests.announce_again()
+
+    def _begin_anew(self) -> None:
+        """Forget what is owed, but for the requests that are live."""
+        live = self._requests.live_handles
+        begun = {event.handle for event in self._owed if isinstance(event, Opened) and not event.resumed}
+        self._unannounced += len(begun.difference(live))
+        self._owed = [Resync(live, self._unannounced), *self._requests.announce_again()]
+
+    def _read_rows(self, runner: Any, scheduler_output: Any) -> Any:
+        step = row_map.read(runner, scheduler_output)
+        slot_of = self._requests.slot_of
+        requests_Q = self._row_map[: len(step.request_ids)]
+        requests_Q["slot"] = np.fromiter(map(slot_of.__getitem__, step.request_ids), np.int32, len(requests_Q))
+        requests_Q["start"] = step.start
+        requests_Q["count"] = step.count
+        return requests_Q
+
+    def _publish(
+        self, step: int, now_ns: int, requests_Q: Any, rows: int, write_scores: Callable[[Slot], Written]
+    ) -> None:
+        # A step without rows only says how requests ended; an idle engine makes no other, so it must get through.
+        slot = self._ring.reserve(keep=_KEPT_SLOTS if rows else 0)
+        if slot is None:
+            self._ring.count_dropped(rows)
+            return
+        events = self._events_that_fit()
+        slot.events[: len(events)] = np.frombuffer(events, np.uint8)
+        written = write_scores(slot)
+        if self._owed:
+            # Rows of a request that is not announced yet could not be attributed.
+            self._ring.count_dropped(rows)
+            requests_Q, rows, written = requests_Q[:0], 0, UNSCORED
+        slot.requests_Q[: len(requests_Q)] = requests_Q
+        self._ring.commit(
+            slot,
+            step=step,
+            time_unix_nano=now_ns,
+            requests=len(requests_Q),
+            rows=rows,
+            scored_rows=written.scored_rows,
+            fires=written.fires,
+            silent=written.silent,
+            events=len(events),
+        )
+
+    def _events_that_fit(self) -> bytes:
+        """The owed events as bytes, leaving in `_owed` those that the slot has no room for."""
+        data = bytearray()
+        fit = 0
+        for event in self._owed:
+            line = encode_events([event])
+            if len(data) + len(line) > EVENT_BYTES:
+                break
+            data += line
+            fit += 1
+        self._owed = self._owed[fit:]
+        return bytes(data)
+
+    def _queue_handover(self, requests_Q: Any, rows: int) -> None:
+        if not self._handovers:
+            # The GPU's copies are further behind than we have buffers for; the events wait for the next step.
+            self._ring.count_dropped(rows)
+            for hook in self._hooks:
+                hook.reset()
+            return
+        handover = self._handovers.pop()
+        handover.start(rows)
+        self._queue.append(_Queued(self._step, time.time_ns(), requests_Q.copy(), rows, self._owed, handover))
+        self._owed = []
+
+    def _flush_ready(self, *, wait: bool) -> None:
+        """Publish the steps whose scores have arrived from the GPU, oldest first."""
+        while self._queue:
+            queued = self._queue[0]
+            if wait:
+                queued.handover.wait()
+            elif not queued.handover.ready():
+                return
+            self._queue.pop(0)
+            compacted, silent = queued.handover.take()
+            owed, self._owed = self._owed, queued.events
+            self._publish(
+                queued.step,
+                queued.time_unix_nano,
+                queued.requests_Q,
+                queued.rows,
+                functools.partial(write_compacted, step=compacted, silent=silent),
+            )
+            self._owed += owed
+            self._handovers.append(queued.handover)

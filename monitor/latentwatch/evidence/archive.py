@@ -1,0 +1,402 @@
+"""Reading a folder of evidence, beside a running collector or without one. One thread at a time."""
+
+from __future__ import annotations
+
+import heapq
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from latentwatch.errors import ConfigRefused
+from latentwatch.evidence import segment
+from latentwatch.evidence.records import FIRE_RECORD, row_record
+from latentwatch.evidence.segment import Watched, WatchedFeature
+from latentwatch.evidence.store import segments
+from latentwatch.names import Outcome, Phase, TokenState
+from latentwatch.step.batch import FEATURE_DTYPE
+
+Array = npt.NDArray[Any]
+
+_REQUEST: Final = """
+SELECT key, request_id, response_id, trace_id, replica, model_name, engine, adapter, opened_seconds, opening_seen,
+  closed_seconds, outcome, prompt_tokens, output_tokens, total_tokens, scored, inherited, unseen, dropped,
+  exceeded_features, features, features_left_out, activations_lost
+FROM request WHERE key = ?
+"""
+_ENDED: Final = """
+SELECT request_id, replica, adapter, opening_seen AND scored + inherited > 0, closed_seconds, exceeded_features,
+  features, features_left_out
+FROM request WHERE model_name = ? AND outcome IS NOT NULL ORDER BY closed_seconds
+"""
+_EXCEEDANCE: Final = """
+SELECT r.request_id, r.response_id, r.trace_id, r.model_name, e.feature, e.seconds, e.position, e.phase, e.value
+FROM exceedance e JOIN request r ON r.key = e.request
+"""
+_CLOCK_TICK_NS: Final = 100_000_000
+"""More than the resolution of a file system's times: two changes this close may bear the same one."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which exceedances; None for any."""
+
+    feature: str | None = None
+    severity: str | None = None
+    model_name: str | None = None
+    since_seconds: float | None = None
+    until_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class StoredExceedance:
+    """The first time that a request's statistic for a feature went above its limit."""
+
+    seconds: float
+    request_id: str
+    response_id: str
+    trace_id: str
+    model_name: str
+    feature: str
+    label: str
+    severity: str
+    phase: str
+    position: int
+    value: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class StoredFeature:
+    """One feature in the summary of a request that ended."""
+
+    feature: str
+    label: str
+    severity: str
+    units: str
+    max: float
+    position: int
+    fired_tokens: int
+    statistic: float | None
+    limit: float | None
+    exceeded: bool
+
+
+@dataclass(frozen=True)
+class StoredActivations:
+    """What is kept of one feature over the positions of a request, by position."""
+
+    feature: str
+    label: str
+    severity: str
+    units: str
+    limit: float | None
+    dense: bool
+    """A score for every token; otherwise a position that is not listed had no activation."""
+    positions: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class StoredRequest:
+    """One request, as the evidence knows it."""
+
+    key: int
+    request_id: str
+    response_id: str
+    trace_id: str
+    replica: str
+    model_name: str
+    engine: str
+    adapter: str
+    watchlist: str
+    watchlist_sha256: str
+    outcome: str
+    """"open" until it ended."""
+    opened_seconds: float
+    closed_seconds: float | None
+    opening_seen: bool
+    prompt_tokens: int | None
+    output_tokens: int | None
+    total_tokens: int | None
+    tokens: Mapping[str, int]
+    """By state: scored, inherited, unseen, dropped; empty until it ended."""
+    exceedances: tuple[StoredExceedance, ...]
+    features: tuple[StoredFeature, ...]
+    """Of a request that ended: exceeded ones first, then by closeness to the limit."""
+    features_left_out: int
+    activations: tuple[StoredActivations, ...]
+    """Features that showed anything, those that exceeded their limit first."""
+    activations_lost: int
+    """Activations before the first exceedance that were not kept."""
+
+
+class EndedRequest(NamedTuple):
+    """What is needed of a request that ended to count it among others."""
+
+    request_id: str
+    replica: str
+    adapter: str
+    whole: bool
+    """Seen from its beginning, and with scores."""
+    closed_seconds: float
+    exceeded_features: int
+    features: Array
+    """step.FEATURE_DTYPE."""
+    features_left_out: int
+
+
+class Archive:
+    """A folder of evidence, read only."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: ConfigRefused: there is no such folder."""
+        if not folder.is_dir():
+            raise ConfigRefused(
+                f"evidence folder {folder}",
+                found="there is no such folder",
+                instead="Give the folder that the collector was started with, --evidence.",
+                reason="evidence_folder",
+            )
+        self.folder = folder
+        self._readers: dict[Path, _Reader] = {}
+        self._paths: list[Path] = []
+        self._listed_at_ns = 0
+        """The folder's time of change when `_paths` was read from it; 0 for read it again."""
+
+    def find(self, name: str) -> list[StoredRequest]:
+        """Requests whose engine request id, response id or trace id this is, newest first."""
+        return [reader.request(key) for reader in self._newest_first() for key in reader.find(name)]
+
+    def exceedances(self, wanted: Wanted, limit: int) -> list[StoredExceedance]:
+        """The latest exceedances of this kind, newest first."""
+        found: list[StoredExceedance] = []
+        for reader in self._newest_first():
+            found += reader.exceedances(wanted, limit)
+        # A request that runs past midnight stays in its first segment, so segments overlap in time.
+        return sorted(found, key=lambda exceedance: -exceedance.seconds)[:limit]
+
+    def requests(self) -> Iterator[StoredRequest]:
+        """Every request, oldest first."""
+        for reader in reversed(self._newest_first()):
+            for key in reader.all():
+                yield reader.request(key)
+
+    def ended(self, model_name: str) -> Iterator[EndedRequest]:
+        """Every request of this model that ended, in the order of their ends."""
+        # A request that runs past midnight stays in its first segment, so segments overlap in time.
+        each = (reader.ended(model_name) for reader in self._newest_first())
+        return heapq.merge(*each, key=lambda request: request.closed_seconds)
+
+    def watchlists(self) -> set[str]:
+        """SHA-256 of every watchlist that something here was seen with."""
+        return {reader.watchlist_sha256 for reader in self._newest_first()}
+
+    def close(self) -> None:
+        """Close every file."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def _newest_first(self) -> list[_Reader]:
+        self._list_segments()
+        for path in self._paths:
+            if path not in self._readers and (reader := _Reader.open(path)):
+                self._readers[path] = reader
+        return [self._readers[path] for path in reversed(self._paths) if path in self._readers]
+
+    def _list_segments(self) -> None:
+        """Only where the folder changed: each entry read is a chance for a busy thread to take the interpreter."""
+        changed_ns = self.folder.stat().st_mtime_ns
+        if changed_ns == self._listed_at_ns:
+            return
+        self._paths = segments(self.folder)
+        self._listed_at_ns = changed_ns if time.time_ns() - changed_ns > _CLOCK_TICK_NS else 0
+        for path in set(self._readers) - set(self._paths):
+            self._readers.pop(path).close()
+
+
+class _Reader:
+    """One segment."""
+
+    def __init__(self, connection: sqlite3.Connection, watched: Watched) -> None:
+        self._connection = connection
+        self._watched = watched
+        self._dense = np.array([f.number for f in watched.features if f.dense], np.int64)
+        self._number = {f.id: f.number for f in watched.features}
+
+    @classmethod
+    def open(cls, path: Path) -> _Reader | None:
+        """None for a segment that is just being made or removed. Raises: ConfigRefused "evidence_format"."""
+        try:
+            connection = segment.connect(path, "ro")
+        except sqlite3.OperationalError:
+            return None
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version not in (0, segment.FORMAT):
+            connection.close()
+            raise segment.wrong_format(path, version)
+        about = dict(connection.execute("SELECT name, value FROM about")) if version else {}
+        if not about:
+            connection.close()
+            return None
+        rows = connection.execute(
+            "SELECT number, id, label, severity, hook_point, units, dense, lim FROM feature ORDER BY number"
+        )
+        features = tuple(
+            WatchedFeature(number, id, label, severity, hook_point, units, bool(dense), limit)
+            for number, id, label, severity, hook_point, units, dense, limit in rows
+        )
+        return cls(connection, Watched(about["watchlist"], about["watchlist_sha256"], features))
+
+    def close(self) -> None:
+        self._connection.close()
+
+    @property
+    def watchlist_sha256(self) -> str:
+        return self._watched.sha256
+
+    def find(self, name: str) -> list[int]:
+        return segment.find(self._connection, name)
+
+    def ended(self, model_name: str) -> Iterator[EndedRequest]:
+        for row in self._connection.execute(_ENDED, (model_name,)):
+            yield EndedRequest(
+                request_id=row[0],
+                replica=row[1],
+                adapter=row[2],
+                whole=bool(row[3]),
+                closed_seconds=row[4],
+                exceeded_features=row[5],
+                features=segment.unpack(row[6], FEATURE_DTYPE),
+                features_left_out=row[7],
+            )
+
+    def all(self) -> list[int]:
+        return [key for (key,) in self._connection.execute("SELECT key FROM request ORDER BY key")]
+
+    def exceedances(self, wanted: Wanted, limit: int) -> list[StoredExceedance]:
+        where, values = ["1"], list[Any]()
+        if wanted.feature is not None or wanted.severity is not None:
+            numbers = [
+                str(f.number)
+                for f in self._watched.features
+                if wanted.feature in (None, f.id) and wanted.severity in (None, f.severity)
+            ]
+            where.append(f"e.feature IN ({', '.join(numbers)})")
+        for condition, value in (
+            ("r.model_name = ?", wanted.model_name),
+            ("e.seconds >= ?", wanted.since_seconds),
+            ("e.seconds < ?", wanted.until_seconds),
+        ):
+            if value is not None:
+                where.append(condition)
+                values.append(value)
+        rows = self._connection.execute(
+            f"{_EXCEEDANCE} WHERE {' AND '.join(where)} ORDER BY e.seconds DESC LIMIT ?", (*values, limit)
+        )
+        return [self._exceedance(row) for row in rows]
+
+    def request(self, key: int) -> StoredRequest:
+        row = self._connection.execute(_REQUEST, (key,)).fetchone()
+        ended = row[11] is not None
+        features = segment.unpack(row[20], FEATURE_DTYPE).tolist() if ended else []
+        exceedances = self._connection.execute(f"{_EXCEEDANCE} WHERE e.request = ? ORDER BY e.position", (key,))
+        found = tuple(self._exceedance(exceedance) for exceedance in exceedances)
+        return StoredRequest(
+            key=key,
+            request_id=row[1],
+            response_id=row[2],
+            trace_id=row[3],
+            replica=row[4],
+            model_name=row[5],
+            engine=row[6],
+            adapter=row[7],
+            watchlist=self._watched.name,
+            watchlist_sha256=self._watched.sha256,
+            outcome=Outcome(row[11]).name.lower() if ended else "open",
+            opened_seconds=row[8],
+            closed_seconds=row[10],
+            opening_seen=bool(row[9]),
+            prompt_tokens=row[12],
+            output_tokens=row[13],
+            total_tokens=row[14],
+            tokens={state.name.lower(): count for state, count in zip(TokenState, row[15:19], strict=True)}
+            if ended
+            else {},
+            exceedances=found,
+            features=tuple(self._summary(feature) for feature in features),
+            features_left_out=row[21] or 0,
+            activations=tuple(self._activations(key, {exceedance.feature for exceedance in found})),
+            activations_lost=row[22] or 0,
+        )
+
+    def _exceedance(self, row: Sequence[Any]) -> StoredExceedance:
+        request_id, response_id, trace_id, model_name, number, seconds, position, phase, value = row
+        feature = self._watched.features[number]
+        return StoredExceedance(
+            seconds=seconds,
+            request_id=request_id,
+            response_id=response_id,
+            trace_id=trace_id,
+            model_name=model_name,
+            feature=feature.id,
+            label=feature.label,
+            severity=feature.severity,
+            phase=Phase(phase).name.lower(),
+            position=position,
+            value=value,
+            # Only a feature with a limit exceeds one.
+            limit=cast(float, feature.limit),
+        )
+
+    def _summary(self, row: Sequence[Any]) -> StoredFeature:
+        number, largest, position, statistic, statistic_position, fired, exceeded = row
+        feature = self._watched.features[number]
+        return StoredFeature(
+            feature=feature.id,
+            label=feature.label,
+            severity=feature.severity,
+            units=feature.units,
+            max=largest,
+            position=position,
+            fired_tokens=fired,
+            statistic=statistic if statistic_position >= 0 else None,
+            limit=feature.limit,
+            exceeded=exceeded,
+        )
+
+    def _activations(self, key: int, exceeded: set[str]) -> Iterator[StoredActivations]:
+        blobs = self._connection.execute("SELECT fires, rows FROM activations WHERE request = ? ORDER BY rowid", (key,))
+        fires, rows = [np.empty(0, FIRE_RECORD)], [np.empty(0, row_record(len(self._dense)))]
+        for fires_blob, rows_blob in blobs:
+            fires.append(segment.unpack(fires_blob, FIRE_RECORD))
+            rows.append(segment.unpack(rows_blob, row_record(len(self._dense))))
+        fires_N, rows_R = np.concatenate(fires), np.concatenate(rows)
+        shown = {*np.unique(fires_N["feature"]).tolist(), *(self._dense.tolist() if len(rows_R) else ())}
+        for feature in sorted(self._watched.features, key=lambda f: (f.id not in exceeded, f.number)):
+            if feature.number not in shown:
+                continue
+            if feature.dense:
+                column = int(np.searchsorted(self._dense, feature.number))
+                positions, values = rows_R["position"], rows_R["score"][:, column].astype(np.float64)
+            else:
+                mine = fires_N[fires_N["feature"] == feature.number]
+                positions, values = mine["position"], mine["value"].astype(np.float64)
+            # Positions may stand twice after a collector went on from its journal.
+            positions, order = np.unique(positions, return_index=True)
+            yield StoredActivations(
+                feature=feature.id,
+                label=feature.label,
+                severity=feature.severity,
+                units=feature.units,
+                limit=feature.limit,
+                dense=feature.dense,
+                positions=positions.tolist(),
+                values=values[order].tolist(),
+            )

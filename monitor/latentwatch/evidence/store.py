@@ -1,0 +1,228 @@
+"""The folder of segments as the collector writes it: where a record goes, and how long it stays.
+
+    2026-11-22.0000.evidence       one segment: a day (UTC), a watchlist, at most a sixteenth of the folder's bound
+    2026-11-22T05.content          sealed content of requests; see contents
+    evidence.lock                  held by the one collector that writes
+
+A request stays in one segment, whole. Retention removes segments as files: by age, so that none is older than the
+bound, and by size, oldest first. Removing a file costs the same however much it holds, so retention keeps up with any
+load, and leaves nothing behind that could be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from latentwatch.errors import ConfigRefused
+from latentwatch.evidence import audit, sealed, segment
+from latentwatch.evidence.records import Ended, Record
+from latentwatch.evidence.segment import NOTHING_ERASED, Erased, Segment, Watched
+
+SEGMENTS: Final = 16
+"""Segments that fill the bound on size: one that goes takes a sixteenth of the evidence with it."""
+SMALLEST_BYTES: Final = 32 << 20
+_REQUESTS_AT_HOME: Final = 65_536
+"""Requests that run, and those whose end was never told; an older one would go on in the newest segment."""
+_NAME: Final = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d{4,})\.evidence")
+_DAY_SECONDS: Final = 86_400.0
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How much stays."""
+
+    days: float = 30.0
+    """A segment goes before its day began so long ago: everything in the folder is younger."""
+    max_bytes: int = 10 << 30
+    """Of all segments together."""
+    content_hours: float = 24.0
+    """Nothing that was said in a request stays longer than this."""
+
+    def __post_init__(self) -> None:
+        if not self.days > 0:
+            raise _refuse("days", f"it is {self.days:g}", "Give a number above 0.")
+        if not self.content_hours > 0:
+            raise _refuse("content hours", f"it is {self.content_hours:g}", "Give a number above 0.")
+        if self.max_bytes < SMALLEST_BYTES:
+            raise _refuse("size", f"it is {self.max_bytes} bytes", f"Give at least {SMALLEST_BYTES >> 20} MiB.")
+
+
+class Store:
+    """The one writer of a folder. One thread at a time; nothing here is shared with readers but the files."""
+
+    def __init__(self, folder: Path, watched: Watched, retention: Retention) -> None:
+        """Raises: ConfigRefused: the folder cannot be written, or another collector writes to it."""
+        self.folder = folder
+        self._watched = watched
+        self._retention = retention
+        self._lock = _lock(folder)
+        self._open: dict[Path, Segment] = {}
+        self._home: dict[int, Path] = {}
+        """Where each request lies that was written and has not ended."""
+        self._newest: Path | None = None
+
+    def write(self, records: Sequence[Record], now: float) -> None:
+        """Take records into their segments. Raises: sqlite3.Error; then some segments may have taken theirs."""
+        newest = self._segment_for(now)
+        parts: dict[Path, list[Record]] = defaultdict(list)
+        for record in records:
+            home = self._home.setdefault(record.request.key, newest)
+            parts[home].append(record)
+        for path, part in parts.items():
+            self._writable(path).write(part)
+        for record in records:
+            if isinstance(record, Ended):
+                self._home.pop(record.request.key, None)
+
+    def prune(self, now: float) -> None:
+        """Remove the segments that are too old or too many, oldest first; close those that rest."""
+        paths = segments(self.folder)
+        # The newest grows by a sixteenth, and so may its log.
+        room = self._retention.max_bytes * (SEGMENTS - 2) // SEGMENTS
+        sizes = {path: size_bytes(path) for path in paths}
+        total = sum(sizes.values()) - (sizes.get(self._newest, 0) if self._newest else 0)
+        for path in paths:
+            if path == self._newest:
+                continue
+            if _day_start(path) + self._retention.days * _DAY_SECONDS > now and total <= room:
+                continue
+            total -= sizes[path]
+            self._remove(path)
+        for key in list(self._home)[:-_REQUESTS_AT_HOME]:
+            del self._home[key]
+        resting = set(self._open) - set(self._home.values()) - {self._newest}
+        for path in resting:
+            self._open.pop(path).close()
+        sealed.prune(self.folder, self._retention.content_hours, now)
+        audit.checkpoint(self.folder)
+
+    def attach(self, name: str, seal: Callable[[int], bytes], now: float) -> int:
+        """Keep the content of the one request with this id. Returns how many have it; unless 1, nothing was kept."""
+        keys = find(self.folder, name)
+        if len(keys) == 1:
+            sealed.put(self.folder, keys[0], seal(keys[0]), now)
+        return len(keys)
+
+    def close(self) -> None:
+        """Leave each segment as one file."""
+        for part in self._open.values():
+            part.close()
+        self._open.clear()
+        os.close(self._lock)
+
+    def _segment_for(self, now: float) -> Path:
+        """The segment that new requests go to: of this day and watchlist, and not full."""
+        day = datetime.datetime.fromtimestamp(now, datetime.UTC).strftime("%Y-%m-%d")
+        if self._newest is None or not self._newest.exists():
+            self._newest = next(reversed(segments(self.folder)), None)
+            if self._newest and segment.watchlist_sha256(self._newest) != self._watched.sha256:
+                self._newest = None
+        if (
+            self._newest is None
+            or not self._newest.name.startswith(day)
+            or size_bytes(self._newest) >= self._retention.max_bytes // SEGMENTS
+        ):
+            numbers = [int(match[2]) for match in map(_match, segments(self.folder)) if match[1] == day]
+            self._newest = self.folder / f"{day}.{max(numbers, default=-1) + 1:04d}.evidence"
+        return self._newest
+
+    def _writable(self, path: Path) -> Segment:
+        if path not in self._open:
+            self._open[path] = Segment(path, self._watched)
+        return self._open[path]
+
+    def _remove(self, path: Path) -> None:
+        if part := self._open.pop(path, None):
+            part.close()
+        self._home = {key: home for key, home in self._home.items() if home != path}
+        segment.remove(path)
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segments of a folder, oldest first."""
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def size_bytes(path: Path) -> int:
+    """Of a segment with its log; 0 for one that is not there."""
+    total = 0
+    for part in segment.side_files(path):
+        with contextlib.suppress(FileNotFoundError):
+            total += part.stat().st_size
+    return total
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of all segments."""
+    return sum(map(size_bytes, segments(folder)))
+
+
+def find(folder: Path, name: str) -> list[int]:
+    """Keys of the requests with this engine request id, response id or trace id."""
+    found: set[int] = set()
+    for path in segments(folder):
+        with contextlib.closing(segment.connect(path, "rw")) as connection:
+            found |= set(segment.find(connection, name))
+    return sorted(found)
+
+
+def erase(folder: Path, name: str) -> Erased:
+    """Delete the requests with this engine request id, response id or trace id, and leave no trace of them.
+
+    Works beside a collector that writes to the folder. A request that still runs would be written again as it ends.
+    """
+    total = NOTHING_ERASED
+    for path in segments(folder):
+        with contextlib.closing(segment.connect(path, "rw")) as connection:
+            if keys := segment.find(connection, name):
+                total += segment.erase(connection, path, keys)
+                total += sealed.erase(folder, keys)
+    return total
+
+
+def _match(path: Path) -> re.Match[str]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return match
+
+
+def _day_start(path: Path) -> float:
+    day = datetime.datetime.strptime(_match(path)[1], "%Y-%m-%d").replace(tzinfo=datetime.UTC)
+    return day.timestamp()
+
+
+def _lock(folder: Path) -> int:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(folder / "evidence.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigRefused(
+            f"evidence folder {folder}",
+            found=error.strerror or str(error),
+            instead="Give a folder that the collector may write to.",
+            reason="evidence_folder",
+        ) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ConfigRefused(
+            f"evidence folder {folder}",
+            found="another collector writes to it",
+            instead="Give each collector a folder of its own.",
+            reason="evidence_locked",
+        ) from error
+    return handle
+
+
+def _refuse(what: str, found: str, instead: str) -> ConfigRefused:
+    return ConfigRefused(f"evidence retention by {what}", found=found, instead=instead, reason="evidence_retention")

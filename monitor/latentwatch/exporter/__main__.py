@@ -1,0 +1,17 @@
+"""`python -m latentwatch.exporter`: started by the engine, which writes its configuration to stdin; never by hand."""
+
+import contextlib
+import os
+
+# vLLM pins its CPU worker to cores and keeps them busy, and a child inherits the pinning: there even the imports below
+# would take half a minute. On the other cores, where there are any, nothing here ever stands in the forward's way.
+with contextlib.suppress(OSError):
+    os.sched_setaffinity(0, set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0) or range(os.cpu_count() or 1))
+
+from latentwatch.errors import Refusal
+from latentwatch.exporter.process import main
+
+try:
+    raise SystemExit(main())
+except Refusal as refusal:
+    raise SystemExit(f"latentwatch exporter: {refusal}") from refusal

@@ -1,0 +1,170 @@
+"""The exporter's main loop: ring in, batches out. Started by the engine's worker (engine/child.py).
+
+It lives in a session of its own, so that a signal meant for the server does not end it before it has drained. It ends
+when the engine closes the ring or is gone, after at most DRAIN_SECONDS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Final
+
+from latentwatch.exporter.backlog import BacklogDelivery
+from latentwatch.exporter.ledger import Ledger
+from latentwatch.exporter.score_cache import ScoreCache
+from latentwatch.handover.ring import Geometry, Ring
+from latentwatch.names import Reason
+from latentwatch.step.batch import EngineCounters, StepBatch
+from latentwatch.transport.address import positive
+from latentwatch.transport.credentials import Credentials
+from latentwatch.transport.sender import Sender
+from latentwatch.transport.session import Hello
+from latentwatch.transport.shed_priority import ShedPriority
+from latentwatch.transport.spool import SpoolFolder, SpoolSettings
+
+log = logging.getLogger("latentwatch.exporter")
+
+BUFFER_MIB: Final = "LATENTWATCH_BUFFER_MIB"
+BUFFER_MIB_UNSET: Final = 64.0
+IDLE_SECONDS: Final = 0.005
+"""Sleep between two looks at an empty ring: adds this much to a score's way, costs about 0.2 % of a core."""
+HEARTBEAT_SECONDS: Final = 5.0
+"""An idle engine still says that it is there, and repeats its counters."""
+DRAIN_SECONDS: Final = 5.0
+
+
+class Exporter:
+    """One engine's ring, ledger and sender."""
+
+    def __init__(self, ring: Ring, ledger: Ledger, sender: Sender, folder: SpoolFolder | None = None) -> None:
+        self._ring = ring
+        self._ledger = ledger
+        self._sender = sender
+        self._folder = folder
+        self._step = 0
+        self._sent_at = 0.0
+
+    def take_one(self, now: float) -> bool:
+        """Move one step from the ring to the sender; False where none waits. `now`: monotonic seconds."""
+        raw = self._ring.peek()
+        if raw is None:
+            if now - self._sent_at > HEARTBEAT_SECONDS:
+                self._offer(StepBatch(step=self._step, time_unix_nano=time.time_ns(), counters=self._counters()), now)
+            return False
+        self._step = raw.step
+        try:
+            self._offer(self._ledger.take(raw, self._counters()), now)
+        except Exception:
+            # One step that cannot be read must not end the export: its positions show up as a gap and are counted.
+            log.exception("latentwatch: step %d could not be laid out", raw.step)
+        finally:
+            self._ring.release()
+        return True
+
+    def finish(self) -> None:
+        """Settle what is held and deliver what is buffered, within DRAIN_SECONDS."""
+        batch = dataclasses.replace(self._ledger.finish(), counters=self._counters())
+        if len(batch.segments_S):
+            self._sender.offer(batch)
+        stats = self._sender.close(DRAIN_SECONDS)
+        if stats.dropped_tokens:
+            log.error(
+                "latentwatch: %d tokens were not delivered to the collector before the engine ended, nor spooled",
+                stats.dropped_tokens,
+            )
+
+    def _offer(self, batch: StepBatch, now: float) -> None:
+        self._sender.offer(batch)
+        self._sent_at = now
+
+    def _counters(self) -> EngineCounters:
+        """The counts that ring, sender and spool keep, with the ledger's own."""
+        stats, folder = self._sender.stats(), self._folder
+        return self._ledger.count(
+            EngineCounters(
+                steps=self._step,
+                ring_dropped_steps=self._ring.dropped_steps,
+                exporter_restarts=self._ring.restarts,
+                shed_batches=stats.shed_batches,
+                reconnects=stats.reconnects,
+                shed_critical_tokens=stats.shed_critical_tokens,
+                shed_warning_tokens=stats.shed_warning_tokens,
+                lost_tokens=stats.dropped_tokens + (folder.discarded_tokens if folder is not None else 0),
+                spool_bytes=folder.bytes if folder is not None else 0,
+                spool_failures=folder.failures if folder is not None else 0,
+                spool_refused=folder.refused if folder is not None else 0,
+            )
+        )
+
+
+def main() -> int:
+    """Wait on stdin for the JSON object that engine/attach.py writes, then run until the engine is done."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [latentwatch exporter] %(message)s")
+    stop = False
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        nonlocal stop
+        stop = True
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    told = sys.stdin.readline()
+    if not told:
+        return 0  # the engine ended while its model loaded
+    # From here on, with the threads to come, a share of the processor like any other's but never out of turn: a step
+    # that has just been handed over wakes nobody who takes the core from the engine's scheduler.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    config = json.loads(told)
+    hello = Hello(**config["hello"])
+    ring = Ring(config["fd"], Geometry(**config["geometry"]), create=False)
+    credentials = Credentials.from_env(os.environ)
+    settings = SpoolSettings.from_env(os.environ)
+    folder = SpoolFolder(settings, hello.replica) if settings is not None else None
+    spool = folder.open(hello) if folder is not None else None
+    sender = Sender(
+        config["collector"],
+        hello,
+        credentials=credentials,
+        max_buffer_bytes=int(positive(os.environ, BUFFER_MIB, BUFFER_MIB_UNSET) * (1 << 20)),
+        spool=spool,
+        next_sequence=ring.next_sequence,
+        stakes=ShedPriority(config["stakes"]),
+    )
+    kept = None
+    if config["kept"]:
+        kept = ScoreCache(dense=ring.geometry.dense, hook_points=ring.geometry.hook_points, **config["kept"])
+    ledger = Ledger(
+        armed=hello.armed, drafts=config["drafts"], kept=kept, cached_reason=Reason(config["cached_reason"])
+    )
+    exporter = Exporter(ring, ledger, sender, folder)
+    leftovers = None
+    if folder is None:
+        sender.start()
+    else:
+        leftovers = BacklogDelivery(
+            folder,
+            sender,
+            hello.boot_id,
+            lambda hello, spool: Sender(config["collector"], hello, credentials=credentials, spool=spool),
+        )
+    ring.attach()
+    while not stop:
+        # Before the look at the ring: what was written before the engine went is then still read.
+        gone = ring.closed or os.getppid() != config["engine_pid"]
+        if not exporter.take_one(time.monotonic()):
+            if gone:
+                break
+            time.sleep(IDLE_SECONDS)
+    if leftovers is not None:
+        leftovers.stop()
+    exporter.finish()
+    if spool is not None:
+        spool.close()
+    return 0

@@ -1,0 +1,1 @@
+"""Everything that passes between an engine's process and the exporter's."""

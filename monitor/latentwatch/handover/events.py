@@ -1,0 +1,72 @@
+"""What the engine tells its exporter about requests, beside the rows: they begin, they end. JSON lines in the ring."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The engine began a request and gave it a slot of the tables until it closes."""
+
+    slot: int
+    handle: int
+    request_id: str
+    prompt_tokens: int
+    cached: int
+    """Leading positions that the engine did not compute, because their KV was in the prefix cache."""
+    resumed: bool
+    """Announced again after this exporter was restarted: what came before is not this exporter's to account for."""
+    adapter: str
+    traceparent: str
+    untraced: int = 0
+    """Requests before it whose trace context could not be carried, since this was last said."""
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The engine ended a request."""
+
+    slot: int
+    output_tokens: int
+    """-1 where the engine did not say."""
+    aborted: bool
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """KV blocks that requests were given, in the order of their positions."""
+
+    given: list[list[int]]
+    """One list per request: its slot, the place of the first of these blocks in its table (which ends there until
+    then), how many of them hold KV that was computed before (hits of the prefix cache), the blocks' numbers."""
+
+
+@dataclass(frozen=True)
+class Resync:
+    """The exporter read nothing for so long that the engine forgot what it owed it. The live requests follow, as
+    resumed; the exporter closes all others that it knows as lost."""
+
+    handles: list[int]
+    """Of the live requests."""
+    unannounced: int
+    """Requests since boot of which the exporter was never told, neither their beginning nor their end."""
+
+
+Event = Opened | Closed | Blocks | Resync
+_TAGS: Final[dict[type[Event], str]] = {Opened: "o", Closed: "c", Blocks: "b", Resync: "a"}
+
+
+def encode_events(events: Sequence[Event]) -> bytes:
+    """JSON lines for the ring, as engine and exporter share them."""
+    # Not astuple(), which copies deeply and costs ten times as much; fields stand in __dict__ in their order.
+    return b"".join(json.dumps([_TAGS[type(e)], *vars(e).values()]).encode() + b"\n" for e in events)
+
+
+def decode_events(data: bytes) -> list[Event]:
+    """The inverse of encode_events()."""
+    kinds = {tag: kind for kind, tag in _TAGS.items()}
+    return [kinds[line[0]](*line[1:]) for line in map(json.loads, data.splitlines())]

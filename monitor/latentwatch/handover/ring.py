@@ -1,0 +1,266 @@
+"""The shared-memory ring between the engine process (one producer) and its exporter (one consumer).
+
+A ring is an anonymous memory file (memfd) that both processes map: nothing is left behind on any disk, whoever dies.
+The producer never waits: where no slot is free the step is dropped and counted. Each side writes only its own cursor,
+an aligned 64-bit store, after the slot's content; on x86-64 and on Arm under CPython (whose interpreter loop contains
+barriers) the other side sees the content first.
+
+A slot holds one engine step, at fixed places sized by `Geometry`, so that the producer writes with plain array copies
+and allocates nothing. Pages of a slot that no step ever fills are never touched and cost no memory.
+
+Legend: Q requests in the step, T computed rows, N fired activations, P dense features, H hook points.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from latentwatch.errors import ConfigRefused
+from latentwatch.step.batch import FIRE_DTYPE
+
+MAGIC: Final = 0x4C57_5249_4E47_0001
+HEADER_BYTES: Final = 4096
+MAX_RING_BYTES: Final = 192 << 20
+"""Under DESIGN's 256 MiB of host memory for the whole plugin."""
+MAX_SLOTS: Final = 1024
+"""Seconds of decoding: an exporter that the system leaves without a core for a while must not cost a step."""
+MIN_SLOTS: Final = 4
+MAX_FIRES: Final = 1 << 18
+"""Activations a step may hold: 1,024 features at 3 % on 8,192 tokens."""
+EVENT_BYTES: Final = 1 << 16
+"""Room for the openings and closings of one step, as JSON lines of about 150 bytes; more wait for the next step."""
+
+REQUEST_DTYPE = np.dtype([("slot", "<i4"), ("start", "<i4"), ("count", "<i4")])
+"""One request of the step: its place in the exporter's tables, the position of its first row, its rows."""
+
+# Words of the ring's header page (uint64), each cursor on a cache line of its own.
+_MAGIC, _SLOTS, _STRIDE, _HEAD, _TAIL, _DROPPED_STEPS, _DROPPED_ROWS, _CLOSED, _RESTARTS, _ATTACHED, _SEQUENCE = (
+    0, 1, 2, 8, 16, 24, 25, 26, 27, 32, 33,
+)  # fmt: skip
+# Words of a slot's header (int64).
+_STEP, _TIME, _REQUESTS, _ROWS, _SCORED_ROWS, _FIRES, _SILENT, _EVENTS = range(8)
+_SLOT_HEADER_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What one slot can hold; fixed when the engine starts."""
+
+    max_requests: int
+    max_rows: int
+    features: int
+    dense: int
+    hook_points: int
+
+    @property
+    def max_fires(self) -> int:
+        return min(MAX_FIRES, self.max_rows * max(1, self.features - self.dense))
+
+    def to_args(self) -> dict[str, int]:
+        """For the exporter's command line."""
+        return asdict(self)
+
+
+class Slot:
+    """Array views onto one slot's memory, made once."""
+
+    def __init__(self, memory: memoryview, geometry: Geometry) -> None:
+        g, at = geometry, _SLOT_HEADER_BYTES
+        self.header = np.frombuffer(memory, np.int64, _SLOT_HEADER_BYTES // 8)
+
+        def take(dtype: Any, *shape: int) -> npt.NDArray[Any]:
+            nonlocal at
+            count = int(np.prod(shape))
+            view = np.frombuffer(memory, dtype, count, offset=at).reshape(shape)
+            at = _aligned(at + view.nbytes)
+            return view
+
+        self.requests_Q = take(REQUEST_DTYPE, g.max_requests)
+        self.events = take(np.uint8, EVENT_BYTES)
+        self.norm_TH = take(np.float32, g.max_rows, g.hook_points)
+        self.dense_TP = take(np.float16, g.max_rows, g.dense)
+        self.fires_N = take(FIRE_DTYPE, g.max_fires)
+        self.bytes = at
+
+
+@dataclass(frozen=True)
+class RawStep:
+    """One step as the engine handed it over: views into the ring, valid until the consumer releases the slot."""
+
+    step: int
+    time_unix_nano: int
+    requests_Q: npt.NDArray[Any]
+    rows: int
+    scored_rows: int
+    """Rows whose activations all fitted; those behind are dropped{triples_full}."""
+    silent: bool
+    """The score op left no trace in this step."""
+    fires_N: npt.NDArray[Any]
+    dense_TP: npt.NDArray[np.float16]
+    norm_TH: npt.NDArray[np.float32]
+    """Infinite where the residual stream of the row was not finite."""
+    events: bytes
+
+
+class Ring:
+    """Both ends. The engine calls reserve() and commit(), the exporter peek() and release()."""
+
+    def __init__(self, fd: int, geometry: Geometry, *, create: bool) -> None:
+        """Map the ring behind `fd`. Raises ConfigRefused: what `fd` holds is not a ring of this geometry."""
+        self.fd = fd
+        self.geometry = geometry
+        stride = _slot_bytes(geometry)
+        slots = max(MIN_SLOTS, min(MAX_SLOTS, MAX_RING_BYTES // stride))
+        size = HEADER_BYTES + slots * stride
+        if create:
+            os.ftruncate(fd, size)
+        found = os.fstat(fd).st_size
+        if found == size:
+            self._map = mmap.mmap(fd, size)
+            self._header = np.frombuffer(self._map, np.uint64, HEADER_BYTES // 8)
+            if create:
+                self._header[[_MAGIC, _SLOTS, _STRIDE]] = (MAGIC, slots, stride)
+        if found != size or self._header[: _STRIDE + 1].tolist() != [MAGIC, slots, stride]:
+            raise ConfigRefused(
+                "shared-memory ring",
+                found=f"{found} bytes, expected {size} for {geometry}",
+                instead="Start engine and exporter from the same latentwatch version.",
+                reason="ring_geometry",
+            )
+        memory = memoryview(self._map)
+        self._slots = [
+            Slot(memory[HEADER_BYTES + i * stride : HEADER_BYTES + (i + 1) * stride], geometry) for i in range(slots)
+        ]
+        self._head = int(self._header[_HEAD])
+        self._tail = int(self._header[_TAIL])
+
+    @classmethod
+    def create(cls, geometry: Geometry) -> Ring:
+        """A new ring in anonymous shared memory; `fd` is inheritable, so that a child can open it."""
+        return cls(os.memfd_create("latentwatch-ring"), geometry, create=True)
+
+    @property
+    def slots(self) -> int:
+        return len(self._slots)
+
+    # The engine's end: never waits, never allocates.
+
+    def reserve(self, *, keep: int = 0) -> Slot | None:
+        """The next free slot to write, or None where the exporter is too far behind.
+
+        Args: keep: slots to leave free for steps that matter more than this one.
+        """
+        if self._head - int(self._header[_TAIL]) >= len(self._slots) - keep:
+            return None
+        return self._slots[self._head % len(self._slots)]
+
+    def commit(
+        self,
+        slot: Slot,
+        *,
+        step: int,
+        time_unix_nano: int,
+        requests: int,
+        rows: int,
+        scored_rows: int,
+        fires: int,
+        silent: bool,
+        events: int,
+    ) -> None:
+        """Publish the slot that reserve() gave."""
+        slot.header[:8] = (step, time_unix_nano, requests, rows, scored_rows, fires, silent, events)
+        self._head += 1
+        self._header[_HEAD] = self._head
+
+    def count_dropped(self, rows: int) -> None:
+        """Book a step that found no free slot."""
+        self._header[_DROPPED_STEPS] += np.uint64(1)
+        self._header[_DROPPED_ROWS] += np.uint64(rows)
+
+    def count_restart(self) -> None:
+        """Book that the exporter had to be started again."""
+        self._header[_RESTARTS] += np.uint64(1)
+
+    def close(self) -> None:
+        """The engine will write no more; the exporter drains and ends."""
+        self._header[_CLOSED] = 1
+
+    # The exporter's end.
+
+    def attach(self) -> None:
+        """Tell the engine that steps are read from here on."""
+        self._header[_ATTACHED] = 1
+
+    def peek(self) -> RawStep | None:
+        """The oldest unread step, or None. Its arrays are views: copy what must outlive release()."""
+        if int(self._header[_HEAD]) == self._tail:
+            return None
+        slot = self._slots[self._tail % len(self._slots)]
+        step, time_unix_nano, requests, rows, scored, fires, silent, events = slot.header[:8].tolist()
+        return RawStep(
+            step=step,
+            time_unix_nano=time_unix_nano,
+            requests_Q=slot.requests_Q[:requests],
+            rows=rows,
+            scored_rows=scored,
+            silent=bool(silent),
+            fires_N=slot.fires_N[:fires],
+            dense_TP=slot.dense_TP[:scored],
+            norm_TH=slot.norm_TH[:scored],
+            events=slot.events[:events].tobytes(),
+        )
+
+    def release(self) -> None:
+        """Give the slot of the last peek() back to the engine."""
+        self._tail += 1
+        self._header[_TAIL] = self._tail
+
+    def next_sequence(self) -> int:
+        """A number for the next batch, from 1 on, which no exporter of this engine has used."""
+        number = int(self._header[_SEQUENCE]) + 1
+        self._header[_SEQUENCE] = number
+        return number
+
+    @property
+    def dropped_steps(self) -> int:
+        return int(self._header[_DROPPED_STEPS])
+
+    @property
+    def dropped_rows(self) -> int:
+        return int(self._header[_DROPPED_ROWS])
+
+    @property
+    def restarts(self) -> int:
+        return int(self._header[_RESTARTS])
+
+    @property
+    def attached(self) -> bool:
+        """Whether an exporter has ever taken up this ring."""
+        return bool(self._header[_ATTACHED])
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._header[_CLOSED])
+
+
+def _aligned(offset: int) -> int:
+    return (offset + 63) & ~63
+
+
+def _slot_bytes(geometry: Geometry) -> int:
+    g = geometry
+    sizes = (
+        g.max_requests * REQUEST_DTYPE.itemsize,
+        EVENT_BYTES,
+        g.max_rows * g.hook_points * 4,
+        g.max_rows * g.dense * 2,
+        g.max_fires * FIRE_DTYPE.itemsize,
+    )
+    # Whole pages, so that an untouched slot costs no memory.
+    return (_SLOT_HEADER_BYTES + sum(_aligned(size) for size in sizes) + 4095) & ~4095

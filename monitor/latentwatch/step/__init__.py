@@ -1,0 +1,1 @@
+"""What one engine step showed, as numpy columns."""

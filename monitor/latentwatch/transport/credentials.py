@@ -1,0 +1,190 @@
+"""Who may open a stream: certificates and bearer tokens, read from files that may be replaced at any time.
+
+Nothing here opens a socket. Files are looked at again for every connection, so that a rotated certificate, authority or
+token counts from the next connection on and no process has to start again.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+
+from latentwatch.errors import ConfigRefused
+
+MIN_TOKEN_CHARACTERS: Final = 16
+CERTIFICATE: Final = "LATENTWATCH_COLLECTOR_CERT"
+KEY: Final = "LATENTWATCH_COLLECTOR_KEY"
+AUTHORITY: Final = "LATENTWATCH_COLLECTOR_CA"
+TOKEN_FILE: Final = "LATENTWATCH_COLLECTOR_TOKEN_FILE"  # noqa: S105, the name of a variable
+
+
+class Tokens:
+    """The bearer tokens that are accepted, one a file: two files while one is rotated out."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Raises: ConfigRefused, "token_unusable"."""
+        self._files = tuple(files)
+        self._read()
+
+    def accept(self, authorization: str) -> bool:
+        """Whether an Authorization header names one of them: `Bearer TOKEN`, or Basic with it as the password."""
+        given = _given(authorization)
+        try:
+            tokens = self._read()
+        except ConfigRefused:
+            return False
+        # All are compared, each in constant time.
+        return sum([hmac.compare_digest(given, token) for token in tokens]) > 0
+
+    def _read(self) -> list[bytes]:
+        return [read_token(path).encode() for path in self._files]
+
+
+def read_token(path: Path) -> str:
+    """The token in a file, without surrounding blanks. Raises ConfigRefused, "token_unusable"."""
+    try:
+        token = path.read_text().strip()
+        found = f"it holds {len(token)} characters" if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        token, found = "", f"it cannot be read: {error}"
+    if found:
+        raise ConfigRefused(
+            f"token file {path}",
+            found=found,
+            instead=f"Put one line of at least {MIN_TOKEN_CHARACTERS} ASCII characters there, e.g. of openssl rand.",
+            reason="token_unusable",
+        )
+    return token
+
+
+def _given(authorization: str) -> bytes:
+    scheme, _, text = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return text.strip().encode()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(text, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """A collector's certificate, and the authority whose certificates engines must show."""
+
+    certificate: Path
+    key: Path
+    client_authority: Path | None = None
+    """None: engines need no certificate."""
+
+    protocol: str = "h2"
+    """What is spoken behind it, as ALPN names it."""
+
+    def context(self) -> ssl.SSLContext:
+        """From the files as they are now. Raises ConfigRefused, "tls_unusable"."""
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            context.set_alpn_protocols([self.protocol])
+            context.load_cert_chain(self.certificate, self.key)
+            if self.client_authority is not None:
+                context.verify_mode = ssl.CERT_REQUIRED
+                context.load_verify_locations(self.client_authority)
+        except OSError as error:  # ssl.SSLError is one
+            raise _unusable(self.certificate, error) from error
+        return context
+
+    def renewing_context(self) -> ssl.SSLContext:
+        """One for a server that takes a single context: each handshake is by the files as they are then.
+
+        Raises: ConfigRefused, "tls_unusable". Files that cannot be used later fail the handshakes of that time.
+        """
+
+        def renew(handshake: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> int | None:
+            try:
+                handshake.context = self.context()
+            except ConfigRefused:
+                return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
+            return None
+
+        context = self.context()
+        context.sni_callback = renew
+        return context
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What an engine shows a collector, and how it knows the collector."""
+
+    authority: Path | None = None
+    """Authority of the collector's certificate; None: no TLS."""
+    certificate: Path | None = None
+    key: Path | None = None
+    token_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None) or (self.certificate and self.authority is None):
+            raise ConfigRefused(
+                "credentials for the collector",
+                found=f"{CERTIFICATE} is {self.certificate}, {KEY} is {self.key}, {AUTHORITY} is {self.authority}",
+                instead="Set certificate and key together, and the authority with them.",
+                reason="tls_unusable",
+            )
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Credentials:
+        """From LATENTWATCH_COLLECTOR_CA, _CERT, _KEY and _TOKEN_FILE. Raises ConfigRefused, "tls_unusable"."""
+        authority, certificate, key, token = (
+            Path(env[name]) if env.get(name) else None for name in (AUTHORITY, CERTIFICATE, KEY, TOKEN_FILE)
+        )
+        return cls(authority, certificate, key, token)
+
+    def channel(self, target: str, options: Sequence[tuple[str, Any]]) -> Any:
+        """A channel by the files as they are now. Raises ConfigRefused, "tls_unusable"."""
+        return self._channel(grpc, target, options)
+
+    def aio_channel(self, target: str, options: Sequence[tuple[str, Any]]) -> Any:
+        """The same for an event loop."""
+        return self._channel(grpc.aio, target, options)
+
+    def _channel(self, api: Any, target: str, options: Sequence[tuple[str, Any]]) -> Any:
+        if self.authority is None:
+            return api.insecure_channel(target, options=options)
+        try:
+            read = [path and path.read_bytes() for path in (self.authority, self.key, self.certificate)]
+        except OSError as error:
+            raise _unusable(self.authority, error) from error
+        return api.secure_channel(target, grpc.ssl_channel_credentials(*read), options=options)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What each stream carries beside its messages. Raises ConfigRefused, "token_unusable"."""
+        return (("authorization", f"Bearer {read_token(self.token_file)}"),) if self.token_file else ()
+
+
+def names_of(certificate: Mapping[str, Any] | None) -> frozenset[str]:
+    """Names that a verified certificate, as `ssl` gives it, stands for: its DNS and URI alternative names."""
+    alternatives = (certificate or {}).get("subjectAltName", ())
+    return frozenset(name for kind, name in alternatives if kind in ("DNS", "URI"))
+
+
+def may_speak_for(names: frozenset[str], replica: str) -> bool:
+    """Whether a peer with these names is `replica`: NAME itself, or NAME/engine as the plugin makes it."""
+    return bool(names & {replica, replica.rpartition("/")[0]} - {""})
+
+
+def _unusable(path: Path, error: OSError) -> ConfigRefused:
+    return ConfigRefused(
+        f"TLS with {path}",
+        found=f"{type(error).__name__}: {error}",
+        instead="Give PEM files that this process can read: a certificate with its chain, its key, the authorities.",
+        reason="tls_unusable",
+    )

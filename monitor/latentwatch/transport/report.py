@@ -1,0 +1,200 @@
+"""Report: what a collector counted since its last one. The contract between a sidecar and its gateway.
+
+Shape legend: F features of the watchlist, H hook points, B+1 buckets of a histogram (those of aggregate.histogram).
+
+Counts are differences, so that reports add: the sum of a collector's reports is what the collector shows. Requests
+travel as rows, one each: maxima, counts and crossings per feature, and no token of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from latentwatch.errors import StreamRefused
+from latentwatch.names import Outcome, Phase, Reason, TokenState
+from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE, EngineCounters
+from latentwatch.transport.session import Hello
+
+Array = npt.NDArray[Any]
+
+TOKEN_SHAPE: Final = (len(TokenState) + 1, len(Reason), len(Phase) + 1)
+"""Token counts by TokenState, Reason and Phase value; index 0 of the first and the last is unused."""
+
+
+@dataclass(frozen=True)
+class ReplicaState:
+    """An engine process as the forwarding collector sees it."""
+
+    hello: Hello
+    connected: bool
+    last_seen_seconds: float
+    open_requests: int
+    counters: EngineCounters
+
+
+@dataclass(frozen=True)
+class EngineDelta:
+    """Counts of one (model_name, engine)."""
+
+    model_name: str
+    engine: str
+    tokens: Array
+    """int64, TOKEN_SHAPE."""
+    requests: tuple[int, ...]
+    """Requests that ended, by Outcome in the order of its values."""
+
+
+@dataclass(frozen=True)
+class ModelDelta:
+    """Counts of the features under one served model name; int64 except for sums and peaks."""
+
+    model_name: str
+    fired_F: Array
+    requests_F: Array
+    exceedances_F: Array
+    statistic_FB: Array
+    statistic_sum_F: Array
+    norm_HB: Array
+    norm_sum_H: Array
+    peak_F: Array
+    """Largest value of each feature's statistic since the last report, float32; -inf for none."""
+
+
+@dataclass(frozen=True)
+class RequestRow:
+    """One request as it ended, or as it is while it goes on, where it crossed a limit since the last report."""
+
+    number: int
+    """Unique per boot of the forwarding collector."""
+    replica: str
+    model_name: str
+    engine: str
+    request_id: str
+    adapter: str
+    traceparent: str
+    opened_seconds: float
+    opening_seen: bool
+    outcome: Outcome | None
+    """None while it is open."""
+    closed_seconds: float
+    """Of an open request, when it was looked at."""
+    prompt_tokens: int | None
+    output_tokens: int | None
+    total_tokens: int | None
+    tokens: Array
+    """Accounted tokens by TokenState value, int64."""
+    features: Array
+    """FEATURE_DTYPE, every feature that was seen, by index."""
+    crossings: Array = field(default_factory=lambda: np.empty(0, CROSSED_DTYPE))
+    """CROSSED_DTYPE, those since the row before."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a collector counted since its last report, and requests that ended or crossed a limit since."""
+
+    time_unix_nano: int
+    replicas: tuple[ReplicaState, ...] = ()
+    engines: tuple[EngineDelta, ...] = ()
+    models: tuple[ModelDelta, ...] = ()
+    requests: tuple[RequestRow, ...] = ()
+    shed_requests: int = 0
+    """Rows given up since the collector's boot, because the gateway was away or slow."""
+    shed_crossings: int = 0
+
+    @property
+    def replica_names(self) -> set[str]:
+        """Every engine process that it speaks for."""
+        return {state.hello.replica for state in self.replicas} | {row.replica for row in self.requests}
+
+
+def validate(report: Report, *, features: int, hook_points: int, statistic_buckets: int, norm_buckets: int) -> None:
+    """Refuse a report that does not fit the watchlist, so that nothing behind it has to look again.
+
+    Raises: StreamRefused, reason "malformed_batch", naming the offending value.
+    """
+    F, H = features, hook_points
+    for engine in report.engines:
+        if engine.tokens.shape != TOKEN_SHAPE or len(engine.requests) != len(Outcome):
+            _malformed(f"counts of engine {engine.engine[:64]!r} have another shape")
+    for model in report.models:
+        for name, expected in (
+            ("fired_F", (F,)),
+            ("requests_F", (F,)),
+            ("exceedances_F", (F,)),
+            ("statistic_FB", (F, statistic_buckets)),
+            ("statistic_sum_F", (F,)),
+            ("norm_HB", (H, norm_buckets)),
+            ("norm_sum_H", (H,)),
+            ("peak_F", (F,)),
+        ):
+            if (found := getattr(model, name).shape) != expected:
+                _malformed(f"{name} of model {model.model_name[:64]!r} has shape {found}, expected {expected}")
+        if not (np.isfinite(model.statistic_sum_F).all() and np.isfinite(model.norm_sum_H).all()):
+            _malformed(f"a sum of model {model.model_name[:64]!r} is no finite number")
+        if not (model.peak_F < np.inf).all():
+            _malformed(f"a peak of model {model.model_name[:64]!r} is NaN or infinite")
+    if not _fit(report.requests, F):
+        for found in _wrong_rows(report.requests, F):
+            _malformed(found)
+
+
+def joined(arrays: Iterable[Array], dtype: np.dtype[Any]) -> Array:
+    """Records one after the other. Of many short arrays of records, np.concatenate takes ten times as long."""
+    return np.frombuffer(b"".join(array.tobytes() for array in arrays), dtype)
+
+
+def _fit(rows: tuple[RequestRow, ...], features: int) -> bool:
+    """Whether `_wrong_rows` has nothing to say, looked at in all rows at once."""
+    seen = joined((row.features for row in rows), FEATURE_DTYPE)
+    crossed = joined((row.crossings for row in rows), CROSSED_DTYPE)
+    last = np.cumsum([len(row.features) for row in rows], dtype=np.int64) - 1
+    ascending = np.diff(seen["index"]) > 0
+    ascending[last[(last >= 0) & (last < len(ascending))]] = True
+    return bool(
+        all(len(row.tokens) == len(TokenState) + 1 for row in rows)
+        and ascending.all()
+        and ((seen["index"] >= 0) & (seen["index"] < features)).all()
+        and np.isfinite(seen["max"]).all()
+        and not np.isinf(seen["statistic"]).any()
+        and ((seen["position"] >= 0) & (seen["fired"] >= 0)).all()
+        and ((crossed["feature"] < features) & np.isin(crossed["phase"], list(Phase))).all()
+        and np.isfinite(crossed["value"]).all()
+        and np.isfinite(crossed["seconds"]).all()
+        and np.isfinite([(row.opened_seconds, row.closed_seconds) for row in rows]).all()
+    )
+
+
+def _wrong_rows(rows: tuple[RequestRow, ...], features: int) -> Iterator[str]:
+    for row in rows:
+        index, crossed = row.features["index"], row.crossings
+        if len(row.tokens) != len(TokenState) + 1:
+            yield f"request {row.number} has {len(row.tokens)} token counts"
+        if len(index) and (index[0] < 0 or index[-1] >= features or (np.diff(index) <= 0).any()):
+            yield f"features of request {row.number} are not ascending or beyond the watchlist"
+        if not np.isfinite(row.features["max"]).all() or (row.features["position"] < 0).any():
+            yield f"request {row.number} has a feature without its maximum"
+        if np.isinf(row.features["statistic"]).any():
+            yield f"request {row.number} has an infinite statistic"
+        if (row.features["fired"] < 0).any():
+            yield f"request {row.number} has a feature that fired less than never"
+        if (crossed["feature"] >= features).any() or not np.isin(crossed["phase"], list(Phase)).all():
+            yield f"a crossing of request {row.number} names no feature or no phase"
+        if not (np.isfinite(crossed["value"]).all() and np.isfinite(crossed["seconds"]).all()):
+            yield f"a crossing of request {row.number} is no finite number"
+        if not np.isfinite([row.opened_seconds, row.closed_seconds]).all():
+            yield f"a time of request {row.number} is no finite number"
+
+
+def _malformed(found: str) -> None:
+    raise StreamRefused(
+        "report",
+        found=found,
+        instead="Run the same latentwatch version in the collector and in its gateway; upgrade the older one.",
+        reason="malformed_batch",
+    )

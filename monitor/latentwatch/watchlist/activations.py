@@ -1,0 +1,166 @@
+"""Run a Hugging Face model over texts and keep its residual stream: what discover, probe, verify and calibration need.
+
+Legend: R requests, T their tokens one after another, D d_model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from latentwatch.errors import WatchlistRefused
+from latentwatch.names import HookPoint
+from latentwatch.watchlist.file import F32
+
+MAX_LINE_BYTES: Final = 4 << 20
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text or dialogue of a .jsonl file."""
+
+    content: str | tuple[Mapping[str, str], ...]
+    """A text as it is, or chat messages for the model's template."""
+    group: str
+    """Requests of one group stay on one side of a split; each is its own where the file gives none."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The stream at one hook point over all requests, first positions left out."""
+
+    x_TD: F32
+    request_T: I64
+    """Ascending."""
+    tokens: tuple[tuple[str, ...], ...]
+    """The text of the recorded tokens, per request."""
+
+    @property
+    def starts_R(self) -> I64:
+        """The first token of each request in T."""
+        return np.searchsorted(self.request_T, np.arange(len(self.tokens)))
+
+    def select(self, wanted_R: Sequence[int]) -> Recording:
+        """Some of the requests, renumbered in the order given."""
+        bounds = np.append(self.starts_R, len(self.request_T))
+        pieces = [np.arange(bounds[r], bounds[r + 1]) for r in wanted_R]
+        request_T = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+        return Recording(self.x_TD[np.concatenate(pieces)], request_T, tuple(self.tokens[r] for r in wanted_R))
+
+
+def requests(path: Path) -> list[Request]:
+    """Read a .jsonl file of {"text": ...} or {"messages": [{"role", "content"}]}, each with an optional "group".
+
+    Raises: WatchlistRefused: the file is missing or empty, or a line is neither.
+    """
+    found: list[Request] = []
+    try:
+        with path.open("rb") as stream:
+            while line := stream.readline(MAX_LINE_BYTES):
+                found.append(_request(json.loads(line), f"{path.name}:{len(found) + 1}"))
+    except OSError as error:
+        raise _refuse(str(path), f"it cannot be read ({error.strerror})", "Give a .jsonl file.") from error
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        place = f"{path.name} line {len(found) + 1}"
+        raise _refuse(place, f"not a request ({error})", 'Write {"text": "..."} or {"messages": [...]}.') from error
+    if not found:
+        raise _refuse(str(path), "it holds no requests", "Give one per line.")
+    return found
+
+
+def _request(fields: Any, own_group: str) -> Request:
+    group = str(fields.get("group", own_group))
+    if isinstance(fields.get("text"), str):
+        return Request(fields["text"], group)
+    messages = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in fields["messages"])
+    return Request(messages, group)
+
+
+def record(
+    model: str,
+    wanted: Sequence[Request],
+    hook_point: HookPoint,
+    *,
+    skip_first: int = 1,
+    max_tokens: int = 512,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Recording:
+    """Run the model over each request and keep the stream after a layer.
+
+    Args:    model: a Hugging Face model's folder or name.   skip_first: positions to leave out at each start.
+             max_tokens: longer requests are cut.   progress: called with the number of requests done.
+    Raises:  WatchlistRefused: the model cannot be loaded, or lacks the layer.
+    """
+    import torch
+
+    network, tokenizer = _load(model)
+    layers = network.get_decoder().layers
+    if hook_point.layer >= len(layers):
+        raise _refuse(f"model {model}", f"it has {len(layers)} layers, no {hook_point}", "Name a layer that it has.")
+    kept: list[Any] = []
+
+    def keep(_module: Any, _inputs: Any, output: Any) -> None:
+        kept.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    # A hook and not `hidden_states`: the last entry of those is behind the final norm.
+    handle = layers[hook_point.layer].register_forward_hook(keep)
+    streams, tokens = [], []
+    try:
+        with torch.inference_mode():
+            for done, request in enumerate(wanted):
+                ids = _token_ids(tokenizer, request)[:max_tokens]
+                if len(ids) <= skip_first:
+                    found = f"it has {len(ids)} tokens, of which the first {skip_first} are left out"
+                    raise _refuse(f"request {done + 1}", found, "Leave it out.")
+                kept.clear()
+                network(input_ids=torch.tensor([ids], device=network.device))
+                streams.append(kept[0][0, skip_first:].float().cpu().numpy())
+                tokens.append(tuple(tokenizer.decode([i]) for i in ids[skip_first:]))
+                progress(done + 1)
+    finally:
+        handle.remove()
+    request_T = np.repeat(np.arange(len(streams)), [len(stream) for stream in streams])
+    return Recording(np.concatenate(streams), request_T, tuple(tokens))
+
+
+def save(recording: Recording, path: Path, hook_point: HookPoint) -> None:
+    """Write an activations file, as `verify --activations` and TopK calibration read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file({"x": recording.x_TD}, path, {"hook_point": str(hook_point)})
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        network = AutoModelForCausalLM.from_pretrained(model).eval()
+    except ImportError as error:
+        raise _refuse(
+            f"model {model}", f"package {error.name!r} is missing", "Install torch and transformers."
+        ) from error
+    except (OSError, ValueError) as error:
+        found = f"it cannot be loaded ({' '.join(str(error).split())[:200]})"
+        raise _refuse(f"model {model}", found, "Give a Hugging Face model's folder or name.") from error
+    return network.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _token_ids(tokenizer: Any, request: Request) -> list[int]:
+    if isinstance(request.content, str):
+        return list(tokenizer(request.content)["input_ids"])
+    text = tokenizer.apply_chat_template([dict(m) for m in request.content], tokenize=False)
+    # The template writes the special tokens itself; the tokenizer would add them a second time.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _refuse(what: str, found: str, instead: str) -> WatchlistRefused:
+    return WatchlistRefused(what, found=found, instead=instead, reason="recording")

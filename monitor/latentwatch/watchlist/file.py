@@ -1,0 +1,391 @@
+"""The watchlist file: canonical encoder rows and a JSON card in ONE .safetensors file.
+
+Shape legend: K features at one hook point, D d_model.
+
+Every linear encoder is one canonical row per feature (KERNELS A3 of the design notes):
+
+    s = n(x) @ w;   fires iff s > tau;   act = max(gain * s + bias, lo) where it fires, else 0
+
+with n(x) one of `NORMS`. A feature with gate "none" (a probe, a direction) has tau = lo = -inf: it always "fires"
+and is shipped as a dense column. The other features are sparse.
+
+The file holds, for the i-th hook point, tensors `h<i>.w_hi` and `h<i>.w_lo` (bfloat16 bit patterns as U16 [K, D], since
+numpy has no bfloat16; w_hi + w_lo equals the float32 row to 2.4e-6 rms) and `h<i>.scale` (F32 [6, K], rows in the order
+of `SCALE_ROWS`), and the card as JSON under the metadata key "latentwatch". Its identity is the SHA-256 of the file's
+bytes (`sha256sum` prints it too). The card carries a SHA-256 of the tensors and of itself, so that a damaged file is
+refused and never scored.
+
+Reading needs numpy and safetensors only: the collector reads cards without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from latentwatch.errors import ConfigRefused, WatchlistRefused
+from latentwatch.names import HookPoint, Severity
+
+FORMAT: Final = "latentwatch.watchlist/1"
+METADATA_KEY: Final = "latentwatch"
+_DIGEST_KEY: Final = "content_sha256"
+MAX_FEATURES: Final = 1024
+"""Over all hook points; the bound that ring slots, series and page are sized for."""
+MAX_FILE_BYTES: Final = 1 << 30
+NORMS: Final = ("none", "layer_norm", "constant_norm", "centre")
+"""n(x): x; (x - mean) / (std_unbiased + 1e-5); x * sqrt(D) / ||x||; x - mean. The index is the code in `scale`."""
+SCALE_ROWS: Final = ("tau", "gain", "bias", "lo", "colsum", "norm")
+GATES: Final = ("exact", "calibrated", "none")
+STATISTICS: Final = ("max", "rolling_mean")
+PHASES: Final = ("any", "prompt", "output")
+
+F32 = npt.NDArray[np.float32]
+U16 = npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A request exceeds the limit when the statistic of its activations goes above `value`.
+
+    statistic "max": the largest activation of one token. "rolling_mean": the largest mean over `window_tokens`
+    consecutive tokens (fewer at the start of a request give no value).
+    """
+
+    statistic: str
+    value: float
+    window_tokens: int = 1
+    phase: str = "any"
+
+    def __post_init__(self) -> None:
+        if self.statistic not in STATISTICS or self.phase not in PHASES:
+            raise _refuse(
+                "limit", f"statistic {self.statistic!r}, phase {self.phase!r}", f"Use {STATISTICS} and {PHASES}."
+            )
+        if not math.isfinite(self.value):
+            raise _refuse("limit", f"value {self.value} is not finite", "Give a number in the feature's own units.")
+        if not 1 <= self.window_tokens <= 64 or (self.statistic == "max") != (self.window_tokens == 1):
+            raise _refuse(
+                "limit",
+                f"window_tokens {self.window_tokens} with statistic {self.statistic!r}",
+                "Use 1 with max, 2 to 64 with rolling_mean.",
+            )
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One watched direction and what is known about it."""
+
+    id: str
+    """Stable, unique in the watchlist, fit for a metric label: letters, digits and ._- only."""
+    label: str
+    severity: Severity
+    kind: str
+    """"sae", "probe" or "direction"."""
+    gate: str
+    """"exact", "calibrated" (a TopK subset) or "none" (dense)."""
+    units: str
+    limit: Limit | None = None
+    skip_first_positions: int = 0
+    """Positions at the start of a request that no statistic counts (1: the BOS token)."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """Where the row came from: format, repo or file, sha256, feature index."""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """Measured figures: auroc, tpr_at_fpr_1pct, n, split, base_rate, quantiles, confounds, label_source."""
+
+    def __post_init__(self) -> None:
+        if (
+            not self.id
+            or len(self.id) > 64
+            or not all(c.isalnum() or c in "._-" for c in self.id)
+            or not self.id.isascii()
+        ):
+            raise _refuse(
+                f"feature {self.id!r}", "its id is not 1 to 64 letters, digits, '.', '_' or '-'", "Rename it."
+            )
+        if self.kind not in ("sae", "probe", "direction") or self.gate not in GATES:
+            raise _refuse(
+                f"feature {self.id}",
+                f"kind {self.kind!r}, gate {self.gate!r}",
+                f"Use sae, probe or direction and {GATES}.",
+            )
+        if not 0 <= self.skip_first_positions <= 64:
+            raise _refuse(f"feature {self.id}", f"skip_first_positions {self.skip_first_positions}", "Use 0 to 64.")
+
+    @property
+    def dense(self) -> bool:
+        """Whether the score is shipped for every token instead of only where it fires."""
+        return self.gate == "none"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """The model that the rows belong to; the engine compares each field with its own and refuses a difference."""
+
+    name: str
+    """For people; not compared, since one checkpoint is served under many names."""
+    architecture: str
+    d_model: int
+    layers: int
+    vocab_size: int
+    dtypes: tuple[str, ...]
+    """Serving dtypes for which the scores are right, e.g. ("bfloat16", "float32")."""
+
+
+@dataclass(frozen=True)
+class HookRows:
+    """The canonical rows at one hook point."""
+
+    hook_point: HookPoint
+    features: tuple[Feature, ...]
+    w_hi_KD: U16
+    """bfloat16 bit patterns."""
+    w_lo_KD: U16
+    scale_6K: F32
+
+    @property
+    def w_KD(self) -> F32:
+        """The float32 rows, w_hi + w_lo."""
+        return f32_from_bf16(self.w_hi_KD) + f32_from_bf16(self.w_lo_KD)
+
+    def __post_init__(self) -> None:
+        K = len(self.features)
+        what = f"hook point {self.hook_point}"
+        if K == 0 or self.w_hi_KD.ndim != 2 or self.w_hi_KD.shape[0] != K or self.w_lo_KD.shape != self.w_hi_KD.shape:
+            raise _refuse(what, f"{K} features but rows of shape {self.w_hi_KD.shape}", "Build the watchlist again.")
+        if self.scale_6K.shape != (len(SCALE_ROWS), K):
+            raise _refuse(
+                what,
+                f"scale has shape {self.scale_6K.shape}, expected {(len(SCALE_ROWS), K)}",
+                "Build the watchlist again.",
+            )
+        scale = dict(zip(SCALE_ROWS, self.scale_6K, strict=True))
+        if not np.isfinite(self.w_KD).all() or not all(
+            np.isfinite(scale[r]).all() for r in ("gain", "bias", "colsum", "norm")
+        ):
+            raise _refuse(what, "NaN or infinite weights", "Check the source file.")
+        if not np.isin(scale["norm"], range(len(NORMS))).all():
+            raise _refuse(what, "an unknown norm code", f"Known norms are {NORMS}.")
+        dense = np.array([f.dense for f in self.features])
+        if not (np.isneginf(scale["tau"]) == dense).all() or not (np.isneginf(scale["lo"]) == dense).all():
+            raise _refuse(
+                what,
+                "tau and lo must be -inf for features with gate 'none' and finite for the others",
+                "Build the watchlist again.",
+            )
+        if np.isnan(scale["tau"]).any() or np.isnan(scale["lo"]).any() or np.isposinf(scale["tau"]).any():
+            raise _refuse(what, "a threshold is NaN or +inf", "Check the source file.")
+
+
+@dataclass(frozen=True)
+class Watchlist:
+    """A built watchlist: what the engine scores and the collector explains."""
+
+    name: str
+    model: ModelCard
+    hooks: tuple[HookRows, ...]
+    notes: str = ""
+    """Free text for people: what these features are and are not."""
+    sha256: str = ""
+    """Of the file's bytes; empty until it is written or read."""
+
+    def __post_init__(self) -> None:
+        points = [rows.hook_point for rows in self.hooks]
+        if not points or points != sorted(set(points)):
+            raise _refuse(
+                f"watchlist {self.name!r}",
+                f"hook points {[str(p) for p in points]}",
+                "Each must stand once, in layer order.",
+            )
+        for rows in self.hooks:
+            if rows.w_hi_KD.shape[1] != self.model.d_model or not rows.hook_point.layer < self.model.layers:
+                raise _refuse(
+                    f"hook point {rows.hook_point}",
+                    f"rows of width {rows.w_hi_KD.shape[1]} for a model of d_model {self.model.d_model} "
+                    f"and {self.model.layers} layers",
+                    "Use a source trained on this model, and a layer that it has.",
+                    "watchlist_width" if rows.hook_point.layer < self.model.layers else "hook_point_unknown",
+                )
+        ids = [f.id for f in self.features]
+        if len(ids) > MAX_FEATURES or len(set(ids)) != len(ids):
+            twice = sorted({i for i in ids if ids.count(i) > 1}) if len(ids) <= MAX_FEATURES else []
+            raise _refuse(
+                f"watchlist {self.name!r}",
+                f"{len(ids)} features, ids that stand twice: {twice}",
+                f"At most {MAX_FEATURES}, each id once.",
+            )
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """All features in watchlist order: hook point by hook point. The index is the wire's feature number."""
+        return tuple(feature for rows in self.hooks for feature in rows.features)
+
+    @property
+    def sparse_F(self) -> npt.NDArray[np.bool_]:
+        """bool [F]: which features are shipped as non-zeros; the others are dense columns, in the same order."""
+        return np.array([not feature.dense for feature in self.features])
+
+
+def write(watchlist: Watchlist, path: Path) -> Watchlist:
+    """Write the file and return the watchlist with its hash. Never leaves a half-written file behind."""
+    tensors = {
+        f"h{i}.{name}": np.ascontiguousarray(array)
+        for i, rows in enumerate(watchlist.hooks)
+        for name, array in (("w_hi", rows.w_hi_KD), ("w_lo", rows.w_lo_KD), ("scale", rows.scale_6K))
+    }
+    card = _card(watchlist)
+    card[_DIGEST_KEY] = _content_sha256(card, tensors)
+    data = safetensors.numpy.save(tensors, {METADATA_KEY: _canonical_json(card)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+    return dataclasses.replace(watchlist, sha256=hashlib.sha256(data).hexdigest())
+
+
+def read(path: Path) -> Watchlist:
+    """Read and check a watchlist file.
+
+    Raises: WatchlistRefused: the file is missing, truncated, damaged, of another format or version, or its content
+            does not hold together. `reason` is "watchlist_missing", "watchlist_format", "watchlist_width" or
+            "hook_point_unknown".
+    """
+    what = f"watchlist {path}"
+    return parse(_read_bytes(path, what), what)
+
+
+def parse(data: bytes, what: str = "watchlist") -> Watchlist:
+    """Check the bytes of a watchlist file; `what` names them in errors. Raises as `read`."""
+    card, tensors = _unpack(data, what)
+    if card.get("format") != FORMAT:
+        found = f"format {card.get('format')!r}, this version reads {FORMAT!r}"
+        raise _refuse(what, found, "Build it again with this version.")
+    if card.pop(_DIGEST_KEY, None) != _content_sha256(card, tensors):
+        raise _refuse(what, "its content is not what was written: the file is damaged", "Build or copy it again.")
+    try:
+        watchlist = _from_card(card, tensors)
+    except WatchlistRefused as refusal:
+        raise _refuse(f"{what}: {refusal.what}", refusal.found, refusal.instead, refusal.reason) from refusal
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigRefused) as error:
+        found = f"its card does not hold together ({type(error).__name__}: {error})"
+        raise _refuse(what, found, "Build it again with this version.") from error
+    return dataclasses.replace(watchlist, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _read_bytes(path: Path, what: str) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise _refuse(what, f"{size} bytes, more than {MAX_FILE_BYTES}", "Give the built file; this is none.")
+        return path.read_bytes()
+    except OSError as error:
+        found = f"it cannot be read ({error.strerror})"
+        instead = "Give the file that 'latentwatch watchlist build' wrote."
+        raise _refuse(what, found, instead, "watchlist_missing") from error
+
+
+def _unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """The card and the tensors, unchecked."""
+    try:
+        tensors = safetensors.numpy.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        card = json.loads(header.get("__metadata__", {})[METADATA_KEY])
+    except Exception as error:
+        # safetensors raises its own SafetensorError (not a ValueError) and plain ones; all mean the same to the reader.
+        found = f"not a whole watchlist file ({type(error).__name__}: {str(error)[:120]})"
+        raise _refuse(what, found, "Build or copy it again.") from error
+    if not isinstance(card, dict):
+        raise _refuse(what, f"its card is {type(card).__name__}, not an object", "Build or copy it again.")
+    return card, tensors
+
+
+def _content_sha256(card: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Over the card without its own digest, and over every tensor's name, form and bytes."""
+    digest = hashlib.sha256(_canonical_json(card).encode("utf-8", "surrogatepass"))
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode("utf-8", "surrogatepass"))
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _canonical_json(card: Mapping[str, Any]) -> str:
+    return json.dumps(card, sort_keys=True, ensure_ascii=False)
+
+
+def f32_from_bf16(bits: U16) -> F32:
+    """The exact float32 values of bfloat16 bit patterns."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def bf16_from_f32(values: F32) -> U16:
+    """Bit patterns of the nearest bfloat16, ties to even; finite input only."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _card(watchlist: Watchlist) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "name": watchlist.name,
+        "notes": watchlist.notes,
+        "model": dataclasses.asdict(watchlist.model),
+        "hooks": [
+            {"hook_point": str(rows.hook_point), "features": [dataclasses.asdict(feature) for feature in rows.features]}
+            for rows in watchlist.hooks
+        ],
+    }
+
+
+def _from_card(card: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> Watchlist:
+    expected = {f"h{i}.{name}" for i in range(len(card["hooks"])) for name in ("w_hi", "w_lo", "scale")}
+    if set(tensors) != expected:
+        raise _refuse(
+            "tensors",
+            f"{sorted(set(tensors) ^ expected)[:6]} are missing or unknown",
+            "Build it again with this version.",
+        )
+    return Watchlist(
+        name=card["name"],
+        notes=card["notes"],
+        model=ModelCard(**{**card["model"], "dtypes": tuple(card["model"]["dtypes"])}),
+        hooks=tuple(
+            HookRows(
+                hook_point=HookPoint.parse(hook["hook_point"]),
+                features=tuple(_feature(feature) for feature in hook["features"]),
+                w_hi_KD=_array(tensors, f"h{i}.w_hi", np.uint16),
+                w_lo_KD=_array(tensors, f"h{i}.w_lo", np.uint16),
+                scale_6K=_array(tensors, f"h{i}.scale", np.float32),
+            )
+            for i, hook in enumerate(card["hooks"])
+        ),
+    )
+
+
+def _feature(fields: Mapping[str, Any]) -> Feature:
+    limit = fields["limit"]
+    return Feature(
+        **{**fields, "severity": Severity(fields["severity"]), "limit": None if limit is None else Limit(**limit)}
+    )
+
+
+def _array(tensors: Mapping[str, npt.NDArray[Any]], name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    if tensors[name].dtype != dtype:
+        raise _refuse(
+            f"tensor {name}",
+            f"dtype {tensors[name].dtype}, expected {np.dtype(dtype)}",
+            "Build it again with this version.",
+        )
+    return tensors[name]
+
+
+def _refuse(what: str, found: str, instead: str, reason: str = "watchlist_format") -> WatchlistRefused:
+    return WatchlistRefused(what, found=found, instead=instead, reason=reason)

@@ -1,0 +1,216 @@
+"""Read rows of large tensor files without loading them: the files that sources are published in.
+
+A 65k-wide encoder takes 1 GiB; a watchlist needs some dozens of its rows. Every reader here yields the selected rows
+or columns as float64, decoded exactly from whatever the file stores, and holds at most `BLOCK_BYTES` at a time.
+No reader runs code from a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+
+from latentwatch.errors import WatchlistRefused
+from latentwatch.watchlist.file import f32_from_bf16
+
+F64 = npt.NDArray[np.float64]
+Raw = npt.NDArray[Any]
+
+BLOCK_BYTES: Final = 32 << 20
+"""Rows read at once when columns are picked out of them: large enough to stream, small beside any limit on memory."""
+
+_SAFETENSORS_DTYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its shape, and how its bytes become numbers."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    bf16: bool = False
+    offset: int = 0
+    """Of the first byte in the file, where the format has one."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one slice along the first axis."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def decode(self, raw: Raw) -> F64:
+        """The exact float64 values of stored ones."""
+        return np.asarray(f32_from_bf16(raw) if self.bf16 else raw, np.float64)
+
+
+class Tensors(ABC):
+    """The named tensors of one file. Subclasses know one container format."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry], unreadable: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self.entries: Final = dict(entries)
+        self._unreadable: Final = dict(unreadable or {})
+        """Tensors of a dtype that cannot be read exactly, by name."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Free text that the container carries beside the tensors."""
+        return {}
+
+    @abstractmethod
+    def read(self, name: str, start: int, stop: int) -> Raw:
+        """Stored values of rows start..stop along the first axis (a scalar has one row). Called in ascending order."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape. Raises WatchlistRefused when the file has no tensor of that name."""
+        if name in self._unreadable:
+            raise self.refuse(f"tensor {name!r} has dtype {self._unreadable[name]}", "Convert it to float32.")
+        if name not in self.entries:
+            raise self.refuse(
+                f"tensor {name!r} is missing (the file has {', '.join(sorted(self.entries)[:12]) or 'none'})",
+                "Check that the 'format' of this source is right.",
+            )
+        return self.entries[name].shape
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor of another shape, naming a transposed one as such."""
+        found = self.shape(name)
+        if found == shape:
+            return
+        if len(shape) == 2 and found == shape[::-1]:
+            raise self.refuse(
+                f"tensor {name!r} is stored transposed, {list(found)} where this format has {list(shape)}",
+                "Check the 'format' of this source, or save the tensor the way the format defines it.",
+            )
+        raise self.refuse(
+            f"tensor {name!r} has shape {list(found)} where the rest of the source says {list(shape)}",
+            "Check that the configuration and the weights belong together.",
+        )
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        """The two sizes of a matrix that is not empty; anything else is refused."""
+        shape = self.shape(name)
+        if len(shape) != 2 or 0 in shape:
+            raise self.refuse(
+                f"tensor {name!r} has shape {list(shape)}, not a matrix", "Check the 'format' of this source."
+            )
+        return shape[0], shape[1]
+
+    def vector(self, name: str) -> int:
+        """The size of a vector that is not empty; anything else is refused."""
+        shape = self.shape(name)
+        if len(shape) != 1 or 0 in shape:
+            raise self.refuse(
+                f"tensor {name!r} has shape {list(shape)}, not a vector", "Check the 'format' of this source."
+            )
+        return shape[0]
+
+    def scalar(self, name: str) -> float:
+        """A single number; anything else is refused."""
+        shape = self.shape(name)
+        if math.prod(shape) != 1:
+            raise self.refuse(
+                f"tensor {name!r} has shape {list(shape)}, not one number", "Check the 'format' of this source."
+            )
+        return float(self.whole(name).reshape(()))
+
+    def rows(self, name: str, index_K: Sequence[int]) -> F64:
+        """The chosen slices along the first axis, float64 [K, ...], in the order asked for."""
+        entry = self.entries[name]
+        if isinstance(index_K, range) and index_K.step == 1 and len(index_K) > 0:
+            return self._finite(name, entry.decode(self.read(name, index_K.start, index_K.stop)))
+        by_row = {row: self.read(name, row, row + 1)[0] for row in sorted(set(index_K))}
+        return self._finite(name, entry.decode(np.stack([by_row[row] for row in index_K])))
+
+    def columns(self, name: str, index_K: Sequence[int]) -> F64:
+        """The chosen slices along the second axis as rows, float64 [K, D]."""
+        entry = self.entries[name]
+        step = max(1, BLOCK_BYTES // max(1, entry.row_bytes))
+        index = np.asarray(index_K)
+        parts = [
+            np.ascontiguousarray(self.read(name, start, min(start + step, entry.shape[0]))[:, index].T)
+            for start in range(0, entry.shape[0], step)
+        ]
+        return self._finite(name, entry.decode(np.concatenate(parts, axis=1)))
+
+    def whole(self, name: str) -> F64:
+        """A small tensor, all of it, as float64."""
+        self.shape(name)
+        entry = self.entries[name]
+        raw = self.read(name, 0, entry.shape[0] if entry.shape else 1)
+        return self._finite(name, entry.decode(raw).reshape(entry.shape))
+
+    def refuse(self, found: str, instead: str) -> WatchlistRefused:
+        """The error of this file."""
+        return refuse_file(self.path, found, instead)
+
+    def _finite(self, name: str, values: F64) -> F64:
+        if not np.isfinite(values).all():
+            raise self.refuse(
+                f"tensor {name!r} holds NaN or infinity in what the watchlist selects",
+                "Leave these features out, or fetch the file again if it is damaged.",
+            )
+        return values
+
+
+class SafetensorsFile(Tensors):
+    """A .safetensors file, read slice by slice with the header checked by the safetensors library."""
+
+    def __init__(self, path: Path) -> None:
+        header = _safetensors_header(path)
+        self._metadata: Mapping[str, str] = header.pop("__metadata__", {})
+        entries, unreadable = {}, {}
+        start = header.pop("")
+        for name, fields in header.items():
+            code = fields["dtype"]
+            if code not in _SAFETENSORS_DTYPES:
+                unreadable[name] = code
+                continue
+            shape = tuple(int(size) for size in fields["shape"])
+            entries[name] = Entry(
+                shape, np.dtype(_SAFETENSORS_DTYPES[code]), code == "BF16", start + fields["data_offsets"][0]
+            )
+        super().__init__(path, entries, unreadable)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self._metadata
+
+    def read(self, name: str, start: int, stop: int) -> Raw:
+        entry = self.entries[name]
+        row_items = entry.row_bytes // entry.dtype.itemsize
+        with self.path.open("rb") as file:
+            file.seek(entry.offset + start * entry.row_bytes)
+            raw = np.fromfile(file, entry.dtype, (stop - start) * row_items)
+        if raw.size != (stop - start) * row_items:
+            raise self.refuse(f"it ends inside tensor {name!r}", "Fetch the file again.")
+        return raw.reshape(stop - start, *entry.shape[1:])
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """The checked JSON header; the key "" holds the offset of the data."""
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+    except Exception as error:
+        # safetensors raises its own SafetensorError, which is not a ValueError; all mean a damaged or foreign file.
+        raise refuse_file(path, f"not a whole .safetensors file ({str(error)[:160]})", "Fetch it again.") from error
+    header[""] = 8 + length
+    return header
+
+
+def refuse_file(path: Path, found: str, instead: str) -> WatchlistRefused:
+    """The error of a file of a source."""
+    return WatchlistRefused(f"source file {path.name}", found=found, instead=instead, reason="source_file")

@@ -1,0 +1,260 @@
+"""The state on a disk: a collector that resumed cannot be told from one that never stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from latentwatch.collector.config import Bounds
+from latentwatch.collector.durability import checkpoint, journal
+from latentwatch.collector.durability.journal import DurableSink
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.errors import StateRefused
+from latentwatch.names import Severity
+from latentwatch.step.batch import StepBatch
+from latentwatch.watchlist.file import Limit
+
+from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+
+FEATURES = (
+    sparse("jailbreak", limit=Limit("max", 3.0), severity=Severity.CRITICAL),
+    sparse("weather"),
+    sparse("bos", limit=Limit("max", 0.1), skip=1),
+    probe("deceive", limit=Limit("rolling_mean", 1.0, 4)),
+    probe("mood", limit=Limit("max", 2.0, phase="output")),
+)
+SMALL = Bounds(open_requests=4, closed_requests=3, flagged_requests=2, exceedances=5, windows=4)
+
+
+def pipeline(sha256: str = "ab" * 32, bounds: Bounds = SMALL) -> Pipeline:
+    return Pipeline(watchlist(FEATURES, sha256=sha256), bounds)
+
+
+def batches(seed: int, requests: int = 6) -> list[StepBatch]:
+    rng = np.random.default_rng(seed)
+    made = [
+        tokens(rng, FEATURES, handle=i, total=int(rng.integers(2, 40)), prompt_tokens=2) for i in range(1, requests + 1)
+    ]
+    return Schedule.random(rng, made, 9).batches(FEATURES)
+
+
+def plain(value: Any) -> Any:
+    """A state with its arrays as bytes, so that two can be compared to the bit."""
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, dict):
+        return {key: plain(held) for key, held in value.items()}
+    return [plain(held) for held in value] if isinstance(value, list | tuple) else value
+
+
+def same(one: Pipeline, other: Pipeline) -> None:
+    assert plain(one.state()) == plain(other.state())
+    for serial in one.latest(100):
+        assert repr(one.request(serial)) == repr(other.request(serial))
+    assert repr(one.exceedances(100)) == repr(other.exceedances(100))
+
+
+def run(sink: Any, steps: list[StepBatch], first: int = 1) -> None:
+    """A second passes with each step; every third is followed by a tick."""
+    for sequence, batch in enumerate(steps, start=first):
+        sink.observe(hello(), sequence, batch, 1000.0 + sequence)
+        sink.commit()
+        if sequence % 3 == 0:
+            sink.tick(1000.0 + sequence)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1))
+def test_a_pipeline_restored_from_a_file_goes_on_as_if_it_had_never_stopped(seed, share):
+    steps = batches(seed)
+    cut = int(share * len(steps))
+    whole, second = pipeline(), pipeline()
+    whole.hello(hello(), 1000.0)
+    run(whole, steps[:cut])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.npz"
+        checkpoint.write(path, {"a": 1}, whole.state())
+        second.restore(checkpoint.read(path, {"a": 1}))
+    same(whole, second)
+    run(whole, steps[cut:], cut + 1)
+    run(second, steps[cut:], cut + 1)
+    same(whole, second)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_a_journal_that_ends_anywhere_resumes_at_a_whole_batch_and_the_sender_fills_in_the_rest(seed, data):
+    """What a kill leaves: a checkpoint somewhere before, and a journal cut at any byte."""
+    steps = batches(seed)
+    whole = pipeline()
+    whole.hello(hello(), 1000.0)
+    run(whole, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        first = DurableSink(pipeline(), Path(folder), 1000.0)
+        first.hello(hello(), 1000.0)
+        renewed = data.draw(st.integers(0, len(steps)))
+        run(first, steps[:renewed])
+        asyncio.run(first.maintain(9e9))
+        run(first, steps[renewed:], renewed + 1)
+        (path,) = Path(folder).rglob("journal-*.log")
+        torn = path.read_bytes()[: data.draw(st.integers(0, path.stat().st_size))]
+        killed(first)
+        path.write_bytes(torn)
+
+        second = pipeline()
+        sink = DurableSink(second, Path(folder), 1000.0)
+        assert second.snapshot(0).replicas[0].connected is False
+        held = sink.hello(hello(), 1000.0)
+        assert renewed <= held <= len(steps)
+        for sequence, batch in enumerate(steps[held:], start=held + 1):
+            sink.observe(hello(), sequence, batch, 1000.0 + sequence)
+        totals = [made.snapshot(0) for made in (whole, second)]
+        assert np.array_equal(totals[0].engines[0].tokens, totals[1].engines[0].tokens)
+        assert totals[0].engines[0].requests == totals[1].engines[0].requests
+        assert np.array_equal(totals[0].models[0].fired_F, totals[1].models[0].fired_F)
+        assert np.array_equal(totals[0].models[0].exceedances_F, totals[1].models[0].exceedances_F)
+        assert totals[1].collector.duplicates == totals[1].collector.lost_sequences == 0
+        killed(sink)
+
+
+def killed(sink: DurableSink) -> None:
+    """What the system does when a process is killed: its descriptors are closed, and nothing else."""
+    os.close(sink._journal)
+    os.close(sink._lock)
+
+
+def test_a_second_checkpoint_replaces_the_first_and_a_stop_leaves_no_journal_to_read(tmp_path):
+    steps = batches(0)
+    sink = DurableSink(pipeline(), tmp_path, 1000.0)
+    sink.hello(hello(), 1000.0)
+    run(sink, steps)
+    asyncio.run(sink.maintain(9e9))
+    assert len(list(tmp_path.rglob("checkpoint-*"))) == len(list(tmp_path.rglob("journal-*"))) == 1
+    sink.close(2000.0)
+    made = pipeline()
+    again = DurableSink(made, tmp_path, 2000.0)
+    assert again.facts.resumed_events == 0 and again.facts.durable
+    assert again.hello(hello(), 2000.0) == len(steps)
+    assert made.snapshot(0).collector.messages == len(steps)
+
+
+def test_a_request_that_is_deleted_is_in_no_file_and_does_not_come_back(tmp_path):
+    """And what it added to counts stays."""
+    named, counts = b"chatcmpl-2-0123abcd", lambda p: [m.exceedances_F.tolist() for m in p.snapshot(0.0).models]
+    roomy = Bounds(open_requests=8)
+    one = DurableSink(pipeline(bounds=roomy), tmp_path, 1000.0)
+    one.hello(hello(), 1000.0)
+    run(one, batches(1))
+    before = counts(one._pipeline)
+    asyncio.run(one._checkpoint(1100.0))
+    assert one._pipeline.find("chatcmpl-2") and held(tmp_path, named)
+    assert asyncio.run(one.forget("chatcmpl-2", 1101.0))
+    assert not one._pipeline.find("chatcmpl-2") and not held(tmp_path, named)
+    os.close(one._journal)
+    os.close(one._lock)
+    again = DurableSink(pipeline(bounds=roomy), tmp_path, 1102.0)
+    assert not again._pipeline.find("chatcmpl-2") and again._pipeline.find("chatcmpl-1")
+    assert counts(again._pipeline) == before
+    again.close(1103.0)
+
+
+def held(folder: Path, text: bytes) -> bool:
+    """Whether these bytes are in a file, or in what a checkpoint has packed."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    packed = (zipfile.ZipFile(path) for path in files if path.suffix == ".npz")
+    content = [path.read_bytes() for path in files] + [part.read(name) for part in packed for name in part.namelist()]
+    return any(text in one or text.decode().encode("utf-32-le") in one for one in content)
+
+
+def test_a_full_disk_stops_no_counting_and_a_later_checkpoint_makes_up_for_it(tmp_path, monkeypatch):
+    steps = batches(1)
+    made = pipeline()
+    sink = DurableSink(made, tmp_path, 1000.0)
+    sink.hello(hello(), 1000.0)
+    run(sink, steps[:3])
+
+    def full(descriptor: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "_write", full)
+        run(sink, steps[3:5], 4)
+        asyncio.run(sink.maintain(2000.0))
+        assert not sink.facts.durable and sink.facts.write_failures == 2
+    run(sink, steps[5:6], 6)
+    assert made.snapshot(0).collector.messages == 6
+    asyncio.run(sink.maintain(3000.0))
+    assert sink.facts.durable
+    run(sink, steps[6:], 7)
+    killed(sink)
+    second = pipeline()
+    assert DurableSink(second, tmp_path, 4000.0).hello(hello(), 4000.0) == len(steps)
+    second.goodbye(hello(), 1000.0)
+    assert np.array_equal(second.snapshot(0).engines[0].tokens, made.snapshot(0).engines[0].tokens)
+
+
+def test_each_watchlist_has_a_state_of_its_own(tmp_path):
+    sink = DurableSink(pipeline(), tmp_path, 1000.0)
+    sink.hello(hello(), 1000.0)
+    run(sink, batches(0))
+    sink.close(2000.0)
+    other = DurableSink(pipeline("cd" * 32), tmp_path, 2000.0)
+    assert other.hello(hello(watchlist_sha256="cd" * 32), 2000.0) == 0
+    other.close(2000.0)
+    assert DurableSink(pipeline(), tmp_path, 3000.0).hello(hello(), 3000.0) == len(batches(0))
+
+
+def test_state_that_cannot_be_resumed_from_is_refused_and_not_overwritten(tmp_path):
+    sink = DurableSink(pipeline(), tmp_path, 1000.0)
+    with pytest.raises(StateRefused) as refused:
+        DurableSink(pipeline(), tmp_path, 1000.0)
+    assert refused.value.reason == "state_in_use"
+    sink.close(1000.0)
+    with pytest.raises(StateRefused, match="bounds") as refused:
+        DurableSink(pipeline(bounds=Bounds()), tmp_path, 1000.0)
+    assert refused.value.reason == "state_header"
+    (path,) = tmp_path.rglob("checkpoint-*")
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"engines")] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(StateRefused) as refused:
+        DurableSink(pipeline(), tmp_path, 1000.0)
+    assert refused.value.reason == "state_damaged"
+    assert path.read_bytes() == damaged
+    with pytest.raises(StateRefused) as refused:
+        DurableSink(pipeline(), Path("/proc/none"), 1000.0)
+    assert refused.value.reason == "state_unusable"
+
+
+def test_a_boot_that_was_forgotten_still_cannot_be_counted_twice():
+    """Merged, never acknowledged, cut off for hours: the engine sends it again when it is back."""
+    made = Pipeline(watchlist(FEATURES))
+    steps = batches(2)
+    made.hello(hello(), 1000.0)
+    run(made, steps)
+    made.goodbye(hello(), 1100.0)
+    made.tick(90_000.0)
+    assert made.snapshot(0).replicas == ()
+    assert made.hello(hello(), 90_001.0) == len(steps)
+
+
+def test_a_clock_that_was_set_ends_no_request_and_keeps_none_for_ever():
+    made = Pipeline(watchlist(FEATURES))
+    made.hello(hello(), 1000.0)
+    made.observe(hello(), 1, batches(3)[0], 1000.0)
+    opened = made.snapshot(0).engines[0].open_requests
+    assert opened
+    made.shift_clock(86_400.0)
+    made.tick(1001.0 + 86_400.0)
+    assert made.snapshot(0).engines[0].open_requests == opened
+    made.tick(1001.0 + 86_400.0 + made.bounds.request_idle_seconds)
+    assert made.snapshot(0).engines[0].open_requests == 0

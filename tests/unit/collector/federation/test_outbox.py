@@ -1,0 +1,407 @@
+"""What a gateway shows is what its sidecars counted: totals to the token, each request as its sidecar shows it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from latentwatch.collector.config import Bounds
+from latentwatch.collector.durability.journal import DurableSink
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.errors import StreamRefused
+from latentwatch.evidence.records import Activations, Ended, Exceedance, Record
+from latentwatch.names import Outcome, Severity
+from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE, StepBatch
+from latentwatch.transport import codec
+from latentwatch.transport.report import Report, RequestRow
+from latentwatch.transport.session import Hello
+from latentwatch.watchlist.file import Limit
+
+from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+
+FEATURES = (
+    sparse("jailbreak", limit=Limit("max", 3.0), severity=Severity.CRITICAL),
+    sparse("weather"),
+    sparse("bos", limit=Limit("max", 0.1), skip=1),
+    probe("deceive", limit=Limit("rolling_mean", 1.0, 4)),
+    probe("mood", limit=Limit("max", 2.0, phase="output")),
+)
+BOUNDS = Bounds()
+
+
+def pipeline(bounds: Bounds = BOUNDS) -> Pipeline:
+    return Pipeline(watchlist(FEATURES), bounds)
+
+
+def forwarder(name: str = "sidecar", boot: str = "f" * 32) -> Hello:
+    return hello(replica=name, boot_id=boot, engine="", model_name="", engine_version="", forwards=True)
+
+
+def sidecar(number: int = 0, bounds: Bounds = BOUNDS) -> Pipeline:
+    made = pipeline(bounds)
+    made.forward_from(f"{number:032x}")
+    return made
+
+
+def batches(seed: int, requests: int = 6) -> list[StepBatch]:
+    rng = np.random.default_rng(seed)
+    made = [
+        tokens(rng, FEATURES, handle=i, total=int(rng.integers(2, 40)), prompt_tokens=2) for i in range(1, requests + 1)
+    ]
+    named = [replace(request, request_id=f"chatcmpl-{seed}-{request.handle}-0123abcd") for request in made]
+    return Schedule.random(rng, named, 9).batches(FEATURES)
+
+
+def carry(source: Pipeline, gateway: Pipeline, who: Hello, now: float = 2000.0, *, twice: bool = False) -> None:
+    """Everything that waits, over the wire's bytes; acknowledged. `twice`: as when the ack got lost."""
+    assert source.forward is not None
+    for _ in range(1 + twice):
+        for number, report in list(source.forward.reports):
+            decoded = codec.decode_request(codec.encode_report(number, report))
+            assert isinstance(decoded, codec.NumberedReport)
+            gateway.merge(who, decoded.sequence, decoded.report, now)
+    source.acknowledged(max((number for number, _ in source.forward.reports), default=0))
+
+
+def same_totals(gateway: Pipeline, *sidecars: Pipeline) -> None:
+    """Every count of the gateway is the sum of the sidecars'."""
+    shown, summed = gateway.snapshot(0), [made.snapshot(0) for made in sidecars]
+    for engine in shown.engines:
+        parts = [e for s in summed for e in s.engines if (e.model_name, e.engine) == (engine.model_name, engine.engine)]
+        assert np.array_equal(engine.tokens, sum(part.tokens for part in parts))
+        assert engine.requests == {o: sum(part.requests[o] for part in parts) for o in Outcome}
+        assert engine.open_requests == sum(part.open_requests for part in parts)
+    for model in shown.models:
+        parts = [m for s in summed for m in s.models if m.model_name == model.model_name]
+        for column in ("fired_F", "requests_F", "exceedances_F"):
+            assert np.array_equal(getattr(model, column), sum(getattr(part, column) for part in parts))
+        for histogram in ("statistic", "norm"):
+            held = [getattr(part, histogram) for part in parts]
+            assert np.array_equal(getattr(model, histogram).counts_FB, sum(part.counts_FB for part in held))
+            assert np.allclose(getattr(model, histogram).sum_F, sum(part.sum_F for part in held))
+    assert {(e.model_name, e.engine) for e in shown.engines} == {
+        (e.model_name, e.engine) for s in summed for e in s.engines
+    }
+
+
+def same_requests(gateway: Pipeline, source: Pipeline, replica: str) -> None:
+    """Each ended request looks the same at both."""
+    ended = [view for serial in source.latest(1000) if (view := source.request(serial)) and view.outcome != "open"]
+    for view in ended:
+        (there,) = [gateway.request(serial) for serial in gateway.find(view.response_id)]
+        assert there is not None and there.replica == replica
+        assert repr(there) == repr(view)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), data=st.data())
+def test_a_gateway_shows_what_its_sidecars_counted(seed, data):
+    """However steps, ticks, deliveries, lost acks and a sidecar's restart from its state fall together."""
+    gateway, sources = pipeline(), [sidecar(1), sidecar(2)]
+    engines = [hello(replica=f"pod-{i}/0", engine=str(i), boot_id=f"{i:032x}") for i in range(2)]
+    who = [forwarder(f"pod-{i}", f"{i + 1:032x}") for i in range(2)]
+    for source, engine, name in zip(sources, engines, who, strict=True):
+        source.hello(engine, 1000.0)
+        gateway.hello(name, 1000.0)
+    steps = [batches(seed + i) for i in range(2)]
+    for number in range(max(len(s) for s in steps)):
+        for i in range(2):
+            if number < len(steps[i]):
+                sources[i].observe(engines[i], number + 1, steps[i][number], 1000.0 + number)
+            if data.draw(st.booleans()):
+                sources[i].tick(1000.0 + number)
+            if data.draw(st.integers(0, 3)) == 0:
+                again = sidecar(99)
+                again.restore(sources[i].state())
+                sources[i] = again
+            if data.draw(st.integers(0, 2)) == 0:
+                carry(sources[i], gateway, who[i], 1000.0 + number, twice=data.draw(st.booleans()))
+    for source, name in zip(sources, who, strict=True):
+        for _ in range(2):
+            source.tick(1900.0)
+            carry(source, gateway, name)
+    same_totals(gateway, *sources)
+    for i, source in enumerate(sources):
+        assert source.forward is not None and source.forward._crossings == len(source.forward.open_crossed) == 0
+        same_requests(gateway, source, f"pod-{i}/0")
+    shown = sorted((e.request_id, e.feature, e.position, e.seconds) for e in gateway.exceedances(1000))
+    counted = sorted((e.request_id, e.feature, e.position, e.seconds) for s in sources for e in s.exceedances(1000))
+    assert shown == counted
+    assert sum(view.requests for view in gateway.drift.views()) <= 12
+    restored = pipeline()
+    restored.restore(gateway.state())
+    same_totals(restored, *sources)
+    same_requests(restored, sources[0], "pod-0/0")
+
+
+def test_health_of_the_engines_behind_a_sidecar_is_shown_and_goes_with_its_stream():
+    gateway, source = pipeline(), sidecar()
+    source.hello(hello(), 1000.0)
+    gateway.hello(forwarder(), 1000.0)
+    source.tick(1001.0)
+    carry(source, gateway, forwarder())
+    (replica,), (shown,) = gateway.snapshot(0).replicas, gateway.snapshot(0).forwarders
+    assert replica.replica == "pod-0/0" and replica.connected and shown.collector == "sidecar" and shown.connected
+    gateway.goodbye(forwarder(), 1002.0)
+    (replica,), (shown,) = gateway.snapshot(0).replicas, gateway.snapshot(0).forwarders
+    assert not replica.connected and not shown.connected
+
+
+def test_an_engine_that_boots_again_behind_a_sidecar_leaves_no_open_requests_at_the_gateway():
+    gateway, source = pipeline(), sidecar()
+    gateway.hello(forwarder(), 1000.0)
+    source.hello(hello(), 1000.0)
+    source.observe(hello(), 1, batches(3)[0], 1000.0)
+    source.tick(1001.0)
+    carry(source, gateway, forwarder())
+    assert gateway.snapshot(0).engines[0].open_requests > 0
+    source.hello(hello(boot_id="1" * 32), 1002.0)
+    source.tick(1003.0)
+    carry(source, gateway, forwarder())
+    same_totals(gateway, source)
+    assert gateway.snapshot(0).engines[0].open_requests == 0
+
+
+def test_an_open_request_that_crossed_a_limit_can_be_looked_up_at_the_gateway_before_it_ends():
+    gateway, source = pipeline(), sidecar()
+    steps = batches(3, requests=1)
+    source.hello(hello(), 1000.0)
+    gateway.hello(forwarder(), 1000.0)
+    for i, step in enumerate(steps[:-1], start=1):
+        source.observe(hello(), i, step, 1000.0)
+    source.tick(1001.0)
+    assert source.exceedances(1), "the seed was chosen so that a limit is crossed before the last step"
+    carry(source, gateway, forwarder())
+    (serial,) = gateway.find("chatcmpl-3-1-0123abcd")
+    view = gateway.request(serial)
+    assert view is not None and view.outcome == "open" and view.closed_seconds is None and view.exceeded_features
+    source.observe(hello(), len(steps), steps[-1], 1002.0)
+    source.tick(1003.0)
+    carry(source, gateway, forwarder())
+    assert gateway.find("chatcmpl-3-1-0123abcd") == [serial]
+    ended = gateway.request(serial)
+    assert ended is not None and ended.outcome == "finished"
+
+
+def test_a_sidecar_that_ran_without_its_gateway_for_a_while_tells_it_what_it_missed_and_nothing_twice():
+    gateway, source = pipeline(), sidecar(1)
+    gateway.hello(forwarder(), 1000.0)
+    source.hello(hello(), 1000.0)
+    for i, step in enumerate(steps := batches(3), start=1):
+        if i == 4:
+            source.tick(1000.0 + i)
+            carry(source, gateway, forwarder())
+        if i == len(steps) // 2:
+            alone = pipeline()
+            alone.restore(source.state())
+            source = alone
+        source.observe(hello(), i, step, 1000.0 + i)
+        if i == len(steps) - 2:
+            again = sidecar(2)
+            again.restore(source.state())
+            source = again
+    source.tick(1100.0)
+    carry(source, gateway, forwarder())
+    same_totals(gateway, source)
+
+
+def test_a_gateway_that_is_away_costs_rows_beyond_the_bound_and_no_count():
+    bounds = Bounds(forward_bytes=6_000)
+    gateway, source = pipeline(), sidecar(bounds=bounds)
+    source.hello(hello(), 1000.0)
+    gateway.hello(forwarder(), 1000.0)
+    sequence = 0
+    for second in range(30):
+        for step in batches(second, requests=2):
+            sequence += 1
+            handles = step.segments_S.copy()
+            handles["handle"] += 10 * second
+            moved = replace(
+                step,
+                segments_S=handles,
+                opened=tuple(replace(o, handle=o.handle + 10 * second) for o in step.opened),
+                closed=tuple(replace(c, handle=c.handle + 10 * second) for c in step.closed),
+            )
+            source.observe(hello(), sequence, moved, 1000.0 + second)
+        source.tick(1000.0 + second)
+    facts = source.snapshot(0).forward
+    assert facts is not None and facts.waiting_reports == 8 and facts.waiting_bytes <= bounds.forward_bytes
+    assert facts.shed_requests > 0
+    for _ in range(4):
+        carry(source, gateway, forwarder())
+        source.tick(1100.0)
+    same_totals(gateway, source)
+    (shown,) = gateway.snapshot(0).forwarders
+    known = [serial for serial in gateway.latest(1000) if gateway.request(serial)]
+    assert len(known) + shown.shed_requests == 60
+    assert shown.shed_requests == facts.shed_requests
+    assert len(gateway.exceedances(1000)) + shown.shed_crossings == len(source.exceedances(1000))
+
+
+def test_a_killed_sidecar_makes_the_same_reports_from_its_journal(tmp_path):
+    steps = batches(5)
+    first = DurableSink(made := sidecar(1), tmp_path, 1000.0)
+    first.hello(hello(), 1000.0)
+    for i, step in enumerate(steps, start=1):
+        first.observe(hello(), i, step, 1000.0 + i)
+        first.tick(1000.0 + i)
+        if i == 4:
+            first.acknowledged(3)
+    first.commit()
+    assert made.forward is not None
+    sent = [codec.encode_report(number, report) for number, report in made.forward.reports]
+    os.close(first._journal)
+    os.close(first._lock)
+    second = DurableSink(again := sidecar(2), tmp_path, 1000.0)
+    assert again.forward is not None and again.forward.boot_id == made.forward.boot_id
+    assert [codec.encode_report(number, report) for number, report in again.forward.reports] == sent
+    assert asyncio.run(second.maintain(9e9)) is None
+
+
+def test_a_request_that_is_deleted_waits_for_no_gateway():
+    gateway, source = pipeline(), sidecar()
+    gateway.hello(forwarder(), 1000.0)
+    source.hello(hello(), 1000.0)
+    steps = batches(3)
+    ended = [closed.request_id for step in steps for closed in step.closed]
+    for i, step in enumerate(steps, start=1):
+        source.observe(hello(), i, step, 1000.0 + i)
+        if step is steps[-3]:
+            source.tick(1050.0)
+    for request_id in (ended[0], ended[-1]):
+        source.forget(request_id)
+        assert request_id not in repr(source.forward.reports) + repr(source.forward._plain) + repr(
+            source.forward._flagged
+        )
+    source.tick(1100.0)
+    carry(source, gateway, forwarder())
+    same_totals(gateway, source)
+    assert not gateway.find(ended[0]) and not gateway.find(ended[-1]) and gateway.find(ended[1])
+
+
+def test_a_gateways_evidence_has_the_exceedance_and_the_end_and_no_activations():
+    records: list[Record] = []
+    gateway, source = pipeline(), sidecar()
+    gateway.record_to([records.extend], "exceeded")
+    source.hello(hello(), 1000.0)
+    gateway.hello(forwarder(), 1000.0)
+    for i, step in enumerate(batches(3), start=1):
+        source.observe(hello(), i, step, 1000.0 + i)
+    source.tick(1100.0)
+    carry(source, gateway, forwarder())
+    exceedances = [record for record in records if isinstance(record, Exceedance)]
+    ends = [record for record in records if isinstance(record, Ended)]
+    assert len(exceedances) == len(source.exceedances(1000)) > 0
+    assert {record.request.request_id for record in exceedances} == {record.request.request_id for record in ends}
+    assert not [record for record in records if isinstance(record, Activations)]
+
+
+def refused(gateway: Pipeline, report: Report, who: Hello | None = None) -> StreamRefused:
+    before = gateway.snapshot(0)
+    with pytest.raises(StreamRefused) as refusal:
+        gateway.merge(who or forwarder(), 1, report, 2000.0)
+    after = gateway.snapshot(0)
+    assert repr(before.engines) == repr(after.engines) and before.replicas == after.replicas
+    return refusal.value
+
+
+def a_report(**changes: Any) -> Report:
+    source = sidecar()
+    source.hello(hello(), 1000.0)
+    for i, step in enumerate(batches(3), start=1):
+        source.observe(hello(), i, step, 1000.0 + i)
+    source.tick(1100.0)
+    assert source.forward is not None
+    return replace(source.forward.reports[0][1], **changes)
+
+
+def broken_row(**changes: Any) -> RequestRow:
+    return replace(a_report().requests[0], **changes)
+
+
+def features(*index: int, **columns: Any) -> np.ndarray:
+    rows = np.zeros(len(index), FEATURE_DTYPE)
+    rows["index"] = index
+    for name, value in columns.items():
+        rows[name] = value
+    return rows
+
+
+def crossing(**columns: Any) -> np.ndarray:
+    rows = np.zeros(1, CROSSED_DTYPE)
+    rows["phase"] = 1
+    for name, value in columns.items():
+        rows[name] = value
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"features": features(9)}, "beyond the watchlist"),
+        ({"features": features(1, 0)}, "not ascending"),
+        ({"features": features(1, 1)}, "not ascending"),
+        ({"features": features(-1)}, "beyond the watchlist"),
+        ({"features": features(0, max=np.nan)}, "without its maximum"),
+        ({"features": features(0, max=np.inf)}, "without its maximum"),
+        ({"features": features(0, statistic=-np.inf)}, "infinite statistic"),
+        ({"features": features(0, fired=-1)}, "less than never"),
+        ({"crossings": crossing(feature=5)}, "no feature or no phase"),
+        ({"crossings": crossing(phase=0)}, "no feature or no phase"),
+        ({"crossings": crossing(value=np.nan)}, "no finite number"),
+        ({"opened_seconds": float("inf")}, "no finite number"),
+        ({"tokens": np.zeros(3, np.int64)}, "3 token counts"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused_and_changes_nothing(row, found):
+    gateway = pipeline()
+    gateway.hello(forwarder(), 1000.0)
+    refusal = refused(gateway, a_report(requests=(broken_row(**row),)))
+    assert refusal.reason == "malformed_batch" and found in refusal.found
+
+
+def test_counts_of_another_shape_are_refused():
+    gateway, report = pipeline(), a_report()
+    gateway.hello(forwarder(), 1000.0)
+    model, engine = report.models[0], report.engines[0]
+    for changed in (
+        replace(report, models=(replace(model, fired_F=model.fired_F[:2]),)),
+        replace(report, models=(replace(model, statistic_FB=model.statistic_FB[:, :3]),)),
+        replace(report, models=(replace(model, norm_sum_H=model.norm_sum_H * np.nan),)),
+        replace(report, models=(replace(model, peak_F=model.peak_F * np.nan),)),
+        replace(report, engines=(replace(engine, requests=(1,)),)),
+    ):
+        assert refused(gateway, changed).reason == "malformed_batch"
+    with pytest.raises(StreamRefused, match="more than"):
+        huge = replace(engine, tokens=engine.tokens + codec.MAX_COUNT)
+        codec.decode_request(codec.encode_report(1, replace(report, engines=(huge,))))
+
+
+def test_who_may_be_in_a_report():
+    gateway, report = pipeline(Bounds(replicas=2, models=1)), a_report()
+    gateway.hello(forwarder(), 1000.0)
+    (state,) = report.replicas
+
+    def of(*hellos: Hello) -> Report:
+        return replace(report, replicas=tuple(replace(state, hello=other) for other in hellos))
+
+    assert refused(gateway, of(hello(watchlist_sha256="cd" * 32))).reason == "watchlist_mismatch"
+    assert refused(gateway, of(forwarder("other"))).reason == "replica_twice"
+    assert refused(gateway, of(hello(replica="a"), hello(replica="b"))).reason == "too_many_replicas"
+    assert refused(gateway, of(hello(model_name="a"), hello(replica="b", model_name="b"))).reason == "too_many_replicas"
+    assert refused(gateway, of(hello(model_name="\n"))).reason == "replica_name"
+    rows = tuple(replace(row, model_name=f"m{i}") for i, row in enumerate(report.requests))
+    assert refused(gateway, replace(report, requests=rows)).reason == "too_many_models"
+    direct = pipeline()
+    direct.hello(forwarder(), 1000.0)
+    direct.hello(hello(), 1000.0)
+    assert refused(direct, report).reason == "replica_twice"
+    chained = sidecar()
+    with pytest.raises(StreamRefused, match="forwards to another one itself"):
+        chained.hello(forwarder(), 1000.0)

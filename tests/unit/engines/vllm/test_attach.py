@@ -1,0 +1,109 @@
+"""Which worker reports, and which engine modes are refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from latentwatch.engines.vllm.attach import Attachment, _stake
+from latentwatch.engines.vllm.settings import PluginSettings
+from latentwatch.names import Severity
+from latentwatch.watchlist.file import Limit
+
+from tests.support import tiny
+from tests.support.fake_model import Worker
+from tests.support.streams import probe, sparse
+
+
+def attached(worker: Any, folder: Any) -> Attachment:
+    """Loaded and warmed up, without a collector: no process is started."""
+    path = folder / "w.safetensors"
+    tiny.watchlist(path)
+    attachment = Attachment(worker, PluginSettings(str(path), "", "here", disabled=False))
+    worker.load_model()
+    worker.compile_or_warm_up_model()
+    return attachment
+
+
+@pytest.mark.parametrize(("rank", "world", "reports"), [(0, 1, True), (0, 2, True), (1, 2, False), (2, 2, True)])
+def test_one_rank_of_an_engine_reports(rank, world, reports, tmp_path):
+    """Ranks 2 and 3 belong to the second engine of a data-parallel server."""
+    worker: Any = Worker()
+    worker.rank, worker.parallel_config.world_size = rank, world
+    attachment = attached(worker, tmp_path)
+    assert (attachment._tap is not None) == reports
+    assert bool(attachment.salt) == reports
+
+
+def ngram(config: Any) -> None:
+    config.speculative_config = SimpleNamespace(method="ngram")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: setattr(c.parallel_config, "pipeline_parallel_size", 2), "pipeline parallelism"),
+        (lambda c: setattr(c.parallel_config, "use_ubatching", True), "micro-batching (DBO)"),
+        (lambda c: setattr(c.parallel_config, "prefill_context_parallel_size", 2), "prefill context parallelism"),
+        (lambda c: setattr(c.parallel_config, "use_sequence_parallel_moe", True), "sequence-parallel MoE"),
+        (lambda c: setattr(c.compilation_config.pass_config, "enable_sp", True), "sequence parallelism"),
+        (lambda c: setattr(c.cache_config, "kv_sharing_fast_prefill", True), "KV-sharing fast prefill"),
+        (lambda c: setattr(c.model_config, "runner_type", "pooling"), "pooling models"),
+        (lambda c: setattr(c, "speculative_config", SimpleNamespace(method="eagle")), "speculative decoding"),
+        (lambda c: (ngram(c), setattr(c.scheduler_config, "async_scheduling", True)), "speculative decoding"),
+    ],
+)
+def test_a_mode_whose_rows_cannot_be_told_is_refused_by_name(change, named, tmp_path):
+    worker: Any = Worker()
+    change(worker.vllm_config)
+    refusal = attached(worker, tmp_path)._refusal
+    assert refusal is not None and refusal.reason == "engine_mode"
+    assert named in str(refusal)
+
+
+def test_ngram_drafts_are_followed_where_the_batch_says_which_rows_are_true(tmp_path):
+    worker: Any = Worker()
+    ngram(worker.vllm_config)
+    assert attached(worker, tmp_path)._refusal is None
+
+
+def test_ngram_drafts_on_a_runner_that_assumes_their_acceptance_are_refused(tmp_path):
+    worker: Any = Worker()
+    ngram(worker.vllm_config)
+    del worker.model_runner.input_batch
+    assert "speculative decoding" in str(attached(worker, tmp_path)._refusal)
+
+
+class Alone(Worker):
+    """A rank that would wait for the others in every forward."""
+
+    def __init__(self, *, eager: bool) -> None:
+        super().__init__()
+        self.model_config.enforce_eager = eager
+        self.parallel_config.world_size = 2
+
+    def _forward(self, rows: int) -> None:
+        raise AssertionError("a forward of one rank alone waits for the others for ever")
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_no_rank_makes_a_forward_alone_and_only_a_compiled_graph_must_have_shown_the_op(eager, tmp_path):
+    refusal = attached(Alone(eager=eager), tmp_path)._refusal
+    assert (refusal.reason if refusal else "") == ("" if eager else "canary_dead")
+
+
+@pytest.mark.parametrize(
+    ("feature", "stake"),
+    [
+        (sparse("a", limit=Limit("max", 3.0), severity=Severity.CRITICAL), ("critical", 3.0, False)),
+        (sparse("b"), ("warning", -math.inf, False)),
+        (probe("c", limit=Limit("rolling_mean", 0.5, 4)), ("critical", 0.5, True)),
+        (probe("d"), ("critical", math.inf, True)),
+    ],
+    ids=["limit", "sparse without one", "rolling mean", "dense without one"],
+)
+def test_the_exporter_is_told_whose_scores_to_shed_last(feature, stake):
+    assert json.loads(json.dumps(_stake(feature))) == list(stake)
