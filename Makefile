@@ -11,7 +11,7 @@ REQ := .requirements
 # Two files of tests at a time, in the order of the folders: the engine tests are the long ones and come early.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check unit engine lint types imports dependencies proto lock clean system
+.PHONY: help demo test check unit engine lint types imports dependencies page proto lock clean system
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -22,7 +22,7 @@ test: system $(VENV)/.dev ## everything: linters, types, import rules, unit, con
 	@$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
-check: lint types imports dependencies ## linters, types, import and dependency rules only
+check: lint types imports dependencies page ## linters, types, import and dependency rules only
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -40,6 +40,9 @@ imports: $(VENV)/.dev
 
 dependencies: $(VENV)/.dev
 	$(BIN)/deptry monitor
+
+page: tests/page/node_modules/.installed ## the live page's types and style
+	npm --prefix tests/page run --silent check
 
 unit: $(VENV)/.dev ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not e2e"
@@ -106,7 +109,7 @@ lock: ## resolve the lock files again (needs uv)
 	sed -i -E 's/^(torch==[0-9.]+)\+cpu/\1/; /^(nvidia|cuda)-/d' $(REQ)/engine-cpu.txt $(REQ)/dev.txt
 
 clean: ## remove the virtual environment, caches and what the demo left
-	rm -rf $(VENV) .cache demo-out demo-report.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) tests/page/node_modules .cache demo-out demo-report.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentwatch needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -123,4 +126,8 @@ $(VENV)/.engine-cpu: $(REQ)/engine-cpu.txt pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: $(REQ)/dev.txt $(VENV)/.engine-cpu
 	$(PIP) --no-deps -r $(REQ)/dev.txt
+	@touch $@
+
+tests/page/node_modules/.installed: tests/page/package-lock.json
+	npm --prefix tests/page ci --silent
 	@touch $@

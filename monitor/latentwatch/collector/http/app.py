@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -27,14 +28,9 @@ from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.collector.snapshot import Anomaly, Exceedance, RequestView
 from latentwatch.drift.model import Alarm, DriftView
 from latentwatch.export.prometheus import Exposition, negotiate
-from latentwatch.watchlist.file import MAX_FEATURES
+from latentwatch.watchlist.file import MAX_FEATURES, Limit
 
-_PAGE: Final = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/details.js": ("details.js", "text/javascript; charset=utf-8"),
-}
+_PAGE_MEDIA: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS: Final = (
     (
         b"content-security-policy",
@@ -82,7 +78,7 @@ class FeatureTotals:
     kind: str
     gate: str
     units: str
-    limit: dict[str, Any] | None
+    limit: Limit | None
     skip_first_positions: int
     source: dict[str, Any]
     evidence: dict[str, Any]
@@ -168,8 +164,10 @@ def make_app(
     _add_operations(app, pipeline, clock, process)
     _add_api(app, pipeline, clock)
     add_evidence(app, evidence)
-    for path, (name, media) in _PAGE.items():
-        _add_file(app, path, files("latentwatch.collector.http").joinpath("static", name).read_bytes(), media)
+    for file in files("latentwatch.collector.http").joinpath("static").iterdir():
+        if media := _PAGE_MEDIA.get(PurePath(file.name).suffix):
+            path = "/" if file.name == "index.html" else f"/{file.name}"
+            _add_file(app, path, file.read_bytes(), f"{media}; charset=utf-8")
     return _secured(app)
 
 
