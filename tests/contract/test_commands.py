@@ -37,7 +37,7 @@ from tests.support.drift import random_baseline
 from tests.support.engines import ROOT
 from tests.support.evidence import one_request, store
 from tests.support.stack import alertmanager, ask, eventually, metrics_page, prometheus
-from tests.support.streams import Piece, Tokens, hello, step_batch, watchlist
+from tests.support.streams import Piece, Tokens, hello, received, step_batch, watchlist
 
 PAGES = [
     ROOT / "README.md",
@@ -199,7 +199,7 @@ def ordinary(service: Service) -> None:
             opened=[request.opened() for request in made],
             closed=[request.closed() for request in made],
         )
-        service.pipeline.observe(who, window + 1, batch, now)
+        service.pipeline.observe(who, received(window + 1, batch), now)
         now += 60
         service.pipeline.drift.tick(now + 1)
 

@@ -18,7 +18,7 @@ from prometheus_client.openmetrics import parser as open_metrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.drift import random_baseline
-from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+from tests.support.streams import Schedule, hello, probe, received, sparse, tokens, watchlist
 
 FEATURES = (
     sparse("jailbreak", limit=Limit("max", 1.0), severity=Severity.CRITICAL, label='says "yes" \\ to\nall 100 % of %s'),
@@ -40,7 +40,7 @@ def made() -> Pipeline:
         requests = [tokens(rng, FEATURES, handle=h, total=30, prompt_tokens=10, hooks=2) for h in range(1, 6)]
         requests[0].request_id = 'chatcmpl-"evil\n\\id"-0123abcd'
         for sequence, batch in enumerate(Schedule.random(rng, requests, 9).batches(FEATURES, hooks=2), start=1):
-            pipeline.observe(who, sequence, batch, 1000.0 + sequence)
+            pipeline.observe(who, received(sequence, batch), 1000.0 + sequence)
     pipeline.hello(hello(replica="blind", armed=False, not_armed_reason="watchlist_width"), 1000.0)
     pipeline.hello(hello(replica="sidecar", engine="", model_name="", forwards=True), 1000.0)
     pipeline.refused("watchlist_mismatch")
@@ -167,7 +167,7 @@ def test_a_request_id_too_long_for_an_exemplar_is_left_out_whole():
     request = tokens(rng, FEATURES, handle=1, total=30, prompt_tokens=10, hooks=2, unseen_share=0)
     request.request_id = "x" * 200
     for batch in Schedule.one_step([request]).batches(FEATURES, hooks=2):
-        pipeline.observe(hello(), 1, batch, 1000.0)
+        pipeline.observe(hello(), received(1, batch), 1000.0)
     samples = parse(page(pipeline, open_metrics=True), open_metrics=True)["latentwatch_exceedances"].samples
     assert [s.exemplar.labels for s in samples if s.value] == [{}] * 2
 

@@ -38,8 +38,9 @@ from latentwatch.errors import ConfigRefused
 from latentwatch.transport.address import Address
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens
 from latentwatch.transport.door import HANDSHAKE_SECONDS
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
-from latentwatch.transport.session import Hello, Sink
+from latentwatch.transport.sink import Sink
 from latentwatch.watchlist import file as watchlist_file
 
 log = logging.getLogger(__name__)

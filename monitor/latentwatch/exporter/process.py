@@ -24,8 +24,8 @@ from latentwatch.handover.ring import Ring
 from latentwatch.step.batch import EngineCounters, StepBatch
 from latentwatch.transport.address import positive
 from latentwatch.transport.credentials import Credentials
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.sender import Sender
-from latentwatch.transport.session import Hello
 from latentwatch.transport.shed_priority import ShedPriority
 from latentwatch.transport.spool import Spool, SpoolFolder, SpoolSettings
 

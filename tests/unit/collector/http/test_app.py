@@ -17,7 +17,7 @@ from latentwatch.watchlist.file import Limit
 from starlette.testclient import TestClient
 
 from tests.page import answers
-from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+from tests.support.streams import Schedule, hello, probe, received, sparse, tokens, watchlist
 
 FEATURES = (sparse("jailbreak", limit=Limit("max", 1.0)), probe("deceive", limit=Limit("rolling_mean", 0.1, 4)))
 EVIL = 'chatcmpl-<img src=x onerror="alert(1)">/../é-0123abcd'
@@ -34,7 +34,7 @@ def client() -> TestClient:
     requests = [tokens(rng, FEATURES, handle=h, total=30, prompt_tokens=10) for h in range(1, 4)]
     requests[0].request_id = EVIL
     for batch in Schedule.one_step(requests).batches(FEATURES):
-        pipeline.observe(hello(), 1, batch, 1000.0)
+        pipeline.observe(hello(), received(1, batch), 1000.0)
     app = make_app(pipeline, clock=lambda: 1001.0, process=lambda: ProcessFacts(1.0, 2, 3.0))
     return TestClient(app, raise_server_exceptions=True)
 
