@@ -28,7 +28,7 @@ from latentwatch import __version__
 from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.pipeline import Pipeline
-from latentwatch.export.prometheus import Exposition
+from latentwatch.export.prometheus import render
 from latentwatch.names import Outcome, Phase, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
 from latentwatch.transport import codec
@@ -196,11 +196,11 @@ def exposition_seconds(features: int) -> float:
     pipeline.hello(who, 1000.0)
     for sequence in range(1, 2 * LIFE_STEPS):
         pipeline.observe(who, ReceivedBatch(sequence, load.next(), b""), 1000.0)
-    families, exposition = Families(pipeline.watchlist), Exposition()
+    families = Families(pipeline.watchlist)
     times = []
     for _ in range(21):
         began = time.process_time()
-        exposition.render(families.of(pipeline.snapshot(1000.0), ProcessFacts(0.0, 0, 0.0)), open_metrics=False)
+        render(families.of(pipeline.snapshot(1000.0), ProcessFacts(0.0, 0, 0.0)), open_metrics=False)
         times.append(time.process_time() - began)
     return float(np.median(times))
 

@@ -11,7 +11,7 @@ from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.pipeline import Pipeline
 from latentwatch.export.metrics import METRICS, Metric, sample_names
-from latentwatch.export.prometheus import Exposition
+from latentwatch.export.prometheus import render
 from latentwatch.names import Severity
 from latentwatch.watchlist.file import Limit
 from prometheus_client.openmetrics import parser as open_metrics_parser
@@ -50,7 +50,7 @@ def made() -> Pipeline:
 
 def page(made: Pipeline, *, open_metrics: bool) -> str:
     families = Families(made.watchlist).of(made.snapshot(2000.0), ProcessFacts(900.0, 1 << 20, 1.5))
-    return Exposition().render(families, open_metrics=open_metrics).decode()
+    return render(families, open_metrics=open_metrics).decode()
 
 
 def parse(text: str, *, open_metrics: bool):
@@ -69,7 +69,8 @@ def test_the_exposition_is_the_table_and_nothing_else(made, open_metrics):
         assert family.type == ("gauge" if metric.kind == "info" and not open_metrics else metric.kind)
         for sample in family.samples:
             assert sample.name in metric.samples
-            assert tuple(label for label in sample.labels if label != "le") == metric.labels
+            assert sample.labels.keys() - {"le"} == set(metric.labels)
+            assert ("le" in sample.labels) == sample.name.endswith("_bucket")
             if metric.buckets and sample.name.endswith("_bucket"):
                 assert float(sample.labels["le"]) in (*metric.buckets, np.inf)
 
@@ -182,7 +183,7 @@ def test_histograms_of_signed_scores_have_buckets_around_the_limit_and_no_sum(ma
 def test_a_bound_on_the_samples_of_features_says_what_it_withheld_and_spares_the_rest(made):
     def shown(bound: int) -> tuple[int, int, int]:
         families = list(Families(made.watchlist, bound).of(made.snapshot(2000.0), ProcessFacts(900.0, 1 << 20, 1.5)))
-        parse(Exposition().render(families, open_metrics=True).decode(), open_metrics=True)
+        parse(render(families, open_metrics=True).decode(), open_metrics=True)
         (withheld,) = (f.values[0] for f in families if f.metric.name == "latentwatch_series_withheld")
         mine = sum(f.samples for f in families if "feature" in f.metric.labels)
         return mine, int(withheld), sum(f.samples for f in families if "feature" not in f.metric.labels)

@@ -17,8 +17,8 @@ from latentwatch.drift.model import DriftView
 from latentwatch.evidence.records import KINDS as KINDS_OF_RECORD
 from latentwatch.evidence.writer import DROP_REASONS, NOTHING_WRITTEN, QUEUE_BYTES, WriterTotals
 from latentwatch.export import metrics
+from latentwatch.export.families import ExemplarLine, Family, LabelRows
 from latentwatch.export.metrics import ENGINE_COUNTERS, Metric
-from latentwatch.export.prometheus import ExemplarLine, Family, LabelRows
 from latentwatch.names import Outcome
 from latentwatch.transport import door
 from latentwatch.transport.receiver import ReceiverFacts

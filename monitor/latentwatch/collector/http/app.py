@@ -1,4 +1,6 @@
-"""The collector's HTTP side: /metrics, the read-only JSON API, and the live page. Everything runs in the caller's loop.
+"""The collector's HTTP side: /metrics, the read-only JSON API, and the live page.
+
+Everything but the text of /metrics is made in the caller's loop.
 
 Nothing here writes to the pipeline. Request ids are the client's text: they travel as JSON and the page sets them as
 text, never as markup; the Content-Security-Policy allows only this collector's own files.
@@ -20,6 +22,7 @@ from fastapi.responses import StreamingResponse
 from latentwatch import __version__
 from latentwatch.collector.evidence import Evidence
 from latentwatch.collector.http.evidence_api import add_evidence
+from latentwatch.collector.http.metrics_page import Busy, MetricsPage
 from latentwatch.collector.http.overview import Overview, overview
 from latentwatch.collector.http.responses import as_json, encoded
 from latentwatch.collector.metrics_families import Families, ProcessFacts
@@ -27,7 +30,7 @@ from latentwatch.collector.pipeline import Pipeline
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.collector.snapshot import Anomaly, Exceedance, RequestView
 from latentwatch.drift.model import Alarm, DriftView
-from latentwatch.export.prometheus import Exposition, negotiate
+from latentwatch.export.prometheus import negotiate
 from latentwatch.watchlist.file import MAX_FEATURES, Limit
 
 _PAGE_MEDIA: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -174,17 +177,22 @@ def make_app(
 def _add_operations(
     app: FastAPI, pipeline: Pipeline, clock: Callable[[], float], process: Callable[[], ProcessFacts]
 ) -> None:
-    families, exposition = Families(pipeline.watchlist, pipeline.bounds.feature_samples), Exposition()
+    families = Families(pipeline.watchlist, pipeline.bounds.feature_samples)
+    page = MetricsPage(lambda: families.of(pipeline.snapshot(clock()), process()))
 
-    @app.get("/metrics", response_class=Response, tags=["operations"])
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={503: {"description": "too many ask for this page at once"}},
+        tags=["operations"],
+    )
     async def metrics(accept: Annotated[str, Header()] = "") -> Response:
         """Metrics as Prometheus text, or as OpenMetrics with exemplars where the Accept header asks for it."""
         media, open_metrics = negotiate(accept)
-        snapshot = pipeline.snapshot(clock())
-        return Response(
-            exposition.render(families.of(snapshot, process()), open_metrics=open_metrics),
-            headers={"content-type": media},
-        )
+        try:
+            return Response(await page.render(open_metrics=open_metrics), headers={"content-type": media})
+        except Busy as busy:
+            raise HTTPException(503, str(busy), {"retry-after": "1"}) from busy
 
     @app.get("/healthz", response_model=Health, tags=["operations"])
     async def healthz() -> Response:
