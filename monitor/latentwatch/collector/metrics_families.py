@@ -148,12 +148,11 @@ class Families:
         yield Family(metrics.OPEN_REQUESTS, rows, [e.open_requests for e in engines])
 
     def _watched(self) -> Iterator[Family]:
-        points = [str(rows.hook_point) for rows in self._watchlist.hooks for _ in rows.features]
         yield Family(
             metrics.FEATURE_INFO,
             tuple(
-                (f.id, f.label, str(f.severity), point, f.kind, f.gate)
-                for f, point in zip(self._features, points, strict=True)
+                (f.id, f.label, str(f.severity), str(point), f.kind, f.gate)
+                for f, point in zip(self._features, self._watchlist.hook_point_F, strict=True)
             ),
             [1] * len(self._features),
         )

@@ -27,7 +27,7 @@ from latentwatch.step.batch import FIRE_DTYPE
 MAGIC: Final = 0x4C57_5249_4E47_0001
 HEADER_BYTES: Final = 4096
 MAX_RING_BYTES: Final = 192 << 20
-"""Under DESIGN's 256 MiB of host memory for the whole plugin."""
+"""Most of the 256 MiB of host memory that the whole plugin may use."""
 MAX_SLOTS: Final = 1024
 """Seconds of decoding: an exporter that the system leaves without a core for a while must not cost a step."""
 MIN_SLOTS: Final = 4

@@ -2,7 +2,7 @@
 
 Shape legend: K features at one hook point, D d_model.
 
-Every linear encoder is one canonical row per feature (KERNELS A3 of the design notes):
+Every linear encoder is one canonical row per feature, scored on a hook point's output x [D]:
 
     s = n(x) @ w;   fires iff s > tau;   act = max(gain * s + bias, lo) where it fires, else 0
 
@@ -228,6 +228,11 @@ class Watchlist:
     def features(self) -> tuple[Feature, ...]:
         """All features in watchlist order: hook point by hook point. The index is the wire's feature number."""
         return tuple(feature for rows in self.hooks for feature in rows.features)
+
+    @property
+    def hook_point_F(self) -> tuple[HookPoint, ...]:
+        """The hook point of each feature, in watchlist order."""
+        return tuple(rows.hook_point for rows in self.hooks for _ in rows.features)
 
     @property
     def sparse_F(self) -> npt.NDArray[np.bool_]:

@@ -280,16 +280,15 @@ def _add_file(app: FastAPI, path: str, content: bytes, media: str) -> None:
 
 def _feature_totals(pipeline: Pipeline, now: float) -> list[FeatureTotals]:
     models = pipeline.snapshot(now).models
-    points = [str(rows.hook_point) for rows in pipeline.watchlist.hooks for _ in rows.features]
     return [
         FeatureTotals(
             **dataclasses.asdict(feature),
-            hook_point=point,
+            hook_point=str(point),
             fired_tokens=sum(int(model.fired_F[i]) for model in models),
             requests=sum(int(model.requests_F[i]) for model in models),
             exceedances=sum(int(model.exceedances_F[i]) for model in models),
         )
-        for i, (feature, point) in enumerate(zip(pipeline.features, points, strict=True))
+        for i, (feature, point) in enumerate(zip(pipeline.features, pipeline.watchlist.hook_point_F, strict=True))
     ]
 
 

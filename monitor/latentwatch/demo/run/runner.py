@@ -50,7 +50,7 @@ DEATH_SECONDS: Final = 1.0
 API_LIMIT: Final = 1000
 """Most rows that the collector's API gives at once; --traffic-seconds is bounded so that the demo stays below it."""
 COMPLAINTS: Final = 8
-OURS: Final = re.compile(r"\b(latentwatch|monitor\.\w+)\b")
+OURS: Final = re.compile(r"\blatentwatch\b")
 TROUBLE: Final = re.compile(r"\b(ERROR|WARNING|CRITICAL|refused)\b")
 _NUMBERS: Final = re.compile(r"\d+")
 REPORT_FILE: Final = Path("demo-report.json")

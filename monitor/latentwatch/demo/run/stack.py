@@ -16,6 +16,7 @@ from latentwatch.demo.run.processes import Child, ProcessGroup, free_ports
 from latentwatch.demo.run.terminal import Terminal
 from latentwatch.demo.run.webhook import Webhook
 from latentwatch.errors import ConfigRefused
+from latentwatch.export import dashboards
 
 READY_SECONDS: Final = 30.0
 ENGINE_READY_SECONDS: Final = 420.0
@@ -124,7 +125,7 @@ def why_no_paging(wanted: bool) -> str:
     if missing:
         return f"{' and '.join(missing)} not installed ({commands.INSTALL_HINT})"
     try:
-        commands.dashboards()
+        dashboards.folder()
     except ConfigRefused as refusal:
         return str(refusal)
     return ""
