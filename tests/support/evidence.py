@@ -1,4 +1,4 @@
-"""A pipeline that writes evidence into a folder, and records made by hand."""
+"""A core that writes evidence into a folder, and records made by hand."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from latentwatch.collector.core import Core
 from latentwatch.collector.evidence_buffer import Keep, watched
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.evidence.records import FIRE_RECORD, Activations, Ended, Exceedance, Record, Request, row_record
 from latentwatch.evidence.store import Retention, Store
 from latentwatch.names import Outcome, Phase
@@ -36,14 +36,13 @@ def store(folder: Path, retention: Retention | None = None) -> Iterator[Store]:
 
 
 def records(requests: Sequence[Tokens], *, keep: Keep = "exceeded", schedule: Schedule | None = None) -> list[Record]:
-    """What a pipeline hands over of these requests."""
+    """What a collector hands over of these requests."""
     found: list[Record] = []
-    pipeline = Pipeline(watchlist(FEATURES))
-    pipeline.record_to([found.extend], keep)
-    pipeline.hello(hello(), NOW)
+    core = Core(watchlist(FEATURES), evidence=[found.extend], keep=keep)
+    core.ingest.hello(hello(), NOW)
     batches = (schedule or Schedule.one_step(requests)).batches(FEATURES)
     for sequence, batch in enumerate(batches, start=1):
-        pipeline.observe(hello(), received(sequence, batch), NOW + sequence)
+        core.ingest.observe(hello(), received(sequence, batch), NOW + sequence)
     return found
 
 

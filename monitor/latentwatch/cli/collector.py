@@ -210,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
     )
 
     def started(service: Service) -> None:
-        watchlist = service.pipeline.watchlist
+        watchlist = service.core.watchlist
         print(
             f"latentwatch collector: {len(watchlist.features)} features of {watchlist.name!r} ({watchlist.sha256[:12]})"
         )

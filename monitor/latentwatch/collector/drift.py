@@ -17,7 +17,8 @@ from latentwatch.aggregate.counts import Layout
 from latentwatch.aggregate.features import FeatureTable
 from latentwatch.aggregate.requests import RequestFeatures
 from latentwatch.collector.durability.checkpoint import State
-from latentwatch.collector.requests import OpenRequest
+from latentwatch.collector.listener import Ends, RemoteRows, StepListener
+from latentwatch.collector.requests import ClosedRequest
 from latentwatch.drift.baseline import Baseline, Fingerprint
 from latentwatch.drift.canary import canary_prompt
 from latentwatch.drift.detection import Budget
@@ -44,7 +45,7 @@ class DriftSettings:
     of its own, within each adapter. None where ids say nothing of routes."""
 
 
-class Drift:
+class Drift(StepListener):
     """The detectors of every model that this collector sees."""
 
     def __init__(self, watchlist: Watchlist, settings: DriftSettings) -> None:
@@ -63,24 +64,39 @@ class Drift:
         baseline = self._settings.baseline
         return tail_probability(baseline.observed, feature, value) if baseline else None
 
-    def meet(self, model_name: str) -> None:
-        """A model streams here: it has series from now on."""
+    def model_seen(self, model_name: str) -> None:
+        """It has series from now on."""
         if model_name not in self._models:
             self._models[model_name] = self._new(model_name)
 
-    def add(self, requests: Sequence[OpenRequest], features: RequestFeatures, now: float) -> None:
-        """Take n requests that ended, of one replica, each seen from its beginning."""
-        self.add_rows(
+    def ended(self, ends: Ends) -> None:
+        """See StepListener."""
+        if ends.whole:
+            self._add(ends.requests, ends.features, ends.whole, ends.seconds)
+
+    def remote(self, remote: RemoteRows) -> None:
+        """See StepListener."""
+        places: dict[tuple[str, str], list[int]] = {}
+        for i in remote.whole:
+            places.setdefault((remote.rows[i].model_name, remote.rows[i].replica), []).append(i)
+        for some in places.values():
+            self._add(remote.requests, remote.features, some, remote.seconds)
+
+    def _add(
+        self, ended: Sequence[ClosedRequest], features: RequestFeatures, places: Sequence[int], now: float
+    ) -> None:
+        requests = [ended[i].open for i in places]
+        self.add(
             requests[0].model_name,
             requests[0].replica,
             [request.adapter for request in requests],
             [request.request_id for request in requests],
-            features.fired_nF,
-            features.statistic_nF,
+            features.fired_nF[places],
+            features.statistic_nF[places],
             now,
         )
 
-    def add_rows(
+    def add(
         self,
         model_name: str,
         replica: str,
@@ -90,7 +106,10 @@ class Drift:
         value_nF: Array,
         now: float,
     ) -> None:
-        """The same as columns. Args: value_nF: the statistic, NaN for none."""
+        """Take n requests of one replica that ended, each seen from its beginning.
+
+        Args: value_nF: the statistic, NaN for none.
+        """
         model = self._models[model_name]
         prompts = [canary_prompt(self._settings.canary_key, request_id) for request_id in request_ids]
         for i, prompt in enumerate(prompts):
@@ -142,7 +161,7 @@ class Drift:
     def restore(self, state: State) -> None:
         """Go on from `state`. Detectors of another baseline begin anew, what was observed is kept."""
         for name, held in state.items():
-            self.meet(name)
+            self.model_seen(name)
             self._models[name].restore(held)
 
     def _stratum(self, adapter: str, request_id: str) -> str:

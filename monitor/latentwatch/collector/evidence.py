@@ -14,8 +14,7 @@ from typing import Final, TypeVar
 
 from latentwatch import secrets
 from latentwatch.collector.evidence_buffer import Keep, watched
-from latentwatch.collector.metrics_families import EvidenceFacts
-from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import sealed as sealed_contents
 from latentwatch.evidence import store
@@ -24,9 +23,13 @@ from latentwatch.evidence.audit import Audit
 from latentwatch.evidence.segment import Erased
 from latentwatch.evidence.store import Retention, Store
 from latentwatch.evidence.vault import Content, Vault
-from latentwatch.evidence.writer import Writer
+from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
+from latentwatch.watchlist.file import Watchlist
 
 T = TypeVar("T")
+
+Forget = Callable[[str], Awaitable[bool]]
+"""Has the rest of the collector forget a request; returns whether nothing of it is left there."""
 
 _SHORTEST_TOKEN: Final = 16
 
@@ -44,17 +47,34 @@ class EvidenceSettings:
     """Holds the key of what was said; None keeps none of it. See vault.Vault."""
 
 
+@dataclass(frozen=True)
+class EvidenceFacts:
+    """What became of the evidence; as it stands, for a collector that writes none down."""
+
+    writer: WriterTotals = NOTHING_WRITTEN
+    folder_bytes: int = 0
+
+
 class Evidence:
     """The evidence of one collector. Its coroutines run in the collector's loop, its work in two threads."""
 
-    def __init__(self, settings: EvidenceSettings, pipeline: Pipeline, clock: Callable[[], float]) -> None:
-        """Raises: ConfigRefused: the folder or the token file cannot be used."""
+    def __init__(
+        self,
+        settings: EvidenceSettings,
+        watchlist: Watchlist,
+        clock: Callable[[], float],
+        pseudonyms: Pseudonyms | None = None,
+    ) -> None:
+        """
+        Args:   watchlist: with every limit that counts.   pseudonyms: those of the ids that are written down.
+        Raises: ConfigRefused: the folder or the token file cannot be used.
+        """
         self._folder = settings.folder
-        self._pipeline = pipeline
+        self._pseudonyms = pseudonyms
         self._clock = clock
         self._token = _read_token(settings.token_file) if settings.token_file else None
         self.vault = Vault.read(settings.key_file) if settings.key_file else None
-        self._store = Store(settings.folder, watched(pipeline.watchlist), settings.retention)
+        self._store = Store(settings.folder, watched(watchlist), settings.retention)
         try:
             self._audit = Audit(settings.folder)
             self._audit.prune(clock())
@@ -70,8 +90,6 @@ class Evidence:
         self._reading = ThreadPoolExecutor(1, "evidence-read")
         self._writer = Writer(self._store, clock=clock)
         self.put = self._writer.put
-        self.forget: Callable[[str], Awaitable[bool]] = self._forget_in_memory
-        """Has the rest of the collector forget a request; returns whether nothing of it is left there."""
 
     @property
     def takes_tokens(self) -> bool:
@@ -81,11 +99,6 @@ class Evidence:
     def admits(self, token: str) -> bool:
         """Whether this is the token."""
         return self._token is not None and hmac.compare_digest(token.encode(), self._token)
-
-    def is_open(self, name: str) -> bool:
-        """Whether a request with this id still runs, so that more of it will be written."""
-        views = map(self._pipeline.request, self._pipeline.find(name))
-        return any(view.outcome == "open" for view in views if view)
 
     async def find(self, name: str, actor: str) -> list[StoredRequest]:
         """See Archive.find."""
@@ -109,18 +122,14 @@ class Evidence:
 
         return await self._read(work)
 
-    async def erase(self, name: str, actor: str) -> Erased:
+    async def erase(self, name: str, actor: str, forget: Forget) -> Erased:
         """See store.erase, after everything that was recorded before; and the collector itself forgets the request."""
         held = await asyncio.wrap_future(self._writer.run(lambda: self._held(name)))
         erased = await asyncio.wrap_future(self._writer.run(lambda: store.erase(self._folder, held)))
-        if not await self.forget(held):
+        if not await forget(held):
             erased = dataclasses.replace(erased, clean=False)
         await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=held))
         return erased
-
-    async def _forget_in_memory(self, name: str) -> bool:
-        self._pipeline.forget(name)
-        return True
 
     async def attach(self, name: str, vault: Vault, content: Content, actor: str) -> int:
         """See Store.attach; after everything that was recorded before."""
@@ -161,10 +170,9 @@ class Evidence:
 
     def _held(self, name: str) -> str:
         """What a request is kept under that somebody asks for by this name."""
-        pseudonyms = self._pipeline.pseudonyms
-        if pseudonyms is None:
+        if self._pseudonyms is None:
             return name
-        hashed, *others = pseudonyms.candidates(name)
+        hashed, *others = self._pseudonyms.candidates(name)
         return next((held for held in (hashed, *others) if store.find(self._folder, held)), hashed)
 
     async def _read(self, work: Callable[[], T]) -> T:

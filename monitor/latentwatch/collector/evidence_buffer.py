@@ -16,12 +16,11 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from latentwatch.aggregate.requests import StepView
+from latentwatch.collector.listener import Ends, Eviction, RemoteRows, Step, StepListener
 from latentwatch.collector.requests import ClosedRequest, OpenRequest
 from latentwatch.evidence.records import FIRE_RECORD, Activations, Ended, Exceedance, Record, Request, row_record
 from latentwatch.evidence.segment import Watched, WatchedFeature
 from latentwatch.names import Phase, TokenState
-from latentwatch.step.batch import StepBatch
 from latentwatch.watchlist.file import Watchlist
 
 Array = npt.NDArray[Any]
@@ -34,8 +33,8 @@ _SERIAL_BITS: Final = 22
 """What 63 bits leave beside milliseconds since the epoch."""
 
 
-class EvidenceBuffer:
-    """Watches a pipeline's slots and hands records to every sink."""
+class EvidenceBuffer(StepListener):
+    """Watches a collector's slots and hands records to every sink."""
 
     def __init__(
         self,
@@ -44,7 +43,7 @@ class EvidenceBuffer:
         sinks: Sequence[Callable[[Sequence[Record]], None]],
         keep: Keep,
     ) -> None:
-        """Args: slots: how many `step` may name."""
+        """Args: slots: how many `step` may name; the last one is of requests that found none."""
         self._sinks = tuple(sinks)
         self._keep = keep
         self._flagged = np.zeros(slots, bool)
@@ -52,10 +51,10 @@ class EvidenceBuffer:
         self._fires = _Slots(FIRE_RECORD, slots)
         self._rows = _Slots(dense, slots)
 
-    def step(self, batch: StepBatch, view: StepView, crossings: Array, requests_K: Array, now: float) -> None:
-        """Take a step. Args: crossings: those of requests with a slot. requests_K: OpenRequest by slot."""
-        self._exceeded(crossings, requests_K, now)
-        rows = view.rows
+    def step(self, step: Step) -> None:
+        """See StepListener."""
+        batch, rows, requests_K = step.batch, step.view.rows, step.requests_K
+        self._exceeded(step.exceedances, requests_K, step.seconds)
         fires = np.empty(len(batch.fires_N), FIRE_RECORD)
         at = batch.fires_N["row"]
         fires["position"], fires["feature"], fires["value"] = (
@@ -68,35 +67,41 @@ class EvidenceBuffer:
             scores = np.empty(len(batch.dense_RP), self._rows.dtype)
             scores["position"], scores["score"] = rows.position, batch.dense_RP
             self._add(self._rows, rows.slot, scores, requests_K)
+        self._clear(len(self._flagged) - 1)
 
-    def close(self, slot: int, closed: ClosedRequest) -> None:
-        """A request ended; its slot is free for another one."""
-        # A collector that was started again knows from its state what was exceeded before.
-        if self._flagged[slot] or closed.features.exceeded or self._keep == "all":
-            request = _request(closed.open)
-            self._sink(
-                (
-                    Activations(request, self._fires.take(slot), self._rows.take(slot)),
-                    _ended(request, closed, int(self._fires.lost_K[slot] + self._rows.lost_K[slot])),
+    def ended(self, ends: Ends) -> None:
+        """See StepListener."""
+        for slot, closed in zip(ends.slots, ends.requests, strict=True):
+            # A collector that was started again knows from its state what was exceeded before.
+            if self._flagged[slot] or closed.features.exceeded or self._keep == "all":
+                request = _request(closed.open)
+                self._sink(
+                    (
+                        Activations(request, self._fires.take(slot), self._rows.take(slot)),
+                        _ended(request, closed, int(self._fires.lost_K[slot] + self._rows.lost_K[slot])),
+                    )
                 )
-            )
-        self.clear(slot)
+            self._clear(slot)
 
-    def elsewhere(self, crossings: Array, latest: ClosedRequest, *, ended: bool) -> None:
-        """A request of another collector, which has its activations, crossed limits (CROSSED_DTYPE) or ended."""
-        request = _request(latest.open)
-        if len(crossings):
-            self._sink(
-                [
-                    Exceedance(request, feature, seconds, position, Phase(phase), value)
-                    for feature, phase, position, value, seconds in crossings.tolist()
-                ]
-            )
-        if ended and (latest.features.exceeded or self._keep == "all"):
-            self._sink((_ended(request, latest, 0),))
+    def evicted(self, eviction: Eviction) -> None:
+        """See StepListener."""
+        self._clear(eviction.slot)
 
-    def clear(self, slot: int) -> None:
-        """A request was let go without an end."""
+    def remote(self, remote: RemoteRows) -> None:
+        """See StepListener. Another collector has the activations of these requests."""
+        for row, latest in zip(remote.rows, remote.requests, strict=True):
+            request = _request(latest.open)
+            if len(row.crossings):
+                self._sink(
+                    [
+                        Exceedance(request, feature, seconds, position, Phase(phase), value)
+                        for feature, phase, position, value, seconds in row.crossings.tolist()
+                    ]
+                )
+            if row.outcome is not None and (latest.features.exceeded or self._keep == "all"):
+                self._sink((_ended(request, latest, 0),))
+
+    def _clear(self, slot: int) -> None:
         self._flagged[slot] = False
         self._fires.clear(slot)
         self._rows.clear(slot)

@@ -10,12 +10,15 @@ import numpy as np
 
 from latentwatch import __version__
 from latentwatch.collector.config import Bounds
+from latentwatch.collector.durability.journal import StateFacts
+from latentwatch.collector.evidence import EvidenceFacts
 from latentwatch.collector.federation.client import RelayFacts
 from latentwatch.collector.snapshot import TOKEN_SERIES, ModelTotals, ReplicaView, Snapshot
+from latentwatch.collector.telemetry import OtlpFacts
 from latentwatch.drift.detection import KINDS
 from latentwatch.drift.model import DriftView
 from latentwatch.evidence.records import KINDS as KINDS_OF_RECORD
-from latentwatch.evidence.writer import DROP_REASONS, NOTHING_WRITTEN, QUEUE_BYTES, WriterTotals
+from latentwatch.evidence.writer import DROP_REASONS, QUEUE_BYTES
 from latentwatch.export import metrics
 from latentwatch.export.families import ExemplarLine, Family, LabelRows
 from latentwatch.export.metrics import ENGINE_COUNTERS, Metric
@@ -54,45 +57,15 @@ REFUSALS: Final = (
 
 
 @dataclass(frozen=True)
-class StateFacts:
-    """How well the state is kept on a disk; as it stands, for a collector that keeps it in memory only."""
-
-    durable: bool = False
-    """What is acknowledged from now on survives the death of this process."""
-    checkpoint_seconds: float = 0.0
-    """When the newest checkpoint was taken, seconds since the Unix epoch; 0 for never."""
-    journal_bytes: int = 0
-    write_failures: int = 0
-    resumed_events: int = 0
-    """Events that were read back from the journal at the start."""
-
-
-@dataclass(frozen=True)
-class EvidenceFacts:
-    """What became of the evidence; as it stands, for a collector that writes none down."""
-
-    writer: WriterTotals = NOTHING_WRITTEN
-    folder_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class OtlpFacts:
-    """What was sent over OTLP; as it stands, for a collector that sends nothing."""
-
-    events: WriterTotals = NOTHING_WRITTEN
-    failed_metrics: int = 0
-
-
-@dataclass(frozen=True)
 class ProcessFacts:
     """What the operating system says of this process."""
 
     start_seconds: float
     resident_bytes: int
     cpu_seconds: float
-    state: StateFacts = StateFacts()
-    evidence: EvidenceFacts = EvidenceFacts()
-    otlp: OtlpFacts = OtlpFacts()
+    state: StateFacts = field(default_factory=StateFacts)
+    evidence: EvidenceFacts = field(default_factory=EvidenceFacts)
+    otlp: OtlpFacts = field(default_factory=OtlpFacts)
     relay: RelayFacts = field(default_factory=RelayFacts)
     receiver: ReceiverFacts = field(default_factory=ReceiverFacts)
 

@@ -1,4 +1,4 @@
-"""What the pipeline shows: plain values, copied out of its state, for metrics, API and page.
+"""What a collector shows: plain values, copied out of its state, for metrics, API and page.
 
 Times are seconds since the Unix epoch by the collector's clock, unless a name says otherwise.
 """

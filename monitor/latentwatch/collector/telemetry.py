@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from latentwatch.collector.metrics_families import OtlpFacts
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence.records import Exceedance, Record
 from latentwatch.evidence.segment import Watched
-from latentwatch.evidence.writer import Writer
+from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
 from latentwatch.export.families import Family
 
 if TYPE_CHECKING:
@@ -47,6 +46,14 @@ class TelemetrySettings:
                 instead="Give seconds between two sendings, or 0 for none.",
                 reason="otlp_interval",
             )
+
+
+@dataclass(frozen=True)
+class OtlpFacts:
+    """What was sent over OTLP; as it stands, for a collector that sends nothing."""
+
+    events: WriterTotals = NOTHING_WRITTEN
+    failed_metrics: int = 0
 
 
 class Telemetry:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latentwatch.collector.core import Core
 from latentwatch.collector.evidence_buffer import watched
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import segment
 from latentwatch.evidence import store as stores
@@ -53,17 +53,16 @@ def test_every_activation_of_a_request_is_found_again_however_the_steps_were_cut
 def test_exceedances_are_those_that_the_collector_shows(tmp_path):
     requests = random_requests(8)
     found = []
-    pipeline = Pipeline(watchlist(FEATURES))
-    pipeline.record_to([found.extend], "exceeded")
-    pipeline.hello(hello(), NOW)
+    core = Core(watchlist(FEATURES), evidence=[found.extend])
+    core.ingest.hello(hello(), NOW)
     for sequence, batch in enumerate(Schedule.random(np.random.default_rng(2), requests, 9).batches(FEATURES), start=1):
-        pipeline.observe(hello(), received(sequence, batch), NOW + sequence)
+        core.ingest.observe(hello(), received(sequence, batch), NOW + sequence)
     with store(tmp_path) as written:
         written.write(found, NOW)
-    shown = {(e.request_id, e.feature, e.position, e.value, e.seconds, e.phase) for e in pipeline.exceedances(1000)}
+    shown = {(e.request_id, e.feature, e.position, e.value, e.seconds, e.phase) for e in core.lookup.exceedances(1000)}
     kept = Archive(tmp_path).exceedances(Wanted(), 1000)
     assert {(e.request_id, e.feature, e.position, e.value, e.seconds, e.phase) for e in kept} == shown and shown
-    summary = pipeline.request(pipeline.find(kept[0].request_id)[0])
+    summary = core.lookup.request(core.lookup.find(kept[0].request_id)[0])
     (stored,) = Archive(tmp_path).find(kept[0].request_id)
     assert [(f.feature, f.max, f.exceeded) for f in stored.features] == [
         (f.feature, f.max, f.exceeded) for f in summary.features

@@ -1,8 +1,8 @@
 """A collector's state on a disk: what was acknowledged is still counted, once, after the process was killed.
 
 Two kinds of files, each pair with a number. `checkpoint-N.npz` is the whole state at one moment. `journal-N.log` is
-every event since then, with the time that the pipeline was given, in the order in which it took them. To resume is to
-read the newest checkpoint and to hand the pipeline the events of the journals after it: its result depends on nothing
+every event since then, with the time that the collector was given, in the order in which it took them. To resume is to
+read the newest checkpoint and to hand the collector the events of the journals after it: its result depends on nothing
 else. A new pair begins every minute or every 64 MiB, and the older one is removed once the new checkpoint is safe.
 
 What survives. Events are written (not synced) before they are acknowledged, so the death of the process costs nothing;
@@ -28,12 +28,12 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from latentwatch.collector.core import Core
 from latentwatch.collector.durability import checkpoint
-from latentwatch.collector.metrics_families import StateFacts
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.errors import Refusal, StateRefused
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
@@ -49,30 +49,45 @@ _SYNC_SECONDS: Final = 1.0
 _WAIT_SECONDS: Final = 0.02
 
 _RECORD: Final = struct.Struct("<II")  # bytes of the body, its CRC-32
-_EVENT: Final = struct.Struct("<cdI")  # kind, the pipeline's time, number of the stream's hello in this journal
+_EVENT: Final = struct.Struct("<cdI")  # kind, the collector's time, number of the stream's hello in this journal
 _HEADER, _NAME, _HELLO, _BATCH, _GOODBYE, _TICK, _REFUSED, _SHIFT = b"J", b"N", b"H", b"B", b"G", b"T", b"R", b"S"
 _HELD = b"A"
 
 
+@dataclass(frozen=True)
+class StateFacts:
+    """How well the state is kept on a disk; as it stands, for a collector that keeps it in memory only."""
+
+    durable: bool = False
+    """What is acknowledged from now on survives the death of this process."""
+    checkpoint_seconds: float = 0.0
+    """When the newest checkpoint was taken, seconds since the Unix epoch; 0 for never."""
+    journal_bytes: int = 0
+    write_failures: int = 0
+    resumed_events: int = 0
+    """Events that were read back from the journal at the start."""
+
+
 class DurableSink:
-    """A `transport.sink.Sink` in front of a pipeline, which writes down whatever changes it.
+    """A `transport.sink.Sink` in front of a collector's core, which writes down whatever changes it.
 
     Every method is called from one event loop; only the bytes of a checkpoint are written in another thread.
     """
 
-    def __init__(self, pipeline: Pipeline, folder: Path, now: float) -> None:
+    def __init__(self, core: Core, folder: Path, now: float) -> None:
         """Resume from what the folder holds, or begin in it.
 
-        Args:   pipeline: has seen nothing yet.   now: seconds since the Unix epoch.
+        Args:   core: has seen nothing yet.   now: seconds since the Unix epoch.
         Raises: StateRefused: "state_in_use", "state_unusable", "state_header", "state_damaged" or "state_journal".
         """
-        self._pipeline = pipeline
+        self._core = core
+        self._ingest = core.ingest
         self._header = {
             "format": checkpoint.FORMAT,
-            "watchlist_sha256": pipeline.watchlist.sha256,
-            "bounds": dataclasses.asdict(pipeline.bounds),
+            "watchlist_sha256": core.watchlist.sha256,
+            "bounds": dataclasses.asdict(core.bounds),
         }
-        self._folder = folder / f"{pipeline.watchlist.sha256[:16]}-{checkpoint.FORMAT}"
+        self._folder = folder / f"{core.watchlist.sha256[:16]}-{checkpoint.FORMAT}"
         self._pending: list[bytes] = []
         self._names: dict[Hello, int] = {}
         self._journal = -1
@@ -90,7 +105,7 @@ class DurableSink:
             raise _unusable(folder, error) from error
         try:
             self._resumed = self._resume()
-            pipeline.disconnect_all()
+            core.ingest.disconnect_all()
             self._keep(self._begin(now), self._number, now)
         except BaseException as error:
             os.close(self._lock)
@@ -101,20 +116,20 @@ class DurableSink:
     # -- Sink
 
     def hello(self, hello: Hello, now: float) -> int:
-        held = self._pipeline.hello(hello, now)
+        held = self._ingest.hello(hello, now)
         self._note(_HELLO, now, hello)
         return held
 
     def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
-        self._pipeline.observe(hello, received, now)
+        self._ingest.observe(hello, received, now)
         self._note(_BATCH, now, hello, received.message)
 
     def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
-        self._pipeline.merge(hello, received, now)
+        self._ingest.merge(hello, received, now)
         self._note(_BATCH, now, hello, received.message)
 
     def goodbye(self, hello: Hello, now: float) -> None:
-        self._pipeline.goodbye(hello, now)
+        self._ingest.goodbye(hello, now)
         self._note(_GOODBYE, now, hello)
 
     def commit(self) -> None:
@@ -132,27 +147,27 @@ class DurableSink:
         else:
             self._written += len(data)
 
-    # -- the rest of what changes a pipeline
+    # -- the rest of what changes a collector
 
     def refused(self, reason: str) -> None:
-        """See Pipeline.refused."""
-        self._pipeline.refused(reason)
+        """See Ingest.refused."""
+        self._ingest.refused(reason)
         self._note(_REFUSED, 0.0, text=reason.encode())
 
     def tick(self, now: float) -> None:
-        """See Pipeline.tick; and what was noted is written, acknowledged or not."""
-        self._pipeline.tick(now)
+        """See Ingest.tick; and what was noted is written, acknowledged or not."""
+        self._ingest.tick(now)
         self._note(_TICK, now)
         self.commit()
 
     def acknowledged(self, number: int) -> None:
-        """See Pipeline.acknowledged."""
-        self._pipeline.acknowledged(number)
+        """See Ingest.acknowledged."""
+        self._ingest.acknowledged(number)
         self._note(_HELD, 0.0, text=struct.pack("<Q", number))
 
     def shift_clock(self, seconds: float) -> None:
-        """See Pipeline.shift_clock. Due times here move along."""
-        self._pipeline.shift_clock(seconds)
+        """See Ingest.shift_clock. Due times here move along."""
+        self._ingest.shift_clock(seconds)
         self._next_checkpoint += seconds
         self._next_sync += seconds
         self._note(_SHIFT, 0.0, text=struct.pack("<d", seconds))
@@ -184,13 +199,13 @@ class DurableSink:
                 self._fail(error)
 
     async def forget(self, name: str, now: float) -> bool:
-        """See Pipeline.forget; and have the files say nothing of it any more. Returns whether they do.
+        """See Core.forget; and have the files say nothing of it any more. Returns whether they do.
 
         A new checkpoint takes the place of the files that tell of it. Killed before that, it is all there again.
         """
         while self._writing:
             await asyncio.sleep(_WAIT_SECONDS)
-        self._pipeline.forget(name)
+        self._core.forget(name)
         await self._checkpoint(now)
         return self._whole
 
@@ -233,7 +248,7 @@ class DurableSink:
         self._written = 0
         self._names.clear()
         self._next_checkpoint = now + _CHECKPOINT_SECONDS
-        return self._pipeline.state()
+        return self._core.state()
 
     def _keep(self, state: checkpoint.State, number: int, now: float) -> None:
         """Write a checkpoint, then remove what it replaces. Raises OSError."""
@@ -277,7 +292,7 @@ class DurableSink:
     # -- resuming
 
     def _resume(self) -> int:
-        """Put the pipeline where the files end; the number of events that it was given again."""
+        """Put the collector where the files end; the number of events that it was given again."""
         numbers = self._numbers("checkpoint")
         if not numbers:
             return 0
@@ -302,7 +317,7 @@ class DurableSink:
     def _restore(self, path: Path) -> None:
         state = checkpoint.read(path, self._header)
         try:
-            self._pipeline.restore(state)
+            self._core.restore(state)
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise StateRefused(
                 f"state {path}",
@@ -331,29 +346,29 @@ class DurableSink:
         return len(records) - len(names)
 
     def _again(self, kind: bytes, now: float, hello: Hello | None, text: bytes) -> None:
-        pipeline = self._pipeline
+        ingest = self._ingest
         if kind == _TICK:
-            pipeline.tick(now)
+            ingest.tick(now)
         elif kind == _REFUSED:
-            pipeline.refused(text.decode())
+            ingest.refused(text.decode())
         elif kind == _SHIFT:
-            pipeline.shift_clock(*struct.unpack("<d", text))
+            ingest.shift_clock(*struct.unpack("<d", text))
         elif kind == _HELD:
-            pipeline.acknowledged(*struct.unpack("<Q", text))
+            ingest.acknowledged(*struct.unpack("<Q", text))
         elif hello is None:
             raise ValueError(f"event {kind!r} of a stream without a hello")
         elif kind == _HELLO:
-            pipeline.hello(hello, now)
+            ingest.hello(hello, now)
         elif kind == _GOODBYE:
-            pipeline.goodbye(hello, now)
+            ingest.goodbye(hello, now)
         elif kind == _BATCH:
             received = codec.decode_request(text)
             if isinstance(received, Hello):
                 raise ValueError("a hello where a batch was written")
             if isinstance(received, ReceivedReport):
-                pipeline.merge(hello, received, now)
+                ingest.merge(hello, received, now)
                 return
-            pipeline.observe(hello, received, now)
+            ingest.observe(hello, received, now)
         else:
             raise ValueError(f"event of unknown kind {kind!r}")
 

@@ -9,24 +9,25 @@ What it promises:
   counts until it is acknowledged;
 - memory is bounded by `Bounds`: beyond it rows of requests are given up and counted, those without an exceedance first.
 
-No I/O, no clock, no thread: the pipeline calls it, so that a journal makes the same reports again.
+No I/O, no clock, no thread: it is told what happens, so that a journal makes the same reports again.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from latentwatch.aggregate.requests import RequestFeatures
-from latentwatch.collector.config import Bounds
 from latentwatch.collector.durability.checkpoint import State
+from latentwatch.collector.listener import Ends, Eviction, Step, StepListener
 from latentwatch.collector.requests import ClosedRequest, OpenRequest
 from latentwatch.collector.snapshot import EngineTotals, ForwardView, ModelTotals
+from latentwatch.collector.state import CollectorState, open_requests
 from latentwatch.names import Outcome
 from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE
 from latentwatch.transport import codec
@@ -44,65 +45,54 @@ _ROW_BYTES: Final = 900
 """A RequestRow beside its arrays, about."""
 
 
-class ReportOutbox:
-    """Reports of one collector. The pipeline tells it what happens; whoever carries the reports reads `reports`."""
+class ReportOutbox(StepListener):
+    """Reports of one collector: it listens to what happens; whoever carries the reports reads `reports`."""
 
-    def __init__(self, boot_id: str, features: int, bounds: Bounds) -> None:
+    def __init__(self, boot_id: str, state: CollectorState) -> None:
         """
-        Args: boot_id: 32 hex digits, new for each life of the collector's state.
+        Args: boot_id: 32 hex digits, new for each life of the collector's state.   state: what is reported of.
         """
         self.boot_id = boot_id
         self.reports: deque[tuple[int, Report]] = deque()
         """Number and report, those without an ack, oldest first."""
-        self._bounds = bounds
-        self._number = self._held = 0
+        self._state = state
+        self._number = self._acknowledged = 0
         self._plain: deque[RequestRow] = deque()
         self._flagged: deque[RequestRow] = deque()
         self._rows_bytes = 0
         self._crossed: dict[int, tuple[OpenRequest, list[Array]]] = {}
+        """By serial, the open requests that crossed a limit since their last row."""
         self._crossings = 0
         self._shed_requests = self._shed_crossings = 0
-        self._peaks: dict[str, Array] = {}
-        self._no_peak = np.full(features, -np.inf, np.float32)
-        self._engines: dict[tuple[str, str], EngineTotals] = {}
-        self._models: dict[str, ModelTotals] = {}
+        self._told = _Told(len(state.features))
 
     # -- what happens
 
-    def peak(self, model_name: str, peak_F: Array) -> None:
-        """A step of this model had these largest values."""
-        held = self._peaks.get(model_name)
-        self._peaks[model_name] = peak_F if held is None else np.maximum(held, peak_F)
-
-    def crossed(self, events: Array, requests: Iterable[OpenRequest]) -> None:
-        """Requests went above limits. Args: events: CROSSED_DTYPE, one for each request."""
-        for i, request in enumerate(requests):
-            if self._crossings >= self._bounds.exceedances:
+    def step(self, step: Step) -> None:
+        """See StepListener."""
+        self._told.peak(step.model_name, step.view.peak_F)
+        if not len(step.exceedances):
+            return
+        crossed = np.empty(len(step.exceedances), CROSSED_DTYPE)
+        crossed["seconds"] = step.seconds
+        for name in ("feature", "phase", "position", "value"):
+            crossed[name] = step.exceedances[name]
+        for i, request in enumerate(step.requests_K[step.exceedances["slot"]]):
+            if self._crossings >= self._state.bounds.exceedances:
                 self._shed_crossings += 1
                 continue
-            self._crossed.setdefault(request.serial, (request, []))[1].append(events[i : i + 1])
+            self._crossed.setdefault(request.serial, (request, []))[1].append(crossed[i : i + 1])
             self._crossings += 1
 
-    def ended(self, closed: ClosedRequest, features: RequestFeatures, place: int) -> None:
-        """A request ended. Args: features: of several requests, this one at `place`."""
-        self._keep(
-            _row(closed.open, features, place, closed.tokens, closed, closed.closed_seconds, self._take(closed.open))
-        )
+    def ended(self, ends: Ends) -> None:
+        """See StepListener."""
+        for place, closed in enumerate(ends.requests):
+            request, seconds = closed.open, closed.closed_seconds
+            self._add(_row(request, ends.features, place, closed.tokens, closed, seconds, self._untold(request)))
 
-    def evicted(self, request: OpenRequest) -> None:
-        """A running request was let go: nothing more will be known of it."""
-        self._shed_crossings += len(self._take(request))
-
-    @property
-    def open_crossed(self) -> list[int]:
-        """Serial numbers of the open requests that crossed a limit since their last row; `still_open` takes them."""
-        return list(self._crossed)
-
-    def still_open(
-        self, request: OpenRequest, features: RequestFeatures, place: int, tokens: Array, now: float
-    ) -> None:
-        """A request that crossed a limit goes on."""
-        self._keep(_row(request, features, place, tokens, None, now, self._take(request)))
+    def evicted(self, eviction: Eviction) -> None:
+        """See StepListener."""
+        self._shed_crossings += len(self._untold(eviction.request))
 
     def forget(self, is_gone: Callable[[str], bool]) -> None:
         """Let go of the rows of requests with these ids. Reports that were cut keep them without ids."""
@@ -122,26 +112,26 @@ class ReportOutbox:
 
     # -- reports
 
-    @property
-    def due(self) -> bool:
-        """Whether another report may be cut."""
-        return len(self.reports) < _WINDOW
-
-    def cut(
-        self,
-        replicas: Sequence[ReplicaState],
-        engines: Sequence[EngineTotals],
-        models: Sequence[ModelTotals],
-        now: float,
-    ) -> None:
-        """Cut a report of everything since the last one, and more of them while rows are left over."""
-        engine_deltas, parts = tuple(self._engine_deltas(engines)), list(self._model_deltas(models)) or [()]
+    def tick(self, now: float) -> None:
+        """Cut a report of what this collector's own engines did since the last one, and more of them while rows are
+        left over; none while too many wait for their ack."""
+        if not self._due:
+            return
+        state = self._state
+        self._add_open(now)
+        replicas = tuple(
+            ReplicaState(boot.hello, boot.streams > 0, boot.last_seen_seconds, open_requests(boot), boot.counters)
+            for boot in (replica.newest for replica in state.replicas.known.values())
+            if not boot.hello.forwards
+        )
+        engines = tuple(self._told.engine_deltas(state.engine_totals()))
+        parts = list(self._told.model_deltas(state.model_totals())) or [()]
         more = True
         while more:
             report = Report(
                 time_unix_nano=int(now * 1e9),
-                replicas=tuple(replicas),
-                engines=engine_deltas,
+                replicas=replicas,
+                engines=engines,
                 models=parts.pop(0) if parts else (),
                 requests=self._some_rows(),
                 shed_requests=self._shed_requests,
@@ -149,9 +139,9 @@ class ReportOutbox:
             )
             self._number += 1
             self.reports.append((self._number, report))
-            engine_deltas = ()
+            engines = ()
             # Counts cannot wait: the next difference is to what they were.
-            more = bool(parts) or (self.due and bool(self._flagged or self._plain))
+            more = bool(parts) or (self._due and bool(self._flagged or self._plain))
 
     def acknowledged(self, number: int) -> None:
         """The gateway holds every report up to this one.
@@ -162,17 +152,17 @@ class ReportOutbox:
         while self.reports and self.reports[0][0] <= number:
             self.reports.popleft()
         self._number = max(self._number, number)
-        self._held = max(self._held, number)
+        self._acknowledged = max(self._acknowledged, number)
 
-    def facts(self) -> ForwardView:
+    def view(self) -> ForwardView:
         """How it goes."""
         return ForwardView(
             cut=self._number,
-            held=self._held,
+            held=self._acknowledged,
             waiting_reports=len(self.reports),
             waiting_rows=len(self._flagged) + len(self._plain),
             waiting_bytes=self._rows_bytes,
-            capacity_bytes=self._bounds.forward_bytes,
+            capacity_bytes=self._state.bounds.forward_bytes,
             oldest_seconds=self.reports[0][1].time_unix_nano / 1e9 if self.reports else 0.0,
             shed_requests=self._shed_requests,
             shed_crossings=self._shed_crossings,
@@ -185,50 +175,57 @@ class ReportOutbox:
         return {
             "boot_id": self.boot_id,
             "number": self._number,
-            "held": self._held,
+            "held": self._acknowledged,
             "shed": [self._shed_requests, self._shed_crossings],
             "reports": [[number, _bytes(number, report)] for number, report in self.reports],
             "rows": _bytes(1, Report(0, requests=(*self._flagged, *self._plain))),
             "crossed": [[serial, np.concatenate(events)] for serial, (_, events) in self._crossed.items()],
-            "peaks": dict(self._peaks),
-            "engines": [
-                [*key, totals.tokens, [totals.requests[o] for o in Outcome]] for key, totals in self._engines.items()
-            ],
-            "models": {name: _columns(totals) for name, totals in self._models.items()},
+            "told": self._told.state(),
         }
 
-    def restore(self, state: State, requests: dict[int, OpenRequest], models: dict[str, ModelTotals]) -> None:
-        """Go on from `state`. Args: requests: those open, by serial. models: totals of every model, of any counts."""
-        self.boot_id, self._number, self._held = state["boot_id"], state["number"], state["held"]
+    def restore(self, state: State) -> None:
+        """Go on from `state`, beside a collector's state that was restored before."""
+        self.boot_id, self._number, self._acknowledged = state["boot_id"], state["number"], state["held"]
         self._shed_requests, self._shed_crossings = state["shed"]
         self.reports.extend((number, _report(data)) for number, data in state["reports"])
         for row in _report(state["rows"]).requests:
             self._append(row)
+        slots = self._state.slots
         for serial, events in state["crossed"]:
-            if serial not in requests:
+            if serial not in slots.by_serial:
                 # It ended while this collector ran without a gateway.
                 self._shed_crossings += len(events)
                 continue
-            self._crossed[serial] = (requests[serial], [events[i : i + 1] for i in range(len(events))])
+            request = slots.request(slots.by_serial[serial])
+            self._crossed[serial] = (request, [events[i : i + 1] for i in range(len(events))])
             self._crossings += len(events)
-        self._peaks.update(state["peaks"])
-        for model_name, engine, tokens, ended in state["engines"]:
-            counts = dict(zip(Outcome, ended, strict=True))
-            self._engines[model_name, engine] = EngineTotals(model_name, engine, tokens, counts, 0)
-        for name, columns in state["models"].items():
-            self._models[name] = _with_columns(models[name], columns)
+        self._told.restore(state["told"], self._state)
 
     # -- inside
 
-    def _take(self, request: OpenRequest) -> Array:
+    @property
+    def _due(self) -> bool:
+        """Whether another report may be cut."""
+        return len(self.reports) < _WINDOW
+
+    def _add_open(self, now: float) -> None:
+        """A row of each open request that crossed a limit since its last one."""
+        state = self._state
+        slots = np.array([state.slots.by_serial[serial] for serial in self._crossed], np.int64)
+        features = state.statistics.features_of(slots)
+        for place, slot in enumerate(slots.tolist()):
+            request, tokens = state.slots.request(slot), state.slots.accounted[slot].sum(axis=1)
+            self._add(_row(request, features, place, tokens, None, now, self._untold(request)))
+
+    def _untold(self, request: OpenRequest) -> Array:
         """The crossings of a request that no row told of yet."""
         _, events = self._crossed.pop(request.serial, (request, []))
         self._crossings -= len(events)
         return np.concatenate(events) if events else np.empty(0, CROSSED_DTYPE)
 
-    def _keep(self, row: RequestRow) -> None:
+    def _add(self, row: RequestRow) -> None:
         self._append(row)
-        while self._rows_bytes > self._bounds.forward_bytes:
+        while self._rows_bytes > self._state.bounds.forward_bytes:
             given_up = (self._plain or self._flagged).popleft()
             self._rows_bytes -= _cost(given_up)
             self._shed_requests += 1
@@ -248,28 +245,45 @@ class ReportOutbox:
         self._rows_bytes -= size
         return tuple(taken)
 
-    def _engine_deltas(self, engines: Sequence[EngineTotals]) -> Iterable[EngineDelta]:
+
+@dataclass
+class _Told:
+    """What the reports that were cut say of counts, so that the next one is the difference."""
+
+    features: int
+    peaks: dict[str, Array] = field(default_factory=dict)
+    """Of each model, the largest values of its features since the last report."""
+    engines: dict[tuple[str, str], EngineTotals] = field(default_factory=dict)
+    models: dict[str, ModelTotals] = field(default_factory=dict)
+
+    def peak(self, model_name: str, peak_F: Array) -> None:
+        """A step of this model had these largest values."""
+        before = self.peaks.get(model_name)
+        self.peaks[model_name] = peak_F if before is None else np.maximum(before, peak_F)
+
+    def engine_deltas(self, engines: Sequence[EngineTotals]) -> Iterable[EngineDelta]:
+        """What changed."""
         for totals in engines:
             key = totals.model_name, totals.engine
-            before = self._engines.get(key)
-            self._engines[key] = totals
+            before = self.engines.get(key)
+            self.engines[key] = totals
             tokens = totals.tokens - (before.tokens if before else np.zeros(TOKEN_SHAPE, np.int64))
             ended = tuple(totals.requests[o] - (before.requests[o] if before else 0) for o in Outcome)
             if before is None or tokens.any() or any(ended):
                 yield EngineDelta(*key, tokens, ended)
 
-    def _model_deltas(self, models: Sequence[ModelTotals]) -> Iterable[tuple[ModelDelta, ...]]:
+    def model_deltas(self, models: Sequence[ModelTotals]) -> Iterable[tuple[ModelDelta, ...]]:
         """What changed, in parts that each fit into a report."""
         part: list[ModelDelta] = []
         size = 0
         for totals in models:
-            before = self._models.get(totals.model_name)
-            self._models[totals.model_name] = totals
+            before = self.models.get(totals.model_name)
+            self.models[totals.model_name] = totals
             now, then = _columns(totals), _columns(before) if before else None
             changed = {name: column - then[name] if then else column for name, column in now.items()}
             if before is not None and not any(column.any() for column in changed.values()):
                 continue
-            peak_F = self._peaks.pop(totals.model_name, self._no_peak)
+            peak_F = self.peaks.pop(totals.model_name, np.full(self.features, -np.inf, np.float32))
             part.append(ModelDelta(model_name=totals.model_name, peak_F=peak_F, **changed))
             # At most: a count takes no more than its eight bytes here, and most are 0 and take one.
             size += sum(column.nbytes for column in changed.values())
@@ -278,6 +292,26 @@ class ReportOutbox:
                 part, size = [], 0
         if part:
             yield tuple(part)
+
+    def state(self) -> State:
+        """Everything, for `restore`; copies."""
+        return {
+            "peaks": dict(self.peaks),
+            "engines": [
+                [*key, totals.tokens, [totals.requests[o] for o in Outcome]] for key, totals in self.engines.items()
+            ],
+            "models": {name: _columns(totals) for name, totals in self.models.items()},
+        }
+
+    def restore(self, state: State, collector: CollectorState) -> None:
+        """Go on from `state`. Args: collector: knows every model of it."""
+        self.peaks.update(state["peaks"])
+        for model_name, engine, tokens, ended in state["engines"]:
+            counts = dict(zip(Outcome, ended, strict=True))
+            self.engines[model_name, engine] = EngineTotals(model_name, engine, tokens, counts, 0)
+        models = {totals.model_name: totals for totals in collector.model_totals()}
+        for name, columns in state["models"].items():
+            self.models[name] = _with_columns(models[name], columns)
 
 
 def _columns(totals: ModelTotals) -> dict[str, Array]:

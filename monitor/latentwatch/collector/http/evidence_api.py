@@ -11,8 +11,9 @@ from fastapi import Depends, FastAPI, Header, HTTPException, Path, Query, Reques
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-from latentwatch.collector.evidence import Evidence
+from latentwatch.collector.evidence import Evidence, Forget
 from latentwatch.collector.http.responses import as_json
+from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence.archive import StoredExceedance, StoredRequest, Wanted
@@ -107,7 +108,7 @@ def _vault(evidence: Trusted) -> Vault:
 Sealing = Annotated[Vault, Depends(_vault)]
 
 
-def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
+def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget: Forget) -> None:
     """Add the routes; they say so where there is no evidence."""
     app.state.evidence = evidence
 
@@ -155,9 +156,10 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
 
         Counts stay, and that some request went above a limit.
         """
-        if evidence.is_open(request_id):
+        views = map(lookup.request, lookup.find(request_id))
+        if any(view.outcome == "open" for view in views if view):
             raise HTTPException(409, "The request still runs and more of it would be written. Ask again once it ended.")
-        erased = await evidence.erase(request_id, _actor(request))
+        erased = await evidence.erase(request_id, _actor(request), forget)
         if not erased.requests:
             raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
         return as_json(EvidenceErased(erased.requests, erased.rows, erased.clean))

@@ -120,7 +120,7 @@ class RemoteRequests:
 
 
 def features_of(rows: Sequence[RequestRow], features: int) -> RequestFeatures:
-    """What n rows say, as a pipeline that saw their tokens would have it."""
+    """What n rows say, as a collector that saw their tokens would have it."""
     n = len(rows)
     made = RequestFeatures(
         max_nF=np.full((n, features), np.nan, np.float32),
