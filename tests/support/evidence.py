@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from latentwatch.collector.core import Core
 from latentwatch.collector.evidence_buffer import Keep, watched
-from latentwatch.evidence.records import FIRE_RECORD, Activations, Ended, Exceedance, Record, Request, row_record
+from latentwatch.evidence.records import FIRE_RECORD, Activations, Ended, Exceeded, Record, RecordedRequest, row_record
 from latentwatch.evidence.store import Retention, Store
+from latentwatch.facts import FEATURE_STAT, Exceedance, FeatureSummary, RequestInfo, RequestProgress
 from latentwatch.names import Outcome, Phase
-from latentwatch.step.batch import FEATURE_DTYPE
 from latentwatch.watchlist.file import Limit
 
 from tests.support.streams import Schedule, Tokens, hello, probe, received, sparse, watchlist
@@ -51,38 +51,23 @@ def one_request(
 ) -> list[Record]:
     """A request by itself, with random activations."""
     rng = np.random.default_rng(number)
-    request = Request(
-        key=number,
-        request_id=request_id or f"chatcmpl-made-{number:012d}-0123abcd",
-        replica="pod-0/0",
-        model_name="toy",
-        engine="0",
-        adapter="",
-        traceparent="",
-        opened_seconds=seconds,
-        opening_seen=True,
-    )
+    named = request_id or f"chatcmpl-made-{number:012d}-0123abcd"
+    info = RequestInfo(named, "pod-0/0", "toy", "0", seconds, opening_seen=True, prompt_tokens=10)
+    request = RecordedRequest(number, info)
     fires, rows = np.zeros(activations, FIRE_RECORD), np.zeros(activations, row_record(2))
     fires["position"] = rows["position"] = np.arange(activations)
     fires["value"], rows["score"] = rng.random(activations), rng.normal(0, 1, (activations, 2))
-    crossed: list[Record] = [
-        Exceedance(request, feature % 2 * 2, seconds + feature, feature, Phase.OUTPUT, 5.0 + feature)
+    exceeded: list[Record] = [
+        Exceeded(request, Exceedance(feature % 2 * 2, Phase.OUTPUT, feature, 5.0 + feature, seconds + feature))
         for feature in range(exceedances)
     ]
     return [
-        *crossed,
+        *exceeded,
         Activations(request, fires, rows),
         Ended(
             request,
-            seconds + 9,
-            Outcome.FINISHED,
-            10,
-            41,
-            50,
-            (50, 0, 0, 0),
-            exceedances,
-            np.zeros(1, FEATURE_DTYPE),
-            0,
-            0,
+            RequestProgress(Outcome.FINISHED, seconds + 9, np.array([0, 50, 0, 0, 0]), 41, 50),
+            FeatureSummary(np.zeros(1, FEATURE_STAT), exceedances, 0),
+            activations_lost=0,
         ),
     ]

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from latentwatch.collector import erase
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.drift import Drift, DriftSettings
-from latentwatch.collector.durability.checkpoint import State
 from latentwatch.collector.evidence_buffer import EvidenceBuffer, Keep
-from latentwatch.collector.federation.outbox import ReportOutbox
+from latentwatch.collector.federation.outbox import OutboxState, ReportOutbox
 from latentwatch.collector.ingest import Ingest
 from latentwatch.collector.listener import StepListener
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.pseudonyms import Pseudonyms
-from latentwatch.collector.state import CollectorState
+from latentwatch.collector.state import CollectorState, CollectorStateData
 from latentwatch.drift.limits import with_limits
+from latentwatch.drift.model import ModelDriftState
 from latentwatch.evidence.records import Record
 from latentwatch.watchlist.file import Watchlist
+
+
+@dataclass(frozen=True)
+class CoreState:
+    """What a checkpoint holds."""
+
+    collector: CollectorStateData
+    drift: dict[str, ModelDriftState]
+    """By model name."""
+    outbox: OutboxState | None
 
 
 class Core:
@@ -46,7 +57,7 @@ class Core:
         self._state = state = CollectorState(self.watchlist, bounds or Bounds())
         self.bounds = state.bounds
         self.outbox = ReportOutbox(forward_boot_id, state) if forward_boot_id else None
-        self._forwarded_before: State | None = None
+        self._outbox_before: OutboxState | None = None
         """Of a life that forwarded, where this one does not: what the gateway was told is not told again later."""
         listeners: list[StepListener] = [self.drift]
         if evidence:
@@ -57,18 +68,21 @@ class Core:
         self.ingest = Ingest(state, self._listeners, forwards=self.outbox is not None)
         self.lookup = Lookup(state, self.drift, self.outbox, pseudonyms)
 
-    def state(self) -> State:
+    def state(self) -> CoreState:
         """Everything that the next batch or reading depends on, as values that later batches do not change."""
-        forward = self.outbox.state() if self.outbox is not None else self._forwarded_before
-        return {"collector": self._state.state(), "drift": self.drift.state(), "forward": forward}
+        outbox = self.outbox.state() if self.outbox is not None else self._outbox_before
+        return CoreState(self._state.state(), self.drift.state(), outbox)
 
-    def restore(self, state: State) -> None:
-        """Go on from what `state` gave, where nothing was seen yet, with the same watchlist and bounds."""
-        self._state.restore(state["collector"])
-        self.drift.restore(state["drift"])
-        self._forwarded_before = state["forward"]
-        if self.outbox is not None and state["forward"] is not None:
-            self.outbox.restore(state["forward"])
+    def restore(self, state: CoreState) -> None:
+        """Go on from what `state` gave, where nothing was seen yet, with the same watchlist and bounds.
+
+        Raises ValueError where it does not fit them, or not together.
+        """
+        self._state.restore(state.collector)
+        self.drift.restore(state.drift)
+        self._outbox_before = state.outbox
+        if self.outbox is not None and state.outbox is not None:
+            self.outbox.restore(state.outbox)
 
     def forget(self, name: str) -> None:
         """See erase.forget."""

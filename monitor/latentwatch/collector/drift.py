@@ -16,14 +16,13 @@ import numpy.typing as npt
 from latentwatch.aggregate.counts import Layout
 from latentwatch.aggregate.features import FeatureTable
 from latentwatch.aggregate.requests import RequestFeatures
-from latentwatch.collector.durability.checkpoint import State
 from latentwatch.collector.listener import Ends, RemoteRows, StepListener
-from latentwatch.collector.requests import ClosedRequest
+from latentwatch.collector.requests import RequestSummary
 from latentwatch.drift.baseline import Baseline, Fingerprint
 from latentwatch.drift.canary import canary_prompt
 from latentwatch.drift.detection import Budget
 from latentwatch.drift.limits import tail_probability
-from latentwatch.drift.model import DriftView, ModelDrift
+from latentwatch.drift.model import DriftView, ModelDrift, ModelDriftState
 from latentwatch.errors import BaselineRefused
 from latentwatch.watchlist.file import Watchlist
 
@@ -78,14 +77,15 @@ class Drift(StepListener):
         """See StepListener."""
         places: dict[tuple[str, str], list[int]] = {}
         for i in remote.whole:
-            places.setdefault((remote.rows[i].model_name, remote.rows[i].replica), []).append(i)
+            info = remote.rows[i].info
+            places.setdefault((info.model_name, info.replica), []).append(i)
         for some in places.values():
             self._add(remote.requests, remote.features, some, remote.seconds)
 
     def _add(
-        self, ended: Sequence[ClosedRequest], features: RequestFeatures, places: Sequence[int], now: float
+        self, ended: Sequence[RequestSummary], features: RequestFeatures, places: Sequence[int], now: float
     ) -> None:
-        requests = [ended[i].open for i in places]
+        requests = [ended[i].request.info for i in places]
         self.add(
             requests[0].model_name,
             requests[0].replica,
@@ -154,15 +154,15 @@ class Drift(StepListener):
             created_seconds=now,
         )
 
-    def state(self) -> State:
-        """Everything that the next request or reading depends on; copies."""
-        return {name: model.snapshot() for name, model in self._models.items()}
+    def state(self) -> dict[str, ModelDriftState]:
+        """Everything that the next request or reading depends on, by model name; copies."""
+        return {name: model.state() for name, model in self._models.items()}
 
-    def restore(self, state: State) -> None:
-        """Go on from `state`. Detectors of another baseline begin anew, what was observed is kept."""
-        for name, held in state.items():
+    def restore(self, state: dict[str, ModelDriftState]) -> None:
+        """Go on from `state`. Detectors of another baseline begin anew, what was observed stays."""
+        for name, of_model in state.items():
             self.model_seen(name)
-            self._models[name].restore(held)
+            self._models[name].restore(of_model)
 
     def _stratum(self, adapter: str, request_id: str) -> str:
         """Whose rates a request is compared with."""

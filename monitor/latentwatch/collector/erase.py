@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from latentwatch.collector.listener import StepListener
 from latentwatch.collector.state import CollectorState
-from latentwatch.names import response_id, trace_id
+from latentwatch.names import response_id
 
 
 def forget(state: CollectorState, listeners: Sequence[StepListener], name: str) -> None:
@@ -15,14 +16,13 @@ def forget(state: CollectorState, listeners: Sequence[StepListener], name: str) 
     Their summaries go, and their ids wherever they stand: at exceedances, exemplars and examples of drift. What
     they added to counts stays, and that some request went above a limit.
     """
-    known = {request.serial: request for request in (*state.index.closed(), *state.exceedances.requests())}
+    known = {request.collector_serial: request for request in (*state.index.closed(), *state.exceedances.requests())}
     gone = [
         request
         for request in known.values()
-        if request.serial not in state.slots.by_serial
-        and name in (request.request_id, response_id(request.request_id), trace_id(request.traceparent))
+        if request.collector_serial not in state.slots.by_serial and request.info.is_named(name)
     ]
-    names = {name, *(request.request_id for request in gone)}
+    names = {name, *(request.info.request_id for request in gone)}
 
     def is_gone(request_id: str) -> bool:
         return request_id in names or response_id(request_id) in names
@@ -33,4 +33,4 @@ def forget(state: CollectorState, listeners: Sequence[StepListener], name: str) 
         listener.forget(is_gone)
     for request in gone:
         state.index.drop(request)
-        request.request_id = request.traceparent = ""
+        request.info = replace(request.info, request_id="", traceparent="")

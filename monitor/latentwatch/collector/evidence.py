@@ -18,12 +18,13 @@ from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import sealed as sealed_contents
 from latentwatch.evidence import store
-from latentwatch.evidence.archive import Archive, StoredExceedance, StoredRequest, Wanted
+from latentwatch.evidence.archive import Archive, StoredRequest, Wanted
 from latentwatch.evidence.audit import Audit
 from latentwatch.evidence.segment import Erased
 from latentwatch.evidence.store import Retention, Store
 from latentwatch.evidence.vault import Content, Vault
 from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
+from latentwatch.facts import ShownExceedance
 from latentwatch.watchlist.file import Watchlist
 
 T = TypeVar("T")
@@ -111,11 +112,11 @@ class Evidence:
 
         return await self._read(work)
 
-    async def exceedances(self, wanted: Wanted, limit: int, actor: str) -> list[StoredExceedance]:
+    async def exceedances(self, wanted: Wanted, limit: int, actor: str) -> list[ShownExceedance]:
         """See Archive.exceedances."""
         subject = " ".join(f"{name}={value}" for name, value in vars(wanted).items() if value is not None)
 
-        def work() -> list[StoredExceedance]:
+        def work() -> list[ShownExceedance]:
             found = self._archive.exceedances(wanted, limit)
             self._audit.add(self._clock(), actor, "query", len(found), subject=subject)
             return found

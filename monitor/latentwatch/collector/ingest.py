@@ -13,27 +13,27 @@ What it promises:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from dataclasses import replace
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.requests import StepView
 from latentwatch.aggregate.window import FeatureWindow
+from latentwatch.arrays import Array
 from latentwatch.collector.closing import Closing
 from latentwatch.collector.federation.merge import ReportMerge
 from latentwatch.collector.listener import Eviction, Step, StepListener
 from latentwatch.collector.replicas import Boot
-from latentwatch.collector.requests import OpenRequest
-from latentwatch.collector.state import CollectorState, ModelCounts
+from latentwatch.collector.requests import TrackedRequest
+from latentwatch.collector.state import CollectorState
 from latentwatch.errors import StreamRefused
+from latentwatch.facts import RequestInfo
 from latentwatch.names import TokenState
-from latentwatch.step.batch import CROSSED_DTYPE, RequestOpened, StepBatch, validate
+from latentwatch.step.batch import RequestOpened, StepBatch, validate
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import TOKEN_SHAPE
 from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
-
-Array = npt.NDArray[Any]
 
 _REASON_SLUGS: Final = 64
 """Distinct refusal reasons shown; they are slugs of our own code, so more means someone is inventing them."""
@@ -124,8 +124,7 @@ class Ingest:
         """Close what nobody will close any more. Call it about once a second."""
         state = self._state
         self._lose(state.replicas.gone(now), now)
-        for slot in list(state.slots.idle_since(now - state.bounds.request_idle_seconds)):
-            self._closing.lose(state.slots.request(slot).handles, [slot], now)
+        self._closing.lose(state.slots.idle_since(now - state.bounds.request_idle_seconds), now)
         for row in state.remote.idle(now - state.bounds.request_idle_seconds):
             state.index.close(row)
         for listener in self._listeners:
@@ -166,7 +165,7 @@ class Ingest:
 
     def _lose(self, boots: Sequence[Boot], now: float) -> None:
         for boot in boots:
-            self._closing.lose(boot.handles, boot.handles.slots.tolist(), now)
+            self._closing.lose(boot.handles.slots.tolist(), now)
 
     # -- one step
 
@@ -181,9 +180,10 @@ class Ingest:
             slot_S = boot.handles.find(segments["handle"])
         placed = slot_S >= 0
         state.slots.account(segments[placed], slot_S[placed], now)
-        view = state.statistics.update(batch, np.where(placed, slot_S, state.scratch))
-        crossings = view.crossings[view.crossings["slot"] != state.scratch]
-        step = Step(name, batch, view, crossings, state.slots.requests, now)
+        view = state.statistics.update(batch, np.where(placed, slot_S, state.scratch), now)
+        tracked = view.exceeding_slots != state.scratch
+        exceedances, slots = view.exceedances[tracked], view.exceeding_slots[tracked]
+        step = Step(name, batch, view, exceedances, slots, state.slots.requests, now)
         for listener in self._listeners:
             listener.step(step)
         if not placed.all():
@@ -192,20 +192,12 @@ class Ingest:
         if len(batch.norm_RH):
             # Without rows the columns may be absent too.
             model.norm.observe(batch.norm_RH)
-        exceeded_F = np.bincount(crossings["feature"], minlength=len(state.features))
+        exceeded_F = np.bincount(exceedances["feature"], minlength=len(state.features))
         model.exceedances_F += exceeded_F
-        self._list_exceedances(model, crossings, now)
+        if len(exceedances):
+            state.list_exceedances(model, exceedances, state.slots.requests[slots])
         state.windows.add(_window(view, segments, exceeded_F), now)
         self._closing.end(boot, batch.closed, now)
-
-    def _list_exceedances(self, model: ModelCounts, crossings: Array, now: float) -> None:
-        if not len(crossings):
-            return
-        crossed = np.empty(len(crossings), CROSSED_DTYPE)
-        crossed["seconds"] = now
-        for name in ("feature", "phase", "position", "value"):
-            crossed[name] = crossings[name]
-        self._state.list_exceedances(model, crossed, self._state.slots.requests[crossings["slot"]])
 
     def _open(self, boot: Boot, opened: tuple[RequestOpened, ...], handles_S: Array, now: float) -> None:
         """Give slots to the requests of a step; those that no message opened here are noted as such."""
@@ -219,24 +211,23 @@ class Ingest:
             if request is None:
                 self._state.totals.requests_evicted += handle in fresh
             elif handle in fresh:
-                request.opening_seen = True
+                request.info = replace(request.info, opening_seen=True)
                 self._apply_opening(request, fresh[handle])
 
-    def _apply_opening(self, request: OpenRequest, event: RequestOpened) -> None:
-        request.learn(event)
-        self._state.index.named(request.serial, request.request_id)
+    def _apply_opening(self, request: TrackedRequest, event: RequestOpened) -> None:
+        request.apply_opening(event)
+        self._state.index.add(request)
 
-    def _admit(self, boot: Boot, handles: list[int], now: float) -> dict[int, OpenRequest | None]:
+    def _admit(self, boot: Boot, handles: list[int], now: float) -> dict[int, TrackedRequest | None]:
         """Give new requests slots; None for those that found all taken by requests that run."""
         state, hello, slots = self._state, boot.hello, list[int]()
-        admitted: dict[int, OpenRequest | None] = dict.fromkeys(handles)
+        admitted: dict[int, TrackedRequest | None] = dict.fromkeys(handles)
         for handle in handles:
             if state.slots.full() and not self._evict(now):
                 break
             state.last_serial += 1
-            request = OpenRequest(
-                state.last_serial, handle, boot.handles, hello.replica, hello.model_name, hello.engine, now
-            )
+            info = RequestInfo("", hello.replica, hello.model_name, hello.engine, now)
+            request = TrackedRequest(state.last_serial, info, boot.handles)
             slots.append(state.slots.claim(request, now))
             admitted[handle] = request
         state.statistics.clear(np.array(slots, np.int64))
@@ -250,11 +241,12 @@ class Ingest:
         if now - last_token < state.bounds.evict_after_seconds:
             return False
         request = state.slots.release(slot)
-        request.handles.remove(np.array([slot]))
+        if request.handles is not None:
+            request.handles.remove(np.array([slot]))
         eviction = Eviction(slot, request)
         for listener in self._listeners:
             listener.evicted(eviction)
-        state.index.forget(request.serial, request.request_id)
+        state.index.forget(request)
         state.totals.requests_evicted += 1
         return True
 

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy.typing as npt
 
 from latentwatch.aggregate.requests import RequestFeatures, StepView
-from latentwatch.collector.requests import ClosedRequest, OpenRequest
+from latentwatch.arrays import Array
+from latentwatch.collector.requests import RequestSummary, TrackedRequest
 from latentwatch.step.batch import StepBatch
 from latentwatch.transport.report import RequestRow
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -27,9 +23,11 @@ class Step:
     batch: StepBatch
     view: StepView
     exceedances: Array
-    """Those of `view.crossings` whose request has a slot."""
+    """EXCEEDANCE: those of `view` whose request has a slot."""
+    exceeding_slots: Array
+    """The slot of each one."""
     requests_K: Array
-    """OpenRequest by slot, None where it is free; rows of requests without a slot are in the slot behind the last."""
+    """TrackedRequest by slot, None where it is free; rows of requests without a slot are in the one behind the last."""
     seconds: float
 
 
@@ -39,7 +37,7 @@ class Ends:
 
     slots: Sequence[int]
     """Where each one sat; free for another request once every listener was told."""
-    requests: Sequence[ClosedRequest]
+    requests: Sequence[RequestSummary]
     features: RequestFeatures
     whole: Sequence[int]
     """Places in `requests` of those that were seen from their beginning, and with scores."""
@@ -51,7 +49,7 @@ class Eviction:
     """A running request that was let go: nothing more will be known of it, and its slot is free."""
 
     slot: int
-    request: OpenRequest
+    request: TrackedRequest
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class RemoteRows:
     """Requests of other collectors, as one report tells of them."""
 
     rows: Sequence[RequestRow]
-    requests: Sequence[ClosedRequest]
+    requests: Sequence[RequestSummary]
     """How each one stands after its row; it goes on where the row has no outcome."""
     features: RequestFeatures
     whole: Sequence[int]

@@ -6,29 +6,20 @@ Shape legend: n requests, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.collector import snapshot as views
 from latentwatch.collector.drift import Drift
+from latentwatch.collector.exceedances import Listed
 from latentwatch.collector.federation.outbox import ReportOutbox
 from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.collector.replicas import Boot
-from latentwatch.collector.requests import OpenRequest, summarise
+from latentwatch.collector.requests import summarise
 from latentwatch.collector.state import CollectorState, open_requests
-from latentwatch.names import Outcome, Phase, TokenState, response_id, trace_id
-
-Array = npt.NDArray[Any]
-
-_OUTCOMES: Final[Mapping[Outcome, Literal["finished", "aborted", "lost"]]] = {
-    Outcome.FINISHED: "finished",
-    Outcome.ABORTED: "aborted",
-    Outcome.LOST: "lost",
-}
+from latentwatch.facts import RequestProgress, shown_exceedance, shown_features, shown_request
+from latentwatch.names import trace_id
 
 
 class Lookup:
@@ -43,6 +34,7 @@ class Lookup:
         self._pseudonyms = pseudonyms
         self.drift = drift
         self.watchlist, self.features, self.bounds = state.watchlist, state.features, state.bounds
+        self._limits = [feature.limit.value if feature.limit else None for feature in self.features]
 
     def snapshot(self, now: float) -> views.Snapshot:
         """Every number that /metrics shows."""
@@ -75,15 +67,15 @@ class Lookup:
         """The last windows over all models; see aggregate.window.WindowRing.recent."""
         return self._state.windows.recent(now)
 
-    def exceedances(self, limit: int) -> list[views.Exceedance]:
+    def exceedances(self, limit: int) -> list[views.ExceedanceView]:
         """The latest exceedances, newest first."""
-        return [self._exceedance(event, request) for event, request in self._state.exceedances.latest(limit)]
+        return [self._exceedance(listed) for listed in self._state.exceedances.latest(limit)]
 
     def anomalies(self, limit: int) -> list[views.Anomaly]:
-        """The same by request: the latest ones, each with everything that is held of it."""
+        """The same by request: the latest ones, each with everything that is known of it."""
         return [
-            views.Anomaly.of([self._exceedance(event, request) for event, request in events])
-            for events in self._state.exceedances.of_requests(limit)
+            views.Anomaly.of([self._exceedance(listed) for listed in of_request])
+            for of_request in self._state.exceedances.of_requests(limit)
         ]
 
     def latest(self, limit: int) -> list[int]:
@@ -101,78 +93,40 @@ class Lookup:
     def request(self, serial: int) -> views.RequestView | None:
         """One request, by a number that `latest` or `find` gave; None when it was let go since."""
         state = self._state
-        going = state.remote.row(serial)
-        closed = state.index.closed_request(serial) or going
-        if closed is None:
-            slot = state.slots.by_serial.get(serial)
-            if slot is None:
-                return None
-            request, tokens = state.slots.request(slot), state.slots.accounted[slot].sum(axis=1)
+        known = state.index.closed_request(serial) or state.remote.row(serial)
+        if known is not None:
+            info, progress, summary = known.request.info, known.progress, known.features
+        elif (slot := state.slots.by_serial.get(serial)) is not None:
+            info = state.slots.request(slot).info
+            progress = RequestProgress(None, 0.0, state.slots.accounted[slot].sum(axis=1))
             features = state.statistics.features_of(np.array([slot]))
             (summary,) = summarise(features, state.table.limit_F, state.bounds.summary_features)
         else:
-            request, tokens, summary = closed.open, closed.tokens, closed.features
+            return None
         return views.RequestView(
-            request_id=request.request_id,
-            response_id=response_id(request.request_id),
-            replica=request.replica,
-            model_name=request.model_name,
-            engine=request.engine,
-            adapter=request.adapter,
-            trace_id=trace_id(request.traceparent),
-            outcome=_OUTCOMES[closed.outcome] if closed and not going else "open",
-            opened_seconds=request.opened_seconds,
-            closed_seconds=closed.closed_seconds if closed and not going else None,
-            opening_seen=request.opening_seen,
-            prompt_tokens=request.prompt_tokens,
-            output_tokens=closed.output_tokens if closed else None,
-            total_tokens=closed.total_tokens if closed else None,
-            tokens={token_state.name.lower(): int(tokens[token_state]) for token_state in TokenState},
+            **shown_request(info, progress),
             exceeded_features=summary.exceeded,
-            features=tuple(self._feature_of_request(row) for row in summary.rows.tolist()),
+            features=shown_features(summary, self.features, self._limits),
             features_left_out=summary.left_out,
         )
 
-    def _exceedance(self, event: Array, request: OpenRequest) -> views.Exceedance:
-        state, index = self._state, int(event["feature"])
-        feature = self.features[index]
-        peak = float(event["peak"])
-        slot = state.slots.by_serial.get(request.serial)
-        if slot is not None:
-            peak = state.statistics.statistic(slot, index)
-        return views.Exceedance(
-            seconds=float(event["seconds"]),
-            request_id=request.request_id,
-            response_id=response_id(request.request_id),
-            model_name=request.model_name,
-            feature=feature.id,
-            label=feature.label,
-            severity=feature.severity,
-            phase="prompt" if event["phase"] == Phase.PROMPT else "output",
-            position=int(event["position"]),
-            value=float(event["value"]),
-            limit=float(state.table.limit_F[index]),
-            # An evicted request leaves no final peak; the crossing is then the most that is known.
-            peak=float(event["value"]) if math.isnan(peak) else peak,
-            trace_id=trace_id(request.traceparent),
-            tail_probability=self.drift.tail_probability(index, float(event["value"])),
+    def _exceedance(self, listed: Listed) -> views.ExceedanceView:
+        state, exceedance, info = self._state, listed.exceedance, listed.request.info
+        slot = state.slots.by_serial.get(listed.request.collector_serial)
+        peak = listed.peak if slot is None else state.statistics.statistic(slot, exceedance.feature)
+        shown = shown_exceedance(
+            exceedance,
+            self.features[exceedance.feature],
+            float(state.table.limit_F[exceedance.feature]),
+            request_id=info.request_id,
+            trace=trace_id(info.traceparent),
+            model_name=info.model_name,
         )
-
-    def _feature_of_request(self, row: tuple[Any, ...]) -> views.FeatureOfRequest:
-        index, largest, position, statistic, statistic_position, fired, exceeded = row
-        feature = self.features[index]
-        return views.FeatureOfRequest(
-            feature=feature.id,
-            label=feature.label,
-            severity=feature.severity,
-            units=feature.units,
-            max=largest,
-            position=position,
-            fired_tokens=fired,
-            statistic=statistic if statistic_position >= 0 else None,
-            statistic_position=statistic_position if statistic_position >= 0 else None,
-            limit=feature.limit.value if feature.limit else None,
-            exceeded=exceeded,
+        return views.ExceedanceView(
+            **shown,
+            # An evicted request leaves no final peak; the exceedance is then the most that is known.
+            peak=exceedance.value if math.isnan(peak) else peak,
+            tail_probability=self.drift.tail_probability(exceedance.feature, exceedance.value),
         )
 
 
@@ -201,5 +155,5 @@ def _forwarder_view(boot: Boot) -> views.ForwarderView:
         connected=boot.streams > 0,
         last_seen_seconds=boot.last_seen_seconds,
         shed_requests=boot.shed_requests,
-        shed_crossings=boot.shed_crossings,
+        shed_exceedances=boot.shed_exceedances,
     )

@@ -262,7 +262,7 @@ class Families:
             (metrics.FORWARD_CAPACITY, forward.capacity_bytes if forward else 0),
         ):
             yield Family(metric, here, [value] * len(here))
-        shed = (("request", forward.shed_requests), ("crossing", forward.shed_crossings)) if forward else ()
+        shed = (("request", forward.shed_requests), ("crossing", forward.shed_exceedances)) if forward else ()
         yield Family(metrics.FORWARD_SHED, tuple((kind,) for kind, _ in shed), [count for _, count in shed])
         rows = tuple((sidecar.collector,) for sidecar in snapshot.forwarders)
         yield Family(metrics.FORWARDER_CONNECTED, rows, [int(f.connected) for f in snapshot.forwarders])
@@ -270,7 +270,7 @@ class Families:
         yield Family(
             metrics.FORWARDER_SHED,
             tuple((f.collector, kind) for f in snapshot.forwarders for kind in ("request", "crossing")),
-            [count for f in snapshot.forwarders for count in (f.shed_requests, f.shed_crossings)],
+            [count for f in snapshot.forwarders for count in (f.shed_requests, f.shed_exceedances)],
         )
 
     def _evidence(self, facts: EvidenceFacts) -> Iterator[Family]:

@@ -83,7 +83,10 @@ class PseudonymSink:
     def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
         """See Sink."""
         if received.report.requests:
-            rows = tuple(replace(row, request_id=self._of(row.request_id)) for row in received.report.requests)
+            rows = tuple(
+                replace(row, info=replace(row.info, request_id=self._of(row.info.request_id)))
+                for row in received.report.requests
+            )
             report = replace(received.report, requests=rows)
             received = ReceivedReport(received.sequence, report, codec.encode_report(received.sequence, report))
         self._sink.merge(hello, received, now)

@@ -7,35 +7,33 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.requests import RequestFeatures
-from latentwatch.collector.requests import (
-    ClosedRequest,
-    HandleMap,
-    OpenRequest,
-    Roster,
-    bounded,
-    restored_summaries,
-    summaries_state,
-)
-from latentwatch.names import TokenState
-from latentwatch.step.batch import FEATURE_DTYPE
+from latentwatch.collector.requests import RequestSummary, Roster, SummariesState, TrackedRequest, bounded
+from latentwatch.facts import FEATURE_STAT
+from latentwatch.names import Outcome, TokenState
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import RequestRow, joined
 
-Array = npt.NDArray[Any]
-
 
 @dataclass(frozen=True)
-class _Key:
+class RemoteKey:
+    """What a report calls a request."""
+
     forwarder: str
     boot_id: str
     number: int
+
+
+@dataclass(frozen=True)
+class RemoteRequestsState:
+    """The rows of a RemoteRequests, in the order in which they came."""
+
+    keys: list[RemoteKey]
+    summaries: SummariesState
 
 
 class RemoteRequests:
@@ -43,80 +41,79 @@ class RemoteRequests:
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
-        self._keys: OrderedDict[_Key, int] = OrderedDict()
-        self._rows: dict[int, ClosedRequest] = {}
+        self._serials: OrderedDict[RemoteKey, int] = OrderedDict()
+        self._summaries: dict[int, RequestSummary] = {}
 
-    def request(self, hello: Hello, row: RequestRow, serial: int) -> OpenRequest:
-        """The request of a row: the one of its earlier rows, or a new one with this serial number."""
-        held = self._keys.get(_Key(hello.replica, hello.boot_id, row.number))
-        if held is not None:
-            request = self._rows[held].open
-            request.request_id, request.prompt_tokens = bounded(row.request_id), row.prompt_tokens
+    def request(self, hello: Hello, row: RequestRow, serial: int) -> TrackedRequest:
+        """The request of a row: the one of its earlier rows, or a new one with this serial."""
+        info, known = row.info, self._serials.get(RemoteKey(hello.replica, hello.boot_id, row.number))
+        if known is not None:
+            request = self._summaries[known].request
+            named = bounded(info.request_id)
+            request.info = replace(request.info, request_id=named, prompt_tokens=info.prompt_tokens)
             return request
-        return OpenRequest(
-            serial=serial,
-            handle=row.number,
-            handles=HandleMap(),
-            replica=row.replica,
-            model_name=row.model_name,
-            engine=row.engine,
-            opened_seconds=row.opened_seconds,
-            opening_seen=row.opening_seen,
-            request_id=bounded(row.request_id),
-            adapter=bounded(row.adapter),
-            traceparent=bounded(row.traceparent),
-            prompt_tokens=row.prompt_tokens,
+        info = replace(
+            info,
+            request_id=bounded(info.request_id),
+            adapter=bounded(info.adapter),
+            traceparent=bounded(info.traceparent),
         )
+        return TrackedRequest(serial, info)
 
-    def keep(self, hello: Hello, latest: ClosedRequest) -> ClosedRequest | None:
-        """Hold the latest row of a request that goes on. Returns one that goes beyond the bound for it."""
-        key = _Key(hello.replica, hello.boot_id, latest.open.handle)
-        self._keys[key] = latest.open.serial
-        self._keys.move_to_end(key)
-        self._rows[latest.open.serial] = latest
-        if len(self._keys) <= self._bound:
+    def update(self, hello: Hello, number: int, latest: RequestSummary) -> RequestSummary | None:
+        """Store the latest row of a request that goes on. Returns one that goes beyond the bound for it."""
+        key = RemoteKey(hello.replica, hello.boot_id, number)
+        self._serials[key] = latest.request.collector_serial
+        self._serials.move_to_end(key)
+        self._summaries[latest.request.collector_serial] = latest
+        if len(self._serials) <= self._bound:
             return None
-        return self._rows.pop(self._keys.popitem(last=False)[1])
+        return self._pop(next(iter(self._serials)))
 
     def end(self, hello: Hello, number: int) -> None:
         """The request's last row came."""
-        serial = self._keys.pop(_Key(hello.replica, hello.boot_id, number), None)
+        serial = self._serials.pop(RemoteKey(hello.replica, hello.boot_id, number), None)
         if serial is not None:
-            del self._rows[serial]
+            del self._summaries[serial]
 
-    def row(self, serial: int) -> ClosedRequest | None:
+    def row(self, serial: int) -> RequestSummary | None:
         """The latest row of an open request."""
-        return self._rows.get(serial)
+        return self._summaries.get(serial)
 
     def latest(self, count: int) -> list[int]:
-        """Serial numbers, latest row first."""
-        return list(reversed(self._keys.values()))[: max(0, count)]
+        """Serials, latest row first."""
+        return list(reversed(self._serials.values()))[: max(0, count)]
 
-    def restarted(self, hello: Hello) -> list[ClosedRequest]:
+    def restarted(self, hello: Hello) -> list[RequestSummary]:
         """Let go of the requests of a collector's earlier boots."""
         return self._let_go(
-            key for key in self._keys if key.forwarder == hello.replica and key.boot_id != hello.boot_id
+            key for key in self._serials if key.forwarder == hello.replica and key.boot_id != hello.boot_id
         )
 
-    def idle(self, before: float) -> list[ClosedRequest]:
+    def idle(self, before: float) -> list[RequestSummary]:
         """Let go of those whose latest row is older."""
-        return self._let_go(key for key, serial in self._keys.items() if self._rows[serial].closed_seconds < before)
+        return self._let_go(
+            key for key, serial in self._serials.items() if self._summaries[serial].progress.closed_seconds < before
+        )
 
-    def _let_go(self, keys: Iterable[_Key]) -> list[ClosedRequest]:
-        return [self._rows.pop(self._keys.pop(key)) for key in list(keys)]
+    def _let_go(self, keys: Iterable[RemoteKey]) -> list[RequestSummary]:
+        return [self._pop(key) for key in list(keys)]
 
-    def state(self, roster: Roster) -> dict[str, Any]:
-        """Everything, for `restore`. Openings go to the roster."""
-        return {
-            "keys": [[key.forwarder, key.boot_id, key.number] for key in self._keys],
-            **summaries_state([self._rows[serial] for serial in self._keys.values()], roster),
-        }
+    def _pop(self, key: RemoteKey) -> RequestSummary:
+        """A request of which nothing more will be known here."""
+        summary = self._summaries.pop(self._serials.pop(key))
+        return replace(summary, progress=replace(summary.progress, outcome=Outcome.LOST))
 
-    def restore(self, state: dict[str, Any], roster: Roster) -> None:
+    def state(self, roster: Roster) -> RemoteRequestsState:
+        """Every row. The requests go to the roster."""
+        summaries = [self._summaries[serial] for serial in self._serials.values()]
+        return RemoteRequestsState(list(self._serials), SummariesState.of(summaries, roster))
+
+    def restore(self, state: RemoteRequestsState, roster: Roster) -> None:
         """Go on from `state`."""
-        for key, row in zip(state["keys"], restored_summaries(state, roster), strict=True):
-            self._keys[_Key(*key)] = row.open.serial
-            self._rows[row.open.serial] = row
+        for key, summary in zip(state.keys, state.summaries.summaries(roster), strict=True):
+            self._serials[key] = summary.request.collector_serial
+            self._summaries[summary.request.collector_serial] = summary
 
 
 def features_of(rows: Sequence[RequestRow], features: int) -> RequestFeatures:
@@ -131,7 +128,7 @@ def features_of(rows: Sequence[RequestRow], features: int) -> RequestFeatures:
         exceeded_nF=np.zeros((n, features), bool),
     )
     place = np.repeat(np.arange(n), [len(row.features) for row in rows])
-    seen = joined((row.features for row in rows), FEATURE_DTYPE)
+    seen = joined((row.features for row in rows), FEATURE_STAT)
     at = place, seen["index"].astype(np.int64)
     for name, array_nF in made.columns().items():
         array_nF[at] = seen[name]
@@ -140,4 +137,4 @@ def features_of(rows: Sequence[RequestRow], features: int) -> RequestFeatures:
 
 def was_seen(row: RequestRow) -> bool:
     """Whether any of its tokens has a score."""
-    return bool(row.tokens[TokenState.SCORED] or row.tokens[TokenState.INHERITED])
+    return bool(row.progress.tokens[TokenState.SCORED] or row.progress.tokens[TokenState.INHERITED])

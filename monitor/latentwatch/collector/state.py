@@ -6,31 +6,39 @@ Shape legend: F features, H hook points.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from dataclasses import asdict, astuple, dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.features import FeatureTable
-from latentwatch.aggregate.histogram import LAG_EDGES, NORM_EDGES, Histograms, ScalarHistogram
-from latentwatch.aggregate.requests import RequestStates
-from latentwatch.aggregate.window import WindowRing
+from latentwatch.aggregate.histogram import (
+    LAG_EDGES,
+    NORM_EDGES,
+    Histograms,
+    ScalarHistogram,
+    ScalarHistogramState,
+)
+from latentwatch.aggregate.requests import RequestStates, StatisticsState
+from latentwatch.aggregate.window import WindowRing, WindowRingState
+from latentwatch.arrays import Array, axes, check
 from latentwatch.collector.config import Bounds
-from latentwatch.collector.durability.checkpoint import State
-from latentwatch.collector.exceedances import EVENT_DTYPE, ExceedanceRing
-from latentwatch.collector.remote_requests import RemoteRequests
-from latentwatch.collector.replicas import Boot, Replicas
-from latentwatch.collector.requests import RequestIndex, Roster, Slots
+from latentwatch.collector.exceedances import ExceedanceRing, ExceedanceRingState
+from latentwatch.collector.remote_requests import RemoteRequests, RemoteRequestsState
+from latentwatch.collector.replicas import Boot, Replicas, ReplicasState
+from latentwatch.collector.requests import (
+    RequestIndex,
+    RequestIndexState,
+    Roster,
+    Slots,
+    SlotsState,
+    TrackedRequestState,
+)
 from latentwatch.collector.snapshot import EngineTotals, Exemplar, ModelTotals
 from latentwatch.names import Outcome, trace_id
 from latentwatch.transport.report import TOKEN_SHAPE
 from latentwatch.watchlist.file import Watchlist
-
-Array = npt.NDArray[Any]
-
-_MODEL_COLUMNS: Final = ("fired_F", "requests_F", "exceedances_F")
 
 
 @dataclass
@@ -45,28 +53,34 @@ class EngineCounts:
 class ModelCounts:
     """Counts of one served model name."""
 
-    fired_F: Array
-    requests_F: Array
-    exceedances_F: Array
+    fired_F: Array = field(metadata=axes("F", dtype=np.int64))
+    requests_F: Array = field(metadata=axes("F", dtype=np.int64))
+    exceedances_F: Array = field(metadata=axes("F", dtype=np.int64))
     statistic: Histograms
     norm: Histograms
     latest: dict[int, Exemplar] = field(default_factory=dict)
 
-    def state(self) -> State:
-        """Everything, for `restore`; copies."""
-        return {name: getattr(self, name).copy() for name in _MODEL_COLUMNS} | {
-            "statistic": self.statistic.state(),
-            "norm": self.norm.state(),
-            "latest": [[feature, *astuple(exemplar)] for feature, exemplar in self.latest.items()],
-        }
+    def totals(self, name: str) -> ModelTotals:
+        """The counts under their name; copies."""
+        return ModelTotals(
+            model_name=name,
+            fired_F=self.fired_F.copy(),
+            requests_F=self.requests_F.copy(),
+            exceedances_F=self.exceedances_F.copy(),
+            statistic=self.statistic.copy(),
+            norm=self.norm.copy(),
+            latest=dict(self.latest),
+        )
 
-    def restore(self, state: State) -> None:
-        """Go on from `state`."""
-        for name in _MODEL_COLUMNS:
-            getattr(self, name)[:] = state[name]
-        self.statistic.restore(state["statistic"])
-        self.norm.restore(state["norm"])
-        self.latest.update((feature, Exemplar(*exemplar)) for feature, *exemplar in state["latest"])
+    def restore(self, state: ModelCounts) -> None:
+        """Go on from the counts of a state. Raises ValueError where they are of other features or bounds."""
+        check(state, F=len(self.fired_F))
+        if any(not 0 <= feature < len(self.fired_F) for feature in state.latest):
+            raise ValueError(f"it has exemplars of features {sorted(state.latest)}")
+        self.fired_F, self.requests_F = state.fired_F.copy(), state.requests_F.copy()
+        self.exceedances_F, self.latest = state.exceedances_F.copy(), dict(state.latest)
+        # Together with counts of nothing: that checks the bounds.
+        self.statistic, self.norm = self.statistic.merge(state.statistic), self.norm.merge(state.norm)
 
 
 @dataclass
@@ -78,6 +92,42 @@ class Totals:
     lost_sequences: int = 0
     requests_evicted: int = 0
     excess_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class EngineCountsState:
+    """EngineCounts of one engine."""
+
+    model_name: str
+    engine: str
+    tokens: Array = field(metadata=axes("states", "reasons", "phases", dtype=np.int64))
+    requests: list[int]
+    """By Outcome, in the order of its values."""
+
+    def check(self) -> None:
+        """Raise ValueError where the counts are of other states, reasons or phases."""
+        check(self, **dict(zip(("states", "reasons", "phases"), TOKEN_SHAPE, strict=True)))
+
+
+@dataclass(frozen=True)
+class CollectorStateData:
+    """A CollectorState as values that nothing changes."""
+
+    replicas: ReplicasState
+    slots: SlotsState
+    statistics: StatisticsState
+    index: RequestIndexState
+    exceedances: ExceedanceRingState
+    remote: RemoteRequestsState
+    windows: WindowRingState
+    engines: list[EngineCountsState]
+    models: dict[str, ModelCounts]
+    lag: ScalarHistogramState
+    refused: dict[str, int]
+    last_serial: int
+    totals: Totals
+    requests: list[TrackedRequestState]
+    """Every one that the parts above point to by its serial."""
 
 
 class CollectorState:
@@ -112,76 +162,78 @@ class CollectorState:
     def model(self, name: str) -> ModelCounts:
         """Counts of a served model name."""
         if name not in self.models:
-            F, H = len(self.features), len(self.watchlist.hooks)
-            self.models[name] = ModelCounts(
-                fired_F=np.zeros(F, np.int64),
-                requests_F=np.zeros(F, np.int64),
-                exceedances_F=np.zeros(F, np.int64),
-                statistic=Histograms.empty(self.table.edges_FB),
-                norm=Histograms.empty(np.tile(NORM_EDGES, (H, 1))),
-            )
+            self.models[name] = self.new_model()
         return self.models[name]
 
-    def list_exceedances(self, model: ModelCounts, crossed: Array, requests: Array) -> None:
-        """List crossings (CROSSED_DTYPE) of these requests, all of one model, and keep each feature's latest."""
-        events = np.zeros(len(crossed), EVENT_DTYPE)
-        events["peak"] = np.nan
-        for name in ("feature", "phase", "position", "value", "seconds"):
-            events[name] = crossed[name]
-        self.exceedances.add(events, requests)
-        features, from_end = np.unique(crossed["feature"][::-1], return_index=True)
-        for feature, i in zip(features.tolist(), (len(crossed) - 1 - from_end).tolist(), strict=True):
-            request = requests[i]
+    def new_model(self) -> ModelCounts:
+        """Counts of nothing, over this watchlist."""
+        F, H = len(self.features), len(self.watchlist.hooks)
+        return ModelCounts(
+            fired_F=np.zeros(F, np.int64),
+            requests_F=np.zeros(F, np.int64),
+            exceedances_F=np.zeros(F, np.int64),
+            statistic=Histograms.empty(self.table.edges_FB),
+            norm=Histograms.empty(np.tile(NORM_EDGES, (H, 1))),
+        )
+
+    def list_exceedances(self, model: ModelCounts, exceedances: Array, requests: Array) -> None:
+        """List EXCEEDANCE of these requests, all of one model, and each feature's latest as its exemplar."""
+        self.exceedances.add(exceedances, requests)
+        features, from_end = np.unique(exceedances["feature"][::-1], return_index=True)
+        for feature, i in zip(features.tolist(), (len(exceedances) - 1 - from_end).tolist(), strict=True):
+            info, latest = requests[i].info, exceedances[i]
             model.latest[feature] = Exemplar(
-                request.request_id,
-                trace_id(request.traceparent),
-                float(crossed["value"][i]),
-                float(crossed["seconds"][i]),
+                info.request_id, trace_id(info.traceparent), float(latest["value"]), float(latest["seconds"])
             )
 
-    def state(self) -> State:
-        """Everything, as values that later batches do not change, for `restore`."""
-        slots, roster = self.slots.taken, Roster()
-        state = {
-            "replicas": self.replicas.state(),
-            "slots": self.slots.state(roster),
-            "features": self.statistics.state(slots),
-            "index": self.index.state(roster),
-            "events": self.exceedances.state(roster),
-            "windows": self.windows.state(),
-            "engines": [
-                [*key, engine.tokens.copy(), [engine.requests[outcome] for outcome in Outcome]]
+    def state(self) -> CollectorStateData:
+        """Everything; later batches do not change it."""
+        roster = Roster()
+        return CollectorStateData(
+            replicas=self.replicas.state(),
+            slots=self.slots.state(roster),
+            statistics=self.statistics.state(self.slots.occupied),
+            index=self.index.state(roster),
+            exceedances=self.exceedances.state(roster),
+            remote=self.remote.state(roster),
+            windows=self.windows.state(),
+            engines=[
+                EngineCountsState(*key, engine.tokens.copy(), [engine.requests[outcome] for outcome in Outcome])
                 for key, engine in self.engines.items()
             ],
-            "models": {name: model.state() for name, model in self.models.items()},
-            "lag": {"counts": list(self.lag.counts), "sum": self.lag.sum},
-            "refused": dict(self.refused),
-            "last_serial": self.last_serial,
-            "totals": asdict(self.totals),
-            "elsewhere": self.remote.state(roster),
-        }
-        return state | {"requests": roster.state()}
+            models={name: copy.deepcopy(model) for name, model in self.models.items()},
+            lag=self.lag.state(),
+            refused=dict(self.refused),
+            last_serial=self.last_serial,
+            totals=copy.copy(self.totals),
+            # Last: every part above adds its own.
+            requests=roster.state(),
+        )
 
-    def restore(self, state: State) -> None:
-        """Go on from `state`, where nothing was seen yet, with the same watchlist and bounds."""
-        roster = Roster.of(state["requests"])
-        handles = self.replicas.restore(state["replicas"])
-        self.slots.restore(state["slots"], roster, handles)
-        self.statistics.restore(self.slots.taken, state["features"])
-        self.index.restore(state["index"], roster)
-        self.exceedances.restore(state["events"], roster)
-        self.windows.restore(state["windows"])
-        for model_name, engine, tokens, requests in state["engines"]:
-            self.engines[model_name, engine] = EngineCounts(tokens, Counter(dict(zip(Outcome, requests, strict=True))))
-        for name, counts in state["models"].items():
+    def restore(self, state: CollectorStateData) -> None:
+        """Go on from `state`, where nothing was seen yet, with the same watchlist and bounds.
+
+        Raises ValueError where it does not fit them, or not together.
+        """
+        roster = Roster.of(state.requests)
+        self.slots.restore(state.slots, roster, self.replicas.restore(state.replicas))
+        self.statistics.restore(state.slots.slots, state.statistics)
+        self.index.restore(state.index, roster)
+        self.exceedances.restore(state.exceedances, roster)
+        self.remote.restore(state.remote, roster)
+        self.windows.restore(state.windows)
+        for of_engine in state.engines:
+            of_engine.check()
+            requests = Counter(dict(zip(Outcome, of_engine.requests, strict=True)))
+            self.engines[of_engine.model_name, of_engine.engine] = EngineCounts(of_engine.tokens.copy(), requests)
+        for name, counts in state.models.items():
             self.model(name).restore(counts)
-        self.lag.counts[:], self.lag.sum = state["lag"]["counts"], state["lag"]["sum"]
-        self.refused.update(state["refused"])
-        self.last_serial, self.totals = state["last_serial"], Totals(**state["totals"])
-        self.remote.restore(state["elsewhere"], roster)
-        parts = (state["slots"]["serials"], state["index"]["serial"], state["elsewhere"]["serial"])
-        for serial in sorted(serial for serials in parts for serial in serials):
-            self.index.named(serial, roster.request(serial).request_id)
+        self.lag.restore(state.lag)
+        self.refused.update(state.refused)
+        self.last_serial, self.totals = state.last_serial, copy.copy(state.totals)
+        parts = (state.slots.serials, state.index.summaries.serials, state.remote.summaries.serials)
+        for serial in np.sort(np.concatenate(parts)).tolist():
+            self.index.add(roster.request(serial))
 
     def engine_totals(self) -> tuple[EngineTotals, ...]:
         """Copies of the engines' counts, by name."""
@@ -202,18 +254,7 @@ class CollectorState:
 
     def model_totals(self) -> tuple[ModelTotals, ...]:
         """Copies of the models' counts, by name."""
-        return tuple(
-            ModelTotals(
-                model_name=name,
-                fired_F=model.fired_F.copy(),
-                requests_F=model.requests_F.copy(),
-                exceedances_F=model.exceedances_F.copy(),
-                statistic=model.statistic.copy(),
-                norm=model.norm.copy(),
-                latest=dict(model.latest),
-            )
-            for name, model in sorted(self.models.items())
-        )
+        return tuple(model.totals(name) for name, model in sorted(self.models.items()))
 
 
 def open_requests(boot: Boot) -> int:

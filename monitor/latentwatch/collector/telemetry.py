@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from latentwatch.errors import ConfigRefused
-from latentwatch.evidence.records import Exceedance, Record
+from latentwatch.evidence.records import Exceeded, Record
 from latentwatch.evidence.segment import Watched
 from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
 from latentwatch.export.families import Family
@@ -87,7 +87,7 @@ class Telemetry:
 
     def put(self, records: Sequence[Record]) -> None:
         """Queue the events of these records."""
-        self._events.put([record for record in records if isinstance(record, Exceedance)])
+        self._events.put([record for record in records if isinstance(record, Exceeded)])
 
     def facts(self) -> OtlpFacts:
         """Counts for /metrics."""

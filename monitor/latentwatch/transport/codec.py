@@ -21,10 +21,9 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from latentwatch.errors import Refusal, StreamRefused
+from latentwatch.facts import EXCEEDANCE, FEATURE_STAT, RequestInfo, RequestProgress
 from latentwatch.names import Outcome, Phase, Reason, TokenState
 from latentwatch.step.batch import (
-    CROSSED_DTYPE,
-    FEATURE_DTYPE,
     FIRE_DTYPE,
     SEGMENT_DTYPE,
     EngineCounters,
@@ -67,13 +66,10 @@ _MODEL_COLUMNS: Final = {
     "norm_sum": "norm_sum_H",
 }
 """Fields of a ModelDelta on the wire and their names here."""
+_ROW_INFO: Final = tuple(field.name for field in fields(RequestInfo))
+_ROW_PROGRESS: Final = ("closed_seconds", "output_tokens", "total_tokens")
+"""Fields of a RequestRow that are the same on the wire and in its `info` and `progress`."""
 _ROW_OPTIONAL: Final = ("prompt_tokens", "output_tokens", "total_tokens")
-_ROW_FIELDS: Final = tuple(
-    name
-    for name in pb.RequestRow.DESCRIPTOR.fields_by_name
-    if name not in ("outcome", "tokens", "features", "crossings")
-)
-"""Fields of a RequestRow that are the same on the wire and here."""
 _HEX_32 = re.compile(r"[0-9a-f]{32}")
 _HEX_64 = re.compile(r"[0-9a-f]{64}")
 _SLUG = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -363,16 +359,18 @@ def _report_message(sequence: int, report: Report) -> pb.Report:
             ],
             requests=[
                 pb.RequestRow(
-                    outcome=row.outcome or 0,
-                    tokens=row.tokens.tolist(),
-                    features=_packed(what, "features", row.features, FEATURE_DTYPE, (len(row.features),)),
-                    crossings=_packed(what, "crossings", row.crossings, CROSSED_DTYPE, (len(row.crossings),)),
-                    **{name: getattr(row, name) for name in _ROW_FIELDS},
+                    number=row.number,
+                    outcome=row.progress.outcome or 0,
+                    tokens=row.progress.tokens.tolist(),
+                    features=_packed(what, "features", row.features, FEATURE_STAT, (len(row.features),)),
+                    crossings=_packed(what, "crossings", row.exceedances, EXCEEDANCE, (len(row.exceedances),)),
+                    **{name: getattr(row.info, name) for name in _ROW_INFO},
+                    **{name: getattr(row.progress, name) for name in _ROW_PROGRESS},
                 )
                 for row in report.requests
             ],
             shed_requests=report.shed_requests,
-            shed_crossings=report.shed_crossings,
+            shed_crossings=report.shed_exceedances,
         )
     except (ValueError, TypeError) as error:
         raise _malformed(what, f"a value does not fit its field: {error}") from error
@@ -425,19 +423,23 @@ def _read_report(message: pb.Report) -> Report:
         models=tuple(_read_model(what, model) for model in message.models),
         requests=tuple(_read_row(what, row) for row in message.requests),
         shed_requests=message.shed_requests,
-        shed_crossings=message.shed_crossings,
+        shed_exceedances=message.shed_crossings,
     )
 
 
 def _read_row(what: str, row: pb.RequestRow) -> RequestRow:
-    same: dict[str, Any] = {name: getattr(row, name) for name in _ROW_FIELDS}
+    same: dict[str, Any] = {name: getattr(row, name) for name in (*_ROW_INFO, *_ROW_PROGRESS)}
     same |= dict.fromkeys((name for name in _ROW_OPTIONAL if not row.HasField(name)), None)
     return RequestRow(
-        outcome=_outcome(what, row.outcome) if row.outcome else None,
-        tokens=_counts(what, "tokens", row.tokens, (len(TokenState) + 1,)),
-        features=_records(what, "features", row.features, FEATURE_DTYPE),
-        crossings=_records(what, "crossings", row.crossings, CROSSED_DTYPE),
-        **same,
+        number=row.number,
+        info=RequestInfo(**{name: same[name] for name in _ROW_INFO}),
+        progress=RequestProgress(
+            outcome=_outcome(what, row.outcome) if row.outcome else None,
+            tokens=_counts(what, "tokens", row.tokens, (len(TokenState) + 1,)),
+            **{name: same[name] for name in _ROW_PROGRESS},
+        ),
+        features=_records(what, "features", row.features, FEATURE_STAT),
+        exceedances=_records(what, "crossings", row.crossings, EXCEEDANCE),
     )
 
 

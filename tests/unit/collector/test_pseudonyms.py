@@ -126,7 +126,10 @@ def test_a_sidecars_hash_is_the_gateways_where_both_have_the_key():
     behind.merge(forwarder, received_report(number, report), 1001.0)
     (serial,) = gateway.lookup.find(RESPONSE_ID)
     assert gateway.lookup.find(ENGINE_ID) == [serial]
-    clear = replace(report, requests=tuple(replace(row, request_id=ENGINE_ID, number=9) for row in report.requests))
+    clear = replace(
+        report,
+        requests=tuple(replace(row, info=replace(row.info, request_id=ENGINE_ID), number=9) for row in report.requests),
+    )
     behind.merge(forwarder, received_report(number + 1, clear), 1001.0)
     assert len(gateway.lookup.find(RESPONSE_ID)) == 2, "a sidecar without the key: the gateway hashes"
 

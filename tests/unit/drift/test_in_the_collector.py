@@ -19,8 +19,8 @@ from latentwatch.drift.baseline import Baseline, Fingerprint
 from latentwatch.errors import BaselineRefused, ConfigRefused, StreamRefused
 from latentwatch.evidence.archive import EndedRequest
 from latentwatch.evidence.store import Retention, Store
+from latentwatch.facts import FEATURE_STAT
 from latentwatch.names import TokenState
-from latentwatch.step.batch import FEATURE_DTYPE
 from latentwatch.transport import recording
 from latentwatch.transport.recording import RecordingSink
 from latentwatch.watchlist import file as watchlist_file
@@ -450,7 +450,7 @@ def test_evidence_that_is_not_of_every_request_makes_no_baseline(folder, tmp_pat
     assert main([*calibrate, "--watchlist", str(tmp_path / "o.safetensors")]) == 2
     assert built.sha256 in capsys.readouterr().err
     with pytest.raises(BaselineRefused, match="features more"):
-        row = EndedRequest("r", "pod", "", True, MONDAY, 0, np.empty(0, FEATURE_DTYPE), 7)
+        row = EndedRequest("r", "pod", "", True, MONDAY, 0, np.empty(0, FEATURE_STAT), 7)
         of_evidence(built, "toy", [row])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,9 +113,9 @@ def test_queries_filter_by_feature_severity_model_and_time(tmp_path):
 
 
 def test_a_request_is_found_by_engine_id_response_id_and_trace_id(tmp_path):
-    traced = one_request(1)[0].request._replace(
-        request_id="chatcmpl-abc-0123abcd", traceparent=f"00-{'ab' * 16}-{'cd' * 8}-01"
-    )
+    request = one_request(1)[0].request
+    traceparent = f"00-{'ab' * 16}-{'cd' * 8}-01"
+    traced = request._replace(info=replace(request.info, request_id="chatcmpl-abc-0123abcd", traceparent=traceparent))
     with store(tmp_path) as written:
         written.write([record._replace(request=traced) for record in one_request(1)], NOW)
     archive = Archive(tmp_path)
@@ -184,10 +185,10 @@ def test_deleting_beside_a_reader_with_an_old_state_is_reported_as_not_clean(tmp
         reader = segment.connect(path, "ro")
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM request").fetchone()
-        erased = stores.erase(tmp_path, one_request(1)[0].request.request_id)
+        erased = stores.erase(tmp_path, one_request(1)[0].request.info.request_id)
         assert (erased.requests, erased.clean) == (1, False)
         reader.close()
-        assert stores.erase(tmp_path, one_request(2)[0].request.request_id).clean
+        assert stores.erase(tmp_path, one_request(2)[0].request.info.request_id).clean
 
 
 def test_a_request_stays_in_one_segment_when_the_day_changes_under_it(tmp_path):
@@ -197,7 +198,7 @@ def test_a_request_stays_in_one_segment_when_the_day_changes_under_it(tmp_path):
         written.write(one_request(2, seconds=NOW + DAY), NOW + DAY)
         written.write(rest, NOW + DAY)
         assert [path.name[:10] for path in stores.segments(tmp_path)] == ["2025-11-22", "2025-11-23"]
-        (found,) = Archive(tmp_path).find(first.request.request_id)
+        (found,) = Archive(tmp_path).find(first.request.info.request_id)
     assert found.outcome == "finished" and found.exceedances and found.activations
 
 
@@ -310,5 +311,5 @@ def test_an_end_without_its_beginning_is_kept_too(tmp_path):
     assert isinstance(ended, Ended)
     with store(tmp_path) as written:
         written.write([ended], NOW)
-    (found,) = Archive(tmp_path).find(ended.request.request_id)
+    (found,) = Archive(tmp_path).find(ended.request.info.request_id)
     assert found.outcome == "finished" and found.exceedances == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
 
 
 def traced(number: int, **options):
-    return [r._replace(request=r.request._replace(traceparent=TRACEPARENT)) for r in one_request(number, **options)]
+    made = one_request(number, **options)
+    traced = made[0].request._replace(info=replace(made[0].request.info, traceparent=TRACEPARENT))
+    return [record._replace(request=traced) for record in made]
 
 
 def test_an_exceedance_is_an_evaluation_result_in_the_trace_of_its_request():

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from latentwatch.collector.core import Core
-from latentwatch.collector.durability import checkpoint
+from latentwatch.collector.core import Core, CoreState
+from latentwatch.collector.durability import checkpoint, schema
 from latentwatch.errors import Refusal, StateRefused
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
@@ -83,11 +83,12 @@ class DurableSink:
         self._core = core
         self._ingest = core.ingest
         self._header = {
-            "format": checkpoint.FORMAT,
+            "format": schema.FORMAT,
+            "schema": schema.fingerprint(),
             "watchlist_sha256": core.watchlist.sha256,
             "bounds": dataclasses.asdict(core.bounds),
         }
-        self._folder = folder / f"{core.watchlist.sha256[:16]}-{checkpoint.FORMAT}"
+        self._folder = folder / f"{core.watchlist.sha256[:16]}-{schema.FORMAT}"
         self._pending: list[bytes] = []
         self._names: dict[Hello, int] = {}
         self._journal = -1
@@ -232,7 +233,7 @@ class DurableSink:
         finally:
             self._writing = False
 
-    def _begin(self, now: float) -> checkpoint.State:
+    def _begin(self, now: float) -> CoreState:
         """Begin the next journal; the state at its beginning. Raises OSError."""
         path = self._path("journal", self._number + 1)
         journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -250,7 +251,7 @@ class DurableSink:
         self._next_checkpoint = now + _CHECKPOINT_SECONDS
         return self._core.state()
 
-    def _keep(self, state: checkpoint.State, number: int, now: float) -> None:
+    def _keep(self, state: CoreState, number: int, now: float) -> None:
         """Write a checkpoint, then remove what it replaces. Raises OSError."""
         checkpoint.write(self._path("checkpoint", number), self._header, state)
         self._checkpoint_seconds = now
@@ -318,13 +319,8 @@ class DurableSink:
         state = checkpoint.read(path, self._header)
         try:
             self._core.restore(state)
-        except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise StateRefused(
-                f"state {path}",
-                found=f"it does not fit this version: {type(error).__name__} {error}",
-                instead="Start the version that wrote it, or remove its folder to begin again at zero.",
-                reason="state_damaged",
-            ) from error
+        except (ValueError, IndexError) as error:
+            raise checkpoint.damaged(path, f"it does not hold together: {error}") from error
 
     def _replay(self, path: Path, records: list[bytes]) -> int:
         names: dict[int, Hello] = {}

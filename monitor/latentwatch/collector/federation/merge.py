@@ -6,24 +6,23 @@ Shape legend: n requests, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.histogram import NORM_EDGES, Histograms
 from latentwatch.aggregate.window import FeatureWindow
+from latentwatch.arrays import Array
 from latentwatch.collector.listener import RemoteRows, StepListener
 from latentwatch.collector.remote_requests import features_of, was_seen
 from latentwatch.collector.replicas import Boot
-from latentwatch.collector.requests import ClosedRequest, FeatureSummary, summarise
+from latentwatch.collector.requests import RequestSummary, summarise
 from latentwatch.collector.state import CollectorState, ModelCounts
+from latentwatch.facts import FeatureSummary
 from latentwatch.names import Outcome
 from latentwatch.transport import report as reports
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import ModelDelta, Report, RequestRow
-
-Array = npt.NDArray[Any]
 
 _ROWS_AT_ONCE: Final = 512
 """Rows of a report that are unfolded at a time: at 1,024 features some 17 MiB."""
@@ -50,7 +49,7 @@ class ReportMerge:
 
     def merge(self, forwarder: Hello, boot: Boot, report: Report, now: float) -> list[Boot]:
         """Take a checked report. Args: boot: the forwarder's. Returns the boots of engines that it shows to be over."""
-        boot.shed_requests, boot.shed_crossings = report.shed_requests, report.shed_crossings
+        boot.shed_requests, boot.shed_exceedances = report.shed_requests, report.shed_exceedances
         over = self._state.replicas.merge_report(forwarder, report)
         self._add_deltas(report, now)
         for first in range(0, len(report.requests), _ROWS_AT_ONCE):
@@ -77,31 +76,30 @@ class ReportMerge:
         features = features_of(rows, len(state.features))
         summaries = summarise(features, state.table.limit_F, state.bounds.summary_features)
         requests = [self._add_row(forwarder, row, summaries[i], features.statistic_nF[i]) for i, row in enumerate(rows)]
-        whole = [i for i, row in enumerate(rows) if row.outcome is not None and row.opening_seen and was_seen(row)]
+        whole = [
+            i
+            for i, row in enumerate(rows)
+            if row.progress.outcome is not None and row.info.opening_seen and was_seen(row)
+        ]
         self._tell(RemoteRows(rows, requests, features, whole, now))
 
-    def _add_row(self, forwarder: Hello, row: RequestRow, summary: FeatureSummary, statistic_F: Array) -> ClosedRequest:
+    def _add_row(
+        self, forwarder: Hello, row: RequestRow, features: FeatureSummary, statistic_F: Array
+    ) -> RequestSummary:
         state = self._state
         request = state.remote.request(forwarder, row, state.last_serial + 1)
-        state.last_serial = max(state.last_serial, request.serial)
-        state.index.named(request.serial, request.request_id)
-        model = self._register_model(row.model_name)
-        if len(row.crossings):
-            state.list_exceedances(model, row.crossings, np.array([request] * len(row.crossings), object))
-        if summary.exceeded:
-            state.exceedances.settle(request.serial, statistic_F)
-        latest = ClosedRequest(
-            open=request,
-            outcome=row.outcome or Outcome.LOST,
-            closed_seconds=row.closed_seconds,
-            output_tokens=row.output_tokens,
-            total_tokens=row.total_tokens,
-            tokens=row.tokens,
-            features=summary,
-        )
-        beyond: ClosedRequest | None = latest
-        if row.outcome is None:
-            beyond = state.remote.keep(forwarder, latest)
+        serial = request.collector_serial
+        state.last_serial = max(state.last_serial, serial)
+        state.index.add(request)
+        model = self._register_model(row.info.model_name)
+        if len(row.exceedances):
+            state.list_exceedances(model, row.exceedances, np.array([request] * len(row.exceedances), object))
+        if features.exceeded:
+            state.exceedances.settle(serial, statistic_F)
+        latest = RequestSummary(request, row.progress, features)
+        beyond: RequestSummary | None = latest
+        if row.progress.outcome is None:
+            beyond = state.remote.update(forwarder, row.number, latest)
         else:
             state.remote.end(forwarder, row.number)
         if beyond is not None:

@@ -17,24 +17,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.requests import RequestFeatures
-from latentwatch.collector.durability.checkpoint import State
+from latentwatch.arrays import Array, axes, check
 from latentwatch.collector.listener import Ends, Eviction, Step, StepListener
-from latentwatch.collector.requests import ClosedRequest, OpenRequest
+from latentwatch.collector.requests import TrackedRequest
 from latentwatch.collector.snapshot import EngineTotals, ForwardView, ModelTotals
-from latentwatch.collector.state import CollectorState, open_requests
+from latentwatch.collector.state import CollectorState, EngineCountsState, ModelCounts, open_requests
+from latentwatch.errors import StreamRefused
+from latentwatch.facts import EXCEEDANCE, FEATURE_STAT, RequestProgress
 from latentwatch.names import Outcome
-from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE
 from latentwatch.transport import codec
 from latentwatch.transport.report import TOKEN_SHAPE, EngineDelta, ModelDelta, ReplicaState, Report, RequestRow
 from latentwatch.transport.sink import ReceivedReport
-
-Array = npt.NDArray[Any]
 
 _WINDOW: Final = 8
 """Reports that wait for their ack before another one is cut: eight seconds, and the most memory that they take."""
@@ -43,6 +41,56 @@ _COUNTS_BYTES: Final = 1 << 20
 """Of rows and of counts in one report. One model's counts may lie beyond: up to 16,000 features a message has room."""
 _ROW_BYTES: Final = 900
 """A RequestRow beside its arrays, about."""
+
+
+@dataclass(frozen=True)
+class ReportState:
+    """A report that waits for its ack."""
+
+    number: int
+    message: Array = field(metadata=axes("bytes", dtype=np.uint8))
+    """As it is sent."""
+
+
+@dataclass(frozen=True)
+class UntoldState:
+    """Exceedances of an open request that no row told of yet."""
+
+    serial: int
+    exceedances: Array = field(metadata=axes("n", dtype=EXCEEDANCE))
+
+
+@dataclass(frozen=True)
+class PeaksState:
+    """The largest values of a model's features since the last report."""
+
+    model_name: str
+    peak_F: Array = field(metadata=axes("F", dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class ToldState:
+    """Counts as the last report told them."""
+
+    peaks: list[PeaksState]
+    engines: list[EngineCountsState]
+    models: dict[str, ModelCounts]
+
+
+@dataclass(frozen=True)
+class OutboxState:
+    """Everything that a ReportOutbox remembers."""
+
+    boot_id: str
+    number: int
+    acknowledged: int
+    shed_requests: int
+    shed_exceedances: int
+    reports: list[ReportState]
+    rows: Array = field(metadata=axes("bytes", dtype=np.uint8))
+    """Those that are in no report yet, as the message of one."""
+    untold: list[UntoldState]
+    told: ToldState
 
 
 class ReportOutbox(StepListener):
@@ -60,10 +108,10 @@ class ReportOutbox(StepListener):
         self._plain: deque[RequestRow] = deque()
         self._flagged: deque[RequestRow] = deque()
         self._rows_bytes = 0
-        self._crossed: dict[int, tuple[OpenRequest, list[Array]]] = {}
-        """By serial, the open requests that crossed a limit since their last row."""
-        self._crossings = 0
-        self._shed_requests = self._shed_crossings = 0
+        self._untold: dict[int, tuple[TrackedRequest, list[Array]]] = {}
+        """By serial, the open requests that exceeded a limit since their last row, with EXCEEDANCE."""
+        self._untold_count = 0
+        self._shed_requests = self._shed_exceedances = 0
         self._told = _Told(len(state.features))
 
     # -- what happens
@@ -71,41 +119,38 @@ class ReportOutbox(StepListener):
     def step(self, step: Step) -> None:
         """See StepListener."""
         self._told.peak(step.model_name, step.view.peak_F)
-        if not len(step.exceedances):
-            return
-        crossed = np.empty(len(step.exceedances), CROSSED_DTYPE)
-        crossed["seconds"] = step.seconds
-        for name in ("feature", "phase", "position", "value"):
-            crossed[name] = step.exceedances[name]
-        for i, request in enumerate(step.requests_K[step.exceedances["slot"]]):
-            if self._crossings >= self._state.bounds.exceedances:
-                self._shed_crossings += 1
+        for i, slot in enumerate(step.exceeding_slots.tolist()):
+            if self._untold_count >= self._state.bounds.exceedances:
+                self._shed_exceedances += 1
                 continue
-            self._crossed.setdefault(request.serial, (request, []))[1].append(crossed[i : i + 1])
-            self._crossings += 1
+            request = step.requests_K[slot]
+            untold = self._untold.setdefault(request.collector_serial, (request, []))
+            untold[1].append(step.exceedances[i : i + 1])
+            self._untold_count += 1
 
     def ended(self, ends: Ends) -> None:
         """See StepListener."""
-        for place, closed in enumerate(ends.requests):
-            request, seconds = closed.open, closed.closed_seconds
-            self._add(_row(request, ends.features, place, closed.tokens, closed, seconds, self._untold(request)))
+        for place, summary in enumerate(ends.requests):
+            self._add(self._row(summary.request, summary.progress, ends.features, place))
 
     def evicted(self, eviction: Eviction) -> None:
         """See StepListener."""
-        self._shed_crossings += len(self._untold(eviction.request))
+        self._shed_exceedances += len(self._pop_untold(eviction.request))
 
     def forget(self, is_gone: Callable[[str], bool]) -> None:
         """Let go of the rows of requests with these ids. Reports that were cut keep them without ids."""
         for rows in (self._flagged, self._plain):
-            kept = [row for row in rows if not is_gone(row.request_id)]
+            kept = [row for row in rows if not is_gone(row.info.request_id)]
             self._shed_requests += len(rows) - len(kept)
             rows.clear()
             rows.extend(kept)
         self._rows_bytes = sum(map(_cost, (*self._flagged, *self._plain)))
         for i, (number, report) in enumerate(self.reports):
-            if any(is_gone(row.request_id) for row in report.requests):
+            if any(is_gone(row.info.request_id) for row in report.requests):
                 rows_without = tuple(
-                    replace(row, request_id="", traceparent="") if is_gone(row.request_id) else row
+                    replace(row, info=replace(row.info, request_id="", traceparent=""))
+                    if is_gone(row.info.request_id)
+                    else row
                     for row in report.requests
                 )
                 self.reports[i] = (number, replace(report, requests=rows_without))
@@ -135,7 +180,7 @@ class ReportOutbox(StepListener):
                 models=parts.pop(0) if parts else (),
                 requests=self._some_rows(),
                 shed_requests=self._shed_requests,
-                shed_crossings=self._shed_crossings,
+                shed_exceedances=self._shed_exceedances,
             )
             self._number += 1
             self.reports.append((self._number, report))
@@ -165,41 +210,46 @@ class ReportOutbox(StepListener):
             capacity_bytes=self._state.bounds.forward_bytes,
             oldest_seconds=self.reports[0][1].time_unix_nano / 1e9 if self.reports else 0.0,
             shed_requests=self._shed_requests,
-            shed_crossings=self._shed_crossings,
+            shed_exceedances=self._shed_exceedances,
         )
 
     # -- the state
 
-    def state(self) -> State:
-        """Everything, for `restore`; copies."""
-        return {
-            "boot_id": self.boot_id,
-            "number": self._number,
-            "held": self._acknowledged,
-            "shed": [self._shed_requests, self._shed_crossings],
-            "reports": [[number, _bytes(number, report)] for number, report in self.reports],
-            "rows": _bytes(1, Report(0, requests=(*self._flagged, *self._plain))),
-            "crossed": [[serial, np.concatenate(events)] for serial, (_, events) in self._crossed.items()],
-            "told": self._told.state(),
-        }
+    def state(self) -> OutboxState:
+        """Everything; copies."""
+        return OutboxState(
+            boot_id=self.boot_id,
+            number=self._number,
+            acknowledged=self._acknowledged,
+            shed_requests=self._shed_requests,
+            shed_exceedances=self._shed_exceedances,
+            reports=[ReportState(number, _bytes(number, report)) for number, report in self.reports],
+            rows=_bytes(1, Report(0, requests=(*self._flagged, *self._plain))),
+            untold=[UntoldState(serial, np.concatenate(some)) for serial, (_, some) in self._untold.items()],
+            told=self._told.state(),
+        )
 
-    def restore(self, state: State) -> None:
-        """Go on from `state`, beside a collector's state that was restored before."""
-        self.boot_id, self._number, self._acknowledged = state["boot_id"], state["number"], state["held"]
-        self._shed_requests, self._shed_crossings = state["shed"]
-        self.reports.extend((number, _report(data)) for number, data in state["reports"])
-        for row in _report(state["rows"]).requests:
+    def restore(self, state: OutboxState) -> None:
+        """Go on from `state`, beside a collector's state that was restored before.
+
+        Raises ValueError where it does not fit together.
+        """
+        self.boot_id, self._number, self._acknowledged = state.boot_id, state.number, state.acknowledged
+        self._shed_requests, self._shed_exceedances = state.shed_requests, state.shed_exceedances
+        self.reports.extend((report.number, _report(report.message)) for report in state.reports)
+        for row in _report(state.rows).requests:
             self._append(row)
         slots = self._state.slots
-        for serial, events in state["crossed"]:
-            if serial not in slots.by_serial:
+        for untold in state.untold:
+            count = len(untold.exceedances)
+            if untold.serial not in slots.by_serial:
                 # It ended while this collector ran without a gateway.
-                self._shed_crossings += len(events)
+                self._shed_exceedances += count
                 continue
-            request = slots.request(slots.by_serial[serial])
-            self._crossed[serial] = (request, [events[i : i + 1] for i in range(len(events))])
-            self._crossings += len(events)
-        self._told.restore(state["told"], self._state)
+            request = slots.request(slots.by_serial[untold.serial])
+            self._untold[untold.serial] = (request, [untold.exceedances[i : i + 1] for i in range(count)])
+            self._untold_count += count
+        self._told.restore(state.told, self._state)
 
     # -- inside
 
@@ -209,19 +259,30 @@ class ReportOutbox(StepListener):
         return len(self.reports) < _WINDOW
 
     def _add_open(self, now: float) -> None:
-        """A row of each open request that crossed a limit since its last one."""
+        """A row of each open request that exceeded a limit since its last one."""
         state = self._state
-        slots = np.array([state.slots.by_serial[serial] for serial in self._crossed], np.int64)
+        slots = np.array([state.slots.by_serial[serial] for serial in self._untold], np.int64)
         features = state.statistics.features_of(slots)
         for place, slot in enumerate(slots.tolist()):
-            request, tokens = state.slots.request(slot), state.slots.accounted[slot].sum(axis=1)
-            self._add(_row(request, features, place, tokens, None, now, self._untold(request)))
+            progress = RequestProgress(None, now, state.slots.accounted[slot].sum(axis=1))
+            self._add(self._row(state.slots.request(slot), progress, features, place))
 
-    def _untold(self, request: OpenRequest) -> Array:
-        """The crossings of a request that no row told of yet."""
-        _, events = self._crossed.pop(request.serial, (request, []))
-        self._crossings -= len(events)
-        return np.concatenate(events) if events else np.empty(0, CROSSED_DTYPE)
+    def _pop_untold(self, request: TrackedRequest) -> Array:
+        """The exceedances of a request that no row told of yet."""
+        _, untold = self._untold.pop(request.collector_serial, (request, []))
+        self._untold_count -= len(untold)
+        return np.concatenate(untold) if untold else np.empty(0, EXCEEDANCE)
+
+    def _row(
+        self, request: TrackedRequest, progress: RequestProgress, features: RequestFeatures, place: int
+    ) -> RequestRow:
+        """Args: features: of several requests, this one at `place`."""
+        seen = np.flatnonzero(features.max_position_nF[place] >= 0)
+        rows = np.empty(len(seen), FEATURE_STAT)
+        rows["index"] = seen
+        for name, column_nF in features.columns().items():
+            rows[name] = column_nF[place, seen]
+        return RequestRow(request.collector_serial, request.info, progress, rows, self._pop_untold(request))
 
     def _add(self, row: RequestRow) -> None:
         self._append(row)
@@ -229,7 +290,7 @@ class ReportOutbox(StepListener):
             given_up = (self._plain or self._flagged).popleft()
             self._rows_bytes -= _cost(given_up)
             self._shed_requests += 1
-            self._shed_crossings += len(given_up.crossings)
+            self._shed_exceedances += len(given_up.exceedances)
 
     def _append(self, row: RequestRow) -> None:
         (self._flagged if row.features["exceeded"].any() else self._plain).append(row)
@@ -293,25 +354,34 @@ class _Told:
         if part:
             yield tuple(part)
 
-    def state(self) -> State:
-        """Everything, for `restore`; copies."""
-        return {
-            "peaks": dict(self.peaks),
-            "engines": [
-                [*key, totals.tokens, [totals.requests[o] for o in Outcome]] for key, totals in self.engines.items()
+    def state(self) -> ToldState:
+        """Everything; what was told is not changed again."""
+        return ToldState(
+            peaks=[PeaksState(name, peak_F) for name, peak_F in self.peaks.items()],
+            engines=[
+                EngineCountsState(*key, totals.tokens, [totals.requests[outcome] for outcome in Outcome])
+                for key, totals in self.engines.items()
             ],
-            "models": {name: _columns(totals) for name, totals in self.models.items()},
-        }
+            models={
+                name: ModelCounts(t.fired_F, t.requests_F, t.exceedances_F, t.statistic, t.norm)
+                for name, t in self.models.items()
+            },
+        )
 
-    def restore(self, state: State, collector: CollectorState) -> None:
-        """Go on from `state`. Args: collector: knows every model of it."""
-        self.peaks.update(state["peaks"])
-        for model_name, engine, tokens, ended in state["engines"]:
-            counts = dict(zip(Outcome, ended, strict=True))
-            self.engines[model_name, engine] = EngineTotals(model_name, engine, tokens, counts, 0)
-        models = {totals.model_name: totals for totals in collector.model_totals()}
-        for name, columns in state["models"].items():
-            self.models[name] = _with_columns(models[name], columns)
+    def restore(self, state: ToldState, collector: CollectorState) -> None:
+        """Go on from `state` beside the collector's. Raises ValueError where it is of other features."""
+        for peaks in state.peaks:
+            check(peaks, F=len(collector.features))
+            self.peaks[peaks.model_name] = peaks.peak_F
+        for of_engine in state.engines:
+            of_engine.check()
+            counts = dict(zip(Outcome, of_engine.requests, strict=True))
+            key = of_engine.model_name, of_engine.engine
+            self.engines[key] = EngineTotals(*key, of_engine.tokens, counts, 0)
+        for name, counted in state.models.items():
+            told = collector.new_model()
+            told.restore(counted)
+            self.models[name] = told.totals(name)
 
 
 def _columns(totals: ModelTotals) -> dict[str, Array]:
@@ -326,54 +396,8 @@ def _columns(totals: ModelTotals) -> dict[str, Array]:
     }
 
 
-def _with_columns(totals: ModelTotals, columns: dict[str, Array]) -> ModelTotals:
-    return replace(
-        totals,
-        fired_F=columns["fired_F"],
-        requests_F=columns["requests_F"],
-        exceedances_F=columns["exceedances_F"],
-        statistic=replace(totals.statistic, counts_FB=columns["statistic_FB"], sum_F=columns["statistic_sum_F"]),
-        norm=replace(totals.norm, counts_FB=columns["norm_HB"], sum_F=columns["norm_sum_H"]),
-    )
-
-
-def _row(
-    request: OpenRequest,
-    features: RequestFeatures,
-    place: int,
-    tokens: Array,
-    closed: ClosedRequest | None,
-    seconds: float,
-    crossings: Array,
-) -> RequestRow:
-    seen = np.flatnonzero(features.max_position_nF[place] >= 0)
-    rows = np.empty(len(seen), FEATURE_DTYPE)
-    rows["index"] = seen
-    for name, column_nF in features.columns().items():
-        rows[name] = column_nF[place, seen]
-    return RequestRow(
-        number=request.serial,
-        replica=request.replica,
-        model_name=request.model_name,
-        engine=request.engine,
-        request_id=request.request_id,
-        adapter=request.adapter,
-        traceparent=request.traceparent,
-        opened_seconds=request.opened_seconds,
-        opening_seen=request.opening_seen,
-        outcome=closed.outcome if closed else None,
-        closed_seconds=seconds,
-        prompt_tokens=request.prompt_tokens,
-        output_tokens=closed.output_tokens if closed else None,
-        total_tokens=closed.total_tokens if closed else None,
-        tokens=tokens,
-        features=rows,
-        crossings=crossings,
-    )
-
-
 def _cost(row: RequestRow) -> int:
-    return _ROW_BYTES + row.features.nbytes + row.crossings.nbytes
+    return _ROW_BYTES + row.features.nbytes + row.exceedances.nbytes
 
 
 def _bytes(number: int, report: Report) -> Array:
@@ -381,7 +405,10 @@ def _bytes(number: int, report: Report) -> Array:
 
 
 def _report(data: Array) -> Report:
-    received = codec.decode_request(data.tobytes())
+    try:
+        received = codec.decode_request(data.tobytes())
+    except StreamRefused as error:
+        raise ValueError(f"a report in it cannot be read: {error}") from error
     if not isinstance(received, ReceivedReport):
-        raise ValueError("a state holds something else where a report was kept")
+        raise ValueError("it has something else where a report was stored")
     return received.report

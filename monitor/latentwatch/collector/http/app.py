@@ -28,7 +28,7 @@ from latentwatch.collector.http.responses import as_json, encoded
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
-from latentwatch.collector.snapshot import Anomaly, Exceedance, RequestView
+from latentwatch.collector.snapshot import Anomaly, ExceedanceView, RequestView
 from latentwatch.drift.model import Alarm, DriftView
 from latentwatch.export.prometheus import negotiate
 from latentwatch.watchlist.file import MAX_FEATURES, Limit
@@ -101,7 +101,7 @@ class Requests:
 class Exceedances:
     """Exceedances that this collector holds, newest first."""
 
-    exceedances: list[Exceedance]
+    exceedances: list[ExceedanceView]
 
 
 @dataclasses.dataclass(frozen=True)

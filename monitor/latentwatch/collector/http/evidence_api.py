@@ -16,8 +16,9 @@ from latentwatch.collector.http.responses import as_json
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.errors import ConfigRefused
-from latentwatch.evidence.archive import StoredExceedance, StoredRequest, Wanted
+from latentwatch.evidence.archive import StoredRequest, Wanted
 from latentwatch.evidence.vault import Content, Vault
+from latentwatch.facts import ShownExceedance
 from latentwatch.names import Severity
 
 _OFF: Final = "This collector writes no evidence; start it with --evidence DIR."
@@ -41,7 +42,7 @@ Id = Annotated[str, Path(max_length=4 * MAX_ID_CHARACTERS, description="engine r
 class EvidenceExceedances:
     """Exceedances that are kept, newest first."""
 
-    exceedances: list[StoredExceedance]
+    exceedances: list[ShownExceedance]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from latentwatch import __version__
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.collector.http.verdicts import Coverage, Engine, Verdict, is_anything_wrong, is_everything_seen
 from latentwatch.collector.lookup import Lookup
-from latentwatch.collector.snapshot import Exceedance, ReplicaView, Snapshot
+from latentwatch.collector.snapshot import ExceedanceView, ReplicaView, Snapshot
 from latentwatch.names import Reason, Severity, TokenState
 from latentwatch.transport.report import TOKEN_SHAPE
 from latentwatch.watchlist.file import Feature
@@ -78,7 +78,7 @@ class Overview:
     features_found: int
     """How many were asked for."""
     features_total: int
-    exceedances: list[Exceedance]
+    exceedances: list[ExceedanceView]
     """Newest first."""
     engines: list[Engine]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import os
 import tempfile
@@ -53,6 +54,8 @@ def plain(value: Any) -> Any:
     """A state with its arrays as bytes, so that two can be compared to the bit."""
     if isinstance(value, np.ndarray):
         return (value.dtype.str, value.shape, value.tobytes())
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {key: plain(held) for key, held in value.items()}
     return [plain(held) for held in value] if isinstance(value, list | tuple) else value

@@ -15,9 +15,10 @@ from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.errors import StreamRefused
-from latentwatch.evidence.records import Activations, Ended, Exceedance, Record
+from latentwatch.evidence.records import Activations, Ended, Exceeded, Record
+from latentwatch.facts import EXCEEDANCE, FEATURE_STAT
 from latentwatch.names import Outcome, Severity
-from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE, StepBatch
+from latentwatch.step.batch import StepBatch
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report, RequestRow
@@ -127,7 +128,7 @@ def test_a_gateway_shows_what_its_sidecars_counted(seed, data):
             carry(source, gateway, name)
     same_totals(gateway, *sources)
     for i, source in enumerate(sources):
-        assert source.outbox is not None and source.outbox._crossings == len(source.outbox._crossed) == 0
+        assert source.outbox is not None and source.outbox._untold_count == len(source.outbox._untold) == 0
         same_requests(gateway, source, f"pod-{i}/0")
     shown = sorted((e.request_id, e.feature, e.position, e.seconds) for e in gateway.lookup.exceedances(1000))
     each = [e for source in sources for e in source.lookup.exceedances(1000)]
@@ -241,7 +242,7 @@ def test_a_gateway_that_is_away_costs_rows_beyond_the_bound_and_no_count():
     known = [serial for serial in gateway.lookup.latest(1000) if gateway.lookup.request(serial)]
     assert len(known) + shown.shed_requests == 60
     assert shown.shed_requests == facts.shed_requests
-    assert len(gateway.lookup.exceedances(1000)) + shown.shed_crossings == len(source.lookup.exceedances(1000))
+    assert len(gateway.lookup.exceedances(1000)) + shown.shed_exceedances == len(source.lookup.exceedances(1000))
 
 
 def test_a_killed_sidecar_makes_the_same_reports_from_its_journal(tmp_path):
@@ -292,10 +293,12 @@ def test_a_gateways_evidence_has_the_exceedance_and_the_end_and_no_activations()
         source.ingest.observe(hello(), received(i, step), 1000.0 + i)
     source.ingest.tick(1100.0)
     carry(source, gateway, forwarder())
-    exceedances = [record for record in records if isinstance(record, Exceedance)]
+    exceedances = [record for record in records if isinstance(record, Exceeded)]
     ends = [record for record in records if isinstance(record, Ended)]
     assert len(exceedances) == len(source.lookup.exceedances(1000)) > 0
-    assert {record.request.request_id for record in exceedances} == {record.request.request_id for record in ends}
+    assert {record.request.info.request_id for record in exceedances} == {
+        record.request.info.request_id for record in ends
+    }
     assert not [record for record in records if isinstance(record, Activations)]
 
 
@@ -319,19 +322,21 @@ def a_report(**changes: Any) -> Report:
 
 
 def broken_row(**changes: Any) -> RequestRow:
-    return replace(a_report().requests[0], **changes)
+    row = a_report().requests[0]
+    inside = {name: replace(getattr(row, name), **of) for name, of in changes.items() if isinstance(of, dict)}
+    return replace(row, **changes | inside)
 
 
 def features(*index: int, **columns: Any) -> np.ndarray:
-    rows = np.zeros(len(index), FEATURE_DTYPE)
+    rows = np.zeros(len(index), FEATURE_STAT)
     rows["index"] = index
     for name, value in columns.items():
         rows[name] = value
     return rows
 
 
-def crossing(**columns: Any) -> np.ndarray:
-    rows = np.zeros(1, CROSSED_DTYPE)
+def exceedance(**columns: Any) -> np.ndarray:
+    rows = np.zeros(1, EXCEEDANCE)
     rows["phase"] = 1
     for name, value in columns.items():
         rows[name] = value
@@ -349,11 +354,11 @@ def crossing(**columns: Any) -> np.ndarray:
         ({"features": features(0, max=np.inf)}, "without its maximum"),
         ({"features": features(0, statistic=-np.inf)}, "infinite statistic"),
         ({"features": features(0, fired=-1)}, "less than never"),
-        ({"crossings": crossing(feature=5)}, "no feature or no phase"),
-        ({"crossings": crossing(phase=0)}, "no feature or no phase"),
-        ({"crossings": crossing(value=np.nan)}, "no finite number"),
-        ({"opened_seconds": float("inf")}, "no finite number"),
-        ({"tokens": np.zeros(3, np.int64)}, "3 token counts"),
+        ({"exceedances": exceedance(feature=5)}, "no feature or no phase"),
+        ({"exceedances": exceedance(phase=0)}, "no feature or no phase"),
+        ({"exceedances": exceedance(value=np.nan)}, "no finite number"),
+        ({"info": {"opened_seconds": float("inf")}}, "no finite number"),
+        ({"progress": {"tokens": np.zeros(3, np.int64)}}, "3 token counts"),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused_and_changes_nothing(row, found):
@@ -393,7 +398,7 @@ def test_who_may_be_in_a_report():
     assert refused(gateway, of(hello(replica="a"), hello(replica="b"))).reason == "too_many_replicas"
     assert refused(gateway, of(hello(model_name="a"), hello(replica="b", model_name="b"))).reason == "too_many_replicas"
     assert refused(gateway, of(hello(model_name="\n"))).reason == "replica_name"
-    rows = tuple(replace(row, model_name=f"m{i}") for i, row in enumerate(report.requests))
+    rows = tuple(replace(row, info=replace(row.info, model_name=f"m{i}")) for i, row in enumerate(report.requests))
     assert refused(gateway, replace(report, requests=rows)).reason == "too_many_models"
     direct = core()
     direct.ingest.hello(forwarder(), 1000.0)
