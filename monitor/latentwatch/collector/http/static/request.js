@@ -5,7 +5,7 @@ import { emptyNote, fact, make } from "./dom.js";
 import { clockTime, count, figure } from "./format.js";
 import { activations, exceededPositions } from "./plots.js";
 
-/** @import { FeatureOfRequest, RequestView, StoredRequest } from "./answers.d.ts" */
+/** @import { ShownFeature, RequestView, StoredRequest } from "./answers.d.ts" */
 
 const STRIPS_SHOWN = 12;
 
@@ -88,7 +88,7 @@ function marks({ features, prompt_tokens, total_tokens }) {
   return make("div", { className: "strip" }, exceededPositions(features, prompt, total_tokens), note);
 }
 
-/** @param {FeatureOfRequest[]} features */
+/** @param {ShownFeature[]} features */
 function featureTable(features) {
   const rows = features.map((f) =>
     make(
