@@ -1,4 +1,7 @@
-"""README and the pages of figures are contracts: what they show comes from files. Commands: test_commands.py; links: test_documents.py."""
+"""README and the pages of figures are contracts: what they show comes from files.
+
+Their commands: test_commands.py. Their links: test_documents.py.
+"""
 
 from __future__ import annotations
 
