@@ -23,7 +23,7 @@ def name(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0].lower())
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.combinations(LOCKED, 2), ids=lambda path: path.stem)
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(LOCKED, 2)), ids=lambda path: path.stem)
 def test_what_two_locks_share_has_one_version(one: Path, other: Path) -> None:
     first, second = pins(one), pins(other)
     assert len(first) > 20 and len(second) > 20, "the files were read"
