@@ -35,7 +35,7 @@ types: $(VENV)/.dev
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
-docs: $(VENV)/.docs ## the documents as a site in .cache/site, read without a server; a dead link is an error
+docs: $(VENV)/.docs ## the documents as a site, .cache/site/index.html; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -f docs/site/mkdocs.yml
 
 unit: $(VENV)/.dev ## the tests that start no engine
