@@ -108,3 +108,12 @@ def test_every_link_and_picture_of_a_document_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     targets = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text) + re.findall(r"^\[\w+\]: (?!\w+:)([^#\s]+)", text, re.M)
     assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
+
+
+@pytest.mark.parametrize("page", sorted(path.relative_to(ROOT).as_posix() for path in tracked(".md")))
+def test_lists_are_read_alike_by_a_git_host_and_by_the_site(page: str) -> None:
+    """The site's Markdown wants an empty line before a list, and four spaces before what stands in an item."""
+    text = re.sub(r"^```.*?^```", "```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    item = r"(?:\d+\.|[-*]) "
+    assert re.findall(rf"^(?!{item}|[ |#<]).*\S.*\n(?={item})", text, re.MULTILINE) == []
+    assert re.findall(r"^ {1,3}```.*|^ {5,}```.*", text, re.MULTILINE) == []
