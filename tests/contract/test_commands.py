@@ -1,4 +1,4 @@
-"""Every command that README, docs, runbook and the chart's README show is run, or stands in ELSEWHERE with its place.
+"""Every command that README, documents, runbook and the chart's README show is run, or stands in ELSEWHERE.
 
 Ours run in a folder that holds what they name: a watchlist and its sources, a baseline, evidence, a token. Addresses
 and paths of a host become those of real servers in this test, a model's and a request's name become names that exist
@@ -41,6 +41,7 @@ from tests.support.streams import Piece, Tokens, hello, received, step_batch, wa
 
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     ROOT / "dashboards/runbook.md",
     ROOT / "helm/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
