@@ -60,7 +60,7 @@ class Exporter:
             return False
         self._step = raw.step
         try:
-            self._offer(self._ledger.take(raw, self._counters()), now)
+            self._offer(self._ledger.settle(raw, self._counters()), now)
         except Exception:
             # One step that cannot be read must not end the export: its positions show up as a gap and are counted.
             log.exception("latentwatch: step %d could not be laid out", raw.step)
@@ -148,7 +148,7 @@ def _wire(config: ExporterConfig, env: Mapping[str, str]) -> _Parts:
 
         backlog = BacklogDelivery(folder, sender, hello.boot_id, sender_of)
     ledger = Ledger(
-        armed=hello.armed, drafts=config.drafts, kept=_score_cache(config), cached_reason=config.cached_reason
+        armed=hello.armed, drafts=config.drafts, score_cache=_score_cache(config), cached_reason=config.cached_reason
     )
     return _Parts(ring, Exporter(ring, ledger, sender, folder), spool, backlog)
 
