@@ -84,7 +84,10 @@ def test_no_line_has_a_time_of_its_own_or_says_when_it_began():
         families = parse_open_metrics if open_metrics else parse_text
         page = render([Family(COUNTER, (("a",),), [1]), Family(GAUGE, (("a",),), [1])], open_metrics=open_metrics)
         samples = [sample for family in families(page.decode()) for sample in family.samples]
-        assert [(s.name, s.timestamp) for s in samples] == [("latentwatch_things_total", None), ("latentwatch_at", None)]
+        assert [(s.name, s.timestamp) for s in samples] == [
+            ("latentwatch_things_total", None),
+            ("latentwatch_at", None),
+        ]
 
 
 def test_an_exemplar_stands_on_its_own_series_and_only_in_openmetrics():

@@ -228,7 +228,7 @@ class Attachment:
         if self._tap is None:
             return
         self._tap.after_step(self._worker.model_runner, scheduler_output)
-        if self._exporter is not None and self._exporter.keep(time.monotonic()):
+        if self._exporter is not None and self._exporter.restart_if_ended(time.monotonic()):
             self._tap.announce_again()
         self._failures = 0
 
@@ -244,7 +244,7 @@ class Attachment:
             geometry=ring.geometry,
             collector=self._settings.collector,
             drafts=config.speculative_config is not None,
-            cached_reason=Reason.KV_CONNECTOR if kv_cache.loads_from_elsewhere(config) else Reason.PREFIX_CACHE,
+            cached_reason=Reason.KV_CONNECTOR if kv_cache.has_kv_connector(config) else Reason.PREFIX_CACHE,
             cached_blocks=cache and CachedBlocks(cache.blocks, cache.block_size),
             features=tuple(_as_the_sender_sees_it(feature) for feature in features),
             identity=self._identity(watchlist.sha256 if self._hooks and isinstance(watchlist, Watchlist) else ""),

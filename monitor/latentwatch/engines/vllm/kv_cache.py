@@ -22,7 +22,7 @@ def followed(worker: Any) -> KvCache | None:
     blocks filled from elsewhere, and decode context parallelism spreads a block over ranks.
     """
     config = worker.vllm_config
-    if not getattr(config.cache_config, "enable_prefix_caching", False) or loads_from_elsewhere(config):
+    if not getattr(config.cache_config, "enable_prefix_caching", False) or has_kv_connector(config):
         return None
     if getattr(worker.parallel_config, "decode_context_parallel_size", 1) > 1:
         return None
@@ -37,6 +37,6 @@ def followed(worker: Any) -> KvCache | None:
     return None
 
 
-def loads_from_elsewhere(config: Any) -> bool:
+def has_kv_connector(config: Any) -> bool:
     """Whether a KV connector may fill blocks that this engine never computed."""
     return getattr(config, "kv_transfer_config", None) is not None

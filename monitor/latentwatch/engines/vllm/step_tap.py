@@ -21,7 +21,7 @@ from latentwatch.handover.events import Blocks, Closed, Event, Opened, Resync, e
 from latentwatch.handover.ring import EVENT_BYTES, REQUEST_DTYPE, Ring, Slot
 
 _STEPS_IN_FLIGHT = 3
-_KEPT_SLOTS = 2
+_RESERVED_SLOTS = 2
 _BLOCKS_PER_EVENT = 2048
 """Numbers of up to eight digits: a quarter of ring.EVENT_BYTES."""
 MAX_OWED = 4096
@@ -168,7 +168,7 @@ class Tap:
         """Called right after the forward of each step, on the engine's thread."""
         self._owed += self._requests.update(scheduler_output)
         if len(self._owed) > self._max_owed:
-            self._begin_anew()
+            self._resync()
         rows = int(scheduler_output.total_num_scheduled_tokens)
         self._flush_ready(wait=rows == 0)
         if rows:
@@ -195,7 +195,7 @@ class Tap:
         # The closings that are owed are of requests that it never knew, in slots that others may hold by now.
         self._owed = self._requests.announce_again()
 
-    def _begin_anew(self) -> None:
+    def _resync(self) -> None:
         """Forget what is owed, but for the requests that are live."""
         live = self._requests.live_handles
         begun = {event.handle for event in self._owed if isinstance(event, Opened) and not event.resumed}
@@ -215,7 +215,7 @@ class Tap:
         self, step: int, now_ns: int, requests_Q: Any, rows: int, write_scores: Callable[[Slot], Written]
     ) -> None:
         # A step without rows only says how requests ended; an idle engine makes no other, so it must get through.
-        slot = self._ring.reserve(keep=_KEPT_SLOTS if rows else 0)
+        slot = self._ring.reserve(leave_free=_RESERVED_SLOTS if rows else 0)
         if slot is None:
             self._ring.count_dropped(rows)
             return
@@ -273,7 +273,7 @@ class Tap:
             elif not queued.handover.ready():
                 return
             self._queue.pop(0)
-            compacted, silent = queued.handover.take()
+            compacted, silent = queued.handover.result()
             owed, self._owed = self._owed, queued.events
             self._publish(
                 queued.step,
