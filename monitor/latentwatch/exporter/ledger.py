@@ -1,8 +1,8 @@
 """The books of one engine: which positions of which request are accounted for (invariant I1).
 
 A step's rows become final when a later step says which of them are true (see pending_steps.py), at the earliest when
-the next one arrives. What a request found in the prefix cache is taken over then too: the rows that filled those KV blocks may
-belong to the very step in which it began.
+the next one arrives. What a request found in the prefix cache is taken over then too: the rows that filled those KV
+blocks may belong to the very step in which it began.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ class Ledger:
         self.untraced_requests = 0
 
     def settle(self, raw: RawStep, counters: EngineCounters) -> StepBatch:
-        """Settle what `raw` decides of the steps held, then hold `raw`.
+        """Settle what `raw` decides of the steps that wait, then let `raw` wait.
 
         The batch carries their scores, the closings that `raw` announced and the openings that stand before the rows
-        that are held now.
+        that wait now.
         """
         events = decode_events(raw.events)
         if raw.step > self._newest + 1:
@@ -137,7 +137,7 @@ class Ledger:
         )
 
     def finish(self) -> StepBatch:
-        """The held steps as they stand, once the engine will say no more. Requests still open stay open."""
+        """The steps that wait as they stand, once the engine will say no more. Requests still open stay open."""
         return self._decide(None, np.full(len(self._handle), NO_BOUND)).batch(None)
 
     def _resync(self, event: Resync, settled: _Settled) -> list[RequestClosed]:
@@ -189,7 +189,7 @@ class Ledger:
                 # What follows it may speak of other requests in the same slots.
                 end[:] = NO_BOUND
             elif isinstance(event, Closed) and event.slot in self._open:
-                # Overwrites: the first closing of a slot is that of the request in the held steps.
+                # Overwrites: the first closing of a slot is that of the request in the steps that wait.
                 end[event.slot] = self._end(event)
         return end
 
