@@ -1,8 +1,8 @@
 """The books of one engine: which positions of which request are accounted for (invariant I1).
 
-A step's rows become final when a later step says which of them are true (pending_steps.py), at the earliest when the
-next one arrives. What a request found in the prefix cache is taken over then too (inheritance.py): the rows that filled
-those KV blocks may belong to the very step in which it began.
+A step's rows become final when a later step says which of them are true (see pending_steps.py), at the earliest when
+the next one arrives. What a request found in the prefix cache is taken over then too: the rows that filled those KV
+blocks may belong to the very step in which it began.
 """
 
 from __future__ import annotations
@@ -13,13 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from latentwatch.arrays import I64, U8, Array
-from latentwatch.exporter.attribution import (
-    ScoredRows,
-    StepRows,
-    attribute,
-    joined,
-    span,
-)
+from latentwatch.exporter.attribution import ScoredRows, StepRows, attribute, joined, span
 from latentwatch.exporter.inheritance import Hit, Inheritance
 from latentwatch.exporter.pending_steps import NO_BOUND, DecidedStep, PendingSteps
 from latentwatch.exporter.score_cache import ScoreCache
@@ -30,7 +24,7 @@ from latentwatch.step.batch import SEGMENT_DTYPE, EngineCounters, RequestClosed,
 
 
 class _Settled:
-    """What one step settles, in the order in which the batch will hold it."""
+    """What one call of settle() settles, in the order in which the batch will hold it."""
 
     def __init__(self) -> None:
         self.segments: list[Array] = []
@@ -68,7 +62,7 @@ class Ledger:
         """Args:
         armed: scores are there.
         drafts: the engine decodes speculatively, so that rows may be rejected.
-        score_cache: scores for prefix-cache hits to inherit; None where the engine's cache cannot be followed.
+        score_cache: scores by KV slot, for prefix-cache hits to inherit; None where they cannot be followed.
         cached_reason: why tokens that the engine did not compute are unseen, where they inherit nothing.
         """
         self._armed = armed
@@ -76,12 +70,12 @@ class Ledger:
         self._pending = PendingSteps(drafts=drafts)
         self._hits: list[Hit] = []
         self._open: dict[int, Opened] = {}
-        # Tables by slot. `next` is the first position not accounted for; -1: not known yet (resumed). `laid_at` is the
+        # Tables by slot. `next` is the first position not accounted for; -1: not known yet (resumed). `rows_at` is the
         # number of the last step with rows of the request; `lost_at` that of the last one before which steps were lost.
         self._handle = np.full(64, -1, np.int64)
         self._prompt = np.zeros(64, np.int64)
         self._next = np.zeros(64, np.int64)
-        self._laid_at = np.zeros(64, np.int64)
+        self._rows_at = np.zeros(64, np.int64)
         self._newest = self._lost_at = 0
         self.recomputed_tokens = 0
         self.surplus_tokens = 0
@@ -91,7 +85,7 @@ class Ledger:
         self.untraced_requests = 0
 
     def settle(self, raw: RawStep, counters: EngineCounters) -> StepBatch:
-        """Settle what `raw` decides of the steps that wait; `raw` itself waits for the next.
+        """Settle what `raw` decides of the steps that wait, then let `raw` wait.
 
         The batch carries their scores, the closings that `raw` announced and the openings that stand before the rows
         that wait now.
@@ -99,13 +93,24 @@ class Ledger:
         events = decode_events(raw.events)
         if raw.step > self._newest + 1:
             self._lost_at = raw.step
-        settled = self._settle(raw, self._ends(events))
+        settled = self._decide(raw, self._ends(events))
+        opened, closed = self._apply(events, settled)
+        self._pending.add(raw)
+        self._newest = raw.step
+        if raw.silent:
+            self.op_silent_steps += 1
+        return dataclasses.replace(
+            settled.batch(raw), opened=tuple(opened), closed=tuple(closed), counters=self.count(counters)
+        )
+
+    def _apply(self, events: Sequence[Event], settled: _Settled) -> tuple[list[RequestOpened], list[RequestClosed]]:
+        """Open and close the requests that the events name; what that settles is added to `settled`."""
         opened: list[RequestOpened] = []
         closed: list[RequestClosed] = []
         # In their order: a request whose steps all found the ring full may begin and end within one list.
         for event in events:
             if isinstance(event, Blocks):
-                self._inheritance.assign_blocks(event, self._open)
+                self._inheritance.assign(event, self._open)
             elif isinstance(event, Resync):
                 closed += self._resync(event, settled)
             elif isinstance(event, Opened):
@@ -117,13 +122,7 @@ class Ledger:
                 )
             elif event.slot in self._open:
                 closed.append(self._close(event, settled))
-        self._pending.add(raw)
-        self._newest = raw.step
-        if raw.silent:
-            self.op_silent_steps += 1
-        return dataclasses.replace(
-            settled.batch(raw), opened=tuple(opened), closed=tuple(closed), counters=self.count(counters)
-        )
+        return opened, closed
 
     def count(self, counters: EngineCounters) -> EngineCounters:
         """`counters` with those that the ledger keeps."""
@@ -138,8 +137,8 @@ class Ledger:
         )
 
     def finish(self) -> StepBatch:
-        """The waiting steps as they stand, once the engine will say no more. Requests still open stay open."""
-        return self._settle(None, np.full(len(self._handle), NO_BOUND)).batch(None)
+        """The steps that wait as they stand, once the engine will say no more. Requests still open stay open."""
+        return self._decide(None, np.full(len(self._handle), NO_BOUND)).batch(None)
 
     def _resync(self, event: Resync, settled: _Settled) -> list[RequestClosed]:
         """Close what is not live any more, as lost; what became of the KV blocks meanwhile is not known."""
@@ -161,13 +160,13 @@ class Ledger:
             self._handle = np.concatenate([self._handle, np.full_like(self._handle, -1)])
             self._prompt = np.concatenate([self._prompt, np.zeros_like(self._prompt)])
             self._next = np.concatenate([self._next, np.zeros_like(self._next)])
-            self._laid_at = np.concatenate([self._laid_at, np.zeros_like(self._laid_at)])
+            self._rows_at = np.concatenate([self._rows_at, np.zeros_like(self._rows_at)])
         self._open[event.slot] = event
         self._handle[event.slot] = event.handle
         self._prompt[event.slot] = event.prompt_tokens
         self._next[event.slot] = -1 if event.resumed else event.cached
-        self._laid_at[event.slot] = self._newest
-        self._inheritance.begin(event.slot)
+        self._rows_at[event.slot] = self._newest
+        self._inheritance.open(event.slot)
         if event.cached and not event.resumed:
             self._hits.append(Hit(event, 0, event.cached))
 
@@ -194,63 +193,72 @@ class Ledger:
                 end[event.slot] = self._end(event)
         return end
 
-    def _settle(self, raw: RawStep | None, end: I64) -> _Settled:
-        laid, hits = _Settled(), _Settled()
+    def _decide(self, raw: RawStep | None, end: I64) -> _Settled:
+        steps, hits = _Settled(), _Settled()
         for decided in self._pending.settled(raw, self._prompt, end):
-            self._attribute(decided, laid)
+            self._attribute(decided, steps)
         # Read behind the rows that were just stored, and put before them: they are earlier positions.
         for hit in self._hits:
             hits.add(*self._inheritance.of(hit))
         self._hits = []
-        hits.segments += laid.segments
-        hits.scored += laid.scored
+        hits.segments += steps.segments
+        hits.scored += steps.scored
         return hits
 
     def _attribute(self, decided: DecidedStep, settled: _Settled) -> None:
         """Account for the true rows of a step, and for the gaps before them that no step covers."""
+        rows, slot_Q = self._rows(decided)
+        known_Q = slot_Q >= 0
+        attributed = attribute(rows)
+        if decided.newest:
+            self._inheritance.store(rows, attributed, slot_Q)
+        unattributed = int(rows.count_Q[~known_Q].sum())
+        self.unattributed_rows += unattributed
+        self.recomputed_tokens += attributed.recomputed - unattributed
+        self.surplus_tokens += attributed.beyond
+        self._account_for_gaps(rows, slot_Q, settled)
+        self._rows_at[slot_Q[known_Q]] = decided.raw.step
+        reached_Q = np.maximum(np.minimum(rows.start_Q + rows.count_Q, rows.to_Q), rows.from_Q)
+        self._next[slot_Q[known_Q]] = reached_Q[known_Q]
+        settled.add(attributed.segments_S, attributed.scored)
+
+    def _rows(self, decided: DecidedStep) -> tuple[StepRows, I64]:
+        """The rows of a step, and the table slot of each of its requests, -1 for one that is not known."""
         raw = decided.raw
         slot_Q = raw.requests_Q["slot"].astype(np.int64)
         start_Q = raw.requests_Q["start"].astype(np.int64)
         count_Q = raw.requests_Q["count"].astype(np.int64)
         known_Q = (slot_Q < len(self._handle)) & (self._handle[np.minimum(slot_Q, len(self._handle) - 1)] >= 0)
-        slot_Q = np.where(known_Q, slot_Q, 0)
-        from_Q = np.where(self._next[slot_Q] < 0, start_Q, self._next[slot_Q])
-        to_Q = np.maximum(np.where(known_Q, decided.to_Q, 0), from_Q)
-        # An unknown request's rows are all "computed before": they belong to an account that is lost.
-        from_Q = np.where(known_Q, from_Q, start_Q + count_Q)
+        at_Q = np.where(known_Q, slot_Q, 0)
+        from_Q = np.where(self._next[at_Q] < 0, start_Q, self._next[at_Q])
         rows = StepRows(
-            handle_Q=self._handle[slot_Q],
-            prompt_Q=self._prompt[slot_Q],
+            handle_Q=self._handle[at_Q],
+            prompt_Q=self._prompt[at_Q],
             start_Q=start_Q,
             count_Q=count_Q,
-            from_Q=from_Q,
-            to_Q=to_Q,
+            # An unknown request's rows are all "computed before": they belong to an account that is lost.
+            from_Q=np.where(known_Q, from_Q, start_Q + count_Q),
+            to_Q=np.maximum(np.where(known_Q, decided.to_Q, 0), from_Q),
             reason_T=self._reasons(raw),
             fires_N=raw.fires_N,
             dense_TP=_padded(raw.dense_TP, raw.rows),
             norm_TH=_padded(raw.norm_TH, raw.rows),
         )
-        laid = attribute(rows)
-        if decided.newest:
-            self._inheritance.store(rows, laid, np.where(known_Q, slot_Q, -1))
-        unattributed = int(count_Q[~known_Q].sum())
-        self.unattributed_rows += unattributed
-        self.recomputed_tokens += laid.recomputed - unattributed
-        self.surplus_tokens += laid.beyond
-        gap_Q = known_Q & (start_Q > from_Q)
+        return rows, np.where(known_Q, slot_Q, -1)
+
+    def _account_for_gaps(self, rows: StepRows, slot_Q: I64, settled: _Settled) -> None:
+        """Positions between what is accounted for and a request's first row."""
+        gap_Q = (slot_Q >= 0) & (rows.start_Q > rows.from_Q)
         for slot, first, stop in zip(
-            *(column[gap_Q].tolist() for column in (slot_Q, from_Q, np.minimum(start_Q, to_Q))), strict=True
+            *(column[gap_Q].tolist() for column in (slot_Q, rows.from_Q, np.minimum(rows.start_Q, rows.to_Q))),
+            strict=True,
         ):
             request = self._open[slot]
-            if self._laid_at[slot] < self._lost_at:
+            if self._rows_at[slot] < self._lost_at:
                 settled.add(span(request.handle, first, stop, request.prompt_tokens, Reason.RING_FULL))
             else:
                 # Preempted, and resumed behind what it had computed: others have filled the cache for it meanwhile.
                 self._hits.append(Hit(request, first, stop))
-        self._laid_at[slot_Q[known_Q]] = raw.step
-        reached_Q = np.maximum(np.minimum(start_Q + count_Q, to_Q), from_Q)
-        self._next[slot_Q[known_Q]] = reached_Q[known_Q]
-        settled.add(laid.segments_S, laid.scored)
 
     def _reasons(self, raw: RawStep) -> U8:
         """uint8 [T]: why each row of the step carries no score."""
@@ -281,7 +289,7 @@ class Ledger:
         Their steps found the ring full, or they were drafts of a request that was preempted before the next step could
         say that they were accepted, and that ended before it computed them again.
         """
-        lost = self._laid_at[closing.slot] < self._lost_at
+        lost = self._rows_at[closing.slot] < self._lost_at
         reached = int(self._next[closing.slot])
         stop = self._total(closing) if reached >= 0 else reached
         return span(request.handle, reached, stop, request.prompt_tokens, Reason.RING_FULL if lost else Reason.LOST)

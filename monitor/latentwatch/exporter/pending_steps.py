@@ -41,7 +41,7 @@ class PendingSteps:
         self._newest = 0
 
     def add(self, raw: RawStep) -> None:
-        """Store a copy: the engine will write over the step's slot in the ring."""
+        """Keep a copy: the engine will write over the step's slot in the ring."""
         self._newest = raw.step
         if len(raw.requests_Q):
             self._steps.append(_copied(raw))
@@ -50,7 +50,7 @@ class PendingSteps:
         """The steps, or parts of them, that are decided now, oldest first.
 
         Args:
-            raw: the step that follows the newest one here; None where none will follow.
+            raw: the step that follows the newest one held; None where none will follow.
             prompt, end: by slot: prompt tokens, and the first position past what a request that ended had computed,
                 NO_BOUND where it has not ended.
         """

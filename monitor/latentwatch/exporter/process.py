@@ -51,7 +51,7 @@ class Exporter:
         self._step = 0
         self._sent_at = 0.0
 
-    def take_one(self, now: float) -> bool:
+    def forward_step(self, now: float) -> bool:
         """Move one step from the ring to the sender; False where none waits. `now`: monotonic seconds."""
         raw = self._ring.peek()
         if raw is None:
@@ -193,7 +193,7 @@ def main() -> int:
     while not stop.came:
         # Before the look at the ring: what was written before the engine went is then still read.
         gone = parts.ring.closed or os.getppid() != config.engine_pid
-        if not parts.exporter.take_one(time.monotonic()):
+        if not parts.exporter.forward_step(time.monotonic()):
             if gone:
                 break
             time.sleep(IDLE_SECONDS)

@@ -118,7 +118,7 @@ def test_while_nobody_reads_what_is_owed_stays_bounded_and_then_the_books_begin_
     tap.after_step(v1_runner({"a": 0, "b": 0}), scheduled({"a": 1, "b": 1}, new=[("a", 1), ("b", 1)]))
     batches = [ledger.settle(reader.peek(), EngineCounters())]
     reader.release()
-    ring.reserve = lambda keep=0: None  # no slot is ever free
+    ring.reserve = lambda leave_free=0: None  # no slot is ever free
     ended = {"b": (1, False)}
     most = 0
     for i in range(MAX_OWED):
