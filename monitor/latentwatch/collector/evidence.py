@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from latentwatch import secrets
 from latentwatch.collector.evidence_buffer import Keep, watched
@@ -27,8 +27,6 @@ from latentwatch.evidence.vault import Content, Vault
 from latentwatch.evidence.writer import Writer
 
 T = TypeVar("T")
-
-_SHORTEST_TOKEN: Final = 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ class Evidence:
         self._folder = settings.folder
         self._pipeline = pipeline
         self._clock = clock
-        self._token = _read_token(settings.token_file) if settings.token_file else None
+        token_file = settings.token_file
+        self._token = secrets.read_token(token_file, "--evidence-token", "evidence_token") if token_file else None
         self.vault = Vault.read(settings.key_file) if settings.key_file else None
         self._store = Store(settings.folder, watched(pipeline.watchlist), settings.retention)
         try:
@@ -80,7 +79,7 @@ class Evidence:
 
     def admits(self, token: str) -> bool:
         """Whether this is the token."""
-        return self._token is not None and hmac.compare_digest(token.encode(), self._token)
+        return self._token is not None and hmac.compare_digest(token.encode(), self._token.encode())
 
     def is_open(self, name: str) -> bool:
         """Whether a request with this id still runs, so that more of it will be written."""
@@ -169,12 +168,3 @@ class Evidence:
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reading, work)
-
-
-def _read_token(path: Path) -> bytes:
-    what, reason = "--evidence-token", "evidence_token"
-    token = secrets.read(path, what, reason)
-    if len(token) < _SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
-        instead = f"Write one word of at least {_SHORTEST_TOKEN} ASCII characters."
-        raise secrets.refuse(path, what, f"{len(token)} bytes are no token", instead, reason)
-    return token

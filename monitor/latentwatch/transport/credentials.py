@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import logging
 import ssl
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,13 @@ from typing import Any, Final
 
 import grpc
 
+from latentwatch import secrets
 from latentwatch.errors import ConfigRefused
+from latentwatch.log_limit import LogLimit
 
-MIN_TOKEN_CHARACTERS: Final = 16
+log = logging.getLogger(__name__)
+
+_LOG_AGAIN_SECONDS: Final = 600.0
 CERTIFICATE: Final = "LATENTWATCH_COLLECTOR_CERT"
 KEY: Final = "LATENTWATCH_COLLECTOR_KEY"
 AUTHORITY: Final = "LATENTWATCH_COLLECTOR_CA"
@@ -32,6 +38,7 @@ class Tokens:
     def __init__(self, files: Sequence[Path]) -> None:
         """Raises: ConfigRefused, "token_unusable"."""
         self._files = tuple(files)
+        self._may_log = LogLimit(_LOG_AGAIN_SECONDS, time.monotonic)
         self._read()
 
     def accept(self, authorization: str) -> bool:
@@ -39,30 +46,15 @@ class Tokens:
         given = _given(authorization)
         try:
             tokens = self._read()
-        except ConfigRefused:
+        except ConfigRefused as refusal:
+            if self._may_log("token"):
+                log.error("nobody is let in: %s", refusal)
             return False
         # All are compared, each in constant time.
         return sum([hmac.compare_digest(given, token) for token in tokens]) > 0
 
     def _read(self) -> list[bytes]:
-        return [read_token(path).encode() for path in self._files]
-
-
-def read_token(path: Path) -> str:
-    """The token in a file, without surrounding blanks. Raises ConfigRefused, "token_unusable"."""
-    try:
-        token = path.read_text().strip()
-        found = f"it holds {len(token)} characters" if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        token, found = "", f"it cannot be read: {error}"
-    if found:
-        raise ConfigRefused(
-            f"token file {path}",
-            found=found,
-            instead=f"Put one line of at least {MIN_TOKEN_CHARACTERS} ASCII characters there, e.g. of openssl rand.",
-            reason="token_unusable",
-        )
-    return token
+        return [secrets.read_token(path).encode() for path in self._files]
 
 
 def _given(authorization: str) -> bytes:
@@ -167,7 +159,7 @@ class Credentials:
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each stream carries beside its messages. Raises ConfigRefused, "token_unusable"."""
-        return (("authorization", f"Bearer {read_token(self.token_file)}"),) if self.token_file else ()
+        return (("authorization", f"Bearer {secrets.read_token(self.token_file)}"),) if self.token_file else ()
 
 
 def names_of(certificate: Mapping[str, Any] | None) -> frozenset[str]:

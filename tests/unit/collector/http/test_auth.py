@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from latentwatch import secrets
 from latentwatch.cli import main
 from latentwatch.collector.http import auth
 from latentwatch.collector.service import CollectorSettings, Service
@@ -26,7 +27,7 @@ TOKEN = "correct-horse-battery-staple"
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
     watchlist_file.write(watchlist([sparse("f")]), tmp_path / "w.safetensors")
-    (tmp_path / "token").write_text(TOKEN)
+    secrets.write(tmp_path / "token", TOKEN.encode())
     made = Service(
         CollectorSettings(
             tmp_path / "w.safetensors",
