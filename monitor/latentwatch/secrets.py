@@ -15,6 +15,7 @@ from typing import Final
 
 from latentwatch.errors import ConfigRefused
 
+TOKEN_UNUSABLE: Final = "token_unusable"  # noqa: S105, a reason
 MIN_TOKEN_CHARACTERS: Final = 16
 MIN_KEY_BYTES: Final = 16
 MAX_BYTES: Final = 1 << 16
@@ -45,7 +46,7 @@ def right_mode(owner: int, group: int, user: int, user_group: int) -> int:
     return 0o440 if through_group else 0o600
 
 
-def read_token(path: Path, what: str = "token file", reason: str = "token_unusable") -> str:
+def read_token(path: Path, what: str = "token file", reason: str = TOKEN_UNUSABLE) -> str:
     """The bearer token in a file: one word. Raises ConfigRefused."""
     token = read(path, what, reason)
     if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or len(token.split()) != 1:

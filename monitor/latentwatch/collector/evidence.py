@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hmac
 import sqlite3
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from latentwatch import secrets
 from latentwatch.collector.evidence_buffer import Keep, watched
 from latentwatch.collector.metrics_families import EvidenceFacts
 from latentwatch.collector.pipeline import Pipeline
@@ -25,6 +23,7 @@ from latentwatch.evidence.segment import Erased
 from latentwatch.evidence.store import Retention, Store
 from latentwatch.evidence.vault import Content, Vault
 from latentwatch.evidence.writer import Writer
+from latentwatch.transport.credentials import Tokens
 
 T = TypeVar("T")
 
@@ -50,8 +49,9 @@ class Evidence:
         self._folder = settings.folder
         self._pipeline = pipeline
         self._clock = clock
-        token_file = settings.token_file
-        self._token = secrets.read_token(token_file, "--evidence-token", "evidence_token") if token_file else None
+        files = [settings.token_file] if settings.token_file else []
+        self.tokens = Tokens(files, "--evidence-token", "evidence_token") if files else None
+        """Who may delete, and put and get what was said, over HTTP; None: nobody."""
         self.vault = Vault.read(settings.key_file) if settings.key_file else None
         self._store = Store(settings.folder, watched(pipeline.watchlist), settings.retention)
         try:
@@ -71,15 +71,6 @@ class Evidence:
         self.put = self._writer.put
         self.forget: Callable[[str], Awaitable[bool]] = self._forget_in_memory
         """Has the rest of the collector forget a request; returns whether nothing of it is left there."""
-
-    @property
-    def takes_tokens(self) -> bool:
-        """Whether anything is allowed to whoever has the token."""
-        return self._token is not None
-
-    def admits(self, token: str) -> bool:
-        """Whether this is the token."""
-        return self._token is not None and hmac.compare_digest(token.encode(), self._token.encode())
 
     def is_open(self, name: str) -> bool:
         """Whether a request with this id still runs, so that more of it will be written."""

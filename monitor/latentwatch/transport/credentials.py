@@ -6,8 +6,6 @@ token counts from the next connection on and no process has to start again.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hmac
 import logging
 import ssl
@@ -35,38 +33,32 @@ TOKEN_FILE: Final = "LATENTWATCH_COLLECTOR_TOKEN_FILE"  # noqa: S105, the name o
 class Tokens:
     """The bearer tokens that are accepted, one a file: two files while one is rotated out."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        """Raises: ConfigRefused, "token_unusable"."""
+    def __init__(self, files: Sequence[Path], what: str = "token file", reason: str = secrets.TOKEN_UNUSABLE) -> None:
+        """Raises: ConfigRefused, for this reason."""
         self._files = tuple(files)
+        self._what = what
+        self._reason = reason
         self._may_log = LogLimit(_LOG_AGAIN_SECONDS, time.monotonic)
         self._read()
 
-    def accept(self, authorization: str) -> bool:
-        """Whether an Authorization header names one of them: `Bearer TOKEN`, or Basic with it as the password."""
-        given = _given(authorization)
+    def __contains__(self, token: str) -> bool:
+        """Whether this is one of them, by the files as they are now."""
         try:
-            tokens = self._read()
+            known = self._read()
         except ConfigRefused as refusal:
             if self._may_log("token"):
                 log.error("nobody is let in: %s", refusal)
             return False
         # All are compared, each in constant time.
-        return sum([hmac.compare_digest(given, token) for token in tokens]) > 0
+        return sum([hmac.compare_digest(token.encode(), one.encode()) for one in known]) > 0
 
-    def _read(self) -> list[bytes]:
-        return [secrets.read_token(path).encode() for path in self._files]
+    def accept(self, authorization: str) -> bool:
+        """Whether a stream shows one of them: `Bearer TOKEN`."""
+        scheme, _, token = authorization.partition(" ")
+        return scheme.lower() == "bearer" and token.strip() in self
 
-
-def _given(authorization: str) -> bytes:
-    scheme, _, text = authorization.partition(" ")
-    if scheme.lower() == "bearer":
-        return text.strip().encode()
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(text, validate=True).partition(b":")[2]
-        except (binascii.Error, ValueError):
-            return b""
-    return b""
+    def _read(self) -> list[str]:
+        return [secrets.read_token(path, self._what, self._reason) for path in self._files]
 
 
 @dataclass(frozen=True)
