@@ -152,8 +152,18 @@ def test_a_request_that_dribbles_is_cut_off_and_counted(service, monkeypatch, fi
     eventually(lambda: refused(service, "http_slow") == 1)
 
 
-def test_half_of_what_tls_needs_is_refused_in_one_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--tls-client-ca", "c"], "--tls-cert is None, --tls-key is None. Give both."),
+        (["--tls-key", "c"], "--tls-cert is None, --tls-key is c. Give both."),
+        (["--http-tls-cert", "c"], "--http-tls-cert is c, --http-tls-key is None. Give both."),
+        (["--forward-key", "c"], "--forward-cert is None, --forward-key is c, --forward-ca is None. Give all of them."),
+        (["--forward-cert", "c", "--forward-key", "c"], "--forward-ca is None. Give all of them."),
+    ],
+)
+def test_half_of_what_tls_needs_is_refused_in_one_line(tmp_path, capsys, given, says):
     watchlist_file.write(watchlist([sparse("f")]), tmp_path / "w.safetensors")
-    arguments = ["collector", "--watchlist", str(tmp_path / "w.safetensors"), "--tls-client-ca", "ca.pem"]
-    assert main(arguments) == 2
-    assert "Give both" in capsys.readouterr().err
+    more = ["--forward-to", "gateway:1"] if given[0].startswith("--forward") else []
+    assert main(["collector", "--watchlist", str(tmp_path / "w.safetensors"), *more, *given]) == 2
+    assert says in capsys.readouterr().err
