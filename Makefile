@@ -11,7 +11,7 @@ REQ := .requirements
 # Two files of tests at a time, in the order of the folders: the engine tests are the long ones and come early.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check unit engine lint types imports dependencies page proto lock clean system
+.PHONY: help demo test check unit engine lint types imports dependencies page docs proto lock clean system
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -22,7 +22,7 @@ test: system $(VENV)/.dev ## everything: linters, types, import rules, unit, con
 	@$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
-check: lint types imports dependencies page ## linters, types, import and dependency rules only
+check: lint types imports dependencies page docs ## linters, types, import and dependency rules, links of the documents
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -43,6 +43,9 @@ dependencies: $(VENV)/.dev
 
 page: tests/page/node_modules/.installed ## the live page's types and style
 	npm --prefix tests/page run --silent check
+
+docs: $(VENV)/.docs ## the documents as a site, .cache/site/index.html; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -f docs/site/mkdocs.yml
 
 unit: $(VENV)/.dev ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not e2e"
@@ -105,6 +108,7 @@ lock: ## resolve the lock files again (needs uv)
 	uv pip compile --python-version 3.11 --no-header --no-annotate --override $(REQ)/overrides.txt \
 	  -o $(REQ)/engine-cpu.txt $(REQ)/engine-cpu.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/dev.txt $(REQ)/dev.in
+	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/docs.txt $(REQ)/docs.in
 	# A CPU torch has neither a local version on every index nor CUDA packages behind it.
 	sed -i -E 's/^(torch==[0-9.]+)\+cpu/\1/; /^(nvidia|cuda)-/d' $(REQ)/engine-cpu.txt $(REQ)/dev.txt
 
@@ -130,4 +134,9 @@ $(VENV)/.dev: $(REQ)/dev.txt $(VENV)/.engine-cpu
 
 tests/page/node_modules/.installed: tests/page/package-lock.json
 	npm --prefix tests/page ci --silent
+	@touch $@
+
+# Alone, so that nobody needs an engine to read. The versions that it shares with the others are theirs.
+$(VENV)/.docs: $(REQ)/docs.txt | $(VENV)/bin/python
+	$(PIP) --no-deps -r $(REQ)/docs.txt
 	@touch $@

@@ -1,15 +1,29 @@
-"""What is said of an array beside its name: the axes and the type of a dataclass's field."""
+"""Names for NumPy arrays by what they hold, and what a dataclass's field says of its axes.
+
+The shape of a variable stands in its suffix: act_TF, count_F.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Array: TypeAlias = npt.NDArray[Any]
+Dtype = np.dtype[Any]
+"""Of numbers or of records."""
+Array = npt.NDArray[Any]
+"""Records, or numbers of a dtype that the code beside it names or that does not matter to it."""
+Bool = npt.NDArray[np.bool_]
+U8 = npt.NDArray[np.uint8]
+U16 = npt.NDArray[np.uint16]
+U64 = npt.NDArray[np.uint64]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 
 
 def axes(*names: str, dtype: npt.DTypeLike = np.float64) -> dict[str, Any]:
@@ -17,7 +31,7 @@ def axes(*names: str, dtype: npt.DTypeLike = np.float64) -> dict[str, Any]:
     return {"axes": names, "dtype": np.dtype(dtype)}
 
 
-def described(made: type) -> Iterator[tuple[str, tuple[str, ...], np.dtype[Any]]]:
+def described(made: type) -> Iterator[tuple[str, tuple[str, ...], Dtype]]:
     """Every array among a dataclass's fields: its name, axes and type."""
     for field in dataclasses.fields(made):
         if "axes" in field.metadata:

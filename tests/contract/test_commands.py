@@ -1,4 +1,4 @@
-"""Every command that README, docs, runbook and the chart's README show is run, or stands in ELSEWHERE with its place.
+"""Every command that README, documents, runbook and the chart's README show is run, or stands in ELSEWHERE.
 
 Ours run in a folder that holds what they name: a watchlist and its sources, a baseline, evidence, a token. Addresses
 and paths of a host become those of real servers in this test, a model's and a request's name become names that exist
@@ -26,6 +26,7 @@ import latentwatch.demo
 import numpy as np
 import pytest
 import yaml
+from latentwatch import secrets
 from latentwatch.cli import main
 from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.service import Service
@@ -41,6 +42,7 @@ from tests.support.streams import Piece, Tokens, hello, received, step_batch, wa
 
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     ROOT / "dashboards/runbook.md",
     ROOT / "helm/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -132,7 +134,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     explained = {"index": 7, "description": "attempts to deceive the user", "explanationModelName": "someone"}
     (made / "20-gemmascope-res-16k").mkdir()
     (made / "20-gemmascope-res-16k/batch-0.jsonl").write_text(json.dumps(explained) + "\n")
-    (made / "latentwatch.token").write_text("a-token-that-nobody-asks-for\n")
+    secrets.write(made / "latentwatch.token", b"a-token-that-nobody-asks-for\n")
     with store(made / "evidence") as writing:
         writing.write(one_request(1, request_id="chatcmpl-7f3a-0123abcd", seconds=time.time()), time.time())
     return made

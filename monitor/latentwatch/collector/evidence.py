@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hmac
 import sqlite3
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
-from latentwatch import secrets
 from latentwatch.collector.evidence_buffer import Keep, watched
 from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.errors import ConfigRefused
@@ -25,14 +23,13 @@ from latentwatch.evidence.store import Retention, Store
 from latentwatch.evidence.vault import Content, Vault
 from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
 from latentwatch.facts import ShownExceedance
+from latentwatch.transport.credentials import Tokens
 from latentwatch.watchlist.file import Watchlist
 
 T = TypeVar("T")
 
 Forget = Callable[[str], Awaitable[bool]]
 """Has the rest of the collector forget a request; returns whether nothing of it is left there."""
-
-_SHORTEST_TOKEN: Final = 16
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,9 @@ class Evidence:
         self._folder = settings.folder
         self._pseudonyms = pseudonyms
         self._clock = clock
-        self._token = _read_token(settings.token_file) if settings.token_file else None
+        files = [settings.token_file] if settings.token_file else []
+        self.tokens = Tokens(files, "--evidence-token", "evidence_token") if files else None
+        """Who may delete, and put and get what was said, over HTTP; None: nobody."""
         self.vault = Vault.read(settings.key_file) if settings.key_file else None
         self._store = Store(settings.folder, watched(watchlist), settings.retention)
         try:
@@ -91,15 +90,6 @@ class Evidence:
         self._reading = ThreadPoolExecutor(1, "evidence-read")
         self._writer = Writer(self._store, clock=clock)
         self.put = self._writer.put
-
-    @property
-    def takes_tokens(self) -> bool:
-        """Whether anything is allowed to whoever has the token."""
-        return self._token is not None
-
-    def admits(self, token: str) -> bool:
-        """Whether this is the token."""
-        return self._token is not None and hmac.compare_digest(token.encode(), self._token)
 
     async def find(self, name: str, actor: str) -> list[StoredRequest]:
         """See Archive.find."""
@@ -178,12 +168,3 @@ class Evidence:
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reading, work)
-
-
-def _read_token(path: Path) -> bytes:
-    what, reason = "--evidence-token", "evidence_token"
-    token = secrets.read(path, what, reason)
-    if len(token) < _SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
-        instead = f"Write one word of at least {_SHORTEST_TOKEN} ASCII characters."
-        raise secrets.refuse(path, what, f"{len(token)} bytes are no token", instead, reason)
-    return token

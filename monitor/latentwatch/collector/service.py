@@ -30,7 +30,7 @@ from latentwatch.collector.evidence_buffer import watched
 from latentwatch.collector.federation.client import RelayFacts, ReportClient
 from latentwatch.collector.federation.outbox import ReportOutbox
 from latentwatch.collector.http.app import make_app
-from latentwatch.collector.http.auth import guarded, impatient
+from latentwatch.collector.http.auth import impatient
 from latentwatch.collector.ingest import Ingest
 from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.pseudonyms import Pseudonyms, PseudonymSink
@@ -214,13 +214,14 @@ class Service:
         self._parts = parts = wire(settings)
         self.core, self.receiver = parts.core, parts.receiver
         app = make_app(
-            parts.core.lookup, clock=time.time, process=parts.process, forget=parts.forget, evidence=parts.evidence
+            parts.core.lookup,
+            clock=time.time,
+            process=parts.process,
+            forget=parts.forget,
+            evidence=parts.evidence,
+            readers=Tokens(settings.http_token_files) if settings.http_token_files else None,
+            on_refused=parts.sink.refused,
         )
-        if settings.http_token_files:
-            # Whoever may read evidence may read the rest: a request has room for one token.
-            more = settings.evidence and settings.evidence.token_file
-            tokens = Tokens((*settings.http_token_files, more) if more else settings.http_token_files)
-            app = guarded(app, tokens, parts.sink.refused)
         self._server = _Server(
             uvicorn.Config(
                 app,

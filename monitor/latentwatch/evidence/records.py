@@ -5,18 +5,18 @@ Shape legend: N fired activations, R rows (tokens with scores), P dense features
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from latentwatch.arrays import Array
+from latentwatch.arrays import Array, Dtype
 from latentwatch.facts import Exceedance, FeatureSummary, RequestInfo, RequestProgress
 
 FIRE_RECORD: Final = np.dtype([("position", "<i4"), ("feature", "<u2"), ("value", "<f4")])
 """One sparse activation of a request."""
 
 
-def row_record(dense_features: int) -> np.dtype[Any]:
+def row_record(dense_features: int) -> Dtype:
     """The dense scores of one token of a request, columns in watchlist order."""
     return np.dtype([("position", "<i4"), ("score", "<f2", (dense_features,))])
 

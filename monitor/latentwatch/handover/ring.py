@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from latentwatch.arrays import F32, Array
 from latentwatch.errors import ConfigRefused
 from latentwatch.step.batch import FIRE_DTYPE
 
@@ -70,7 +71,7 @@ class Slot:
         g, at = geometry, _SLOT_HEADER_BYTES
         self.header = np.frombuffer(memory, np.int64, _SLOT_HEADER_BYTES // 8)
 
-        def take(dtype: Any, *shape: int) -> npt.NDArray[Any]:
+        def take(dtype: Any, *shape: int) -> Array:
             nonlocal at
             count = int(np.prod(shape))
             view = np.frombuffer(memory, dtype, count, offset=at).reshape(shape)
@@ -91,15 +92,15 @@ class RawStep:
 
     step: int
     time_unix_nano: int
-    requests_Q: npt.NDArray[Any]
+    requests_Q: Array
     rows: int
     scored_rows: int
     """Rows whose activations all fitted; those behind are dropped{triples_full}."""
     silent: bool
     """The score op left no trace in this step."""
-    fires_N: npt.NDArray[Any]
+    fires_N: Array
     dense_TP: npt.NDArray[np.float16]
-    norm_TH: npt.NDArray[np.float32]
+    norm_TH: F32
     """Infinite where the residual stream of the row was not finite."""
     events: bytes
 
@@ -147,12 +148,12 @@ class Ring:
 
     # The engine's end: never waits, never allocates.
 
-    def reserve(self, *, keep: int = 0) -> Slot | None:
+    def reserve(self, *, leave_free: int = 0) -> Slot | None:
         """The next free slot to write, or None where the exporter is too far behind.
 
-        Args: keep: slots to leave free for steps that matter more than this one.
+        Args: leave_free: slots to leave for steps that matter more than this one.
         """
-        if self._head - int(self._header[_TAIL]) >= len(self._slots) - keep:
+        if self._head - int(self._header[_TAIL]) >= len(self._slots) - leave_free:
             return None
         return self._slots[self._head % len(self._slots)]
 

@@ -7,7 +7,6 @@ them; see `schema`. Nothing in it is executed on reading, and the zip's checksum
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from latentwatch import storage
 from latentwatch.collector.core import CoreState
 from latentwatch.collector.durability import schema
 from latentwatch.errors import StateRefused
@@ -29,18 +29,9 @@ def write(path: Path, header: Mapping[str, Any], state: CoreState) -> None:
     """
     plain, arrays = schema.to_tree(state)
     tree = json.dumps({"header": dict(header), "state": plain}).encode()
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            # numpy's stubs take every further keyword for its option `allow_pickle`.
-            np.savez(file, **{_TREE: np.frombuffer(tree, np.uint8)}, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with storage.atomic_write(path) as file:
+        # numpy's stubs take every further keyword for its option `allow_pickle`.
+        np.savez(file, **{_TREE: np.frombuffer(tree, np.uint8)}, **arrays)  # type: ignore[arg-type]
 
 
 def read(path: Path, header: Mapping[str, Any]) -> CoreState:
@@ -77,12 +68,3 @@ def damaged(path: Path, found: str) -> StateRefused:
         instead="Restore the file, or remove its folder to begin again at zero.",
         reason="state_damaged",
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a host that loses power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

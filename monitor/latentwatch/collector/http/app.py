@@ -18,9 +18,11 @@ from typing import Annotated, Any, Final
 import numpy as np
 from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
 from fastapi.responses import StreamingResponse
+from starlette.middleware.authentication import AuthenticationMiddleware
 
 from latentwatch import __version__
 from latentwatch.collector.evidence import Evidence, Forget
+from latentwatch.collector.http.auth import Access, challenge
 from latentwatch.collector.http.evidence_api import add_evidence
 from latentwatch.collector.http.metrics_page import Busy, MetricsPage
 from latentwatch.collector.http.overview import Overview, overview
@@ -31,6 +33,7 @@ from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.collector.snapshot import Anomaly, ExceedanceView, RequestView
 from latentwatch.drift.model import Alarm, DriftView
 from latentwatch.export.prometheus import negotiate
+from latentwatch.transport.credentials import Tokens
 from latentwatch.watchlist.file import MAX_FEATURES, Limit
 
 _PAGE_MEDIA: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -155,10 +158,13 @@ def make_app(
     process: Callable[[], ProcessFacts],
     forget: Forget,
     evidence: Evidence | None = None,
+    readers: Tokens | None = None,
+    on_refused: Callable[[str], None] = lambda _reason: None,
 ) -> Asgi:
     """The ASGI application.
 
     Args: clock: gives seconds since the Unix epoch.   forget: has the collector forget a request, beside its evidence.
+          readers: see auth.Access.
     """
     app = FastAPI(
         title="latentwatch collector",
@@ -175,6 +181,8 @@ def make_app(
         if media := _PAGE_MEDIA.get(PurePath(file.name).suffix):
             path = "/" if file.name == "index.html" else f"/{file.name}"
             _add_file(app, path, file.read_bytes(), f"{media}; charset=utf-8")
+    access = Access(readers, evidence.tokens if evidence else None, on_refused)
+    app.add_middleware(AuthenticationMiddleware, backend=access, on_error=challenge)
     return _secured(app)
 
 
