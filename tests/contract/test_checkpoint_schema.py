@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from latentwatch.arrays import Array, axes
-from latentwatch.collector.core import CoreState
+from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.durability import schema
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from latentwatch.collector.core import Core
-from latentwatch.collector.evidence_buffer import Keep, watched
+from latentwatch.collector.evidence_buffer import EvidenceScope, watched
 from latentwatch.evidence.records import FIRE_RECORD, Activations, Ended, Exceeded, Record, RecordedRequest, row_record
 from latentwatch.evidence.store import Retention, Store
 from latentwatch.facts import FEATURE_STAT, Exceedance, FeatureSummary, RequestInfo, RequestProgress
@@ -35,10 +35,12 @@ def store(folder: Path, retention: Retention | None = None) -> Iterator[Store]:
         made.close()
 
 
-def records(requests: Sequence[Tokens], *, keep: Keep = "exceeded", schedule: Schedule | None = None) -> list[Record]:
+def records(
+    requests: Sequence[Tokens], *, scope: EvidenceScope = "exceeded", schedule: Schedule | None = None
+) -> list[Record]:
     """What a collector hands over of these requests."""
     found: list[Record] = []
-    core = Core(watchlist(FEATURES), evidence=[found.extend], keep=keep)
+    core = Core(watchlist(FEATURES), evidence=[found.extend], evidence_scope=scope)
     core.ingest.hello(hello(), NOW)
     batches = (schedule or Schedule.one_step(requests)).batches(FEATURES)
     for sequence, batch in enumerate(batches, start=1):

@@ -252,7 +252,7 @@ def _evidence_settings(args: argparse.Namespace) -> EvidenceSettings:
     return EvidenceSettings(
         folder=args.evidence,
         retention=Retention(args.evidence_days, int(args.evidence_gib * (1 << 30)), args.evidence_content_hours),
-        keep=args.evidence_keep,
+        scope=args.evidence_keep,
         token_file=args.evidence_token,
         key_file=args.evidence_key,
     )

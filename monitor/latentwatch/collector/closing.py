@@ -40,7 +40,7 @@ class Closing:
         engine.requests.update(event.outcome for event in unknown)
         self._close(ends, now)
 
-    def lose(self, slots: Sequence[int], now: float) -> None:
+    def expire(self, slots: Sequence[int], now: float) -> None:
         """Close requests that nobody will close any more."""
         of_boot: dict[int, list[int]] = {}
         for slot in slots:

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from latentwatch.collector import erase
 from latentwatch.collector.config import Bounds
+from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.drift import Drift, DriftSettings
-from latentwatch.collector.evidence_buffer import EvidenceBuffer, Keep
+from latentwatch.collector.evidence_buffer import EvidenceBuffer, EvidenceScope
 from latentwatch.collector.federation.outbox import OutboxState, ReportOutbox
 from latentwatch.collector.ingest import Ingest
 from latentwatch.collector.listener import StepListener
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.pseudonyms import Pseudonyms
-from latentwatch.collector.state import CollectorState, CollectorStateData
+from latentwatch.collector.state import CollectorState
 from latentwatch.drift.limits import with_limits
-from latentwatch.drift.model import ModelDriftState
 from latentwatch.evidence.records import Record
 from latentwatch.watchlist.file import Watchlist
-
-
-@dataclass(frozen=True)
-class CoreState:
-    """What a checkpoint holds."""
-
-    collector: CollectorStateData
-    drift: dict[str, ModelDriftState]
-    """By model name."""
-    outbox: OutboxState | None
 
 
 class Core:
@@ -41,12 +30,12 @@ class Core:
         drift: DriftSettings | None = None,
         *,
         evidence: Sequence[Callable[[Sequence[Record]], None]] = (),
-        keep: Keep = "exceeded",
+        evidence_scope: EvidenceScope = "exceeded",
         forward_boot_id: str = "",
         pseudonyms: Pseudonyms | None = None,
     ) -> None:
         """
-        Args:   evidence: take the evidence, and must neither block nor raise.   keep: see EvidenceBuffer.
+        Args:   evidence: take the evidence, and must neither block nor raise.   evidence_scope: see EvidenceBuffer.
                 forward_boot_id: 32 hex digits, drawn anew, for a collector that cuts reports for a gateway; a state
                 that is restored has the one that it began with.   pseudonyms: those of the ids that it is given.
         Raises: BaselineRefused: drift is to be measured against a baseline of something else.
@@ -61,7 +50,7 @@ class Core:
         """Of a life that forwarded, where this one does not: what the gateway was told is not told again later."""
         listeners: list[StepListener] = [self.drift]
         if evidence:
-            listeners.append(EvidenceBuffer(self.watchlist, state.scratch + 1, evidence, keep))
+            listeners.append(EvidenceBuffer(self.watchlist, state.scratch + 1, evidence, evidence_scope))
         if self.outbox is not None:
             listeners.append(self.outbox)
         self._listeners = tuple(listeners)

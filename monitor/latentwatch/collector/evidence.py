@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from latentwatch.collector.evidence_buffer import Keep, watched
+from latentwatch.collector.evidence_buffer import EvidenceScope, watched
 from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import sealed as sealed_contents
@@ -38,7 +38,7 @@ class EvidenceSettings:
 
     folder: Path
     retention: Retention = field(default_factory=Retention)
-    keep: Keep = "exceeded"
+    scope: EvidenceScope = "exceeded"
     token_file: Path | None = None
     """Holds the bearer token for deleting, and for what was said, over HTTP; None allows neither."""
     key_file: Path | None = None

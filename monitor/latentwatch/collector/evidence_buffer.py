@@ -4,7 +4,7 @@ was exceeded. No I/O, no clock, no thread.
 Shape legend: K request slots, N fired activations, R rows, P dense features, S slots that are full.
 
 What it promises of a request that exceeded a limit: the exceedance, every activation from then on, and those before it
-as far as they fit into its slot. What did not fit is counted in its end record. With `keep="all"` the other requests
+as far as they fit into its slot. What did not fit is counted in its end record. With `scope="all"` the other requests
 are recorded too, with what fits into the slot.
 """
 
@@ -31,7 +31,7 @@ from latentwatch.evidence.segment import Watched, WatchedFeature
 from latentwatch.facts import Exceedance
 from latentwatch.watchlist.file import Watchlist
 
-Keep = Literal["exceeded", "all"]
+EvidenceScope = Literal["exceeded", "all"]
 
 SLOT_BYTES: Final = 16 << 10
 """Per open request, for sparse activations and for dense scores each: 1,638 activations, at 2.5 a token some 650
@@ -48,11 +48,11 @@ class EvidenceBuffer(StepListener):
         watchlist: Watchlist,
         slots: int,
         sinks: Sequence[Callable[[Sequence[Record]], None]],
-        keep: Keep,
+        scope: EvidenceScope,
     ) -> None:
         """Args: slots: how many `step` may name; the last one is of requests that found none."""
         self._sinks = tuple(sinks)
-        self._keep = keep
+        self._scope = scope
         self._flagged = np.zeros(slots, bool)
         dense = row_record(sum(feature.dense for feature in watchlist.features))
         self._fires = _Slots(FIRE_RECORD, slots)
@@ -82,12 +82,12 @@ class EvidenceBuffer(StepListener):
         """See StepListener."""
         for slot, summary in zip(ends.slots, ends.requests, strict=True):
             # A collector that was started again knows from its state what was exceeded before.
-            if self._flagged[slot] or summary.features.exceeded or self._keep == "all":
+            if self._flagged[slot] or summary.features.exceeded or self._scope == "all":
                 lost = int(self._fires.lost_K[slot] + self._rows.lost_K[slot])
                 request = _recorded(summary.request)
                 self._sink(
                     (
-                        Activations(request, self._fires.take(slot), self._rows.take(slot)),
+                        Activations(request, self._fires.pop(slot), self._rows.pop(slot)),
                         Ended(request, summary.progress, summary.features, lost),
                     )
                 )
@@ -102,7 +102,7 @@ class EvidenceBuffer(StepListener):
         for row, latest in zip(remote.rows, remote.requests, strict=True):
             if len(row.exceedances):
                 self._sink_exceedances(row.exceedances, [latest.request] * len(row.exceedances))
-            if row.progress.outcome is not None and (latest.features.exceeded or self._keep == "all"):
+            if row.progress.outcome is not None and (latest.features.exceeded or self._scope == "all"):
                 self._sink((Ended(_recorded(latest.request), latest.progress, latest.features, 0),))
 
     def _clear(self, slot: int) -> None:
@@ -125,9 +125,9 @@ class EvidenceBuffer(StepListener):
     def _add(self, slots: _Slots, slot_N: Array, records_N: Array, requests_K: Array) -> None:
         for slot, overflow in slots.add(slot_N, records_N):
             if not self._flagged[slot]:
-                slots.keep_latest(slot, overflow)
+                slots.append_latest(slot, overflow)
                 continue
-            whole = np.concatenate([slots.take(slot), overflow])
+            whole = np.concatenate([slots.pop(slot), overflow])
             parts = (whole, self._rows.none) if slots is self._fires else (self._fires.none, whole)
             self._sink((Activations(_recorded(requests_K[slot]), *parts),))
 
@@ -165,7 +165,7 @@ class _Slots:
         over = np.flatnonzero(~fits_S)
         return [(int(slot_S[i]), records_N[first[i] : first[i] + count_S[i]]) for i in over]
 
-    def keep_latest(self, slot: int, overflow: Array) -> None:
+    def append_latest(self, slot: int, overflow: Array) -> None:
         """Append records that do not fit, and let the oldest go: half of the slot, so that this is rare."""
         whole = np.concatenate([self._records[slot, : self._length_K[slot]], overflow])
         kept = whole[-(self._capacity // 2) :]
@@ -173,7 +173,7 @@ class _Slots:
         self._records[slot, : len(kept)] = kept
         self._length_K[slot] = len(kept)
 
-    def take(self, slot: int) -> Array:
+    def pop(self, slot: int) -> Array:
         """The records of a slot, which is empty then."""
         taken: Array = self._records[slot, : self._length_K[slot]].copy()
         self._length_K[slot] = 0

@@ -124,7 +124,7 @@ class Ingest:
         """Close what nobody will close any more. Call it about once a second."""
         state = self._state
         self._lose(state.replicas.gone(now), now)
-        self._closing.lose(state.slots.idle_since(now - state.bounds.request_idle_seconds), now)
+        self._closing.expire(state.slots.idle_since(now - state.bounds.request_idle_seconds), now)
         for row in state.remote.idle(now - state.bounds.request_idle_seconds):
             state.index.close(row)
         for listener in self._listeners:
@@ -165,7 +165,7 @@ class Ingest:
 
     def _lose(self, boots: Sequence[Boot], now: float) -> None:
         for boot in boots:
-            self._closing.lose(boot.handles.slots.tolist(), now)
+            self._closing.expire(boot.handles.slots.tolist(), now)
 
     # -- one step
 

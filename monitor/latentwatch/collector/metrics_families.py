@@ -10,11 +10,12 @@ import numpy as np
 
 from latentwatch import __version__
 from latentwatch.collector.config import Bounds
-from latentwatch.collector.durability.journal import StateFacts
+from latentwatch.collector.durability.facts import StateFacts
 from latentwatch.collector.evidence import EvidenceFacts
 from latentwatch.collector.federation.client import RelayFacts
-from latentwatch.collector.snapshot import TOKEN_SERIES, ModelTotals, ReplicaView, Snapshot
+from latentwatch.collector.snapshot import TOKEN_SERIES, ReplicaView, Snapshot
 from latentwatch.collector.telemetry import OtlpFacts
+from latentwatch.collector.totals import ModelTotals
 from latentwatch.drift.detection import KINDS
 from latentwatch.drift.model import DriftView
 from latentwatch.evidence.records import KINDS as KINDS_OF_RECORD

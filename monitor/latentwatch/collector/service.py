@@ -24,7 +24,8 @@ from latentwatch import __version__
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
-from latentwatch.collector.durability.journal import DurableSink, StateFacts
+from latentwatch.collector.durability.facts import StateFacts
+from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.collector.evidence import Evidence, EvidenceFacts, EvidenceSettings
 from latentwatch.collector.evidence_buffer import watched
 from latentwatch.collector.federation.client import RelayFacts, ReportClient
@@ -151,7 +152,7 @@ def wire(settings: CollectorSettings) -> Parts:
         settings.bounds,
         settings.drift,
         evidence=[part.put for part in (evidence, telemetry) if part is not None],
-        keep=settings.evidence.keep if settings.evidence else "exceeded",
+        evidence_scope=settings.evidence.scope if settings.evidence else "exceeded",
         forward_boot_id=uuid.uuid4().hex if settings.forward else "",
         pseudonyms=pseudonyms,
     )
@@ -183,7 +184,7 @@ def _pseudonyms(settings: CollectorSettings) -> Pseudonyms | None:
             reason="request_id_key",
         )
     canary_key = settings.drift.canary_key
-    return Pseudonyms.read(settings.request_id_key_file, keep=lambda id: canary_prompt(canary_key, id) is not None)
+    return Pseudonyms.read(settings.request_id_key_file, exempt=lambda id: canary_prompt(canary_key, id) is not None)
 
 
 def _report_client(

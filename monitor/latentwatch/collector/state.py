@@ -35,8 +35,8 @@ from latentwatch.collector.requests import (
     SlotsState,
     TrackedRequestState,
 )
-from latentwatch.collector.snapshot import EngineTotals, Exemplar, ModelTotals
-from latentwatch.names import Outcome, trace_id
+from latentwatch.collector.totals import EngineTotals, Exemplar, ModelTotals
+from latentwatch.names import Outcome, Phase, trace_id
 from latentwatch.transport.report import TOKEN_SHAPE
 from latentwatch.watchlist.file import Watchlist
 
@@ -234,6 +234,18 @@ class CollectorState:
         parts = (state.slots.serials, state.index.summaries.serials, state.remote.summaries.serials)
         for serial in np.sort(np.concatenate(parts)).tolist():
             self.index.add(roster.request(serial))
+        self._check_references(state)
+
+    def _check_references(self, state: CollectorStateData) -> None:
+        """Raise ValueError where a restored state points to what is not there."""
+        listed, summaries = state.exceedances.exceedances, (state.index.summaries, state.remote.summaries)
+        features = np.concatenate([listed["feature"], *(some.rows["index"] for some in summaries)])
+        if ((features < 0) | (features >= len(self.features))).any() or not np.isin(listed["phase"], list(Phase)).all():
+            raise ValueError("it has features or phases that there are not")
+        for request in self.slots.requests[self.slots.occupied]:
+            info = request.info
+            if info.model_name not in self.models or (info.model_name, info.engine) not in self.engines:
+                raise ValueError(f"it has no counts of model {info.model_name!r} and engine {info.engine!r}")
 
     def engine_totals(self) -> tuple[EngineTotals, ...]:
         """Copies of the engines' counts, by name."""

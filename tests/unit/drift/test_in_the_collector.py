@@ -389,7 +389,7 @@ def kept(folder, keep: str, built: Watchlist) -> Core:
         built,
         drift=DriftSettings(canary_key=KEY),
         evidence=[lambda records: evidence.write(records, MONDAY)],
-        keep=keep,
+        evidence_scope=keep,
     )
     engines = [Engine(core.ingest, built, replica=f"pod-{i}/0", seed=i) for i in range(2)]
     for minute in range(30):

@@ -35,7 +35,7 @@ def test_every_activation_of_a_request_is_found_again_however_the_steps_were_cut
     requests = random_requests(5)
     schedule = Schedule.random(np.random.default_rng(1), requests, longest)
     with store(tmp_path) as written:
-        written.write(records(requests, keep="all", schedule=schedule), NOW)
+        written.write(records(requests, scope="all", schedule=schedule), NOW)
     archive = Archive(tmp_path)
     for request in requests:
         (found,) = archive.find(request.request_id)
@@ -74,7 +74,7 @@ def test_a_request_that_exceeded_nothing_is_not_written_unless_all_are_kept():
     calm = random_requests(1)[0]
     calm.act_TF[:] = 0
     assert records([calm]) == []
-    assert [type(record).__name__ for record in records([calm], keep="all")] == ["Activations", "Ended"]
+    assert [type(record).__name__ for record in records([calm], scope="all")] == ["Activations", "Ended"]
 
 
 def test_what_does_not_fit_before_the_first_exceedance_is_counted_and_nothing_after_it_is_lost(tmp_path):

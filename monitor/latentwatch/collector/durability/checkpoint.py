@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from latentwatch import storage
-from latentwatch.collector.core import CoreState
+from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.durability import schema
 from latentwatch.errors import StateRefused
 

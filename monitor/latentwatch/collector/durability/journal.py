@@ -25,15 +25,17 @@ import json
 import logging
 import re
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from filelock import BaseFileLock
 
 from latentwatch import storage
-from latentwatch.collector.core import Core, CoreState
+from latentwatch.collector.core import Core
+from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.durability import checkpoint, schema
+from latentwatch.collector.durability.facts import StateFacts
+from latentwatch.collector.ingest import Ingest
 from latentwatch.errors import Refusal, StateRefused
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
@@ -52,20 +54,6 @@ _FRAMING: Final = storage.Framing()
 _EVENT: Final = struct.Struct("<cdI")  # kind, the collector's time, number of the stream's hello in this journal
 _HEADER, _NAME, _HELLO, _BATCH, _GOODBYE, _TICK, _REFUSED, _SHIFT = b"J", b"N", b"H", b"B", b"G", b"T", b"R", b"S"
 _HELD = b"A"
-
-
-@dataclass(frozen=True)
-class StateFacts:
-    """How well the state is kept on a disk; as it stands, for a collector that keeps it in memory only."""
-
-    durable: bool = False
-    """What is acknowledged from now on survives the death of this process."""
-    checkpoint_seconds: float = 0.0
-    """When the newest checkpoint was taken, seconds since the Unix epoch; 0 for never."""
-    journal_bytes: int = 0
-    write_failures: int = 0
-    resumed_events: int = 0
-    """Events that were read back from the journal at the start."""
 
 
 class DurableSink:
@@ -316,7 +304,7 @@ class DurableSink:
                 if kind == _NAME:
                     names[name] = Hello(**json.loads(text))
                 else:
-                    self._again(kind, now, names.get(name), text)
+                    _repeat(self._ingest, kind, now, names.get(name), text)
         except (Refusal, KeyError, ValueError, TypeError, struct.error) as error:
             raise StateRefused(
                 f"state {path}",
@@ -326,33 +314,6 @@ class DurableSink:
             ) from error
         return len(records) - len(names)
 
-    def _again(self, kind: bytes, now: float, hello: Hello | None, text: bytes) -> None:
-        ingest = self._ingest
-        if kind == _TICK:
-            ingest.tick(now)
-        elif kind == _REFUSED:
-            ingest.refused(text.decode())
-        elif kind == _SHIFT:
-            ingest.shift_clock(*struct.unpack("<d", text))
-        elif kind == _HELD:
-            ingest.acknowledged(*struct.unpack("<Q", text))
-        elif hello is None:
-            raise ValueError(f"event {kind!r} of a stream without a hello")
-        elif kind == _HELLO:
-            ingest.hello(hello, now)
-        elif kind == _GOODBYE:
-            ingest.goodbye(hello, now)
-        elif kind == _BATCH:
-            received = codec.decode_request(text)
-            if isinstance(received, Hello):
-                raise ValueError("a hello where a batch was written")
-            if isinstance(received, ReceivedReport):
-                ingest.merge(hello, received, now)
-                return
-            ingest.observe(hello, received, now)
-        else:
-            raise ValueError(f"event of unknown kind {kind!r}")
-
     def _path(self, kind: str, number: int) -> Path:
         return self._folder / f"{kind}-{number:012d}.{'npz' if kind == 'checkpoint' else 'log'}"
 
@@ -360,6 +321,34 @@ class DurableSink:
         """Numbers of the files of one kind, ascending."""
         shape = re.compile(rf"{kind}-(\d+)\.(npz|log)")
         return sorted(int(match[1]) for path in self._folder.iterdir() if (match := shape.fullmatch(path.name)))
+
+
+def _repeat(ingest: Ingest, kind: bytes, now: float, hello: Hello | None, text: bytes) -> None:
+    """Give a collector an event of a journal. Raises ValueError, struct.error, Refusal."""
+    if kind == _TICK:
+        ingest.tick(now)
+    elif kind == _REFUSED:
+        ingest.refused(text.decode())
+    elif kind == _SHIFT:
+        ingest.shift_clock(*struct.unpack("<d", text))
+    elif kind == _HELD:
+        ingest.acknowledged(*struct.unpack("<Q", text))
+    elif hello is None:
+        raise ValueError(f"event {kind!r} of a stream without a hello")
+    elif kind == _HELLO:
+        ingest.hello(hello, now)
+    elif kind == _GOODBYE:
+        ingest.goodbye(hello, now)
+    elif kind == _BATCH:
+        received = codec.decode_request(text)
+        if isinstance(received, Hello):
+            raise ValueError("a hello where a batch was written")
+        if isinstance(received, ReceivedReport):
+            ingest.merge(hello, received, now)
+            return
+        ingest.observe(hello, received, now)
+    else:
+        raise ValueError(f"event of unknown kind {kind!r}")
 
 
 def _records(path: Path) -> tuple[list[bytes], int]:

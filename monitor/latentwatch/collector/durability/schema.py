@@ -1,6 +1,6 @@
 """What a checkpoint holds, as a tree of plain values with its arrays beside it, and which schema that is.
 
-A state is a tree of frozen dataclasses, from core.CoreState down; no name of a field is written a second time.
+A state is a tree of frozen dataclasses, from core_state.CoreState down; no name of a field is written a second time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from latentwatch.arrays import Array, check, described
-from latentwatch.collector.core import CoreState
+from latentwatch.collector.core_state import CoreState
 
 FORMAT: Final = 3
 """Raised with every change of what a state holds, or of how a journal is replayed."""
@@ -23,6 +23,8 @@ FINGERPRINT: Final = "3f41bc1c1fcfd6e8"
 """Of the schema that FORMAT stands for. A contract test compares them: who changes a field changes both."""
 
 _ARRAY: Final = "$array"
+_LARGEST: Final = 2**63 - 1
+"""Of a whole number: each counts something, or is the number of something."""
 
 
 def to_tree(state: CoreState) -> tuple[Any, dict[str, Array]]:
@@ -52,12 +54,16 @@ def from_tree(tree: Any, arrays: Mapping[str, Array]) -> CoreState:
 
     state = msgspec.convert(tree, CoreState, dec_hook=referred, str_keys=True)
     for part in _parts(state):
-        check(part)
+        if isinstance(part, int):
+            if not 0 <= part <= _LARGEST:
+                raise ValueError(f"it counts {part}")
+        else:
+            check(part)
     return state
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """Every dataclass in a state."""
+    """Every dataclass and whole number in a state."""
     if dataclasses.is_dataclass(value):
         yield value
         for field in dataclasses.fields(value):
@@ -65,9 +71,11 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, dict):
         for of_key in value.values():
             yield from _parts(of_key)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for element in value:
             yield from _parts(element)
+    elif isinstance(value, int):
+        yield value
 
 
 def fingerprint(made: type = CoreState) -> str:

@@ -25,8 +25,8 @@ from latentwatch.aggregate.requests import RequestFeatures
 from latentwatch.arrays import Array, axes, check
 from latentwatch.collector.listener import Ends, Eviction, Step, StepListener
 from latentwatch.collector.requests import TrackedRequest
-from latentwatch.collector.snapshot import EngineTotals, ForwardView, ModelTotals
 from latentwatch.collector.state import CollectorState, EngineCountsState, ModelCounts, open_requests
+from latentwatch.collector.totals import EngineTotals, ForwardView, ModelTotals
 from latentwatch.errors import StreamRefused
 from latentwatch.facts import EXCEEDANCE, FEATURE_STAT, RequestProgress
 from latentwatch.names import Outcome
@@ -203,7 +203,7 @@ class ReportOutbox(StepListener):
         """How it goes."""
         return ForwardView(
             cut=self._number,
-            held=self._acknowledged,
+            acknowledged=self._acknowledged,
             waiting_reports=len(self.reports),
             waiting_rows=len(self._flagged) + len(self._plain),
             waiting_bytes=self._rows_bytes,

@@ -70,10 +70,10 @@ def _kept(request: Request) -> Evidence:
     return evidence
 
 
-Kept = Annotated[Evidence, Depends(_kept)]
+Stored = Annotated[Evidence, Depends(_kept)]
 
 
-def _trusted(request: Request, evidence: Kept, _: Annotated[object, Security(BEARER)]) -> Evidence:
+def _trusted(request: Request, evidence: Stored, _: Annotated[object, Security(BEARER)]) -> Evidence:
     if evidence.tokens is None:
         raise HTTPException(403, "Start the collector with --evidence-token FILE, or use 'latentwatch evidence'.")
     if ERASE not in request.auth.scopes:
@@ -122,7 +122,7 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
     @app.get("/v1/evidence/exceedances", response_model=EvidenceExceedances, responses=_READ, tags=["evidence"])
     async def get_exceedances(
         request: Request,
-        evidence: Kept,
+        evidence: Stored,
         feature: Annotated[str | None, Query(max_length=64)] = None,
         severity: Severity | None = None,
         model_name: Annotated[str | None, Query(max_length=MAX_ID_CHARACTERS)] = None,
@@ -140,7 +140,7 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
         responses=_READ,
         tags=["evidence"],
     )
-    async def get_request(request: Request, evidence: Kept, request_id: Id) -> Response:
+    async def get_request(request: Request, evidence: Stored, request_id: Id) -> Response:
         """Requests with their exceedances, their summary and their activations by position."""
         if not (found := await evidence.find(request_id, _actor(request))):
             raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
