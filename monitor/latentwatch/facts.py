@@ -127,6 +127,8 @@ class ShownRequest:
     outcome: OutcomeName
     opened_seconds: float
     closed_seconds: float | None
+    duration_seconds: float | None
+    """From its opening to its end; None while it is open, and where its opening was not seen."""
     opening_seen: bool
     """False when it began before this collector, so that its first tokens are missing here."""
     prompt_tokens: int | None
@@ -246,6 +248,7 @@ def shown_request(info: RequestInfo, progress: RequestProgress, *, trace: str | 
         "outcome": progress.outcome.name.lower() if progress.outcome is not None else "open",
         "opened_seconds": info.opened_seconds,
         "closed_seconds": progress.closed_seconds if ended else None,
+        "duration_seconds": progress.closed_seconds - info.opened_seconds if ended and info.opening_seen else None,
         "opening_seen": info.opening_seen,
         "prompt_tokens": info.prompt_tokens,
         "output_tokens": progress.output_tokens,

@@ -122,6 +122,19 @@ def test_a_request_whose_only_message_is_its_end_is_counted():
     assert made.lookup.snapshot(0).engines[0].requests[Outcome.FINISHED] == 1
 
 
+def test_a_request_says_how_long_it_took_once_it_ended_and_only_where_its_beginning_was_seen():
+    made, who = connected()
+    seen, late, *_ = some_requests(2)
+    made.ingest.observe(who, received(1, step_batch([], FEATURES, opened=[seen.opened()])), 1000.0)
+    (view,) = views_of(made, seen.request_id)
+    assert view.duration_seconds is None
+    made.ingest.observe(who, received(2, step_batch([Piece(late, 0, 2)], FEATURES)), 1001.0)
+    ends = step_batch([], FEATURES, closed=[seen.closed(), late.closed()])
+    made.ingest.observe(who, received(3, ends), 1012.5)
+    assert [view.duration_seconds for view in views_of(made, seen.request_id)] == [12.5]
+    assert [view.duration_seconds for view in views_of(made, late.request_id)] == [None]
+
+
 # -- sequence numbers
 
 

@@ -312,4 +312,4 @@ def test_an_end_without_its_beginning_is_kept_too(tmp_path):
     with store(tmp_path) as written:
         written.write([ended], NOW)
     (found,) = Archive(tmp_path).find(ended.request.info.request_id)
-    assert found.outcome == "finished" and found.exceedances == ()
+    assert found.outcome == "finished" and found.exceedances == () and found.duration_seconds == 9.0

@@ -183,6 +183,7 @@ export interface RequestView {
   outcome: "open" | "finished" | "aborted" | "lost";
   opened_seconds: number;
   closed_seconds: number | null;
+  duration_seconds: number | null;
   opening_seen: boolean;
   prompt_tokens: number | null;
   output_tokens: number | null;
@@ -256,6 +257,7 @@ export interface StoredRequest {
   outcome: "open" | "finished" | "aborted" | "lost";
   opened_seconds: number;
   closed_seconds: number | null;
+  duration_seconds: number | null;
   opening_seen: boolean;
   prompt_tokens: number | null;
   output_tokens: number | null;

@@ -65,6 +65,7 @@ function factsOf(request) {
   const facts = [
     fact("State", request.outcome),
     fact("Began", clockTime(request.opened_seconds)),
+    fact("Took", request.duration_seconds === null ? "–" : `${figure(request.duration_seconds)} s`),
     fact("Tokens", request.total_tokens === null ? `${count(seen + missing)} so far` : count(request.total_tokens)),
     fact("Seen", missing ? `${count(seen)}, ${count(missing)} missing` : "all of them"),
     fact("Limits exceeded", count(request.exceeded_features)),
