@@ -103,23 +103,6 @@ class ServerTls:
             raise _unusable(self.certificate, error) from error
         return context
 
-    def renewing_context(self) -> ssl.SSLContext:
-        """One for a server that takes a single context: each handshake is by the files as they are then.
-
-        Raises: ConfigRefused, "tls_unusable". Files that cannot be used later fail the handshakes of that time.
-        """
-
-        def renew(handshake: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> int | None:
-            try:
-                handshake.context = self.context()
-            except ConfigRefused:
-                return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
-            return None
-
-        context = self.context()
-        context.sni_callback = renew
-        return context
-
 
 @dataclass(frozen=True)
 class Credentials:

@@ -13,7 +13,6 @@ included, without an error (measured).
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
 import logging
 import os
@@ -34,7 +33,7 @@ from grpc_health.v1.health import aio as health_aio
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.transport import codec
-from latentwatch.transport.address import Address
+from latentwatch.transport.address import Address, cannot_listen
 from latentwatch.transport.credentials import ServerTls, Tokens, may_speak_for
 from latentwatch.transport.door import Door
 from latentwatch.transport.fair_queue import FairQueue, FairQueueFacts, Flow
@@ -504,13 +503,7 @@ def _why_not(target: Address) -> ConfigRefused:
 
 
 def _unusable(target: Address, error: OSError) -> ConfigRefused:
-    return ConfigRefused(
-        f"listening on {target}",
-        # asyncio words its own; a name that does not resolve has a negative number.
-        found=os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error),
-        instead="Stop what uses it, or listen on another address.",
-        reason="port_in_use" if error.errno == errno.EADDRINUSE else "address_unusable",
-    )
+    return cannot_listen(f"listening on {target}", error, instead="Stop what uses it, or listen on another address.")
 
 
 def _too_large(hello: Hello, length: int) -> StreamRefused:

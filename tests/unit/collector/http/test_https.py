@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from latentwatch.cli import main
-from latentwatch.collector import service as services
+from latentwatch.collector.http import server
 from latentwatch.collector.http.app import HEADERS
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.transport.credentials import ServerTls
@@ -22,7 +22,7 @@ from latentwatch.watchlist import file as watchlist_file
 
 from tests.support.certificates import Authority
 from tests.support.streams import sparse, watchlist
-from tests.support.wire import in_loop
+from tests.support.wire import eventually, in_loop
 
 TOKEN = "correct-horse-battery-staple"
 
@@ -78,14 +78,14 @@ def test_a_certificate_that_was_replaced_is_shown_to_the_next_reader(tmp_path):
         second.issue("http")
         assert get(service, second)[0] == 200
         (tmp_path / "http.pem").write_text("no certificate")
-        with pytest.raises(urllib.error.URLError, match="SSL"):
+        with pytest.raises(urllib.error.URLError, match=r"SSL|reset"):
             get(service, second)
         second.issue("http")
         assert get(service, second)[0] == 200
 
 
-def test_a_handshake_that_does_not_come_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(services, "HANDSHAKE_SECONDS", 0.2)
+def test_a_handshake_that_does_not_come_is_cut_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
     with serving(tmp_path, Authority(tmp_path)) as service:
         parts = urlsplit(service.http_url)
         with socket.create_connection((parts.hostname, parts.port)) as slow:
@@ -94,6 +94,7 @@ def test_a_handshake_that_does_not_come_is_cut(tmp_path, monkeypatch):
             with contextlib.suppress(ConnectionResetError):
                 assert slow.recv(1) == b""
         assert time.monotonic() - began < 15
+        eventually(lambda: service.pipeline.snapshot(0).collector.streams_refused.get("http_slow") == 1)
 
 
 def test_half_of_it_is_refused(tmp_path, capsys):
