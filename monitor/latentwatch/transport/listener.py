@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, cast
 
 from latentwatch.errors import ConfigRefused
 from latentwatch.transport.credentials import ServerTls, names_of
@@ -89,7 +89,7 @@ class Listener:
             connection.is_welcome = True
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task: Any = asyncio.current_task()
+        task = cast("asyncio.Task[None]", asyncio.current_task())
         self._tasks.add(task)
         try:
             if len(self._tasks) > self._max_connections:

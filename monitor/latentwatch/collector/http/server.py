@@ -125,7 +125,7 @@ class _Connection(asyncio.Protocol):
         *,
         tls: ServerTls | None,
         on_refused: Callable[[str], None],
-        app_state: dict[str, Any],
+        app_state: dict[str, object],
         **of_uvicorn: Any,
     ) -> None:
         self._tls = tls
