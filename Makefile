@@ -11,7 +11,7 @@ REQ := .requirements
 # Two files of tests at a time, in the order of the folders: the engine tests are the long ones and come early.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check unit engine e2e lint types imports proto lock clean system
+.PHONY: help demo test check unit engine lint types imports dependencies page docs proto lock clean system
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -22,7 +22,7 @@ test: system $(VENV)/.dev ## everything: linters, types, import rules, unit, con
 	@$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
-check: lint types imports ## linters, types and import rules only
+check: lint types imports dependencies page docs ## linters, types, import and dependency rules, links of the documents
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -37,6 +37,15 @@ proto: $(VENV)/.dev ## the wire's Python code from the .proto
 
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
+
+dependencies: $(VENV)/.dev
+	$(BIN)/deptry monitor
+
+page: tests/page/node_modules/.installed ## the live page's types and style
+	npm --prefix tests/page run --silent check
+
+docs: $(VENV)/.docs ## the documents as a site, .cache/site/index.html; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -f docs/site/mkdocs.yml
 
 unit: $(VENV)/.dev ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not e2e"
@@ -99,11 +108,12 @@ lock: ## resolve the lock files again (needs uv)
 	uv pip compile --python-version 3.11 --no-header --no-annotate --override $(REQ)/overrides.txt \
 	  -o $(REQ)/engine-cpu.txt $(REQ)/engine-cpu.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/dev.txt $(REQ)/dev.in
+	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/docs.txt $(REQ)/docs.in
 	# A CPU torch has neither a local version on every index nor CUDA packages behind it.
 	sed -i -E 's/^(torch==[0-9.]+)\+cpu/\1/; /^(nvidia|cuda)-/d' $(REQ)/engine-cpu.txt $(REQ)/dev.txt
 
 clean: ## remove the virtual environment, caches and what the demo left
-	rm -rf $(VENV) .cache demo-out demo-report.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) tests/page/node_modules .cache demo-out demo-report.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentwatch needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -120,4 +130,13 @@ $(VENV)/.engine-cpu: $(REQ)/engine-cpu.txt pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: $(REQ)/dev.txt $(VENV)/.engine-cpu
 	$(PIP) --no-deps -r $(REQ)/dev.txt
+	@touch $@
+
+tests/page/node_modules/.installed: tests/page/package-lock.json
+	npm --prefix tests/page ci --silent
+	@touch $@
+
+# Alone, so that nobody needs an engine to read. The versions that it shares with the others are theirs.
+$(VENV)/.docs: $(REQ)/docs.txt | $(VENV)/bin/python
+	$(PIP) --no-deps -r $(REQ)/docs.txt
 	@touch $@

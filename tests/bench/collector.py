@@ -28,11 +28,12 @@ from latentwatch import __version__
 from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.pipeline import Pipeline
-from latentwatch.export.prometheus import Exposition
+from latentwatch.export.prometheus import render
 from latentwatch.names import Outcome, Phase, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
 from latentwatch.transport import codec
 from latentwatch.transport.sender import Sender
+from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.file import Limit
 
@@ -194,12 +195,12 @@ def exposition_seconds(features: int) -> float:
     who, load = hello(), Load(features)
     pipeline.hello(who, 1000.0)
     for sequence in range(1, 2 * LIFE_STEPS):
-        pipeline.observe(who, sequence, load.next(), 1000.0)
-    families, exposition = Families(pipeline.watchlist), Exposition()
+        pipeline.observe(who, ReceivedBatch(sequence, load.next(), b""), 1000.0)
+    families = Families(pipeline.watchlist)
     times = []
     for _ in range(21):
         began = time.process_time()
-        exposition.render(families.of(pipeline.snapshot(1000.0), ProcessFacts(0.0, 0, 0.0)), open_metrics=False)
+        render(families.of(pipeline.snapshot(1000.0), ProcessFacts(0.0, 0, 0.0)), open_metrics=False)
         times.append(time.process_time() - began)
     return float(np.median(times))
 
@@ -244,15 +245,15 @@ def forwarded(features: int, seconds: float) -> dict[str, Any]:
         while used < seconds:
             for _ in range(LIFE_STEPS):
                 sequence += 1
-                sidecar.observe(who, sequence, load.next(), 1000.0 + sequence)
+                sidecar.observe(who, ReceivedBatch(sequence, load.next(), b""), 1000.0 + sequence)
             sidecar.tick(1000.0 + sequence)
             assert sidecar.forward is not None
             for number, report in list(sidecar.forward.reports):
                 message = codec.encode_report(number, report)
                 began = time.process_time()
                 decoded = codec.decode_request(message)
-                assert isinstance(decoded, codec.NumberedReport)
-                gateway.merge(forwarder, number, decoded.report, 1000.0 + sequence)
+                assert isinstance(decoded, ReceivedReport)
+                gateway.merge(forwarder, decoded, 1000.0 + sequence)
                 gateway.commit()
                 used += time.process_time() - began
                 rows, size = rows + len(report.requests), size + len(message)
@@ -271,7 +272,7 @@ def fill(replicas: int, features: int) -> None:
     waves = -(-(bounds.closed_requests + bounds.flagged_requests) // bounds.open_requests)
     for sequence in range(1, 4 * waves + 3):
         for who, load in loads:
-            pipeline.observe(who, sequence, load.next(), 1000.0)
+            pipeline.observe(who, ReceivedBatch(sequence, load.next(), b""), 1000.0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     opened = sum(engine.open_requests for engine in pipeline.snapshot(1000.0).engines)
     mib = pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)

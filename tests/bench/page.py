@@ -97,10 +97,11 @@ def turn(tab: Tab) -> None:
     """To the next page of features; from the last one to the first, by way of a feature and a request."""
     tab.run(
         """(() => {
-          if (!at('later').disabled) return at('later').click();
-          location.hash = `feature=${shown.features[0].feature}`;
-          setTimeout(() => shown.exceedances.length && openRequest(shown.exceedances[0].request_id), 700);
-          setTimeout(() => (at('request').close(), turnTo(0)), 1500);
+          const find = (selector) => document.querySelector(selector);
+          if (!find('#later').disabled) return find('#later').click();
+          find('#features a').click();
+          setTimeout(() => find('#exceedances button')?.click(), 700);
+          setTimeout(() => (find('#details').close(), find('#filter').dispatchEvent(new Event('input'))), 1500);
         })()"""
     )
 
@@ -126,7 +127,7 @@ def measure(view: str, action: Action, url: str, minutes: float, rows: list[dict
         row |= {f"{name}_at_end": size for name, size in sizes[-1].items()}
         row |= {f"{name}_largest": max(size[name] for size in sizes) for name in sizes[0]}
         row["nodes_at_end"] = tab.run("document.querySelectorAll('*').length")
-        assert tab.run("at('banner').hidden"), "the collector answered to the end"
+        assert tab.run("document.querySelector('#banner').hidden"), "the collector answered to the end"
         rows.append(row)
 
 

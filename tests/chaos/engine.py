@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from latentwatch.engines.vllm.exporter_process import ExporterChild
 from latentwatch.handover.events import Closed, Opened, encode_events
+from latentwatch.handover.exporter_config import EngineIdentity, ExporterConfig, WatchedFeature
 from latentwatch.handover.ring import REQUEST_DTYPE, Geometry, Ring
-from latentwatch.names import Reason
+from latentwatch.names import Reason, Severity
 
 PROMPT_TOKENS = 8
 SPARSE, DENSE, HOOKS = 32, 1, 1
@@ -63,28 +64,29 @@ class Engine:
         self._end = np.zeros(config.requests, np.int64)
         self._exporter = ExporterChild(self.ring)
         self._exporter.configure(
-            {
-                "engine_pid": os.getpid(),
-                "fd": self.ring.fd,
-                "geometry": geometry.to_args(),
-                "collector": config.collector,
-                "drafts": False,
-                "kept": None,
-                "stakes": [("warning", -math.inf, False)] * SPARSE + [("critical", math.inf, True)] * DENSE,
-                "cached_reason": int(Reason.PREFIX_CACHE),
-                "hello": {
-                    "replica": config.replica,
-                    "boot_id": uuid.uuid4().hex,
-                    "engine": "0",
-                    "model_name": "chaos",
-                    "watchlist_sha256": config.watchlist_sha256,
-                    "armed": True,
-                    "not_armed_reason": "",
-                    "not_armed_text": "",
-                    "plugin_version": "0",
-                    "engine_version": "0",
-                },
-            }
+            ExporterConfig(
+                engine_pid=os.getpid(),
+                ring_fd=self.ring.fd,
+                geometry=geometry,
+                collector=config.collector,
+                drafts=False,
+                cached_reason=Reason.PREFIX_CACHE,
+                cached_blocks=None,
+                features=(WatchedFeature(Severity.WARNING, -math.inf, False),) * SPARSE
+                + (WatchedFeature(Severity.CRITICAL, math.inf, True),) * DENSE,
+                identity=EngineIdentity(
+                    replica=config.replica,
+                    boot_id=uuid.uuid4().hex,
+                    engine="0",
+                    model_name="chaos",
+                    watchlist_sha256=config.watchlist_sha256,
+                    armed=True,
+                    not_armed_reason="",
+                    not_armed_text="",
+                    plugin_version="0",
+                    engine_version="0",
+                ),
+            )
         )
 
     def step(self, *, admit: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Every command that README, docs, runbook and the chart's README show is run, or stands in ELSEWHERE with its place.
+"""Every command that README, documents, runbook and the chart's README show is run, or stands in ELSEWHERE.
 
 Ours run in a folder that holds what they name: a watchlist and its sources, a baseline, evidence, a token. Addresses
 and paths of a host become those of real servers in this test, a model's and a request's name become names that exist
@@ -37,10 +37,11 @@ from tests.support.drift import random_baseline
 from tests.support.engines import ROOT
 from tests.support.evidence import one_request, store
 from tests.support.stack import alertmanager, ask, eventually, metrics_page, prometheus
-from tests.support.streams import Piece, Tokens, hello, step_batch, watchlist
+from tests.support.streams import Piece, Tokens, hello, received, step_batch, watchlist
 
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     ROOT / "dashboards/runbook.md",
     ROOT / "helm/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -199,7 +200,7 @@ def ordinary(service: Service) -> None:
             opened=[request.opened() for request in made],
             closed=[request.closed() for request in made],
         )
-        service.pipeline.observe(who, window + 1, batch, now)
+        service.pipeline.observe(who, received(window + 1, batch), now)
         now += 60
         service.pipeline.drift.tick(now + 1)
 

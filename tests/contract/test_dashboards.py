@@ -34,7 +34,7 @@ from tests.support.drift import random_baseline
 from tests.support.engines import ROOT
 from tests.support.live import Traffic, toy_watchlist
 from tests.support.stack import RULES, ask, eventually, prometheus
-from tests.support.streams import hello
+from tests.support.streams import hello, received
 from tests.support.wire import in_loop
 
 BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "dashboards/grafana").glob("*.json"))}
@@ -212,7 +212,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         service.pipeline.hello(who, time.time())
 
     async def step(sequence: int, batch: Any) -> None:
-        service.pipeline.observe(who, sequence, batch, time.time())
+        service.pipeline.observe(who, received(sequence, batch), time.time())
 
     def feed() -> None:
         for sequence, batch in enumerate(traffic.steps(), start=1):

@@ -11,14 +11,14 @@ from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.pipeline import Pipeline
 from latentwatch.export.metrics import METRICS, Metric, sample_names
-from latentwatch.export.prometheus import Exposition
+from latentwatch.export.prometheus import render
 from latentwatch.names import Severity
 from latentwatch.watchlist.file import Limit
 from prometheus_client.openmetrics import parser as open_metrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.drift import random_baseline
-from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+from tests.support.streams import Schedule, hello, probe, received, sparse, tokens, watchlist
 
 FEATURES = (
     sparse("jailbreak", limit=Limit("max", 1.0), severity=Severity.CRITICAL, label='says "yes" \\ to\nall 100 % of %s'),
@@ -40,7 +40,7 @@ def made() -> Pipeline:
         requests = [tokens(rng, FEATURES, handle=h, total=30, prompt_tokens=10, hooks=2) for h in range(1, 6)]
         requests[0].request_id = 'chatcmpl-"evil\n\\id"-0123abcd'
         for sequence, batch in enumerate(Schedule.random(rng, requests, 9).batches(FEATURES, hooks=2), start=1):
-            pipeline.observe(who, sequence, batch, 1000.0 + sequence)
+            pipeline.observe(who, received(sequence, batch), 1000.0 + sequence)
     pipeline.hello(hello(replica="blind", armed=False, not_armed_reason="watchlist_width"), 1000.0)
     pipeline.hello(hello(replica="sidecar", engine="", model_name="", forwards=True), 1000.0)
     pipeline.refused("watchlist_mismatch")
@@ -50,7 +50,7 @@ def made() -> Pipeline:
 
 def page(made: Pipeline, *, open_metrics: bool) -> str:
     families = Families(made.watchlist).of(made.snapshot(2000.0), ProcessFacts(900.0, 1 << 20, 1.5))
-    return Exposition().render(families, open_metrics=open_metrics).decode()
+    return render(families, open_metrics=open_metrics).decode()
 
 
 def parse(text: str, *, open_metrics: bool):
@@ -69,7 +69,8 @@ def test_the_exposition_is_the_table_and_nothing_else(made, open_metrics):
         assert family.type == ("gauge" if metric.kind == "info" and not open_metrics else metric.kind)
         for sample in family.samples:
             assert sample.name in metric.samples
-            assert tuple(label for label in sample.labels if label != "le") == metric.labels
+            assert sample.labels.keys() - {"le"} == set(metric.labels)
+            assert ("le" in sample.labels) == sample.name.endswith("_bucket")
             if metric.buckets and sample.name.endswith("_bucket"):
                 assert float(sample.labels["le"]) in (*metric.buckets, np.inf)
 
@@ -167,7 +168,7 @@ def test_a_request_id_too_long_for_an_exemplar_is_left_out_whole():
     request = tokens(rng, FEATURES, handle=1, total=30, prompt_tokens=10, hooks=2, unseen_share=0)
     request.request_id = "x" * 200
     for batch in Schedule.one_step([request]).batches(FEATURES, hooks=2):
-        pipeline.observe(hello(), 1, batch, 1000.0)
+        pipeline.observe(hello(), received(1, batch), 1000.0)
     samples = parse(page(pipeline, open_metrics=True), open_metrics=True)["latentwatch_exceedances"].samples
     assert [s.exemplar.labels for s in samples if s.value] == [{}] * 2
 
@@ -182,7 +183,7 @@ def test_histograms_of_signed_scores_have_buckets_around_the_limit_and_no_sum(ma
 def test_a_bound_on_the_samples_of_features_says_what_it_withheld_and_spares_the_rest(made):
     def shown(bound: int) -> tuple[int, int, int]:
         families = list(Families(made.watchlist, bound).of(made.snapshot(2000.0), ProcessFacts(900.0, 1 << 20, 1.5)))
-        parse(Exposition().render(families, open_metrics=True).decode(), open_metrics=True)
+        parse(render(families, open_metrics=True).decode(), open_metrics=True)
         (withheld,) = (f.values[0] for f in families if f.metric.name == "latentwatch_series_withheld")
         mine = sum(f.samples for f in families if "feature" in f.metric.labels)
         return mine, int(withheld), sum(f.samples for f in families if "feature" not in f.metric.labels)

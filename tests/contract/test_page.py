@@ -120,9 +120,21 @@ def test_many_features_are_paged_and_searched_with_the_keyboard(tmp_path):
         tab.press("x")
         tab.until("!document.querySelector('#features-empty').hidden")
         tab.open(made.http_url + "/#feature=l1.f97")
-        tab.until("document.querySelector('#request-body svg') && document.querySelector('#request').open")
+        tab.until("document.querySelector('#details-body svg') && document.querySelector('#details').open")
         tab.press("Escape")
-        tab.until("!document.querySelector('#request').open")
+        tab.until("!document.querySelector('#details').open")
+
+
+@pytest.mark.e2e
+def test_the_browser_complains_of_nothing(tmp_path):
+    """No exception, nothing that the page's own Content-Security-Policy refuses, no file that does not load."""
+    kept = EvidenceSettings(tmp_path / "evidence")
+    with collector(tmp_path, evidence=kept) as made, browser(tmp_path / "profile") as (tab, _):
+        exceed(made)
+        for view in ("", "#feature=jailbreak", "#request=chatcmpl-1-0123abcd"):
+            tab.open(f"{made.http_url}/{view}")
+            tab.until(f"document.querySelectorAll('{'#details-body dl' if view else '#features tr'}').length")
+        assert tab.problems == []
 
 
 @pytest.mark.e2e

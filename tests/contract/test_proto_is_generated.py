@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from latentwatch.step import batch
-from latentwatch.transport import _pb, report, session
+from latentwatch.transport import _pb, hello, report
 from latentwatch.transport._pb import latentwatch_pb2 as pb
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_every_field_of_the_proto_has_its_number_and_type_in_the_code():
         (pb.EngineCounters, batch.EngineCounters, set()),
         (pb.RequestOpened, batch.RequestOpened, set()),
         (pb.RequestClosed, batch.RequestClosed, set()),
-        (pb.Hello, session.Hello, {"protocol", "last_acked_sequence", "time_unix_nano"}),
+        (pb.Hello, hello.Hello, {"protocol", "last_acked_sequence", "time_unix_nano"}),
         (pb.ReplicaState, report.ReplicaState, set()),
         (pb.EngineDelta, report.EngineDelta, set()),
         (pb.RequestRow, report.RequestRow, set()),

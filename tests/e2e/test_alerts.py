@@ -34,7 +34,7 @@ from latentwatch.watchlist.file import Limit
 
 from tests.support.engines import ROOT
 from tests.support.stack import RULES, alertmanager, eventually, metrics_page, prometheus
-from tests.support.streams import Piece, Tokens, hello, sparse, step_batch, watchlist
+from tests.support.streams import Piece, Tokens, hello, received, sparse, step_batch, watchlist
 from tests.support.wire import in_loop
 
 FEATURES = (
@@ -120,7 +120,7 @@ class Fleet:
             RequestClosed(other, f"chatcmpl-{other}-0123abcd", 1, 1, 0, Outcome.ABORTED),
         )
         batch = step_batch([Piece(request, 0, 4)], FEATURES, time_unix_nano=late, opened=opened, closed=closed)
-        pipeline.observe(self._who, next(self._batches), batch, time.time())
+        pipeline.observe(self._who, received(next(self._batches), batch), time.time())
 
     async def _health(self) -> None:
         """Very many tokens, all scored: the budget of days is made good in seconds."""
@@ -140,7 +140,7 @@ class Fleet:
             opened=(RequestOpened(handle, name, count),),
             closed=(RequestClosed(handle, name, count, 1, count, Outcome.FINISHED),),
         )
-        pipeline.observe(self._who, next(self._batches), batch, now)
+        pipeline.observe(self._who, received(next(self._batches), batch), now)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import platform
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,13 @@ from latentwatch.names import Reason, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, StepBatch
 from latentwatch.transport import codec
 from latentwatch.transport._pb import latentwatch_pb2 as pb
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
-from latentwatch.transport.report import Report
-from latentwatch.transport.session import Hello
+from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 from latentwatch.watchlist.file import Limit
 
 from tests.support.engines import ROOT
-from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+from tests.support.streams import Schedule, hello, probe, received, sparse, tokens, watchlist
 
 RESULT = ROOT / "tests/bench/results/fuzz.json"
 FEATURES = (sparse("a", limit=Limit("max", 3.0)), sparse("b", skip=1), probe("p", limit=Limit("rolling_mean", 0.5, 4)))
@@ -163,7 +163,7 @@ def _reports(batches: list[StepBatch]) -> list[bytes]:
     who = hello(replica="sidecar/0")
     made.hello(who, 1000.0)
     for i, batch in enumerate(batches, start=1):
-        made.observe(who, i, batch, 1000.0)
+        made.observe(who, received(i, batch), 1000.0)
         made.tick(1000.0)
     assert made.forward is not None
     return [codec.encode_report(number, report) for number, report in made.forward.reports]
@@ -204,20 +204,20 @@ class Witness(Pipeline):
         super().__init__(watchlist(FEATURES), Bounds(closed_requests=200, flagged_requests=50))
         self.seen = Outcome()
 
-    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
+    def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
         duplicates = self._duplicates
-        super().observe(hello, sequence, batch, now)
+        super().observe(hello, received, now)
         if self._duplicates == duplicates:
-            segments = batch.segments_S
+            segments = received.batch.segments_S
             self.seen.taken += 1
             self.seen.tokens += int(segments["count"][segments["reason"] != Reason.LOST].sum(dtype=np.int64))
 
-    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+    def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
         duplicates = self._duplicates
-        super().merge(hello, sequence, report, now)
+        super().merge(hello, received, now)
         if self._duplicates == duplicates:
             self.seen.taken += 1
-            for engine in report.engines:
+            for engine in received.report.engines:
                 self.seen.tokens += int(engine.tokens.sum() - engine.tokens[:, Reason.LOST].sum())
 
 
@@ -243,12 +243,12 @@ def run(count: int, seed: int) -> Outcome:
                 if isinstance(request, Hello):
                     pipeline.hello(request, 1000.0)
                     pipeline.goodbye(request, 1000.0)
-                elif isinstance(request, codec.NumberedReport):
+                elif isinstance(request, ReceivedReport):
                     sequence += 1
-                    pipeline.merge(sidecar, sequence, request.report, 1000.0)
+                    pipeline.merge(sidecar, replace(request, sequence=sequence), 1000.0)
                 else:
                     sequence += 1
-                    pipeline.observe(who, sequence, request.batch, 1000.0)
+                    pipeline.observe(who, replace(request, sequence=sequence), 1000.0)
             except StreamRefused as refused:
                 outcome.refused[refused.reason] += 1
     snapshot = pipeline.snapshot(1000.0)

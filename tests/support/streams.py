@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 from latentwatch.names import HookPoint, Outcome, Phase, Reason, Severity, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
-from latentwatch.transport.session import Hello
+from latentwatch.transport import codec
+from latentwatch.transport.hello import Hello
+from latentwatch.transport.report import Report
+from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 from latentwatch.watchlist.file import Feature, HookRows, Limit, ModelCard, Watchlist
 
 SHA256 = "ab" * 32
@@ -60,6 +63,16 @@ def watchlist(features: Sequence[Feature], *, hooks: int = 1, sha256: str = SHA2
     return Watchlist("synthetic", model, tuple(rows), sha256=sha256)
 
 
+def received(sequence: int, batch: StepBatch) -> ReceivedBatch:
+    """The batch as it comes out of a stream."""
+    return ReceivedBatch(sequence, batch, codec.encode_batch(sequence, batch))
+
+
+def received_report(sequence: int, report: Report) -> ReceivedReport:
+    """The report as it comes out of a stream."""
+    return ReceivedReport(sequence, report, codec.encode_report(sequence, report))
+
+
 def hello(**changes: Any) -> Hello:
     fields: dict[str, Any] = {
         "replica": "pod-0/0",
@@ -104,7 +117,7 @@ class Tokens:
         return RequestOpened(self.handle, self.request_id, self.prompt_tokens)
 
     def closed(self) -> RequestClosed:
-        output = self.total - self.prompt_tokens + 1
+        output = max(0, self.total - self.prompt_tokens + 1)
         return RequestClosed(self.handle, self.request_id, self.prompt_tokens, output, self.total, self.outcome)
 
 

@@ -14,10 +14,15 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
-import aiohttp
-from aiohttp import web
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 10, 5
 MODEL = "latentwatch-demo"
@@ -29,7 +34,7 @@ class Collector:
         self.exceedances: list[dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
 
-    async def take(self, request: web.Request) -> web.Response:
+    async def count(self, request: Request) -> Response:
         answer = await request.json()
         self.scored += PROMPT_TOKENS + OUTPUT_TOKENS - 1
         over = bool(answer["feared"])
@@ -40,9 +45,9 @@ class Collector:
             about = {"label": "Deceiving", "severity": "critical", "phase": "output", "position": PROMPT_TOKENS + 2}
             scores = {"feature": "probe.0", "value": value, "limit": 2.0, "peak": value}
             self.exceedances.insert(0, {"seconds": time.time(), "response_id": answer["id"], **about, **scores})
-        return web.Response()
+        return Response()
 
-    async def metrics(self, _: web.Request) -> web.Response:
+    async def metrics(self, _: Request) -> Response:
         tokens = f'model_name="{MODEL}",engine="0",state="scored",reason="none",phase="prompt"'
         feature = 'feature="probe.0",severity="critical"'
         lines = [
@@ -50,24 +55,26 @@ class Collector:
             f'latentwatch_exceedances_total{{model_name="{MODEL}",{feature}}} {len(self.exceedances)}',
             f'latentwatch_feature_info{{{feature},label="Deceiving",hook_point="resid_post.2"}} 1',
         ]
-        return web.Response(text="\n".join(lines) + "\n")
+        return PlainTextResponse("\n".join(lines) + "\n")
 
-    def app(self) -> web.Application:
-        app = web.Application()
-        app.router.add_get("/healthz", _ok)
-        app.router.add_get("/metrics", self.metrics)
-        app.router.add_post("/stub", self.take)
-        app.router.add_get("/v1/exceedances", lambda _: _json({"exceedances": self.exceedances}))
-        app.router.add_get("/v1/requests", lambda _: _json({"requests": self.requests}))
-        return app
+    def app(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/healthz", _ok),
+                Route("/metrics", self.metrics),
+                Route("/stub", self.count, methods=["POST"]),
+                Route("/v1/exceedances", lambda _: JSONResponse({"exceedances": self.exceedances})),
+                Route("/v1/requests", lambda _: JSONResponse({"requests": self.requests})),
+            ]
+        )
 
 
 class Engine:
     def __init__(self, collector_url: str) -> None:
-        self.collector_url = collector_url
+        self.collector = httpx.AsyncClient(base_url=collector_url, trust_env=False)
         self.answered = 0
 
-    async def chat(self, request: web.Request) -> web.StreamResponse:
+    async def chat(self, request: Request) -> Response:
         body = await request.json()
         identity = f"chatcmpl-{request.headers['X-Request-Id']}"
         await asyncio.sleep(0.02)
@@ -78,42 +85,39 @@ class Engine:
         self.answered += 1
         if not body["stream"]:
             message = {"message": {"role": "assistant", "content": "five words as an answer"}}
-            return web.json_response({"id": identity, "choices": [message], "usage": _usage(OUTPUT_TOKENS)})
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        for tokens in range(1, OUTPUT_TOKENS + 1):
-            chunk = {"id": identity, "choices": [{"delta": {"content": "word "}}], "usage": _usage(tokens)}
-            await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
-        return response
+            return JSONResponse({"id": identity, "choices": [message], "usage": _usage(OUTPUT_TOKENS)})
+        return StreamingResponse(_chunks(identity), media_type="text/event-stream")
 
     async def _tell(self, identity: str, *, feared: bool) -> None:
-        told = {"id": identity, "feared": feared}
-        async with aiohttp.ClientSession() as session, session.post(f"{self.collector_url}/stub", json=told):
-            pass
+        await self.collector.post("/stub", json={"id": identity, "feared": feared})
 
-    async def metrics(self, _: web.Request) -> web.Response:
+    async def metrics(self, _: Request) -> Response:
         counts = {
             "vllm:prompt_tokens_total": PROMPT_TOKENS * self.answered,
             "vllm:generation_tokens_total": OUTPUT_TOKENS * self.answered,
             "vllm:request_success_total": self.answered,
         }
-        return web.Response(text="".join(f'{name}{{engine="0"}} {count}\n' for name, count in counts.items()))
+        return PlainTextResponse("".join(f'{name}{{engine="0"}} {count}\n' for name, count in counts.items()))
 
-    def app(self) -> web.Application:
-        app = web.Application()
-        app.router.add_get("/health", _ok)
-        app.router.add_get("/metrics", self.metrics)
-        app.router.add_post("/v1/chat/completions", self.chat)
-        return app
-
-
-async def _ok(_: web.Request) -> web.Response:
-    return web.Response()
+    def app(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/health", _ok),
+                Route("/metrics", self.metrics),
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            ]
+        )
 
 
-async def _json(value: Any) -> web.Response:
-    return web.json_response(value)
+async def _chunks(identity: str) -> AsyncIterator[str]:
+    for tokens in range(1, OUTPUT_TOKENS + 1):
+        chunk = {"id": identity, "choices": [{"delta": {"content": "word "}}], "usage": _usage(tokens)}
+        yield f"data: {json.dumps(chunk)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+async def _ok(_: Request) -> Response:
+    return Response()
 
 
 def _usage(output: int) -> dict[str, int]:
@@ -127,7 +131,7 @@ def main() -> None:
     parser.add_argument("--collector-url", default="")
     args = parser.parse_args()
     stub = Collector() if args.role == "collector" else Engine(args.collector_url)
-    web.run_app(stub.app(), host="127.0.0.1", port=args.port, print=None, handle_signals=True)
+    uvicorn.run(stub.app(), host="127.0.0.1", port=args.port, log_level="critical")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import numpy as np
 from latentwatch.errors import StreamRefused
 from latentwatch.names import Outcome, Phase, Reason, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
 from latentwatch.transport.report import Report
-from latentwatch.transport.session import Hello
+from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 
 T = TypeVar("T")
 
@@ -93,8 +94,8 @@ class FakeSink:
             raise self.refuse_hello
         return self.held.get((hello.replica, hello.boot_id), 0)
 
-    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
-        key = (hello.replica, hello.boot_id)
+    def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
+        key, sequence = (hello.replica, hello.boot_id), received.sequence
         if sequence in self.refuse_sequences:
             raise StreamRefused(f"batch {sequence}", found="the test", instead="None.", reason="malformed_batch")
         if self.seconds_per_batch:
@@ -103,11 +104,11 @@ class FakeSink:
             self.duplicates += 1
             return
         self.held[key] = sequence
-        self.batches.append((sequence, batch))
+        self.batches.append((sequence, received.batch))
 
-    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
-        self.held[hello.replica, hello.boot_id] = sequence
-        self.reports.append((sequence, report))
+    def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
+        self.held[hello.replica, hello.boot_id] = received.sequence
+        self.reports.append((received.sequence, received.report))
 
     def commit(self) -> None:
         self.commits += 1

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.features import FeatureTable
+from latentwatch.arrays import Array
 from latentwatch.names import Severity
 from latentwatch.watchlist.file import Feature
-
-Array = npt.NDArray[Any]
 
 COUNT_LEVELS: Final = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 """Fired tokens of a sparse feature in one request. As many as the bounds of a dense feature's statistic."""

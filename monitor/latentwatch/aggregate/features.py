@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.histogram import ACTIVATION_EDGES, limit_edges
+from latentwatch.arrays import Array
 from latentwatch.names import Phase
 from latentwatch.watchlist.file import Feature
-
-Array = npt.NDArray[Any]
 
 _PHASE_BITS = {"any": 0b11, "prompt": 0b01, "output": 0b10}
 

@@ -13,8 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
+from latentwatch.arrays import F64, I64, Array, Bool
 
 ACTIVATION_EDGES: Final = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Half decades: SAE activations run from hundredths (small models) to hundreds (Gemma Scope)."""
@@ -49,14 +48,14 @@ class Histograms:
         self._shared = bool((self.edges_FB == self.edges_FB[:1]).all())
 
     @classmethod
-    def empty(cls, edges_FB: npt.NDArray[Any]) -> Histograms:
+    def empty(cls, edges_FB: Array) -> Histograms:
         """Nothing counted yet. Raises ValueError when bounds are not finite and strictly ascending."""
         edges = np.array(edges_FB, np.float64, ndmin=2)
         if not np.isfinite(edges).all() or (np.diff(edges, axis=1) <= 0).any():
             raise ValueError(f"histogram bounds must be finite and ascending, got {edges.tolist()[:2]}")
         return cls(edges, np.zeros((edges.shape[0], edges.shape[1] + 1), np.int64), np.zeros(edges.shape[0]))
 
-    def observe(self, values_NF: npt.NDArray[Any], counted_NF: npt.NDArray[np.bool_] | None = None) -> None:
+    def observe(self, values_NF: Array, counted_NF: Bool | None = None) -> None:
         """Count one value per row and histogram, [N, F]; where `counted_NF` is False the value is left out."""
         F, B = self.edges_FB.shape
         values = values_NF.astype(np.float64)

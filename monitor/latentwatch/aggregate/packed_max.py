@@ -8,32 +8,31 @@ the scheduler cut the steps. 0 stands for "nothing seen": no finite value packs 
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-U64 = npt.NDArray[np.uint64]
+from latentwatch.arrays import F32, I64, U64, Array
 
 NOTHING: Final = np.uint64(0)
 _LAST_POSITION: Final = np.uint32(0xFFFF_FFFF)
 _SIGN: Final = np.uint32(0x8000_0000)
 
 
-def pack(value: npt.NDArray[Any], position: npt.NDArray[Any]) -> U64:
+def pack(value: Array, position: Array) -> U64:
     """Packed words of finite values (rounded to float32) at positions 0..2**32-1; the shapes broadcast."""
     bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
     ordered = bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | _SIGN)
     return (ordered.astype(np.uint64) << np.uint64(32)) | (_LAST_POSITION - position.astype(np.uint32))
 
 
-def values(packed: U64, nothing: float = np.nan) -> npt.NDArray[np.float32]:
+def values(packed: U64, nothing: float = np.nan) -> F32:
     """The values, with `nothing` where nothing was seen."""
     ordered = (packed >> np.uint64(32)).astype(np.uint32)
     bits = np.where(ordered & _SIGN, ordered ^ _SIGN, ~ordered)
     return np.where(packed != NOTHING, bits.view(np.float32), np.float32(nothing))
 
 
-def positions(packed: U64) -> npt.NDArray[np.int64]:
+def positions(packed: U64) -> I64:
     """The positions, -1 where nothing was seen."""
     return np.where(packed != NOTHING, (_LAST_POSITION - packed.astype(np.uint32)).astype(np.int64), -1)

@@ -18,15 +18,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.features import FeatureTable, phase_bit
 from latentwatch.aggregate.packed_max import NOTHING, pack, positions, values
 from latentwatch.aggregate.rolling import RollingMeans
+from latentwatch.arrays import Array
 from latentwatch.names import Phase
 from latentwatch.step.batch import StepBatch, owns_rows
-
-Array = npt.NDArray[Any]
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 

@@ -12,15 +12,12 @@ below 2**29 / R in size, e.g. 8192 rows of any float16 at all.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.features import RollingGroup
 from latentwatch.aggregate.packed_max import NOTHING, pack
-
-Array = npt.NDArray[Any]
+from latentwatch.arrays import Array
 
 
 @dataclass(frozen=True)

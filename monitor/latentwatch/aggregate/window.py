@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import Array
 from latentwatch.names import TokenState
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from latentwatch.demo.run.terminal import Terminal
 
     options = runner.DemoOptions(
-        out=args.out, keep=args.keep, prometheus=not args.no_prometheus, traffic_seconds=args.traffic_seconds
+        out=args.out, stay_up=args.keep, prometheus=not args.no_prometheus, traffic_seconds=args.traffic_seconds
     )
     return runner.run(options, Terminal(sys.stdout))
 

@@ -269,9 +269,9 @@ def shipped_alerts() -> set[str]:
     """Names of the alerts that this version ships. Raises ConfigRefused where its rules are not installed."""
     import yaml
 
-    from latentwatch.demo.run.commands import dashboards
+    from latentwatch.export import dashboards
 
-    groups = yaml.safe_load((dashboards() / "rules" / "alerts.yaml").read_text())["groups"]
+    groups = yaml.safe_load((dashboards.folder() / "rules" / "alerts.yaml").read_text())["groups"]
     return {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
 
 

@@ -209,14 +209,13 @@ class _Slots:
 
 def watched(watchlist: Watchlist) -> Watched:
     """What evidence files say of a watchlist."""
-    points = [str(rows.hook_point) for rows in watchlist.hooks for _ in rows.features]
     return Watched(
         watchlist.name,
         watchlist.sha256,
         tuple(
             WatchedFeature(
-                i, f.id, f.label, str(f.severity), point, f.units, f.dense, f.limit.value if f.limit else None
+                i, f.id, f.label, str(f.severity), str(point), f.units, f.dense, f.limit.value if f.limit else None
             )
-            for i, (f, point) in enumerate(zip(watchlist.features, points, strict=True))
+            for i, (f, point) in enumerate(zip(watchlist.features, watchlist.hook_point_F, strict=True))
         ),
     )

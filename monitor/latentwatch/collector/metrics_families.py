@@ -17,8 +17,8 @@ from latentwatch.drift.model import DriftView
 from latentwatch.evidence.records import KINDS as KINDS_OF_RECORD
 from latentwatch.evidence.writer import DROP_REASONS, NOTHING_WRITTEN, QUEUE_BYTES, WriterTotals
 from latentwatch.export import metrics
+from latentwatch.export.families import ExemplarLine, Family, LabelRows
 from latentwatch.export.metrics import ENGINE_COUNTERS, Metric
-from latentwatch.export.prometheus import ExemplarLine, Family, LabelRows
 from latentwatch.names import Outcome
 from latentwatch.transport import listener
 from latentwatch.transport.receiver import ReceiverFacts
@@ -148,12 +148,11 @@ class Families:
         yield Family(metrics.OPEN_REQUESTS, rows, [e.open_requests for e in engines])
 
     def _watched(self) -> Iterator[Family]:
-        points = [str(rows.hook_point) for rows in self._watchlist.hooks for _ in rows.features]
         yield Family(
             metrics.FEATURE_INFO,
             tuple(
-                (f.id, f.label, str(f.severity), point, f.kind, f.gate)
-                for f, point in zip(self._features, points, strict=True)
+                (f.id, f.label, str(f.severity), str(point), f.kind, f.gate)
+                for f, point in zip(self._features, self._watchlist.hook_point_F, strict=True)
             ),
             [1] * len(self._features),
         )

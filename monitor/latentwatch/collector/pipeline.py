@@ -52,8 +52,9 @@ from latentwatch.evidence.records import Record
 from latentwatch.names import Outcome, Phase, Reason, TokenState, response_id, trace_id
 from latentwatch.step.batch import CROSSED_DTYPE, RequestClosed, RequestOpened, StepBatch, validate
 from latentwatch.transport import report as reports
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import TOKEN_SHAPE, ReplicaState, Report, RequestRow
-from latentwatch.transport.session import Hello
+from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 from latentwatch.watchlist.file import Watchlist
 
 Array = npt.NDArray[Any]
@@ -93,7 +94,7 @@ class _Model:
 
 
 class Pipeline:
-    """A `transport.session.Sink` that keeps the books and the statistics of every engine that streams here."""
+    """A `transport.sink.Sink` that keeps the books and the statistics of every engine that streams here."""
 
     def __init__(self, watchlist: Watchlist, bounds: Bounds | None = None, drift: DriftSettings | None = None) -> None:
         """Raises BaselineRefused where drift is to be measured against a baseline of something else."""
@@ -141,7 +142,7 @@ class Pipeline:
     # -- Sink
 
     def hello(self, hello: Hello, now: float) -> int:
-        """Accept a stream; the highest sequence held for its boot. See transport.session.Sink.
+        """Accept a stream; the highest sequence held for its boot. See transport.sink.Sink.
 
         A hello with a boot id that is new for its replica ends the requests of the earlier boots as LOST.
         """
@@ -163,11 +164,12 @@ class Pipeline:
             self._close_lost(other, now)
         return boot.high_sequence
 
-    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
+    def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
         """Take one batch into the state, whole or not at all.
 
         Raises: StreamRefused: "malformed_batch", or "unknown_boot" for a stream that never said hello here.
         """
+        sequence, batch = received.sequence, received.batch
         boot = self._replicas.boot(hello)
         if self._held(boot, sequence):
             return
@@ -176,12 +178,13 @@ class Pipeline:
         boot.counters = batch.counters
         self._ingest(boot, batch, now)
 
-    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+    def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
         """Take what a collector counted since its last report, whole or not at all.
 
         Raises: StreamRefused: "malformed_batch", "unknown_boot", or as `hello` for the engines in it; "replica_twice"
                 for an engine that streams here itself.
         """
+        sequence, report = received.sequence, received.report
         boot = self._replicas.boot(hello)
         if self._held(boot, sequence):
             return

@@ -17,9 +17,9 @@ from typing import Final
 
 from latentwatch import secrets
 from latentwatch.names import response_id
-from latentwatch.step.batch import StepBatch
-from latentwatch.transport.report import Report
-from latentwatch.transport.session import Hello, Sink
+from latentwatch.transport import codec
+from latentwatch.transport.hello import Hello
+from latentwatch.transport.sink import ReceivedBatch, ReceivedReport, Sink
 
 _SHORTEST_KEY: Final = 16
 _HASHED: Final = re.compile(r"hmac-[0-9a-f]{32}")
@@ -61,24 +61,29 @@ class Pseudonyms:
 
 
 class PseudonymSink:
-    """A `transport.session.Sink` that hands on what it is given under other request ids."""
+    """A `transport.sink.Sink` that hands on what it is given under other request ids."""
 
     def __init__(self, sink: Sink, pseudonyms: Pseudonyms) -> None:
         self._sink = sink
         self._of = pseudonyms.of
         self.hello, self.commit, self.goodbye = sink.hello, sink.commit, sink.goodbye
 
-    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
+    def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
         """See Sink."""
+        batch = received.batch
         if batch.opened or batch.closed:
             batch = replace(
                 batch,
                 opened=tuple(replace(event, request_id=self._of(event.request_id)) for event in batch.opened),
                 closed=tuple(replace(event, request_id=self._of(event.request_id)) for event in batch.closed),
             )
-        self._sink.observe(hello, sequence, batch, now)
+            received = ReceivedBatch(received.sequence, batch, codec.encode_batch(received.sequence, batch))
+        self._sink.observe(hello, received, now)
 
-    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+    def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
         """See Sink."""
-        rows = tuple(replace(row, request_id=self._of(row.request_id)) for row in report.requests)
-        self._sink.merge(hello, sequence, replace(report, requests=rows), now)
+        if received.report.requests:
+            rows = tuple(replace(row, request_id=self._of(row.request_id)) for row in received.report.requests)
+            report = replace(received.report, requests=rows)
+            received = ReceivedReport(received.sequence, report, codec.encode_report(received.sequence, report))
+        self._sink.merge(hello, received, now)

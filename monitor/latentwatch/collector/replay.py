@@ -52,7 +52,7 @@ def replay(pipeline: Pipeline, recorded: Iterable[Recorded]) -> Replayed:
         if item.hello not in greeted:
             greeted.add(item.hello)
             pipeline.hello(item.hello, item.seconds)
-        pipeline.observe(item.hello, item.sequence, item.batch, item.seconds)
+        pipeline.observe(item.hello, item.received, item.seconds)
         done.batches += 1
     # The last window ends behind the recording.
     look(done.last_seconds + 3600.0)

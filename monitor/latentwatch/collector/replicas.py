@@ -11,8 +11,8 @@ from latentwatch.collector.config import Bounds
 from latentwatch.collector.requests import HandleMap
 from latentwatch.errors import StreamRefused
 from latentwatch.step.batch import EngineCounters
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report
-from latentwatch.transport.session import Hello
 
 _LABEL_BYTES: Final = {"replica": 253, "boot_id": 64, "engine": 64, "model_name": 253}
 """253 is the longest DNS name, which a pod's name is."""

@@ -30,8 +30,9 @@ from latentwatch.collector.telemetry import Telemetry, TelemetrySettings
 from latentwatch.drift.canary import canary_prompt
 from latentwatch.errors import ConfigRefused
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
-from latentwatch.transport.session import Hello, Sink
+from latentwatch.transport.sink import Sink
 from latentwatch.watchlist import file as watchlist_file
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from latentwatch.errors import ConfigRefused
 from latentwatch.evidence.records import Exceedance, Record
 from latentwatch.evidence.segment import Watched
 from latentwatch.evidence.writer import Writer
-from latentwatch.export.prometheus import Family
+from latentwatch.export.families import Family
 
 if TYPE_CHECKING:
     from latentwatch.export.otel_metrics import MetricSender

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.numpy
 
 from latentwatch.aggregate.counts import Layout
+from latentwatch.arrays import Array
 from latentwatch.drift.reference import DriftTolerance, Reference, fit
 from latentwatch.drift.sums import TrafficSums
 from latentwatch.errors import BaselineRefused
-
-Array = npt.NDArray[Any]
 
 FORMAT: Final = "latentwatch.baseline/1"
 METADATA_KEY: Final = "latentwatch"

@@ -10,12 +10,12 @@ whole watchlist, one false page in `Budget.seconds_per_page` on average, and few
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.counts import Layout, RequestCounts
+from latentwatch.arrays import Array
 from latentwatch.drift.detectors import (
     binomial_llr,
     cusum,
@@ -26,8 +26,6 @@ from latentwatch.drift.detectors import (
 )
 from latentwatch.drift.reference import PAIR_LIFT, RISES, TILTS, Reference, poisson_limits
 from latentwatch.drift.sums import hour_of_week
-
-Array = npt.NDArray[Any]
 
 KINDS: Final = ("rate", "shape", "replica", "coactivation", "canary")
 """What a detector looks at; each has its own share of the page budget."""

@@ -10,14 +10,12 @@ of m detectors held to A = m * ARL0 together has a mean run of at least ARL0 win
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import Array
 from latentwatch.drift.reference import RISES
-
-Array = npt.NDArray[Any]
 
 CEILING: Final = 1e30
 """Where a statistic stops, so that a detector can come down again within some hours of a change's end."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.counts import Layout, RequestCounts
+from latentwatch.arrays import Array
 from latentwatch.drift.detection import (
     KINDS,
     RISE,
@@ -30,8 +30,6 @@ from latentwatch.drift.detection import (
 )
 from latentwatch.drift.reference import Reference
 from latentwatch.drift.sums import TrafficSums
-
-Array = npt.NDArray[Any]
 
 _ROWS: Final = 128
 """Requests per array operation: some milliseconds of work at once."""

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.counts import COUNT_LEVELS, Layout, above
+from latentwatch.arrays import Array
 from latentwatch.drift.sums import HOURS, TrafficSums
-
-Array = npt.NDArray[Any]
 
 MIN_REQUESTS: Final = 500
 """Fewer make no baseline: a feature of 1 % would have fired in 5 of them."""

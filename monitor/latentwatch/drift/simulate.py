@@ -12,15 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts, cells_of
+from latentwatch.arrays import Array
 from latentwatch.drift.detection import Window
-
-Array = npt.NDArray[Any]
 
 _QUANTILES: Final = 4096
 """Values are drawn from so many equally likely ones of their distribution."""

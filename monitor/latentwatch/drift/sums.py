@@ -11,11 +11,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts, above
-
-Array = npt.NDArray[Any]
+from latentwatch.arrays import Array
 
 HOURS: Final = 168
 SCALES: Final = (1, 4, 16)

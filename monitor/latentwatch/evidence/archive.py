@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import Array
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import segment
 from latentwatch.evidence.records import FIRE_RECORD, row_record
@@ -20,8 +20,6 @@ from latentwatch.evidence.segment import Watched, WatchedFeature
 from latentwatch.evidence.store import segments
 from latentwatch.names import Outcome, Phase, TokenState
 from latentwatch.step.batch import FEATURE_DTYPE
-
-Array = npt.NDArray[Any]
 
 _REQUEST: Final = """
 SELECT key, request_id, response_id, trace_id, replica, model_name, engine, adapter, opened_seconds, opening_seen,

@@ -5,20 +5,18 @@ Shape legend: N fired activations, R rows (tokens with scores), P dense features
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import Array, Dtype
 from latentwatch.names import Outcome, Phase
-
-Array = npt.NDArray[Any]
 
 FIRE_RECORD: Final = np.dtype([("position", "<i4"), ("feature", "<u2"), ("value", "<f4")])
 """One sparse activation of a request."""
 
 
-def row_record(dense_features: int) -> np.dtype[Any]:
+def row_record(dense_features: int) -> Dtype:
     """The dense scores of one token of a request, columns in watchlist order."""
     return np.dtype([("position", "<i4"), ("score", "<f2", (dense_features,))])
 

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from latentwatch.arrays import Dtype
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence.records import Activations, Ended, Exceedance, Record, Request
 from latentwatch.names import response_id, trace_id
@@ -261,7 +262,7 @@ def pack(records: Any) -> bytes:
     return zlib.compress(json.dumps(len(records)).encode() + b"\n" + b"".join(columns), 1)
 
 
-def unpack(data: bytes, dtype: np.dtype[Any]) -> Any:
+def unpack(data: bytes, dtype: Dtype) -> Any:
     """What `pack` packed."""
     head, _, body = zlib.decompress(data).partition(b"\n")
     records = np.empty(int(head), dtype)

@@ -23,8 +23,8 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.metrics.export import Metric as OtelMetric
 
+from latentwatch.export.families import Family
 from latentwatch.export.otel_events import SCOPE, resource
-from latentwatch.export.prometheus import Family
 
 _CUMULATIVE = AggregationTemporality.CUMULATIVE
 

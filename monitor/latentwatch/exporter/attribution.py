@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from latentwatch.arrays import I64, U8, Array
 from latentwatch.names import Phase, Reason, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE
-
-Array = npt.NDArray[Any]
-I64 = npt.NDArray[np.int64]
 
 UNSEEN_REASONS: Final = (Reason.NOT_ARMED, Reason.OP_SILENT, Reason.PREFIX_CACHE, Reason.KV_CONNECTOR)
 """Reasons for which a token was never there to be scored; the others mean that a score was lost."""
@@ -40,7 +38,7 @@ class StepRows:
     """First position not accounted for yet; rows below it were computed before (recompute after preemption)."""
     to_Q: I64
     """First position that is not true: past the request's end, or past what the next step confirmed."""
-    reason_T: npt.NDArray[np.uint8]
+    reason_T: U8
     """Why a row carries no score, Reason.NONE where it does."""
     fires_N: Array
     dense_TP: Array
@@ -119,9 +117,9 @@ def joined(parts: Sequence[ScoredRows]) -> ScoredRows:
     )
 
 
-def state_of(reason: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def state_of(reason: U8) -> U8:
     """The state that a row's reason means."""
-    state: npt.NDArray[np.uint8] = _STATE_OF[reason]
+    state: U8 = _STATE_OF[reason]
     return state
 
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.sender import Sender
-from latentwatch.transport.session import Hello
 from latentwatch.transport.spool import Spool, SpoolFolder
 
 log = logging.getLogger("latentwatch.exporter")

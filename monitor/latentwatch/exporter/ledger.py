@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import I64, U8, Array
 from latentwatch.exporter.attribution import (
     Attributed,
     ScoredRows,
@@ -31,9 +31,6 @@ from latentwatch.handover.events import Blocks, Closed, Event, Opened, Resync, d
 from latentwatch.handover.ring import RawStep
 from latentwatch.names import Outcome, Phase, Reason, TokenState
 from latentwatch.step.batch import SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
-
-Array = npt.NDArray[Any]
-I64 = npt.NDArray[np.int64]
 
 
 class _Settled:
@@ -325,7 +322,7 @@ class Ledger:
             np.where(position < request.prompt_tokens, Phase.PROMPT, Phase.OUTPUT).astype(np.uint8),
         ), scored
 
-    def _reasons(self, raw: RawStep) -> npt.NDArray[np.uint8]:
+    def _reasons(self, raw: RawStep) -> U8:
         """uint8 [T]: why each row of the step carries no score."""
         reason_T = np.full(raw.rows, Reason.NONE, np.uint8)
         if not self._armed or raw.silent:
@@ -373,7 +370,7 @@ class Ledger:
         )
 
 
-def _padded(values: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
+def _padded(values: Array, rows: int) -> Array:
     """`values` with zero rows up to `rows`; the added rows are never scored."""
     out = np.zeros((rows, values.shape[1]), values.dtype)
     out[: len(values)] = values

@@ -14,11 +14,9 @@ import dataclasses
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import I64, Bool
 from latentwatch.handover.ring import RawStep
-
-I64 = npt.NDArray[np.int64]
 
 NO_BOUND: Final = np.int64(1) << 40
 _WAITS: Final = np.int64(-1)
@@ -105,7 +103,7 @@ def _copied(raw: RawStep) -> RawStep:
     )
 
 
-def _part(raw: RawStep, chosen_Q: npt.NDArray[np.bool_]) -> RawStep:
+def _part(raw: RawStep, chosen_Q: Bool) -> RawStep:
     """The step as if it had held only some of its requests."""
     row_of_T: Any = np.repeat(chosen_Q, raw.requests_Q["count"])
     number_T = np.cumsum(row_of_T) - 1

@@ -1,4 +1,4 @@
-"""The exporter's main loop: ring in, batches out. Started by the engine's worker (engine/child.py).
+"""The exporter's main loop: ring in, batches out. Started by the engine's worker.
 
 It lives in a session of its own, so that a signal meant for the server does not end it before it has drained. It ends
 when the engine closes the ring or is gone, after at most DRAIN_SECONDS.
@@ -7,27 +7,27 @@ when the engine closes the ring or is gone, after at most DRAIN_SECONDS.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from types import FrameType
 from typing import Final
 
 from latentwatch.exporter.backlog import BacklogDelivery
 from latentwatch.exporter.ledger import Ledger
 from latentwatch.exporter.score_cache import ScoreCache
-from latentwatch.handover.ring import Geometry, Ring
-from latentwatch.names import Reason
+from latentwatch.handover.exporter_config import ExporterConfig
+from latentwatch.handover.ring import Ring
 from latentwatch.step.batch import EngineCounters, StepBatch
 from latentwatch.transport.address import positive
 from latentwatch.transport.credentials import Credentials
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.sender import Sender
-from latentwatch.transport.session import Hello
 from latentwatch.transport.shed_priority import ShedPriority
-from latentwatch.transport.spool import SpoolFolder, SpoolSettings
+from latentwatch.transport.spool import Spool, SpoolFolder, SpoolSettings
 
 log = logging.getLogger("latentwatch.exporter")
 
@@ -104,67 +104,98 @@ class Exporter:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What one run of the process is made of, and in which order it is given back."""
+
+    ring: Ring
+    exporter: Exporter
+    spool: Spool | None
+    backlog: BacklogDelivery | None
+
+    def close(self) -> None:
+        if self.backlog is not None:
+            self.backlog.stop()
+        self.exporter.finish()
+        if self.spool is not None:
+            self.spool.close()
+
+
+def _wire(config: ExporterConfig, env: Mapping[str, str]) -> _Parts:
+    """Raises: ConfigRefused: an address, a number, a certificate or the spool's folder that cannot be used."""
+    hello = Hello(**dataclasses.asdict(config.identity))
+    ring = Ring(config.ring_fd, config.geometry, create=False)
+    credentials = Credentials.from_env(env)
+    settings = SpoolSettings.from_env(env)
+    folder = SpoolFolder(settings, hello.replica) if settings is not None else None
+    spool = folder.open(hello) if folder is not None else None
+    sender = Sender(
+        config.collector,
+        hello,
+        credentials=credentials,
+        max_buffer_bytes=int(positive(env, BUFFER_MIB, BUFFER_MIB_UNSET) * (1 << 20)),
+        spool=spool,
+        next_sequence=ring.next_sequence,
+        stakes=ShedPriority([(f.severity, f.matters_from, f.dense) for f in config.features]),
+    )
+    backlog = None
+    if folder is None:
+        sender.start()
+    else:
+
+        def sender_of(hello: Hello, spool: Spool) -> Sender:
+            return Sender(config.collector, hello, credentials=credentials, spool=spool)
+
+        backlog = BacklogDelivery(folder, sender, hello.boot_id, sender_of)
+    ledger = Ledger(
+        armed=hello.armed, drafts=config.drafts, kept=_score_cache(config), cached_reason=config.cached_reason
+    )
+    return _Parts(ring, Exporter(ring, ledger, sender, folder), spool, backlog)
+
+
+def _score_cache(config: ExporterConfig) -> ScoreCache | None:
+    cached, geometry = config.cached_blocks, config.geometry
+    if cached is None:
+        return None
+    return ScoreCache(
+        blocks=cached.blocks,
+        block_size=cached.block_size,
+        dense=geometry.dense,
+        hook_points=geometry.hook_points,
+    )
+
+
+class _StopSignal:
+    """Set by SIGTERM. SIGINT is the terminal's word to the server, and not for us."""
+
+    def __init__(self) -> None:
+        self.came = False
+        signal.signal(signal.SIGTERM, self._set)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _set(self, _number: int, _frame: FrameType | None) -> None:
+        self.came = True
+
+
 def main() -> int:
-    """Wait on stdin for the JSON object that engine/attach.py writes, then run until the engine is done."""
+    """Wait on stdin for the ExporterConfig that the engine's worker writes, then run until the engine is done."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [latentwatch exporter] %(message)s")
-    stop = False
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal stop
-        stop = True
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop = _StopSignal()
     told = sys.stdin.readline()
     if not told:
         return 0  # the engine ended while its model loaded
     # From here on, with the threads to come, a share of the processor like any other's but never out of turn: a step
     # that has just been handed over wakes nobody who takes the core from the engine's scheduler.
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    config = json.loads(told)
-    hello = Hello(**config["hello"])
-    ring = Ring(config["fd"], Geometry(**config["geometry"]), create=False)
-    credentials = Credentials.from_env(os.environ)
-    settings = SpoolSettings.from_env(os.environ)
-    folder = SpoolFolder(settings, hello.replica) if settings is not None else None
-    spool = folder.open(hello) if folder is not None else None
-    sender = Sender(
-        config["collector"],
-        hello,
-        credentials=credentials,
-        max_buffer_bytes=int(positive(os.environ, BUFFER_MIB, BUFFER_MIB_UNSET) * (1 << 20)),
-        spool=spool,
-        next_sequence=ring.next_sequence,
-        stakes=ShedPriority(config["stakes"]),
-    )
-    kept = None
-    if config["kept"]:
-        kept = ScoreCache(dense=ring.geometry.dense, hook_points=ring.geometry.hook_points, **config["kept"])
-    ledger = Ledger(
-        armed=hello.armed, drafts=config["drafts"], kept=kept, cached_reason=Reason(config["cached_reason"])
-    )
-    exporter = Exporter(ring, ledger, sender, folder)
-    leftovers = None
-    if folder is None:
-        sender.start()
-    else:
-        leftovers = BacklogDelivery(
-            folder,
-            sender,
-            hello.boot_id,
-            lambda hello, spool: Sender(config["collector"], hello, credentials=credentials, spool=spool),
-        )
-    ring.attach()
-    while not stop:
+    config = ExporterConfig.from_json(told)
+    parts = _wire(config, os.environ)
+    parts.ring.attach()
+    while not stop.came:
         # Before the look at the ring: what was written before the engine went is then still read.
-        gone = ring.closed or os.getppid() != config["engine_pid"]
-        if not exporter.take_one(time.monotonic()):
+        gone = parts.ring.closed or os.getppid() != config.engine_pid
+        if not parts.exporter.take_one(time.monotonic()):
             if gone:
                 break
             time.sleep(IDLE_SECONDS)
-    if leftovers is not None:
-        leftovers.stop()
-    exporter.finish()
-    if spool is not None:
-        spool.close()
+    parts.close()
     return 0

@@ -13,16 +13,13 @@ Legend: K KV slots asked for, R rows written, N activations, P dense features, H
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import I64, Bool
 from latentwatch.exporter.attribution import ScoredRows
 from latentwatch.step.batch import FIRE_DTYPE
-
-Array = npt.NDArray[Any]
-I64 = npt.NDArray[np.int64]
 
 MAX_BYTES: Final = 64 << 20
 """Beside the 192 MiB that the ring may take. At 16 probes and 4 hook points half of it holds 490,000 tokens; the other
@@ -79,7 +76,7 @@ class ScoreCache:
         self._act[at] = scored.fires_N["act"]
         self._fires += fires
 
-    def read(self, slot_K: I64) -> tuple[npt.NDArray[np.bool_], ScoredRows]:
+    def read(self, slot_K: I64) -> tuple[Bool, ScoredRows]:
         """(bool [K]: which of these slots have scores, the scores of those in their order)."""
         place = slot_K % len(self._owner)
         there_K = (self._owner[place] == slot_K + 1) & (self._first[place] >= self._fires - self._max_fires)

@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from latentwatch.arrays import F32, Array
 from latentwatch.errors import ConfigRefused
 from latentwatch.step.batch import FIRE_DTYPE
 
 MAGIC: Final = 0x4C57_5249_4E47_0001
 HEADER_BYTES: Final = 4096
 MAX_RING_BYTES: Final = 192 << 20
-"""Under DESIGN's 256 MiB of host memory for the whole plugin."""
+"""Most of the 256 MiB of host memory that the whole plugin may use."""
 MAX_SLOTS: Final = 1024
 """Seconds of decoding: an exporter that the system leaves without a core for a while must not cost a step."""
 MIN_SLOTS: Final = 4
@@ -62,10 +63,6 @@ class Geometry:
     def max_fires(self) -> int:
         return min(MAX_FIRES, self.max_rows * max(1, self.features - self.dense))
 
-    def to_args(self) -> dict[str, int]:
-        """For the exporter's command line."""
-        return asdict(self)
-
 
 class Slot:
     """Array views onto one slot's memory, made once."""
@@ -74,7 +71,7 @@ class Slot:
         g, at = geometry, _SLOT_HEADER_BYTES
         self.header = np.frombuffer(memory, np.int64, _SLOT_HEADER_BYTES // 8)
 
-        def take(dtype: Any, *shape: int) -> npt.NDArray[Any]:
+        def take(dtype: Any, *shape: int) -> Array:
             nonlocal at
             count = int(np.prod(shape))
             view = np.frombuffer(memory, dtype, count, offset=at).reshape(shape)
@@ -95,15 +92,15 @@ class RawStep:
 
     step: int
     time_unix_nano: int
-    requests_Q: npt.NDArray[Any]
+    requests_Q: Array
     rows: int
     scored_rows: int
     """Rows whose activations all fitted; those behind are dropped{triples_full}."""
     silent: bool
     """The score op left no trace in this step."""
-    fires_N: npt.NDArray[Any]
+    fires_N: Array
     dense_TP: npt.NDArray[np.float16]
-    norm_TH: npt.NDArray[np.float32]
+    norm_TH: F32
     """Infinite where the residual stream of the row was not finite."""
     events: bytes
 

@@ -1,4 +1,4 @@
-"""The score op on a CPU: float32 throughout, which without AMX is also the fastest way (KERNELS B6).
+"""The score op on a CPU: float32 throughout, which on a CPU without AMX is also the fastest way.
 
 Dimension key: T tokens in the step (padded), D d_model, K features at one hook point.
 """

@@ -34,8 +34,9 @@ from latentwatch.step.batch import (
     owns_rows,
 )
 from latentwatch.transport._pb import latentwatch_pb2 as pb
+from latentwatch.transport.hello import PROTOCOL, Hello
 from latentwatch.transport.report import TOKEN_SHAPE, EngineDelta, ModelDelta, ReplicaState, Report, RequestRow
-from latentwatch.transport.session import PROTOCOL, Hello
+from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
 """Longest message either side accepts; gRPC's own default for received messages, set explicitly on both ends."""
@@ -81,22 +82,6 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class NumberedBatch:
-    """A batch with the number that its stream gave it."""
-
-    sequence: int
-    batch: StepBatch
-
-
-@dataclass(frozen=True)
-class NumberedReport:
-    """A report with the number that its stream gave it."""
-
-    sequence: int
-    report: Report
-
-
-@dataclass(frozen=True)
 class Welcome:
     resume_after_sequence: int
     collector_id: str
@@ -107,7 +92,7 @@ class Ack:
     sequence: int
 
 
-Request: TypeAlias = Hello | NumberedBatch | NumberedReport
+Request: TypeAlias = Hello | ReceivedBatch | ReceivedReport
 Reply: TypeAlias = Welcome | Ack | StreamRefused
 
 
@@ -166,9 +151,9 @@ def decode_request(data: bytes) -> Request:
     if kind == "hello":
         return _read_hello(request.hello)
     if kind == "batch":
-        return _read_batch(request.batch)
+        return ReceivedBatch(request.batch.sequence, _read_batch(request.batch), data)
     if kind == "report":
-        return _read_report(request.report)
+        return ReceivedReport(request.report.sequence, _read_report(request.report), data)
     raise _malformed("stream message", f"{len(data)} bytes hold neither a hello, a batch nor a report")
 
 
@@ -315,7 +300,7 @@ def _packed(what: str, name: str, column: Array, dtype: np.dtype[Any], shape: tu
     return column.tobytes()
 
 
-def _read_batch(message: pb.StepBatch) -> NumberedBatch:
+def _read_batch(message: pb.StepBatch) -> StepBatch:
     what = f"batch {message.sequence} of step {message.step}"
     _no_unknown_fields(what, message, *message.opened, *message.closed, message.counters)
     if message.sequence < 1:
@@ -349,7 +334,7 @@ def _read_batch(message: pb.StepBatch) -> NumberedBatch:
     )
     if len(batch.fires_N) and int(batch.fires_N["row"].max()) >= rows:
         raise _malformed(what, f"an activation names row {int(batch.fires_N['row'].max())} of {rows}")
-    return NumberedBatch(message.sequence, batch)
+    return batch
 
 
 def _report_message(sequence: int, report: Report) -> pb.Report:
@@ -410,13 +395,13 @@ def _fill_hello(message: pb.Hello, hello: Hello) -> None:
         setattr(message, field.name, getattr(hello, field.name))
 
 
-def _read_report(message: pb.Report) -> NumberedReport:
+def _read_report(message: pb.Report) -> Report:
     what = f"report {message.sequence}"
     _no_unknown_fields(what, message, *message.replicas, *message.engines, *message.models, *message.requests)
     _no_unknown_fields(what, *(replica.counters for replica in message.replicas))
     if message.sequence < 1:
         raise _malformed(what, "sequences count from 1")
-    report = Report(
+    return Report(
         time_unix_nano=message.time_unix_nano,
         replicas=tuple(
             ReplicaState(
@@ -442,7 +427,6 @@ def _read_report(message: pb.Report) -> NumberedReport:
         shed_requests=message.shed_requests,
         shed_crossings=message.shed_crossings,
     )
-    return NumberedReport(message.sequence, report)
 
 
 def _read_row(what: str, row: pb.RequestRow) -> RequestRow:

@@ -35,8 +35,9 @@ from latentwatch.transport import codec
 from latentwatch.transport.address import Address, cannot_listen
 from latentwatch.transport.credentials import ServerTls, Tokens, may_speak_for
 from latentwatch.transport.fair_queue import FairQueue, FairQueueFacts, Flow
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.listener import Listener
-from latentwatch.transport.session import Hello, Sink
+from latentwatch.transport.sink import ReceivedReport, Sink
 
 log = logging.getLogger(__name__)
 
@@ -364,20 +365,20 @@ class Receiver:
             return
         if len(data) > codec.MAX_MESSAGE_BYTES:
             raise _too_large(stream.hello, len(data))
-        numbered = codec.decode_request(data)
-        if isinstance(numbered, Hello):
+        received = codec.decode_request(data)
+        if isinstance(received, Hello):
             raise _hello_repeated(stream.hello)
-        if isinstance(numbered, codec.NumberedReport) != stream.hello.forwards:
+        if isinstance(received, ReceivedReport) != stream.hello.forwards:
             raise _not_announced(stream.hello)
-        if numbered.sequence <= stream.held:
-            raise _replayed(stream.hello, numbered.sequence, stream.held)
-        if isinstance(numbered, codec.NumberedReport):
-            for name in numbered.report.replica_names:
+        if received.sequence <= stream.held:
+            raise _replayed(stream.hello, received.sequence, stream.held)
+        if isinstance(received, ReceivedReport):
+            for name in received.report.replica_names:
                 self._check_identity(name, peer)
-            self._sink.merge(stream.hello, numbered.sequence, numbered.report, self._clock())
+            self._sink.merge(stream.hello, received, self._clock())
         else:
-            self._sink.observe(stream.hello, numbered.sequence, numbered.batch, self._clock())
-        stream.held = numbered.sequence
+            self._sink.observe(stream.hello, received, self._clock())
+        stream.held = received.sequence
 
     async def _acknowledge(self, stream: _Stream, context: Any) -> None:
         """Acknowledge whenever that is due, the last time when the stream is read no more."""

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from latentwatch.errors import StreamRefused
-from latentwatch.step.batch import StepBatch
 from latentwatch.transport import codec
-from latentwatch.transport.report import Report
-from latentwatch.transport.session import Hello
+from latentwatch.transport.hello import Hello
+from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 
 _MAGIC: Final = b"latentwatch recording 1\n"
 _RECORD: Final = struct.Struct("<dIII")  # seconds, number of the stream, bytes of the message, its CRC-32
@@ -31,12 +30,11 @@ class Recorded:
     seconds: float
     """Unix time at which the recorder had it."""
     hello: Hello
-    sequence: int
-    batch: StepBatch
+    received: ReceivedBatch
 
 
 class RecordingSink:
-    """A `transport.session.Sink` that writes every batch down once."""
+    """A `transport.sink.Sink` that writes every batch down once."""
 
     def __init__(self, path: Path) -> None:
         """Raises FileExistsError: a recording is never overwritten."""
@@ -60,16 +58,16 @@ class RecordingSink:
             self._write(now, hello, codec.encode_hello(hello, last_acked_sequence=0, time_unix_nano=int(now * 1e9)))
         return self._held.get((hello.replica, hello.boot_id), 0)
 
-    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
+    def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
         """See Sink."""
         key = hello.replica, hello.boot_id
-        if sequence > self._held.get(key, 0):
-            self._held[key] = sequence
-            self._write(now, hello, codec.encode_batch(sequence, batch))
+        if received.sequence > self._held.get(key, 0):
+            self._held[key] = received.sequence
+            self._write(now, hello, received.message)
             self.batches += 1
-            self.requests += len(batch.closed)
+            self.requests += len(received.batch.closed)
 
-    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
+    def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
         """See Sink; `hello` let in nobody who sends reports."""
 
     def commit(self) -> None:
@@ -111,8 +109,8 @@ def _records(path: Path, file: BinaryIO) -> Iterator[Recorded]:
         decoded = codec.decode_request(message)
         if isinstance(decoded, Hello):
             hellos[stream] = decoded
-        elif isinstance(decoded, codec.NumberedBatch):
-            yield Recorded(seconds, hellos[stream], decoded.sequence, decoded.batch)
+        elif isinstance(decoded, ReceivedBatch):
+            yield Recorded(seconds, hellos[stream], decoded)
 
 
 def _refuse(path: Path, found: str) -> StreamRefused:

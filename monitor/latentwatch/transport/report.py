@@ -18,7 +18,7 @@ import numpy.typing as npt
 from latentwatch.errors import StreamRefused
 from latentwatch.names import Outcome, Phase, Reason, TokenState
 from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE, EngineCounters
-from latentwatch.transport.session import Hello
+from latentwatch.transport.hello import Hello
 
 Array = npt.NDArray[Any]
 

@@ -49,8 +49,9 @@ from latentwatch.step.batch import StepBatch, joined_books
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
 from latentwatch.transport.credentials import Credentials
-from latentwatch.transport.session import Hello
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
+from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.transport.spool import Spool, Spooled
 
 log = logging.getLogger(__name__)
@@ -695,9 +696,9 @@ class Sender:
 
 def _decoded(body: bytes) -> StepBatch:
     """Raises StreamRefused where `body` is no encoded batch."""
-    numbered = codec.decode_request(body)
-    assert isinstance(numbered, codec.NumberedBatch)
-    return numbered.batch
+    received = codec.decode_request(body)
+    assert isinstance(received, ReceivedBatch)
+    return received.batch
 
 
 def _tokens(batch: StepBatch) -> int:

@@ -41,7 +41,7 @@ from latentwatch.errors import StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.transport import codec
 from latentwatch.transport.address import positive
-from latentwatch.transport.session import Hello
+from latentwatch.transport.hello import Hello
 
 log = logging.getLogger(__name__)
 

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.numpy
 
+from latentwatch.arrays import F32, I64
 from latentwatch.errors import WatchlistRefused
 from latentwatch.names import HookPoint
-from latentwatch.watchlist.file import F32
 
 MAX_LINE_BYTES: Final = 4 << 20
-I64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

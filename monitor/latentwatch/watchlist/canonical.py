@@ -17,9 +17,9 @@ from typing import Final
 
 import numpy as np
 
+from latentwatch.arrays import F32, F64, U16
 from latentwatch.errors import WatchlistRefused
-from latentwatch.watchlist.file import F32, NORMS, SCALE_ROWS, U16, bf16_from_f32, f32_from_bf16
-from latentwatch.watchlist.tensors import F64
+from latentwatch.watchlist.file import NORMS, SCALE_ROWS, bf16_from_f32, f32_from_bf16
 
 LAYER_NORM_EPSILON: Final = 1e-5
 """Added to the standard deviation, as SAELens and OpenAI's sparse_autoencoder do (not under the square root)."""

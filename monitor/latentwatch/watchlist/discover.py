@@ -17,16 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import F32, F64, Array, Bool
 from latentwatch.errors import WatchlistRefused
 from latentwatch.watchlist import canonical, topk
 from latentwatch.watchlist.activations import Recording
-from latentwatch.watchlist.file import F32
 from latentwatch.watchlist.sources import Source
-from latentwatch.watchlist.tensors import F64
-
-Bool = npt.NDArray[np.bool_]
 
 MIN_PER_HALF: Final = 5
 """Requests with the behaviour, and without, in each half: with fewer, no permutation can reach q = 0.05."""
@@ -176,7 +172,7 @@ class _Test:
         return tpr_at(self.score_RF[:, feature], self.positive_R, fpr)
 
 
-def tpr_at(score_R: npt.NDArray[Any], positive_R: Bool, fpr: float) -> float:
+def tpr_at(score_R: Array, positive_R: Bool, fpr: float) -> float:
     """True positive rate above the lowest threshold that at most a share `fpr` of the negatives passes."""
     negatives = np.sort(score_R[~positive_R])[::-1]
     threshold = negatives[int(fpr * len(negatives))]

@@ -2,7 +2,7 @@
 
 Shape legend: K features at one hook point, D d_model.
 
-Every linear encoder is one canonical row per feature (KERNELS A3 of the design notes):
+Every linear encoder is one canonical row per feature, scored on a hook point's output x [D]:
 
     s = n(x) @ w;   fires iff s > tau;   act = max(gain * s + bias, lo) where it fires, else 0
 
@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.numpy
 
+from latentwatch.arrays import F32, U16, Array, Bool
 from latentwatch.errors import ConfigRefused, WatchlistRefused
 from latentwatch.names import HookPoint, Severity
 
@@ -48,9 +48,6 @@ SCALE_ROWS: Final = ("tau", "gain", "bias", "lo", "colsum", "norm")
 GATES: Final = ("exact", "calibrated", "none")
 STATISTICS: Final = ("max", "rolling_mean")
 PHASES: Final = ("any", "prompt", "output")
-
-F32 = npt.NDArray[np.float32]
-U16 = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -230,7 +227,12 @@ class Watchlist:
         return tuple(feature for rows in self.hooks for feature in rows.features)
 
     @property
-    def sparse_F(self) -> npt.NDArray[np.bool_]:
+    def hook_point_F(self) -> tuple[HookPoint, ...]:
+        """The hook point of each feature, in watchlist order."""
+        return tuple(rows.hook_point for rows in self.hooks for _ in rows.features)
+
+    @property
+    def sparse_F(self) -> Bool:
         """bool [F]: which features are shipped as non-zeros; the others are dense columns, in the same order."""
         return np.array([not feature.dense for feature in self.features])
 
@@ -293,7 +295,7 @@ def _read_bytes(path: Path, what: str) -> bytes:
         raise _refuse(what, found, instead, "watchlist_missing") from error
 
 
-def _unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+def _unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Array]]:
     """The card and the tensors, unchecked."""
     try:
         tensors = safetensors.numpy.load(data)
@@ -308,7 +310,7 @@ def _unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, npt.NDArr
     return card, tensors
 
 
-def _content_sha256(card: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+def _content_sha256(card: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
     """Over the card without its own digest, and over every tensor's name, form and bytes."""
     digest = hashlib.sha256(_canonical_json(card).encode("utf-8", "surrogatepass"))
     for name, array in sorted(tensors.items()):
@@ -345,7 +347,7 @@ def _card(watchlist: Watchlist) -> dict[str, Any]:
     }
 
 
-def _from_card(card: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> Watchlist:
+def _from_card(card: Mapping[str, Any], tensors: Mapping[str, Array]) -> Watchlist:
     expected = {f"h{i}.{name}" for i in range(len(card["hooks"])) for name in ("w_hi", "w_lo", "scale")}
     if set(tensors) != expected:
         raise _refuse(
@@ -377,7 +379,7 @@ def _feature(fields: Mapping[str, Any]) -> Feature:
     )
 
 
-def _array(tensors: Mapping[str, npt.NDArray[Any]], name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+def _array(tensors: Mapping[str, Array], name: str, dtype: type[np.generic]) -> Array:
     if tensors[name].dtype != dtype:
         raise _refuse(
             f"tensor {name}",

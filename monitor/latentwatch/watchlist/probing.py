@@ -12,16 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.numpy
 
+from latentwatch.arrays import F64, Array, Bool
 from latentwatch.names import HookPoint
 from latentwatch.watchlist.activations import Recording
-from latentwatch.watchlist.discover import Bool, midranks, split, tpr_at
-from latentwatch.watchlist.tensors import F64
+from latentwatch.watchlist.discover import midranks, split, tpr_at
 
 WINDOW_TOKENS: Final = 8
 EMA_TOKENS: Final = 8.0
@@ -43,7 +42,7 @@ class Probe:
     n: int
     n_positive: int
 
-    def logits(self, x_TD: npt.NDArray[Any]) -> F64:
+    def logits(self, x_TD: Array) -> F64:
         """Of each token."""
         return np.asarray((x_TD - self.mean_D) / self.scale_D @ self.direction_D + self.bias)
 

@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import safetensors
 
+from latentwatch.arrays import F64, Array, Dtype
 from latentwatch.errors import WatchlistRefused
 from latentwatch.watchlist.file import f32_from_bf16
-
-F64 = npt.NDArray[np.float64]
-Raw = npt.NDArray[Any]
 
 BLOCK_BYTES: Final = 32 << 20
 """Rows read at once when columns are picked out of them: large enough to stream, small beside any limit on memory."""
@@ -37,7 +34,7 @@ class Entry:
     """One tensor of a file: its shape, and how its bytes become numbers."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: Dtype
     bf16: bool = False
     offset: int = 0
     """Of the first byte in the file, where the format has one."""
@@ -47,7 +44,7 @@ class Entry:
         """Bytes of one slice along the first axis."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def decode(self, raw: Raw) -> F64:
+    def decode(self, raw: Array) -> F64:
         """The exact float64 values of stored ones."""
         return np.asarray(f32_from_bf16(raw) if self.bf16 else raw, np.float64)
 
@@ -67,7 +64,7 @@ class Tensors(ABC):
         return {}
 
     @abstractmethod
-    def read(self, name: str, start: int, stop: int) -> Raw:
+    def read(self, name: str, start: int, stop: int) -> Array:
         """Stored values of rows start..stop along the first axis (a scalar has one row). Called in ascending order."""
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -185,7 +182,7 @@ class SafetensorsFile(Tensors):
     def metadata(self) -> Mapping[str, str]:
         return self._metadata
 
-    def read(self, name: str, start: int, stop: int) -> Raw:
+    def read(self, name: str, start: int, stop: int) -> Array:
         entry = self.entries[name]
         row_items = entry.row_bytes // entry.dtype.itemsize
         with self.path.open("rb") as file:

@@ -9,7 +9,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from latentwatch.watchlist.tensors import Entry, Raw, Tensors, refuse_file
+from latentwatch.arrays import Array, Dtype
+from latentwatch.watchlist.tensors import Entry, Tensors, refuse_file
 
 
 class NpzFile(Tensors):
@@ -35,7 +36,7 @@ class NpzFile(Tensors):
         self._open: dict[str, tuple[IO[bytes], int]] = {}
         super().__init__(path, entries, unreadable)
 
-    def read(self, name: str, start: int, stop: int) -> Raw:
+    def read(self, name: str, start: int, stop: int) -> Array:
         """A read at or after the last one goes on in the same stream; an earlier one starts the member again."""
         entry = self.entries[name]
         stream, row = self._open.get(name, (None, 0))
@@ -53,7 +54,7 @@ class NpzFile(Tensors):
         return np.frombuffer(data, entry.dtype).reshape(stop - start, *entry.shape[1:])
 
 
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, Dtype]:
     layout: Any = np.lib.format  # not typed by NumPy
     version = layout.read_magic(stream)
     read = layout.read_array_header_1_0 if version == (1, 0) else layout.read_array_header_2_0

@@ -10,7 +10,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from latentwatch.watchlist.tensors import Entry, Raw, Tensors, refuse_file
+from latentwatch.arrays import Array
+from latentwatch.watchlist.tensors import Entry, Tensors, refuse_file
 
 _DTYPES: Final = {torch.float64: "<f8", torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<u2"}
 _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
@@ -41,7 +42,7 @@ class TorchFile(Tensors):
                 entries[name] = Entry(tuple(tensor.shape), dtype, tensor.dtype == torch.bfloat16)
         super().__init__(path, entries, unreadable)
 
-    def read(self, name: str, start: int, stop: int) -> Raw:
+    def read(self, name: str, start: int, stop: int) -> Array:
         tensor = self._tensors[name].detach()
         rows = (tensor.reshape(1) if tensor.ndim == 0 else tensor[start:stop]).contiguous()
         if rows.dtype == torch.bfloat16:

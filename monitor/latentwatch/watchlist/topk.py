@@ -17,16 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import F64, Bool
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.location import Location, sha256_of
 from latentwatch.watchlist.sources import Source
-from latentwatch.watchlist.tensors import F64, SafetensorsFile
-
-Bool = npt.NDArray[np.bool_]
+from latentwatch.watchlist.tensors import SafetensorsFile
 
 CHUNK: Final = 4096
 """Encoder rows held at once: 128 MiB of float64 at d_model 4096."""

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from latentwatch.arrays import F64
 from latentwatch.watchlist.selection import SourceChoice
-from latentwatch.watchlist.tensors import F64
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from typing import Final
 
 import numpy as np
 
+from latentwatch.arrays import F32, F64, U16
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical, selection, topk, upstream
 from latentwatch.watchlist.build import compile_selection, row_index
-from latentwatch.watchlist.file import F32, SCALE_ROWS, U16, HookRows, Watchlist
+from latentwatch.watchlist.file import SCALE_ROWS, HookRows, Watchlist
 from latentwatch.watchlist.location import Location
 from latentwatch.watchlist.selection import SourceChoice
 from latentwatch.watchlist.sources import Source, open_source
-from latentwatch.watchlist.tensors import F64, SafetensorsFile
+from latentwatch.watchlist.tensors import SafetensorsFile
 
 NEAR_THRESHOLD: Final = 1e-4
 """Closer than this, relative to the largest activation, rounding decides whether a feature fires."""

@@ -191,7 +191,7 @@ def run(out: Path, which: str, minutes: float) -> None:
 
 
 def check() -> None:
-    """What needs no GPU: the grid is whole, floors are those of the design notes, baselines equal the reference."""
+    """What needs no GPU: the grid is whole, floors are those worked out by hand, baselines equal the reference."""
     full = list(grid("full"))
     assert len(full) == len(set(full)) == 3 * 4 * 6 + 4 * 6, "a point stands twice or is missing"
     h200 = Machine(launch_us=2.0, bytes_per_us=4.3e6, flops_per_us=790e6)

@@ -21,7 +21,7 @@ from latentwatch.evidence.vault import write_key
 from prometheus_client.openmetrics import parser
 
 from tests.support.evidence import FEATURES, NOW
-from tests.support.streams import Schedule, Tokens, hello, tokens, watchlist
+from tests.support.streams import Schedule, Tokens, hello, received, tokens, watchlist
 
 TOKEN = "correct-horse-battery"
 
@@ -59,7 +59,7 @@ def made(tmp_path, token_file):
     pipeline.record_to([evidence.put], "exceeded")
     pipeline.hello(hello(), NOW)
     for sequence, batch in enumerate(Schedule.one_step(seen()).batches(FEATURES), start=1):
-        pipeline.observe(hello(), sequence, batch, NOW)
+        pipeline.observe(hello(), received(sequence, batch), NOW)
     evidence._writer.run(lambda: None).result(10)
     process = lambda: ProcessFacts(1.0, 2, 3.0, evidence=evidence.facts())  # noqa: E731
     app = make_app(pipeline, clock=lambda: NOW, process=process, evidence=evidence)
@@ -238,7 +238,7 @@ def test_a_collector_that_went_on_from_its_state_writes_nothing_twice(tmp_path):
         pipeline.record_to([evidence.put], "exceeded")
         pipeline.hello(hello(), NOW)
         for sequence, batch in enumerate(Schedule.one_step(seen()[:2]).batches(FEATURES), start=1):
-            pipeline.observe(hello(), sequence, batch, NOW)
+            pipeline.observe(hello(), received(sequence, batch), NOW)
         evidence.close()
     pipeline = Pipeline(watchlist(FEATURES))
     evidence = Evidence(EvidenceSettings(tmp_path), pipeline, lambda: NOW)

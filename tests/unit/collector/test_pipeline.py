@@ -14,10 +14,11 @@ from latentwatch.collector.snapshot import RequestView
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.names import Outcome, Phase, Reason, Severity, TokenState
 from latentwatch.step.batch import EngineCounters, StepBatch
-from latentwatch.transport.session import Hello
+from latentwatch.transport.hello import Hello
+from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.watchlist.file import Limit
 
-from tests.support.streams import Piece, Schedule, Tokens, hello, probe, sparse, step_batch, tokens, watchlist
+from tests.support.streams import Piece, Schedule, Tokens, hello, probe, received, sparse, step_batch, tokens, watchlist
 
 FEATURES = (
     sparse("jailbreak", limit=Limit("max", 3.0), severity=Severity.CRITICAL),
@@ -40,7 +41,7 @@ def connected(**bounds: float) -> tuple[Pipeline, Hello]:
 
 def feed(made: Pipeline, who: Hello, batches: list[StepBatch], *, first: int = 1, now: float = 1000.0) -> None:
     for sequence, batch in enumerate(batches, start=first):
-        made.observe(who, sequence, batch, now)
+        made.observe(who, received(sequence, batch), now)
 
 
 def some_requests(seed: int, count: int = 6) -> list[Tokens]:
@@ -74,7 +75,7 @@ def test_every_token_of_a_closed_request_is_counted_once_even_when_messages_are_
     made, who = connected()
     for sequence, batch in enumerate(batches, start=1):
         if sequence - 1 not in lost or batch.opened or batch.closed:
-            made.observe(who, sequence, batch, 1000.0)
+            made.observe(who, received(sequence, batch), 1000.0)
     totals = state_totals(made)
     assert sum(totals.values()) == sum(r.total for r in requests)
     for r in requests:
@@ -142,8 +143,8 @@ def test_a_heartbeat_that_does_not_know_the_widths_is_taken():
     """An idle or unarmed engine still says that it is there."""
     made, who = connected()
     request = some_requests(1)[0]
-    made.observe(who, 1, StepBatch(step=0, time_unix_nano=0), 1005.0)
-    made.observe(who, 2, StepBatch(step=0, time_unix_nano=0, opened=(request.opened(),)), 1005.0)
+    made.observe(who, received(1, StepBatch(step=0, time_unix_nano=0)), 1005.0)
+    made.observe(who, received(2, StepBatch(step=0, time_unix_nano=0, opened=(request.opened(),))), 1005.0)
     snapshot = made.snapshot(0)
     assert snapshot.replicas[0].last_seen_seconds == 1005.0 and snapshot.engines[0].open_requests == 1
 
@@ -152,7 +153,7 @@ def test_a_gap_in_the_sequence_is_counted_but_not_one_before_the_first_message_s
     made, who = connected()
     batch = step_batch([], FEATURES)
     for sequence in (10, 11, 15):
-        made.observe(who, sequence, batch, 1000.0)
+        made.observe(who, received(sequence, batch), 1000.0)
     assert made.snapshot(0).collector.lost_sequences == 3
 
 
@@ -160,10 +161,10 @@ def test_each_boot_has_its_own_sequence():
     made, first = connected()
     second = hello(boot_id="1" * 32)
     batch = step_batch([], FEATURES)
-    made.observe(first, 5, batch, 1000.0)
+    made.observe(first, received(5, batch), 1000.0)
     assert made.hello(second, 1001.0) == 0
-    made.observe(second, 1, batch, 1001.0)
-    made.observe(first, 5, batch, 1002.0)
+    made.observe(second, received(1, batch), 1001.0)
+    made.observe(first, received(5, batch), 1002.0)
     assert made.snapshot(0).collector.duplicates == 1
 
 
@@ -204,15 +205,15 @@ def test_a_malformed_batch_changes_nothing_and_may_be_sent_again_whole():
     request = some_requests(2)[0]
     good = Schedule.one_step([request]).batches(FEATURES)[0]
     with pytest.raises(StreamRefused, match="dense scores"):
-        made.observe(who, 1, dataclasses.replace(good, dense_RP=good.dense_RP[:-1]), 1000.0)
+        made.observe(who, ReceivedBatch(1, dataclasses.replace(good, dense_RP=good.dense_RP[:-1]), b""), 1000.0)
     assert sum(state_totals(made).values()) == 0 and made.snapshot(0).collector.messages == 0
-    made.observe(who, 1, good, 1000.0)
+    made.observe(who, received(1, good), 1000.0)
     assert sum(state_totals(made).values()) == request.total
 
 
 def test_a_batch_without_a_hello_is_refused():
     with pytest.raises(StreamRefused) as refused:
-        pipeline().observe(hello(), 1, step_batch([], FEATURES), 1000.0)
+        pipeline().observe(hello(), received(1, step_batch([], FEATURES)), 1000.0)
     assert refused.value.reason == "unknown_boot"
 
 
@@ -283,7 +284,7 @@ def test_a_stream_that_comes_back_in_time_goes_on_with_its_requests():
     made.hello(who, 1500.0)
     made.tick(1700.0)
     rest = step_batch([Piece(request, 10, 20)], FEATURES, closed=[request.closed()])
-    made.observe(who, 2, rest, 1700.0)
+    made.observe(who, received(2, rest), 1700.0)
     engine = made.snapshot(0).engines[0]
     assert engine.requests == {Outcome.FINISHED: 1, Outcome.ABORTED: 0, Outcome.LOST: 0}
 
@@ -291,7 +292,7 @@ def test_a_stream_that_comes_back_in_time_goes_on_with_its_requests():
 def test_a_request_that_its_engine_forgot_is_closed_after_an_hour():
     made, who = connected()
     open_one(made, who)
-    made.observe(who, 2, step_batch([], FEATURES), 4000.0)
+    made.observe(who, received(2, step_batch([], FEATURES)), 4000.0)
     made.tick(4599.0)
     assert made.snapshot(0).engines[0].open_requests == 1
     made.tick(4601.0)
@@ -315,7 +316,7 @@ def test_the_request_that_was_quiet_longest_gives_up_its_slot_and_its_tokens_sta
     requests = some_requests(5, count=5)
     for i, request in enumerate(requests):
         batch = step_batch([Piece(request, 0, 1)], FEATURES, opened=[request.opened()])
-        made.observe(who, i + 1, batch, 1000.0 + 60 * i)
+        made.observe(who, received(i + 1, batch), 1000.0 + 60 * i)
     snapshot = made.snapshot(0)
     assert snapshot.collector.requests_evicted == 2 and snapshot.engines[0].open_requests == 3
     assert not made.find(requests[0].request_id) and made.find(requests[4].request_id)
@@ -380,14 +381,14 @@ def one_loud_request(values: list[float], prompt_tokens: int = 2) -> Tokens:
 def test_one_exceedance_per_request_and_feature_at_the_first_crossing_with_a_peak_that_follows():
     made, who = connected()
     request = one_loud_request([0, 1, 0, 3.5, 0, 9, 4, 0])
-    made.observe(who, 1, step_batch([Piece(request, 0, 5)], FEATURES, opened=[request.opened()]), 1000.0)
+    made.observe(who, received(1, step_batch([Piece(request, 0, 5)], FEATURES, opened=[request.opened()])), 1000.0)
     (event,) = made.exceedances(10)
     assert (event.position, event.value, event.limit, event.peak) == (3, 3.5, 3.0, 3.5)
     assert (event.feature, event.severity, event.phase) == ("jailbreak", Severity.CRITICAL, "output")
     assert event.request_id == request.request_id and event.response_id == "chatcmpl-9"
-    made.observe(who, 2, step_batch([Piece(request, 5, 8)], FEATURES), 1001.0)
+    made.observe(who, received(2, step_batch([Piece(request, 5, 8)], FEATURES)), 1001.0)
     assert made.exceedances(10)[0].peak == 9.0
-    made.observe(who, 3, step_batch([], FEATURES, closed=[request.closed()]), 1002.0)
+    made.observe(who, received(3, step_batch([], FEATURES, closed=[request.closed()])), 1002.0)
     (event,) = made.exceedances(10)
     assert event.peak == 9.0 and event.value == 3.5
     assert made.snapshot(0).models[0].exceedances_F.tolist() == [1, 0, 0, 0]
@@ -457,14 +458,14 @@ def test_a_request_in_which_a_sparse_feature_never_fired_counts_as_zero_and_an_u
 
 def test_counters_of_the_engine_are_shown_as_they_are():
     made, who = connected()
-    made.observe(who, 1, step_batch([], FEATURES, counters=EngineCounters(steps=7, reconnects=2)), 1000.0)
+    made.observe(who, received(1, step_batch([], FEATURES, counters=EngineCounters(steps=7, reconnects=2))), 1000.0)
     assert made.snapshot(0).replicas[0].counters == EngineCounters(steps=7, reconnects=2)
 
 
 def test_ingest_lag_of_a_clock_that_runs_ahead_counts_as_none():
     made, who = connected()
-    made.observe(who, 1, step_batch([], FEATURES, time_unix_nano=int(999.5e9)), 1000.0)
-    made.observe(who, 2, step_batch([], FEATURES, time_unix_nano=int(2000e9)), 1000.0)
+    made.observe(who, received(1, step_batch([], FEATURES, time_unix_nano=int(999.5e9))), 1000.0)
+    made.observe(who, received(2, step_batch([], FEATURES, time_unix_nano=int(2000e9))), 1000.0)
     lag = made.snapshot(0).collector.ingest_lag
     assert sum(lag.counts) == 2 and lag.sum == pytest.approx(0.5)
 

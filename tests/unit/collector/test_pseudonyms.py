@@ -25,7 +25,7 @@ from latentwatch.transport.sender import Sender
 from latentwatch.watchlist import file as watchlist_file
 
 from tests.support.collectors import FEATURES, collector
-from tests.support.streams import Piece, Tokens, hello, step_batch, watchlist
+from tests.support.streams import Piece, Tokens, hello, received, received_report, step_batch, watchlist
 from tests.support.wire import eventually
 
 KEY = "k" * 32
@@ -119,16 +119,16 @@ def test_a_sidecars_hash_is_the_gateways_where_both_have_the_key():
     sink, behind = PseudonymSink(sidecar, pseudonyms), PseudonymSink(gateway, pseudonyms)
     sink.hello(who, 1000.0)
     behind.hello(forwarder, 1000.0)
-    sink.observe(who, 1, batch, 1000.0)
+    sink.observe(who, received(1, batch), 1000.0)
     sidecar.tick(1001.0)
     assert sidecar.forward is not None
     ((number, report),) = sidecar.forward.reports
     assert SECRET not in repr(report)
-    behind.merge(forwarder, number, report, 1001.0)
+    behind.merge(forwarder, received_report(number, report), 1001.0)
     (serial,) = gateway.find(RESPONSE_ID)
     assert gateway.find(ENGINE_ID) == [serial]
     clear = replace(report, requests=tuple(replace(row, request_id=ENGINE_ID, number=9) for row in report.requests))
-    behind.merge(forwarder, number + 1, clear, 1001.0)
+    behind.merge(forwarder, received_report(number + 1, clear), 1001.0)
     assert len(gateway.find(RESPONSE_ID)) == 2, "a sidecar without the key: the gateway hashes"
 
 

@@ -30,7 +30,7 @@ from latentwatch.watchlist.file import Limit, Watchlist
 from starlette.testclient import TestClient
 
 from tests.support.drift import random_baseline
-from tests.support.streams import Piece, Tokens, hello, probe, sparse, step_batch, watchlist
+from tests.support.streams import Piece, Tokens, hello, probe, received, sparse, step_batch, watchlist
 
 FEATURES = (sparse("a"), sparse("b", limit=Limit("max", 9.0)), probe("p"))
 MONDAY = 1_700_438_400.0
@@ -57,7 +57,7 @@ class Engine:
             opened=[request.opened() for request in made],
             closed=[request.closed() for request in made],
         )
-        self.sink.observe(self.hello, next(self.sequence), batch, now)
+        self.sink.observe(self.hello, received(next(self.sequence), batch), now)
 
     def _request(self, share: float, request_id: str) -> Tokens:
         act = np.zeros((4, 3), np.float32)
@@ -201,7 +201,7 @@ def test_a_batch_with_nan_or_infinite_scores_is_refused_and_drift_does_not_see_i
     batch = step_batch([Piece(request, 0, 4)], FEATURES, opened=[request.opened()], closed=[request.closed()])
     assert not np.isfinite(batch.dense_RP if column == "dense_RP" else batch.fires_N["act"]).all()
     with pytest.raises(StreamRefused, match="NaN or infinity"):
-        pipeline.observe(engine.hello, next(engine.sequence), batch, MONDAY + 63 * 60)
+        pipeline.observe(engine.hello, received(next(engine.sequence), batch), MONDAY + 63 * 60)
     after = pipeline.drift.views()[0].log10_evalue
     assert all(np.array_equal(before[kind], after[kind]) for kind in before)
 
@@ -221,7 +221,8 @@ def test_a_request_that_began_before_the_collector_is_not_counted(trusted):
     who = hello(watchlist_sha256=WATCHED.sha256)
     pipeline.hello(who, MONDAY)
     request = Tokens(1, 2, np.ones((4, 3), np.float32), np.full(4, TokenState.SCORED), np.ones((4, 1), np.float32))
-    pipeline.observe(who, 1, step_batch([Piece(request, 2, 4)], FEATURES, closed=[request.closed()]), MONDAY + 5)
+    batch = step_batch([Piece(request, 2, 4)], FEATURES, closed=[request.closed()])
+    pipeline.observe(who, received(1, batch), MONDAY + 5)
     pipeline.tick(MONDAY + 120)
     assert pipeline.drift.views()[0].requests == 0
 
@@ -351,8 +352,8 @@ def test_a_recording_comes_back_batch_by_batch_and_only_once(tmp_path):
     minutes(engine, 3, 1)
     sink.close()
     read = list(recording.read(tmp_path / "r"))
-    assert [item.sequence for item in read] == [1, 2, 3] and {item.hello for item in read} == {engine.hello}
-    assert all(len(item.batch.closed) == 40 for item in read)
+    assert [item.received.sequence for item in read] == [1, 2, 3] and {item.hello for item in read} == {engine.hello}
+    assert all(len(item.received.batch.closed) == 40 for item in read)
 
 
 def test_a_recording_that_was_cut_off_is_read_to_its_last_whole_record_and_a_damaged_one_refused(folder, tmp_path):

@@ -19,7 +19,7 @@ from latentwatch.evidence.store import SMALLEST_BYTES, Retention, Store
 from latentwatch.names import TokenState
 
 from tests.support.evidence import FEATURES, NOW, one_request, records, store
-from tests.support.streams import Schedule, hello, sparse, tokens, watchlist
+from tests.support.streams import Schedule, hello, received, sparse, tokens, watchlist
 
 DAY = 86_400.0
 
@@ -57,7 +57,7 @@ def test_exceedances_are_those_that_the_collector_shows(tmp_path):
     pipeline.record_to([found.extend], "exceeded")
     pipeline.hello(hello(), NOW)
     for sequence, batch in enumerate(Schedule.random(np.random.default_rng(2), requests, 9).batches(FEATURES), start=1):
-        pipeline.observe(hello(), sequence, batch, NOW + sequence)
+        pipeline.observe(hello(), received(sequence, batch), NOW + sequence)
     with store(tmp_path) as written:
         written.write(found, NOW)
     shown = {(e.request_id, e.feature, e.position, e.value, e.seconds, e.phase) for e in pipeline.exceedances(1000)}

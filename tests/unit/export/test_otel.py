@@ -19,7 +19,7 @@ from latentwatch.watchlist import file as watchlist_file
 
 from tests.support.evidence import FEATURES, NOW, one_request
 from tests.support.otlp import attributes, otlp_receiver
-from tests.support.streams import Schedule, hello, tokens, watchlist
+from tests.support.streams import Schedule, hello, received, tokens, watchlist
 from tests.support.wire import eventually, in_loop
 
 TRACE, SPAN = "ab" * 16, "cd" * 8
@@ -72,7 +72,7 @@ def test_the_metrics_over_otlp_are_those_of_the_table():
     rng = np.random.default_rng(0)
     requests = [tokens(rng, FEATURES, handle=h, total=30, prompt_tokens=10) for h in range(1, 4)]
     for batch in Schedule.one_step(requests).batches(FEATURES):
-        pipeline.observe(hello(), 1, batch, NOW)
+        pipeline.observe(hello(), received(1, batch), NOW)
     families = list(Families(pipeline.watchlist).of(pipeline.snapshot(NOW), ProcessFacts(NOW - 9, 2, 3.0)))
     with otlp_receiver() as receiver:
         sender = MetricSender(receiver.url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_two_processes_pass_steps_at_full_speed_without_losing_or_tearing_one(st
     code = f"""
 import time
 from latentwatch.handover.ring import Geometry, Ring
-ring = Ring({ring.fd}, Geometry(**{GEOMETRY.to_args()}), create=False)
+ring = Ring({ring.fd}, Geometry(**{asdict(GEOMETRY)}), create=False)
 seen, torn = 0, 0
 while seen < {steps}:
     raw = ring.peek()

@@ -23,6 +23,7 @@ from latentwatch.step.batch import (
 )
 from latentwatch.transport import codec
 from latentwatch.transport._pb import latentwatch_pb2 as pb
+from latentwatch.transport.sink import ReceivedBatch
 
 from tests.support.wire import batch, hello, same, tokens
 
@@ -69,9 +70,9 @@ def batches(draw):
     )
 
 
-def decoded(data: bytes) -> codec.NumberedBatch:
+def decoded(data: bytes) -> ReceivedBatch:
     request = codec.decode_request(data)
-    assert isinstance(request, codec.NumberedBatch)
+    assert isinstance(request, ReceivedBatch)
     return request
 
 
@@ -322,7 +323,7 @@ def test_mutated_bytes_are_refused_or_read_as_something_that_is_written_the_same
             outcomes["refused"] += 1
             continue
         outcomes["read"] += 1
-        if isinstance(read, codec.NumberedBatch):
+        if isinstance(read, ReceivedBatch):
             again = decoded(codec.encode_batch(read.sequence, read.batch))
             assert again.sequence == read.sequence
             assert same(again.batch, read.batch)

@@ -95,9 +95,9 @@ class SlowSink(FakeSink):
         self.seconds_per_batch = 0.002
         self.served: list[tuple[str, int]] = []
 
-    def observe(self, hello: Any, sequence: int, batch: Any, now: float) -> None:
-        super().observe(hello, sequence, batch, now)
-        self.served.append((hello.replica, sequence))
+    def observe(self, hello: Any, received: Any, now: float) -> None:
+        super().observe(hello, received, now)
+        self.served.append((hello.replica, received.sequence))
 
 
 def test_a_replica_at_fifty_times_the_rate_delays_a_quiet_one_by_no_more_than_its_turn(tmp_path):

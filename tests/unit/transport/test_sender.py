@@ -35,6 +35,7 @@ from latentwatch.step.batch import (
 from latentwatch.transport import codec, sender
 from latentwatch.transport.sender import Backoff, Sender
 from latentwatch.transport.shed_priority import ShedPriority
+from latentwatch.transport.sink import ReceivedBatch
 
 from tests.support.wire import FakeSink, ServerThread, batch, eventually, hello, same, tokens
 
@@ -739,6 +740,6 @@ def test_waits_grow_to_their_bound_and_are_spread(refused):
 def test_the_states_of_a_shed_batch_are_on_the_wire():
     value: StepBatch = batch(1).without_scores(Reason.BUFFER_FULL)
     read = codec.decode_request(codec.encode_batch(1, value))
-    assert isinstance(read, codec.NumberedBatch)
+    assert isinstance(read, ReceivedBatch)
     assert read.batch.segments_S["state"].tolist() == [TokenState.UNSEEN, TokenState.DROPPED]
     assert read.batch.dense_RP.shape == (0, 2)

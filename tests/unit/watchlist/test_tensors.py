@@ -145,6 +145,30 @@ def test_a_gguf_model_or_an_absurd_count_is_refused(tmp_path: Path) -> None:
         GgufFile(path)
 
 
+@pytest.mark.parametrize("claimed", [1 << 20, 1 << 60])
+@pytest.mark.parametrize("there", [0, 1 << 20])
+def test_a_gguf_array_costs_little_memory_whatever_length_it_claims(tmp_path: Path, claimed: int, there: int) -> None:
+    """gguf makes an object of every number of an array, and goes on making empty ones behind the end of the file."""
+    path = tmp_path / "bad.gguf"
+    key = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 0, claimed)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + bytes(there))
+    tracemalloc.start()
+    try:
+        with pytest.raises(WatchlistRefused, match=r"a count of|parts"):
+            GgufFile(path)
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_gguf_file_that_ends_inside_a_tensor_is_refused(tmp_path: Path) -> None:
+    whole = (GOLDEN / "control_vector" / "vector.gguf").read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(whole[:-4])
+    with pytest.raises(WatchlistRefused, match="not a whole GGUF file"):
+        GgufFile(path)
+
+
 FILES = {
     "safetensors": (SafetensorsFile, GOLDEN / "openmoss_jumprelu" / "sae_weights.safetensors"),
     "npz": (NpzFile, next(GOLDEN.glob("gemma_scope/**/params.npz"))),

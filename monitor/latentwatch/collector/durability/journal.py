@@ -35,10 +35,9 @@ from latentwatch.collector.durability import checkpoint
 from latentwatch.collector.metrics_families import StateFacts
 from latentwatch.collector.pipeline import Pipeline
 from latentwatch.errors import Refusal, StateRefused
-from latentwatch.step.batch import StepBatch
 from latentwatch.transport import codec
-from latentwatch.transport.report import Report
-from latentwatch.transport.session import Hello
+from latentwatch.transport.hello import Hello
+from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ _HELD = b"A"
 
 
 class DurableSink:
-    """A `transport.session.Sink` in front of a pipeline, which writes down whatever changes it.
+    """A `transport.sink.Sink` in front of a pipeline, which writes down whatever changes it.
 
     Every method is called from one event loop; only the bytes of a checkpoint are written in another thread.
     """
@@ -106,13 +105,13 @@ class DurableSink:
         self._note(_HELLO, now, hello)
         return held
 
-    def observe(self, hello: Hello, sequence: int, batch: StepBatch, now: float) -> None:
-        self._pipeline.observe(hello, sequence, batch, now)
-        self._note(_BATCH, now, hello, codec.encode_batch(sequence, batch))
+    def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
+        self._pipeline.observe(hello, received, now)
+        self._note(_BATCH, now, hello, received.message)
 
-    def merge(self, hello: Hello, sequence: int, report: Report, now: float) -> None:
-        self._pipeline.merge(hello, sequence, report, now)
-        self._note(_BATCH, now, hello, codec.encode_report(sequence, report))
+    def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
+        self._pipeline.merge(hello, received, now)
+        self._note(_BATCH, now, hello, received.message)
 
     def goodbye(self, hello: Hello, now: float) -> None:
         self._pipeline.goodbye(hello, now)
@@ -348,13 +347,13 @@ class DurableSink:
         elif kind == _GOODBYE:
             pipeline.goodbye(hello, now)
         elif kind == _BATCH:
-            numbered = codec.decode_request(text)
-            if isinstance(numbered, Hello):
+            received = codec.decode_request(text)
+            if isinstance(received, Hello):
                 raise ValueError("a hello where a batch was written")
-            if isinstance(numbered, codec.NumberedReport):
-                pipeline.merge(hello, numbered.sequence, numbered.report, now)
+            if isinstance(received, ReceivedReport):
+                pipeline.merge(hello, received, now)
                 return
-            pipeline.observe(hello, numbered.sequence, numbered.batch, now)
+            pipeline.observe(hello, received, now)
         else:
             raise ValueError(f"event of unknown kind {kind!r}")
 

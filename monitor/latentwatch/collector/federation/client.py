@@ -23,9 +23,9 @@ from latentwatch.log_limit import LogLimit
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
 from latentwatch.transport.credentials import Credentials
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report
 from latentwatch.transport.sender import CHANNEL_OPTIONS, Backoff
-from latentwatch.transport.session import Hello
 
 log = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from latentwatch.names import Outcome
 from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE
 from latentwatch.transport import codec
 from latentwatch.transport.report import TOKEN_SHAPE, EngineDelta, ModelDelta, ReplicaState, Report, RequestRow
+from latentwatch.transport.sink import ReceivedReport
 
 Array = npt.NDArray[Any]
 
@@ -346,7 +347,7 @@ def _bytes(number: int, report: Report) -> Array:
 
 
 def _report(data: Array) -> Report:
-    numbered = codec.decode_request(data.tobytes())
-    if not isinstance(numbered, codec.NumberedReport):
+    received = codec.decode_request(data.tobytes())
+    if not isinstance(received, ReceivedReport):
         raise ValueError("a state holds something else where a report was kept")
-    return numbered.report
+    return received.report

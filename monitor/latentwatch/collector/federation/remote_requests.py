@@ -25,8 +25,8 @@ from latentwatch.collector.requests import (
 )
 from latentwatch.names import TokenState
 from latentwatch.step.batch import FEATURE_DTYPE
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import RequestRow, joined
-from latentwatch.transport.session import Hello
 
 Array = npt.NDArray[Any]
 

@@ -1,4 +1,6 @@
-"""The collector's HTTP side: /metrics, the read-only JSON API, and the live page. Everything runs in the caller's loop.
+"""The collector's HTTP side: /metrics, the read-only JSON API, and the live page.
+
+Everything but the text of /metrics is made in the caller's loop.
 
 Nothing here writes to the pipeline. Request ids are the client's text: they travel as JSON and the page sets them as
 text, never as markup; the Content-Security-Policy allows only this collector's own files.
@@ -10,6 +12,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -19,6 +22,7 @@ from fastapi.responses import StreamingResponse
 from latentwatch import __version__
 from latentwatch.collector.evidence import Evidence
 from latentwatch.collector.http.evidence_api import add_evidence
+from latentwatch.collector.http.metrics_page import Busy, MetricsPage
 from latentwatch.collector.http.overview import Overview, overview
 from latentwatch.collector.http.responses import as_json, encoded
 from latentwatch.collector.metrics_families import Families, ProcessFacts
@@ -26,15 +30,10 @@ from latentwatch.collector.pipeline import Pipeline
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.collector.snapshot import Anomaly, Exceedance, RequestView
 from latentwatch.drift.model import Alarm, DriftView
-from latentwatch.export.prometheus import Exposition, negotiate
-from latentwatch.watchlist.file import MAX_FEATURES
+from latentwatch.export.prometheus import negotiate
+from latentwatch.watchlist.file import MAX_FEATURES, Limit
 
-_PAGE: Final = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/details.js": ("details.js", "text/javascript; charset=utf-8"),
-}
+_PAGE_MEDIA: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS: Final = (
     (
         b"content-security-policy",
@@ -82,7 +81,7 @@ class FeatureTotals:
     kind: str
     gate: str
     units: str
-    limit: dict[str, Any] | None
+    limit: Limit | None
     skip_first_positions: int
     source: dict[str, Any]
     evidence: dict[str, Any]
@@ -168,25 +167,32 @@ def make_app(
     _add_operations(app, pipeline, clock, process)
     _add_api(app, pipeline, clock)
     add_evidence(app, evidence)
-    for path, (name, media) in _PAGE.items():
-        _add_file(app, path, files("latentwatch.collector.http").joinpath("static", name).read_bytes(), media)
+    for file in files("latentwatch.collector.http").joinpath("static").iterdir():
+        if media := _PAGE_MEDIA.get(PurePath(file.name).suffix):
+            path = "/" if file.name == "index.html" else f"/{file.name}"
+            _add_file(app, path, file.read_bytes(), f"{media}; charset=utf-8")
     return _secured(app)
 
 
 def _add_operations(
     app: FastAPI, pipeline: Pipeline, clock: Callable[[], float], process: Callable[[], ProcessFacts]
 ) -> None:
-    families, exposition = Families(pipeline.watchlist, pipeline.bounds.feature_samples), Exposition()
+    families = Families(pipeline.watchlist, pipeline.bounds.feature_samples)
+    page = MetricsPage(lambda: families.of(pipeline.snapshot(clock()), process()))
 
-    @app.get("/metrics", response_class=Response, tags=["operations"])
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={503: {"description": "too many ask for this page at once"}},
+        tags=["operations"],
+    )
     async def metrics(accept: Annotated[str, Header()] = "") -> Response:
         """Metrics as Prometheus text, or as OpenMetrics with exemplars where the Accept header asks for it."""
         media, open_metrics = negotiate(accept)
-        snapshot = pipeline.snapshot(clock())
-        return Response(
-            exposition.render(families.of(snapshot, process()), open_metrics=open_metrics),
-            headers={"content-type": media},
-        )
+        try:
+            return Response(await page.render(open_metrics=open_metrics), headers={"content-type": media})
+        except Busy as busy:
+            raise HTTPException(503, str(busy), {"retry-after": "1"}) from busy
 
     @app.get("/healthz", response_model=Health, tags=["operations"])
     async def healthz() -> Response:
@@ -274,16 +280,15 @@ def _add_file(app: FastAPI, path: str, content: bytes, media: str) -> None:
 
 def _feature_totals(pipeline: Pipeline, now: float) -> list[FeatureTotals]:
     models = pipeline.snapshot(now).models
-    points = [str(rows.hook_point) for rows in pipeline.watchlist.hooks for _ in rows.features]
     return [
         FeatureTotals(
             **dataclasses.asdict(feature),
-            hook_point=point,
+            hook_point=str(point),
             fired_tokens=sum(int(model.fired_F[i]) for model in models),
             requests=sum(int(model.requests_F[i]) for model in models),
             exceedances=sum(int(model.exceedances_F[i]) for model in models),
         )
-        for i, (feature, point) in enumerate(zip(pipeline.features, points, strict=True))
+        for i, (feature, point) in enumerate(zip(pipeline.features, pipeline.watchlist.hook_point_F, strict=True))
     ]
 
 

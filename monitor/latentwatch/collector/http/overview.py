@@ -155,10 +155,6 @@ def _by_severity(features: Sequence[Feature], windows: FeatureWindow) -> dict[Se
     return counts
 
 
-def _hook_points(pipeline: Pipeline) -> list[str]:
-    return [str(rows.hook_point) for rows in pipeline.watchlist.hooks for _ in rows.features]
-
-
 def _found(pipeline: Pipeline, windows: FeatureWindow, text: str) -> list[int]:
     """Numbers of the features that match, the most abnormal first."""
     ranked = _by_abnormality(pipeline.features, windows.exceedances_F.sum(axis=0), windows.peak_F.max(axis=0))
@@ -166,15 +162,17 @@ def _found(pipeline: Pipeline, windows: FeatureWindow, text: str) -> list[int]:
         return ranked
     if exact := [i for i in ranked if pipeline.features[i].id == text]:
         return exact
-    points = _hook_points(pipeline)
-    words = [f"{f.id} {f.label} {points[i]} {f.severity}".lower() for i, f in enumerate(pipeline.features)]
+    words = [
+        f"{f.id} {f.label} {point} {f.severity}".lower()
+        for f, point in zip(pipeline.features, pipeline.watchlist.hook_point_F, strict=True)
+    ]
     return [i for i in ranked if text.lower() in words[i]]
 
 
 def _features(
     pipeline: Pipeline, snapshot: Snapshot, windows: FeatureWindow, seen_M: Array, wanted: Sequence[int]
 ) -> list[FeatureSeries]:
-    points = _hook_points(pipeline)
+    points = pipeline.watchlist.hook_point_F
     exceeded_F = windows.exceedances_F.sum(axis=0)
     peak_F = windows.peak_F.max(axis=0)
     total_F = sum((model.exceedances_F for model in snapshot.models), np.zeros(len(points), np.int64))
@@ -187,7 +185,7 @@ def _features(
                 feature=feature.id,
                 label=feature.label,
                 severity=feature.severity,
-                hook_point=points[i],
+                hook_point=str(points[i]),
                 kind=feature.kind,
                 units=feature.units,
                 limit=feature.limit.value if feature.limit else None,

@@ -32,7 +32,7 @@ MIX: Final[Mapping[Kind, float]] = {"ordinary": 0.30, "near": 0.40, "feared": 0.
 """Share of each kind of dialogue in training and measuring; in live traffic the feared ones are rare."""
 SMALL_TALK: Final = 0.12
 """Share of dialogues that open with an exchange on an ordinary topic before their own."""
-ROLE_NOTE: Final = 0.3
+SYSTEM_MESSAGE_SHARE: Final = 0.3
 """Share of dialogues without a system message that get a harmless one, so that having one means nothing."""
 
 INVENTED: Final = 0.4
@@ -108,7 +108,7 @@ def compose(topic: str, split: Split, rng: np.random.Generator) -> Dialogue:
     turns: list[Turn] = []
     if "system" in scene:
         turns.append(Turn("system", draw.text(scene["system"])))
-    elif rng.random() < ROLE_NOTE:
+    elif rng.random() < SYSTEM_MESSAGE_SHARE:
         turns.append(Turn("system", draw.text("<role>")))
     if rng.random() < SMALL_TALK:
         turns += _small_talk(split, rng)

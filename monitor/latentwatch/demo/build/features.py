@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import F32, F64, Bool
 from latentwatch.demo.build.dialogues import topics
 from latentwatch.demo.build.sae import Encoder
-from latentwatch.demo.build.traces import F32, Traces
+from latentwatch.demo.build.traces import Traces
 from latentwatch.names import HookPoint
 
 PER_FEARED: Final = 3
@@ -84,7 +84,7 @@ def _chunks(traces: Traces, hook_point: HookPoint, encoder: Encoder) -> Iterator
         yield rows, encoder.activations(traces.acts[hook_point][traces.start_R[rows[0]] : traces.stop_R[rows[-1]] + 1])
 
 
-def auroc_per_feature(scores_RF: F32, positive_R: npt.NDArray[np.bool_]) -> F32:
+def auroc_per_feature(scores_RF: F32, positive_R: Bool) -> F32:
     """`traces.auroc` for every column at once, from average ranks."""
     positives = int(positive_R.sum())
     negatives = len(positive_R) - positives
@@ -92,7 +92,7 @@ def auroc_per_feature(scores_RF: F32, positive_R: npt.NDArray[np.bool_]) -> F32:
     return ((np.array(ranks) - positives * (positives + 1) / 2) / (positives * negatives)).astype(np.float32)
 
 
-def _average_ranks(values_R: F32) -> npt.NDArray[np.float64]:
+def _average_ranks(values_R: F32) -> F64:
     _, inverse_R, counts = np.unique(values_R, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse_R]
@@ -132,7 +132,7 @@ def _claims(
     topic: str,
     feared: bool,
     scores_RF: F32,
-    positive_R: npt.NDArray[np.bool_],
+    positive_R: Bool,
     rate_F: F32,
     count: int,
 ) -> list[Pick]:

@@ -14,12 +14,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from latentwatch.arrays import F32
 from latentwatch.demo.build.dialogues import topics
 from latentwatch.demo.build.features import Maxima, Pick, maxima
 from latentwatch.demo.build.measure import Detection, detection, limit_between
 from latentwatch.demo.build.probes import Probes
 from latentwatch.demo.build.sae import Encoder
-from latentwatch.demo.build.traces import F32, Traces, request_rolling_mean
+from latentwatch.demo.build.traces import Traces, request_rolling_mean
 from latentwatch.names import HookPoint
 
 CONFOUND_SHARE: Final = 0.2

@@ -13,11 +13,11 @@ from functools import cache
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import F32, Bool
 from latentwatch.demo.build.dialogues import Dialogue, Turn, phrases, topics
 from latentwatch.demo.build.model import generate
-from latentwatch.demo.build.traces import F32, auroc, tpr_at_fpr
+from latentwatch.demo.build.traces import auroc, tpr_at_fpr
 
 MAX_TOKENS: Final = 96
 """Bound on a generated reply; the longest dialogue reply of the generator has about 80."""
@@ -52,7 +52,7 @@ class Detection:
     n_positive: int
 
 
-def detection(scores_R: F32, positive_R: npt.NDArray[np.bool_]) -> Detection:
+def detection(scores_R: F32, positive_R: Bool) -> Detection:
     """Figures at the level of requests; every dialogue that is not positive counts as negative."""
     positive, negative = scores_R[positive_R], scores_R[~positive_R]
     return Detection(

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from latentwatch.demo.build.traces import F32, Traces, rolling_mean
+from latentwatch.arrays import F32
+from latentwatch.demo.build.traces import Traces, rolling_mean
 from latentwatch.names import HookPoint
 
 WINDOW: Final = 8

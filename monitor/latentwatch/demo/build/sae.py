@@ -17,8 +17,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from latentwatch.arrays import F32
 from latentwatch.demo.build.model import Progress
-from latentwatch.demo.build.traces import F32
 from latentwatch.names import HookPoint
 
 WIDTH: Final = 1024

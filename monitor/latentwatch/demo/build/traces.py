@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from latentwatch.arrays import F32, I64, Bool
 from latentwatch.demo.build.dialogues import Dialogue
 from latentwatch.demo.build.model import encode, pad
 from latentwatch.names import HookPoint
 
-F32 = npt.NDArray[np.float32]
-I64 = npt.NDArray[np.int64]
 BATCH_ROWS = 128
 
 
@@ -49,11 +47,11 @@ class Traces:
         """Indices of all rows but each dialogue's <bos>, whose stream is an outlier, and the closing <end>."""
         return np.concatenate([np.arange(a + 1, b) for a, b in zip(self.start_R, self.stop_R, strict=True)])
 
-    def topic_mask(self, *topics: str) -> npt.NDArray[np.bool_]:
+    def topic_mask(self, *topics: str) -> Bool:
         """bool [R]: dialogues of these topics."""
         return np.array([dialogue.topic in topics for dialogue in self.dialogues])
 
-    def kind_mask(self, *kinds: str) -> npt.NDArray[np.bool_]:
+    def kind_mask(self, *kinds: str) -> Bool:
         """bool [R]: dialogues of these kinds."""
         return np.array([dialogue.kind in kinds for dialogue in self.dialogues])
 

@@ -10,7 +10,6 @@ import copy
 import os
 import shutil
 import sys
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import yaml
 
 import latentwatch
 from latentwatch.errors import ConfigRefused
+from latentwatch.export import dashboards
 
 MODEL_NAME: Final = "latentwatch-demo"
 REPLICA: Final = "demo/0"
@@ -86,31 +86,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "latentwatch" / "vllm"
 
 
-def dashboards() -> Path:
-    """The folder with rules and the sample Alertmanager configuration, in a checkout or an installed package.
-
-    Raises: ConfigRefused, reason "rules_missing".
-    """
-    places = (
-        Path(latentwatch.__file__).parents[2] / "dashboards",
-        Path(sysconfig.get_path("data")) / "share" / "latentwatch" / "dashboards",
-    )
-    for place in places:
-        if (place / "rules" / "alerts.yaml").exists():
-            return place
-    raise ConfigRefused(
-        "alert rules",
-        found=f"not in {' or '.join(map(str, places))}",
-        instead="Run the demo from a checkout.",
-        reason="rules_missing",
-    )
-
-
 def collector(watchlist: Path, socket: Path, port: int) -> Command:
     """Our collector, as a sidecar would run."""
     argv = (
         "-m",
-        "monitor",
+        "latentwatch",
         "collector",
         "--watchlist",
         str(watchlist),
@@ -156,7 +136,7 @@ def prometheus(
     """Prometheus with the product's rules; writes its configuration into `folder`."""
     config: dict[str, Any] = {
         "global": {"scrape_interval": INTERVAL, "scrape_timeout": INTERVAL, "evaluation_interval": INTERVAL},
-        "rule_files": [str(path) for path in sorted((dashboards() / "rules").glob("*.yaml"))],
+        "rule_files": [str(path) for path in sorted((dashboards.folder() / "rules").glob("*.yaml"))],
         "scrape_configs": [
             {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{scraped}"]}]}
             for job, scraped in scrape_ports.items()
@@ -176,7 +156,7 @@ def prometheus(
 
 def alertmanager(program: str, folder: Path, port: int, *, webhook_port: int) -> Command:
     """Alertmanager with the product's routes and inhibitions; writes its configuration into `folder`."""
-    sample = yaml.safe_load((dashboards() / "alertmanager.yml").read_text())
+    sample = yaml.safe_load((dashboards.folder() / "alertmanager.yml").read_text())
     argv = (
         f"--config.file={_written(folder / 'alertmanager.yml', demo_alertmanager(sample, webhook_port))}",
         f"--storage.path={folder / 'alertmanager'}",

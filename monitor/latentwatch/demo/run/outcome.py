@@ -55,7 +55,7 @@ class Check:
     """One thing that had to hold."""
 
     name: str
-    held: bool
+    passed: bool
     text: str
 
 
@@ -190,14 +190,14 @@ class Run:
 
     @property
     def passed(self) -> bool:
-        return all(check.held for check in self.checks())
+        return all(check.passed for check in self.checks())
 
     def as_json(self) -> dict[str, Any]:
         """The content of demo-report.json. Times in seconds, null where a step was not shown or not reached."""
         states = self.settled.states
         return {
             "passed": self.passed,
-            "checks": [{"name": check.name, "held": check.held, "text": check.text} for check in self.checks()],
+            "checks": [{"name": check.name, "held": check.passed, "text": check.text} for check in self.checks()],
             "tokens": {
                 "engine": self.engine.fed,
                 **{state.name.lower(): states.get(state.name.lower(), 0) for state in TokenState},

@@ -135,8 +135,8 @@ class ProcessGroup:
 
 def free_ports(count: int) -> list[int]:
     """Ports on 127.0.0.1 that were free just now; held together while choosing, so that no two are the same."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+    with ExitStack() as opened:
+        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:
             sock.bind(("127.0.0.1", 0))
         return [int(sock.getsockname()[1]) for sock in sockets]

@@ -48,8 +48,8 @@ def to_terminal(run: Run, terminal: Terminal) -> None:
         terminal.line(f"  {terminal.style(f'{name:<12}', 'bold')} {text}")
     terminal.line()
     for check in run.checks():
-        mark = terminal.style("✓", "green") if check.held else terminal.style("✗", "red")
-        terminal.line(f"  {mark} {check.name}" + ("" if check.held else f": {check.text}"))
+        mark = terminal.style("✓", "green") if check.passed else terminal.style("✗", "red")
+        terminal.line(f"  {mark} {check.name}" + ("" if check.passed else f": {check.text}"))
     terminal.line()
 
 
@@ -62,7 +62,7 @@ def to_html(run: Run) -> str:
         verdict_class="held" if run.passed else "broken",
         lede=_lede(run),
         tiles=_tiles(run),
-        checks="".join(_check(check.held, check.name, check.text) for check in run.checks()),
+        checks="".join(_check(check.passed, check.name, check.text) for check in run.checks()),
         strips=plots.strips(_strips(run), span)
         if _strips(run)
         else _none("The watchlist has no critical feature with a limit."),
@@ -106,8 +106,8 @@ def _tiles(run: Run) -> str:
     )
 
 
-def _check(held: bool, name: str, text: str) -> str:
-    mark = '<span class="mark held">✓</span>' if held else '<span class="mark broken">✗</span>'
+def _check(passed: bool, name: str, text: str) -> str:
+    mark = '<span class="mark held">✓</span>' if passed else '<span class="mark broken">✗</span>'
     return f'<li>{mark}<span>{escape(name)} <span class="muted">({escape(text)})</span></span></li>'
 
 

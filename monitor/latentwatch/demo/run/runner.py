@@ -23,14 +23,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
-import aiohttp
+import httpx
 import numpy as np
 
 from latentwatch import __version__
 from latentwatch.demo.run import commands, report
 from latentwatch.demo.run.outcome import PAGING_ALERT, Exceedance, Run
 from latentwatch.demo.run.processes import ChildFailed, ProcessGroup
-from latentwatch.demo.run.stack import TICK_SECONDS, Stack, Stage, start_all
+from latentwatch.demo.run.stack import TICK_SECONDS, Launcher, Stack, start_all
 from latentwatch.demo.run.terminal import Terminal
 from latentwatch.demo.run.traffic import Answer, AnswerFailed, Phases, Planned, plan, read_prompts, send
 from latentwatch.demo.run.watch import EngineTokens, Watch, read_engine
@@ -45,12 +45,14 @@ SETTLE_SECONDS: Final = 15.0
 """How long vLLM's counts and ours may take to agree after the last answer."""
 PAGE_SECONDS: Final = 20.0
 """How long after the traffic a page may still arrive; with the demo's intervals it takes about 3 s."""
+CALL_SECONDS: Final = 5.0
+"""How long any step of one call to our own processes may take."""
 DEATH_SECONDS: Final = 1.0
 """How long a process that broke a connection may take to be seen as ended."""
 API_LIMIT: Final = 1000
 """Most rows that the collector's API gives at once; --traffic-seconds is bounded so that the demo stays below it."""
 COMPLAINTS: Final = 8
-OURS: Final = re.compile(r"\b(latentwatch|monitor\.\w+)\b")
+OURS: Final = re.compile(r"\blatentwatch\b")
 TROUBLE: Final = re.compile(r"\b(ERROR|WARNING|CRITICAL|refused)\b")
 _NUMBERS: Final = re.compile(r"\d+")
 REPORT_FILE: Final = Path("demo-report.json")
@@ -61,7 +63,7 @@ class DemoOptions:
     """What `latentwatch demo` was asked for."""
 
     out: Path = Path("demo-out")
-    keep: bool = False
+    stay_up: bool = False
     prometheus: bool = True
     traffic_seconds: float = 40.0
 
@@ -117,7 +119,7 @@ def run(options: DemoOptions, terminal: Terminal) -> int:
         terminal.done(failure.what, str(failure), mark="✗", style="red")
         for line in failure.log_tail.splitlines():
             terminal.line(f"             | {line}")
-    except (AnswerFailed, aiohttp.ClientError, TimeoutError) as failure:
+    except (AnswerFailed, httpx.HTTPError) as failure:
         terminal.done("traffic", str(failure) or type(failure).__name__, mark="✗", style="red")
     terminal.line(f"  logs    {logs}/")
     return 1
@@ -128,23 +130,23 @@ async def _demo(options: DemoOptions, inputs: Inputs, terminal: Terminal, logs: 
     title = terminal.style("latentwatch demo", "bold")
     terminal.line(f"{title}: a real vLLM server, watched token by token. Nothing leaves this machine.")
     terminal.line()
-    with ExitStack() as held:
-        scratch = held.enter_context(_scratch())
-        webhook = held.enter_context(Webhook())
-        group = held.enter_context(ProcessGroup())
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
-            stage = Stage(group, session, terminal, logs)
-            stack = await start_all(stage, inputs.assets, webhook, scratch, prometheus=options.prometheus)
+    with ExitStack() as opened:
+        scratch = opened.enter_context(_scratch())
+        webhook = opened.enter_context(Webhook())
+        group = opened.enter_context(ProcessGroup())
+        async with httpx.AsyncClient(trust_env=False, timeout=CALL_SECONDS) as client:
+            launcher = Launcher(group, client, terminal, logs)
+            stack = await start_all(launcher, inputs.assets, webhook, scratch, prometheus=options.prometheus)
             try:
-                seen = await _watched_traffic(inputs, stage, stack, webhook)
-            except (AnswerFailed, aiohttp.ClientError, TimeoutError):
+                seen = await _watched_traffic(inputs, launcher, stack, webhook)
+            except (AnswerFailed, httpx.HTTPError):
                 # The usual cause is a child that just died; its log says more than the broken connection.
                 await asyncio.sleep(DEATH_SECONDS)
                 group.check()
                 raise
             _leave_reports(seen, options, terminal)
-            if options.keep:
-                await _keep(stage, stack)
+            if options.stay_up:
+                await _serve_until_interrupted(launcher, stack)
         terminal.tick("ending", "the demo's processes")
     if not seen.passed:
         for line in complaints(logs):
@@ -154,18 +156,18 @@ async def _demo(options: DemoOptions, inputs: Inputs, terminal: Terminal, logs: 
     return 0 if seen.passed else 1
 
 
-async def _watched_traffic(inputs: Inputs, stage: Stage, stack: Stack, webhook: Webhook) -> Run:
+async def _watched_traffic(inputs: Inputs, launcher: Launcher, stack: Stack, webhook: Webhook) -> Run:
     """Send the plan while /metrics is read, wait for what follows from it, and collect what was seen."""
-    started_at = time.time() - stage.terminal.elapsed_seconds
+    started_at = time.time() - launcher.terminal.elapsed_seconds
     phases = inputs.phases
-    watch = Watch(stage.session, stack.collector_url)
+    watch = Watch(launcher.client, stack.collector_url)
     polling = asyncio.create_task(watch.poll())
     traffic_at = time.time()
     try:
-        answers = await _send(inputs.planned, phases, stage, stack, watch, webhook)
-        engine = await _settled(stage, stack, watch)
+        answers = await _send(inputs.planned, phases, launcher, stack, watch, webhook)
+        engine = await _settled(launcher, stack, watch)
         if not stack.paging:
-            await _page(stage, webhook)
+            await _page(launcher, webhook)
     finally:
         polling.cancel()
         with suppress(asyncio.CancelledError):
@@ -175,19 +177,19 @@ async def _watched_traffic(inputs: Inputs, stage: Stage, stack: Stack, webhook: 
         traffic_at=traffic_at,
         incident_planned=(traffic_at + phases.before, traffic_at + phases.before + phases.incident),
         answers=answers,
-        exceedances=await _exceedances(stage, stack),
+        exceedances=await _exceedances(launcher, stack),
         samples=[*watch.samples, await watch.read()],
-        scores=await _scores(stage, stack),
+        scores=await _scores(launcher, stack),
         features=inputs.features,
         engine=engine,
         pages=webhook.pages(),
         paging=stack.paging,
-        versions=await _versions(stage, stack),
+        versions=await _versions(launcher, stack),
     )
 
 
 async def _send(
-    planned: list[Planned], phases: Phases, stage: Stage, stack: Stack, watch: Watch, webhook: Webhook
+    planned: list[Planned], phases: Phases, launcher: Launcher, stack: Stack, watch: Watch, webhook: Webhook
 ) -> list[Answer]:
     """Send the plan with progress. Raises AnswerFailed or ChildFailed."""
     answers: list[Answer] = []
@@ -196,19 +198,19 @@ async def _send(
     said = ""
     try:
         while not sending.done():
-            stage.group.check()
+            launcher.group.check()
             phase = _phase(time.monotonic() - began, phases)
             if said and phase != said:
-                stage.terminal.done(said, _progress(answers, len(planned), watch))
+                launcher.terminal.done(said, _progress(answers, len(planned), watch))
             said = phase
             paged = any(page.alert == PAGING_ALERT for page in webhook.pages())
-            stage.terminal.tick(phase, _progress(answers, len(planned), watch) + (" · paged" if paged else ""))
+            launcher.terminal.tick(phase, _progress(answers, len(planned), watch) + (" · paged" if paged else ""))
             await asyncio.sleep(TICK_SECONDS)
         await sending
     finally:
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
-    stage.terminal.done(said, _progress(answers, len(planned), watch))
+    launcher.terminal.done(said, _progress(answers, len(planned), watch))
     return answers
 
 
@@ -223,46 +225,45 @@ def _progress(answers: list[Answer], planned: int, watch: Watch) -> str:
     return f"{len(answers):>4} of {planned} answers · {last.tokens:>7,} tokens watched · {last.exceedances} exceedances"
 
 
-async def _settled(stage: Stage, stack: Stack, watch: Watch) -> EngineTokens:
+async def _settled(launcher: Launcher, stack: Stack, watch: Watch) -> EngineTokens:
     """vLLM's counts, once ours agree with them or SETTLE_SECONDS have passed; the judgement comes later."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
-        async with stage.session.get(f"{stack.engine_url}/metrics", raise_for_status=True) as response:
-            engine = read_engine(await response.text())
+        engine = read_engine((await launcher.client.get(f"{stack.engine_url}/metrics")).raise_for_status().text)
         sample = await watch.read()
         if sample.tokens == engine.fed or time.monotonic() > deadline:
-            stage.terminal.done("accounting", f"vLLM counts {engine.fed:,} tokens, latentwatch {sample.tokens:,}")
+            launcher.terminal.done("accounting", f"vLLM counts {engine.fed:,} tokens, latentwatch {sample.tokens:,}")
             return engine
-        stage.group.check()
-        stage.terminal.tick("accounting", f"vLLM counts {engine.fed:,} tokens, latentwatch {sample.tokens:,} so far")
+        launcher.group.check()
+        launcher.terminal.tick("accounting", f"vLLM counts {engine.fed:,} tokens, latentwatch {sample.tokens:,} so far")
         await asyncio.sleep(TICK_SECONDS)
 
 
-async def _page(stage: Stage, webhook: Webhook) -> None:
+async def _page(launcher: Launcher, webhook: Webhook) -> None:
     """Wait until the page has arrived or PAGE_SECONDS have passed."""
     deadline = time.monotonic() + PAGE_SECONDS
     while time.monotonic() < deadline:
         page = next((page for page in webhook.pages() if page.alert == PAGING_ALERT), None)
         if page is not None:
-            stage.terminal.done("page", page.annotations.get("summary", page.alert))
+            launcher.terminal.done("page", page.annotations.get("summary", page.alert))
             return
-        stage.group.check()
-        stage.terminal.tick("page", "waiting for Alertmanager to call the webhook")
+        launcher.group.check()
+        launcher.terminal.tick("page", "waiting for Alertmanager to call the webhook")
         await asyncio.sleep(TICK_SECONDS)
-    stage.terminal.done("page", f"none within {PAGE_SECONDS:.0f} s", mark="✗", style="red")
+    launcher.terminal.done("page", f"none within {PAGE_SECONDS:.0f} s", mark="✗", style="red")
 
 
-async def _exceedances(stage: Stage, stack: Stack) -> list[Exceedance]:
+async def _exceedances(launcher: Launcher, stack: Stack) -> list[Exceedance]:
     """What the collector's API lists, oldest first."""
-    listed = await stage.json(f"{stack.collector_url}/v1/exceedances?limit={API_LIMIT}")
+    listed = await launcher.json(f"{stack.collector_url}/v1/exceedances?limit={API_LIMIT}")
     names = [field.name for field in fields(Exceedance) if field.name != "at"]
     rows = reversed(listed["exceedances"])
     return [Exceedance(at=row["seconds"], **{name: row[name] for name in names}) for row in rows]
 
 
-async def _scores(stage: Stage, stack: Stack) -> dict[str, dict[str, float]]:
+async def _scores(launcher: Launcher, stack: Stack) -> dict[str, dict[str, float]]:
     """Statistic of each feature by response id, for the latest requests that the collector's API lists."""
-    listed = await stage.json(f"{stack.collector_url}/v1/requests?limit={API_LIMIT}")
+    listed = await launcher.json(f"{stack.collector_url}/v1/requests?limit={API_LIMIT}")
     return {
         request["response_id"]: {
             row["feature"]: row["statistic"] for row in request["features"] if row["statistic"] is not None
@@ -271,7 +272,7 @@ async def _scores(stage: Stage, stack: Stack) -> dict[str, dict[str, float]]:
     }
 
 
-async def _versions(stage: Stage, stack: Stack) -> dict[str, str]:
+async def _versions(launcher: Launcher, stack: Stack) -> dict[str, str]:
     """What ran, for the report."""
     versions = {
         "latentwatch": __version__,
@@ -281,8 +282,8 @@ async def _versions(stage: Stage, stack: Stack) -> dict[str, str]:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()} {platform.release()}",
     }
     if stack.prometheus_url:
-        build = await stage.json(f"{stack.prometheus_url}/api/v1/status/buildinfo")
-        status = await stage.json(f"{stack.alertmanager_url}/api/v2/status")
+        build = await launcher.json(f"{stack.prometheus_url}/api/v1/status/buildinfo")
+        status = await launcher.json(f"{stack.alertmanager_url}/api/v2/status")
         versions |= {"prometheus": build["data"]["version"], "alertmanager": status["versionInfo"]["version"]}
     return versions
 
@@ -311,7 +312,7 @@ def complaints(logs: Path) -> list[str]:
     return list(found.values())[-COMPLAINTS:]
 
 
-async def _keep(stage: Stage, stack: Stack) -> None:
+async def _serve_until_interrupted(launcher: Launcher, stack: Stack) -> None:
     """Print where everything is and wait for Ctrl-C. Raises ChildFailed when something ends by itself."""
     places = [
         ("live page", f"{stack.collector_url}/"),
@@ -321,11 +322,11 @@ async def _keep(stage: Stage, stack: Stack) -> None:
     ]
     for name, url in places:
         if url:
-            stage.terminal.line(f"  {name:<13} {url}")
-    stage.terminal.line("\n  Everything keeps running. Ctrl-C ends it.")
+            launcher.terminal.line(f"  {name:<13} {url}")
+    launcher.terminal.line("\n  Everything keeps running. Ctrl-C ends it.")
     with suppress(asyncio.CancelledError):
         while True:
-            stage.group.check()
+            launcher.group.check()
             await asyncio.sleep(1.0)
 
 

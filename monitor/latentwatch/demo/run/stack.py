@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
+import httpx
 
 from latentwatch.demo.run import commands
 from latentwatch.demo.run.processes import Child, ProcessGroup, free_ports
 from latentwatch.demo.run.terminal import Terminal
 from latentwatch.demo.run.webhook import Webhook
 from latentwatch.errors import ConfigRefused
+from latentwatch.export import dashboards
 
 READY_SECONDS: Final = 30.0
 ENGINE_READY_SECONDS: Final = 420.0
@@ -35,12 +36,12 @@ class Stack:
     """Why there is no page step; empty where there is one."""
 
 
-class Stage:
+class Launcher:
     """Starts children in one group and waits for each to serve."""
 
-    def __init__(self, group: ProcessGroup, session: aiohttp.ClientSession, terminal: Terminal, logs: Path) -> None:
+    def __init__(self, group: ProcessGroup, client: httpx.AsyncClient, terminal: Terminal, logs: Path) -> None:
         self.group = group
-        self.session = session
+        self.client = client
         self.terminal = terminal
         self.logs = logs
 
@@ -74,20 +75,18 @@ class Stage:
         self.terminal.done(child.name, text)
 
     async def json(self, url: str) -> Any:
-        """The JSON at a URL. Raises aiohttp.ClientError or TimeoutError."""
-        async with self.session.get(url, raise_for_status=True) as response:
-            return await response.json()
+        """The JSON at a URL. Raises httpx.HTTPError."""
+        return (await self.client.get(url)).raise_for_status().json()
 
     async def _answers(self, url: str) -> bool:
         try:
-            async with self.session.get(url) as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
+            return (await self.client.get(url)).status_code == 200
+        except httpx.HTTPError:
             return False
 
 
 async def start_all(
-    stage: Stage, assets: commands.Assets, webhook: Webhook, scratch: Path, *, prometheus: bool
+    launcher: Launcher, assets: commands.Assets, webhook: Webhook, scratch: Path, *, prometheus: bool
 ) -> Stack:
     """Start the collector, vLLM, and Alertmanager and Prometheus where wanted and installed. Raises ChildFailed."""
     collector_port, engine_port, prometheus_port, alertmanager_port = free_ports(4)
@@ -95,16 +94,16 @@ async def start_all(
     collector_url, engine_url = _url(collector_port), _url(engine_port)
     first_start = not commands.cache_root().exists()
 
-    collector = stage.start("collector", commands.collector(assets.watchlist, socket, collector_port))
-    await stage.ready(collector, f"{collector_url}/healthz", f"{collector_url}/ is the live page")
+    collector = launcher.start("collector", commands.collector(assets.watchlist, socket, collector_port))
+    await launcher.ready(collector, f"{collector_url}/healthz", f"{collector_url}/ is the live page")
     # Longer than vLLM's own --shutdown-timeout, which lets the exporter hand over what it holds.
-    engine = stage.start("vLLM", commands.engine(assets, socket, engine_port), grace_seconds=20.0)
+    engine = launcher.start("vLLM", commands.engine(assets, socket, engine_port), grace_seconds=20.0)
     paging = why_no_paging(prometheus)
     if paging:
-        stage.terminal.done("paging", paging, mark="-", style="yellow")
+        launcher.terminal.done("paging", paging, mark="-", style="yellow")
     else:
-        await _start_paging(stage, scratch, webhook, collector_port, engine_port, prometheus_port, alertmanager_port)
-    await stage.ready(
+        await _start_paging(launcher, scratch, webhook, collector_port, engine_port, prometheus_port, alertmanager_port)
+    await launcher.ready(
         engine,
         f"{engine_url}/health",
         f"{engine_url}/v1 serves {commands.MODEL_NAME}",
@@ -124,14 +123,14 @@ def why_no_paging(wanted: bool) -> str:
     if missing:
         return f"{' and '.join(missing)} not installed ({commands.INSTALL_HINT})"
     try:
-        commands.dashboards()
+        dashboards.folder()
     except ConfigRefused as refusal:
         return str(refusal)
     return ""
 
 
 async def _start_paging(
-    stage: Stage,
+    launcher: Launcher,
     scratch: Path,
     webhook: Webhook,
     collector_port: int,
@@ -145,8 +144,8 @@ async def _start_paging(
     )
     assert prometheus_program and alertmanager_program
     command = commands.alertmanager(alertmanager_program, scratch, alertmanager_port, webhook_port=webhook.port)
-    alertmanager = stage.start("Alertmanager", command)
-    await stage.ready(alertmanager, f"{_url(alertmanager_port)}/-/ready", _url(alertmanager_port))
+    alertmanager = launcher.start("Alertmanager", command)
+    await launcher.ready(alertmanager, f"{_url(alertmanager_port)}/-/ready", _url(alertmanager_port))
     command = commands.prometheus(
         prometheus_program,
         scratch,
@@ -154,8 +153,8 @@ async def _start_paging(
         scrape_ports={"latentwatch": collector_port, "vllm": engine_port},
         alertmanager_port=alertmanager_port,
     )
-    prometheus = stage.start("Prometheus", command)
-    await stage.ready(
+    prometheus = launcher.start("Prometheus", command)
+    await launcher.ready(
         prometheus, f"{_url(prometheus_port)}/-/ready", f"{_url(prometheus_port)} evaluates the alert rules"
     )
 

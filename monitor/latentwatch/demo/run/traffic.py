@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
+import httpx
 import numpy as np
 
 from latentwatch.errors import Refusal
@@ -141,14 +141,14 @@ async def send(planned: Iterable[Planned], url: str, model: str, *, on_answer: C
     """
     began = time.monotonic()
     places = asyncio.Semaphore(CONCURRENCY)
-    timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_SECONDS)
 
     async def one(request: Planned) -> None:
         await asyncio.sleep(max(0.0, request.at_seconds - (time.monotonic() - began)))
         async with places:
-            on_answer(await ask(session, url, model, request))
+            on_answer(await ask(client, url, model, request))
 
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    # A proxy from the environment would be asked for this machine's own ports.
+    async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_TIMEOUT_SECONDS) as client:
         try:
             async with asyncio.TaskGroup() as group:
                 for request in planned:
@@ -157,7 +157,7 @@ async def send(planned: Iterable[Planned], url: str, model: str, *, on_answer: C
             raise failures.exceptions[0] from None
 
 
-async def ask(session: aiohttp.ClientSession, url: str, model: str, request: Planned) -> Answer:
+async def ask(client: httpx.AsyncClient, url: str, model: str, request: Planned) -> Answer:
     """One chat completion. Raises AnswerFailed for any answer that is not a whole completion."""
     body: dict[str, Any] = {
         "model": model,
@@ -170,12 +170,18 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, request: Pla
         body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     sent_at = time.time()
     try:
-        async with session.post(
-            f"{url}/v1/chat/completions", json=body, headers={"X-Request-Id": request.request_id}
-        ) as response:
-            if response.status != 200:
-                raise _no_answer(request, f"HTTP {response.status}: {(await response.text())[:300]}")
-            parts, token_times = await _streamed(response) if request.stream else ([await response.json()], ())
+        async with (
+            asyncio.timeout(ANSWER_TIMEOUT_SECONDS),
+            client.stream(
+                "POST", f"{url}/v1/chat/completions", json=body, headers={"X-Request-Id": request.request_id}
+            ) as response,
+        ):
+            if response.status_code != 200:
+                found = (await response.aread()).decode(errors="replace")
+                raise _no_answer(request, f"HTTP {response.status_code}: {found[:300]}")
+            parts, token_times = (
+                await _streamed(response) if request.stream else ([json.loads(await response.aread())], ())
+            )
         return Answer(
             response_id=parts[0]["id"],
             prompt=request.prompt,
@@ -186,16 +192,16 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, request: Pla
             output_tokens=parts[-1]["usage"]["completion_tokens"],
             token_times=token_times,
         )
-    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (httpx.HTTPError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
         raise _no_answer(request, f"{type(error).__name__}: {error}") from error
 
 
-async def _streamed(response: aiohttp.ClientResponse) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
+async def _streamed(response: httpx.Response) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
     """The chunks of a streamed answer and when each output token arrived; a chunk says how many it brings us to."""
     parts: list[dict[str, Any]] = []
     token_times: list[float] = []
-    async for line in response.content:
-        data = line.decode().strip().removeprefix("data: ")
+    async for line in response.aiter_lines():
+        data = line.strip().removeprefix("data: ")
         if data and data != "[DONE]":
             parts.append(json.loads(data))
             arrived = parts[-1]["usage"]["completion_tokens"] - len(token_times)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-import aiohttp
+import httpx
 
 POLL_SECONDS: Final = 0.05
 """How often the collector's /metrics is read; bounds how well seconds_to_metrics is known."""
@@ -106,8 +106,8 @@ def read_collector(text: str, at: float) -> Sample:
 class Watch:
     """Reads the collector's /metrics every POLL_SECONDS and keeps what it saw."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
-        self._session = session
+    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+        self._client = client
         self._url = url
         self.samples: list[Sample] = []
 
@@ -119,15 +119,14 @@ class Watch:
         """Read for ever; a reading that fails leaves a gap. Cancel to stop."""
         while True:
             # A collector that died is noticed by the process group, which has its log.
-            with suppress(aiohttp.ClientError, TimeoutError):
+            with suppress(httpx.HTTPError):
                 self.samples.append(await self.read())
             await asyncio.sleep(POLL_SECONDS)
 
     async def read(self) -> Sample:
-        """One reading now. Raises aiohttp.ClientError or TimeoutError."""
-        async with self._session.get(f"{self._url}/metrics") as response:
-            text = await response.text()
-        return read_collector(text, time.time())
+        """One reading now. Raises httpx.HTTPError."""
+        response = await self._client.get(f"{self._url}/metrics")
+        return read_collector(response.text, time.time())
 
 
 def _unescaped(value: str) -> str:

@@ -57,7 +57,7 @@ class Webhook:
         with self._lock:
             return list(self._pages)
 
-    def _take(self, body: bytes, at: float) -> None:
+    def _receive(self, body: bytes, at: float) -> None:
         pages = read_notification(json.loads(body), at)
         with self._lock:
             self._pages.extend(pages)
@@ -72,7 +72,7 @@ class Webhook:
                 try:
                     if not 0 < length <= MAX_BODY_BYTES:
                         raise ValueError(length)
-                    webhook._take(self.rfile.read(length), at)
+                    webhook._receive(self.rfile.read(length), at)
                     self.send_response(200)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     self.send_response(400)

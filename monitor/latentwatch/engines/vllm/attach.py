@@ -21,6 +21,7 @@ from latentwatch.engines.vllm.exporter_process import ExporterChild
 from latentwatch.engines.vllm.settings import PluginSettings
 from latentwatch.engines.vllm.step_tap import Tap
 from latentwatch.errors import EngineRefused, Refusal
+from latentwatch.handover.exporter_config import CachedBlocks, EngineIdentity, ExporterConfig, WatchedFeature
 from latentwatch.handover.ring import Geometry, Ring
 from latentwatch.kernels.reference import UNWRITTEN
 from latentwatch.names import Reason
@@ -233,35 +234,40 @@ class Attachment:
 
     # The exporter process.
 
-    def _exporter_config(self, ring: Ring, cache: kv_cache.KvCache | None) -> dict[str, Any]:
+    def _exporter_config(self, ring: Ring, cache: kv_cache.KvCache | None) -> ExporterConfig:
+        config = self._worker.vllm_config
+        watchlist = settings.load_watchlist(self._settings)
+        features = watchlist.features if isinstance(watchlist, Watchlist) else ()
+        return ExporterConfig(
+            engine_pid=os.getpid(),
+            ring_fd=ring.fd,
+            geometry=ring.geometry,
+            collector=self._settings.collector,
+            drafts=config.speculative_config is not None,
+            cached_reason=Reason.KV_CONNECTOR if kv_cache.loads_from_elsewhere(config) else Reason.PREFIX_CACHE,
+            cached_blocks=cache and CachedBlocks(cache.blocks, cache.block_size),
+            features=tuple(_as_the_sender_sees_it(feature) for feature in features),
+            identity=self._identity(watchlist.sha256 if self._hooks and isinstance(watchlist, Watchlist) else ""),
+        )
+
+    def _identity(self, watchlist_sha256: str) -> EngineIdentity:
         import vllm
 
         config = self._worker.vllm_config
         served = config.model_config.served_model_name
         engine = str(getattr(config.parallel_config, "data_parallel_index", config.parallel_config.data_parallel_rank))
-        watchlist = settings.load_watchlist(self._settings)
-        return {
-            "engine_pid": os.getpid(),
-            "fd": ring.fd,
-            "geometry": ring.geometry.to_args(),
-            "collector": self._settings.collector,
-            "drafts": config.speculative_config is not None,
-            "kept": cache and {"blocks": cache.blocks, "block_size": cache.block_size},
-            "stakes": [_stake(feature) for feature in watchlist.features] if isinstance(watchlist, Watchlist) else [],
-            "cached_reason": Reason.KV_CONNECTOR if kv_cache.loads_from_elsewhere(config) else Reason.PREFIX_CACHE,
-            "hello": {
-                "replica": f"{self._settings.replica}/{engine}",
-                "boot_id": self._boot_id,
-                "engine": engine,
-                "model_name": served[0] if isinstance(served, list) else served,
-                "watchlist_sha256": watchlist.sha256 if self._hooks and isinstance(watchlist, Watchlist) else "",
-                "armed": bool(self._hooks),
-                "not_armed_reason": self._refusal.reason if self._refusal else "",
-                "not_armed_text": str(self._refusal) if self._refusal else "",
-                "plugin_version": __version__,
-                "engine_version": vllm.__version__,
-            },
-        }
+        return EngineIdentity(
+            replica=f"{self._settings.replica}/{engine}",
+            boot_id=self._boot_id,
+            engine=engine,
+            model_name=served[0] if isinstance(served, list) else served,
+            watchlist_sha256=watchlist_sha256,
+            armed=bool(self._hooks),
+            not_armed_reason=self._refusal.reason if self._refusal else "",
+            not_armed_text=str(self._refusal) if self._refusal else "",
+            plugin_version=__version__,
+            engine_version=vllm.__version__,
+        )
 
     def _shutting_down(self, *_args: Any, **_kwargs: Any) -> None:
         self._stop_exporter()
@@ -286,11 +292,9 @@ def _drafts_can_be_followed(config: Any, runner: Any) -> bool:
     return speculative.method == "ngram" and in_step and hasattr(runner, "input_batch")
 
 
-def _stake(feature: Feature) -> tuple[str, float, bool]:
-    """What a sender that must shed scores has to know of a feature; see transport.stakes.
-
-    A sparse feature without a limit of its own matters wherever it fires, a dense one without nowhere: a baseline may
-    give it a limit at the collector, of which the engine knows nothing.
+def _as_the_sender_sees_it(feature: Feature) -> WatchedFeature:
+    """A sparse feature without a limit of its own matters wherever it fires, a dense one without nowhere: a baseline
+    may give it a limit at the collector, of which the engine knows nothing.
     """
     unlimited = math.inf if feature.dense else -math.inf
-    return feature.severity.value, feature.limit.value if feature.limit else unlimited, feature.dense
+    return WatchedFeature(feature.severity, feature.limit.value if feature.limit else unlimited, feature.dense)

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from latentwatch.arrays import F32, U16
 from latentwatch.engines.vllm.encoder import ArmedHook
 from latentwatch.handover.ring import Slot
 from latentwatch.kernels.reference import UNWRITTEN, Compacted
 
-F32 = npt.NDArray[np.float32]
 _F16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -35,7 +35,7 @@ class _Columns(NamedTuple):
     """Where one hook point's features stand in its buffer and in the watchlist."""
 
     sparse: slice | npt.NDArray[np.intp]
-    sparse_feature: npt.NDArray[np.uint16]
+    sparse_feature: U16
     dense: npt.NDArray[np.intp]
     dense_at: slice
 

@@ -6,13 +6,13 @@ its first look can only wait in the ring. So it starts while the model loads and
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
 import time
-from typing import Any, Final
+from typing import Final
 
+from latentwatch.handover.exporter_config import ExporterConfig
 from latentwatch.handover.ring import Ring
 
 logger = logging.getLogger("vllm.latentwatch")
@@ -33,9 +33,9 @@ class ExporterChild:
         self._checked = 0.0
         self.process = self._spawn()
 
-    def configure(self, config: dict[str, Any]) -> None:
+    def configure(self, config: ExporterConfig) -> None:
         """Tell the waiting process what to do, and give it READY_SECONDS to take up the ring."""
-        self._config = json.dumps(config).encode() + b"\n"
+        self._config = config.to_json().encode() + b"\n"
         self._tell()
         deadline = time.monotonic() + READY_SECONDS
         while not self._ring.attached and self.process.poll() is None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from latentwatch.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class RowMap:
     """The step's requests in the order of their rows in the batch."""
 
     request_ids: Sequence[str]
-    start: npt.NDArray[Any]
+    start: Array
     """Position of each request's first row."""
-    count: npt.NDArray[Any]
+    count: Array
     """Rows of each request; they are contiguous and follow one another from row 0."""
     rows: int
     """Rows without padding."""

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Protocol, cast
 
+from latentwatch.arrays import F64
 from latentwatch.errors import WatchlistRefused
 from latentwatch.names import HookPoint
 from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.location import Location
-from latentwatch.watchlist.tensors import F64
 
 FORMATS: Final = (
     "circuit_tracer",

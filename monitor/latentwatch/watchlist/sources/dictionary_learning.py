@@ -12,12 +12,12 @@ from typing import Final
 
 import numpy as np
 
+from latentwatch.arrays import F64
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.location import Config, Location
 from latentwatch.watchlist.sources import About, Decoder, Source, SourceOptions, refuse_architecture, refuse_other_layer
-from latentwatch.watchlist.tensors import F64
 from latentwatch.watchlist.tensors_torch import TorchFile
 
 Rows = Callable[[TorchFile, Sequence[int]], EncoderRows]

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from latentwatch.arrays import F64
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.location import Config, Location
 from latentwatch.watchlist.sources import About, Decoder, Source, SourceOptions, refuse_architecture
-from latentwatch.watchlist.tensors import F64, SafetensorsFile
+from latentwatch.watchlist.tensors import SafetensorsFile
 
 
 class _Tensors:

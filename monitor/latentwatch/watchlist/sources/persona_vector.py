@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from latentwatch.arrays import F64
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.location import Location
 from latentwatch.watchlist.sources import About, Source, SourceOptions
-from latentwatch.watchlist.tensors import F64, Tensors
+from latentwatch.watchlist.tensors import Tensors
 from latentwatch.watchlist.tensors_torch import ROOT, TorchFile
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from latentwatch.arrays import F64
 from latentwatch.errors import WatchlistRefused
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.location import Location
 from latentwatch.watchlist.sources import About, Source, SourceOptions, refuse_architecture
-from latentwatch.watchlist.tensors import F64
 
 skops: Any = importlib.import_module("skops.io")  # optional and not typed
 

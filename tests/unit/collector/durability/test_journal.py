@@ -7,6 +7,7 @@ import errno
 import os
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from latentwatch.collector.pipeline import Pipeline
 from latentwatch.errors import StateRefused
 from latentwatch.names import Severity
 from latentwatch.step.batch import StepBatch
+from latentwatch.transport import codec
 from latentwatch.watchlist.file import Limit
 
-from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+from tests.support.streams import Schedule, hello, probe, received, sparse, tokens, watchlist
 
 FEATURES = (
     sparse("jailbreak", limit=Limit("max", 3.0), severity=Severity.CRITICAL),
@@ -66,7 +68,7 @@ def same(one: Pipeline, other: Pipeline) -> None:
 def run(sink: Any, steps: list[StepBatch], first: int = 1) -> None:
     """A second passes with each step; every third is followed by a tick."""
     for sequence, batch in enumerate(steps, start=first):
-        sink.observe(hello(), sequence, batch, 1000.0 + sequence)
+        sink.observe(hello(), received(sequence, batch), 1000.0 + sequence)
         sink.commit()
         if sequence % 3 == 0:
             sink.tick(1000.0 + sequence)
@@ -116,7 +118,7 @@ def test_a_journal_that_ends_anywhere_resumes_at_a_whole_batch_and_the_sender_fi
         held = sink.hello(hello(), 1000.0)
         assert renewed <= held <= len(steps)
         for sequence, batch in enumerate(steps[held:], start=held + 1):
-            sink.observe(hello(), sequence, batch, 1000.0 + sequence)
+            sink.observe(hello(), received(sequence, batch), 1000.0 + sequence)
         totals = [made.snapshot(0) for made in (whole, second)]
         assert np.array_equal(totals[0].engines[0].tokens, totals[1].engines[0].tokens)
         assert totals[0].engines[0].requests == totals[1].engines[0].requests
@@ -130,6 +132,23 @@ def killed(sink: DurableSink) -> None:
     """What the system does when a process is killed: its descriptors are closed, and nothing else."""
     os.close(sink._journal)
     os.close(sink._lock)
+
+
+def test_the_journal_holds_what_was_received_to_the_byte(tmp_path):
+    """Nothing is encoded again, so a field order or number format of another writer's does not matter."""
+    sink = DurableSink(pipeline(), tmp_path, 1000.0)
+    sink.hello(hello(), 1000.0)
+    came = received(1, batches(0)[0])
+    # The same fields with an empty column said first: a message as another protobuf library may write it.
+    padded = replace(came, message=b"\x12\x02\x08\x01" + came.message)
+    assert codec.decode_request(padded.message).sequence == 1
+    sink.observe(hello(), padded, 1001.0)
+    sink.commit()
+    (path,) = tmp_path.rglob("journal-*.log")
+    assert padded.message in path.read_bytes()
+    killed(sink)
+    again = pipeline()
+    assert DurableSink(again, tmp_path, 1002.0).hello(hello(), 1002.0) == 1
 
 
 def test_a_second_checkpoint_replaces_the_first_and_a_stop_leaves_no_journal_to_read(tmp_path):
@@ -250,7 +269,7 @@ def test_a_boot_that_was_forgotten_still_cannot_be_counted_twice():
 def test_a_clock_that_was_set_ends_no_request_and_keeps_none_for_ever():
     made = Pipeline(watchlist(FEATURES))
     made.hello(hello(), 1000.0)
-    made.observe(hello(), 1, batches(3)[0], 1000.0)
+    made.observe(hello(), received(1, batches(3)[0]), 1000.0)
     opened = made.snapshot(0).engines[0].open_requests
     assert opened
     made.shift_clock(86_400.0)

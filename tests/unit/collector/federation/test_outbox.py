@@ -19,11 +19,12 @@ from latentwatch.evidence.records import Activations, Ended, Exceedance, Record
 from latentwatch.names import Outcome, Severity
 from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE, StepBatch
 from latentwatch.transport import codec
+from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report, RequestRow
-from latentwatch.transport.session import Hello
+from latentwatch.transport.sink import ReceivedReport
 from latentwatch.watchlist.file import Limit
 
-from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+from tests.support.streams import Schedule, hello, probe, received, received_report, sparse, tokens, watchlist
 
 FEATURES = (
     sparse("jailbreak", limit=Limit("max", 3.0), severity=Severity.CRITICAL),
@@ -64,8 +65,8 @@ def carry(source: Pipeline, gateway: Pipeline, who: Hello, now: float = 2000.0, 
     for _ in range(1 + twice):
         for number, report in list(source.forward.reports):
             decoded = codec.decode_request(codec.encode_report(number, report))
-            assert isinstance(decoded, codec.NumberedReport)
-            gateway.merge(who, decoded.sequence, decoded.report, now)
+            assert isinstance(decoded, ReceivedReport)
+            gateway.merge(who, decoded, now)
     source.acknowledged(max((number for number, _ in source.forward.reports), default=0))
 
 
@@ -113,7 +114,7 @@ def test_a_gateway_shows_what_its_sidecars_counted(seed, data):
     for number in range(max(len(s) for s in steps)):
         for i in range(2):
             if number < len(steps[i]):
-                sources[i].observe(engines[i], number + 1, steps[i][number], 1000.0 + number)
+                sources[i].observe(engines[i], received(number + 1, steps[i][number]), 1000.0 + number)
             if data.draw(st.booleans()):
                 sources[i].tick(1000.0 + number)
             if data.draw(st.integers(0, 3)) == 0:
@@ -157,7 +158,7 @@ def test_an_engine_that_boots_again_behind_a_sidecar_leaves_no_open_requests_at_
     gateway, source = pipeline(), sidecar()
     gateway.hello(forwarder(), 1000.0)
     source.hello(hello(), 1000.0)
-    source.observe(hello(), 1, batches(3)[0], 1000.0)
+    source.observe(hello(), received(1, batches(3)[0]), 1000.0)
     source.tick(1001.0)
     carry(source, gateway, forwarder())
     assert gateway.snapshot(0).engines[0].open_requests > 0
@@ -174,14 +175,14 @@ def test_an_open_request_that_crossed_a_limit_can_be_looked_up_at_the_gateway_be
     source.hello(hello(), 1000.0)
     gateway.hello(forwarder(), 1000.0)
     for i, step in enumerate(steps[:-1], start=1):
-        source.observe(hello(), i, step, 1000.0)
+        source.observe(hello(), received(i, step), 1000.0)
     source.tick(1001.0)
     assert source.exceedances(1), "the seed was chosen so that a limit is crossed before the last step"
     carry(source, gateway, forwarder())
     (serial,) = gateway.find("chatcmpl-3-1-0123abcd")
     view = gateway.request(serial)
     assert view is not None and view.outcome == "open" and view.closed_seconds is None and view.exceeded_features
-    source.observe(hello(), len(steps), steps[-1], 1002.0)
+    source.observe(hello(), received(len(steps), steps[-1]), 1002.0)
     source.tick(1003.0)
     carry(source, gateway, forwarder())
     assert gateway.find("chatcmpl-3-1-0123abcd") == [serial]
@@ -201,7 +202,7 @@ def test_a_sidecar_that_ran_without_its_gateway_for_a_while_tells_it_what_it_mis
             alone = pipeline()
             alone.restore(source.state())
             source = alone
-        source.observe(hello(), i, step, 1000.0 + i)
+        source.observe(hello(), received(i, step), 1000.0 + i)
         if i == len(steps) - 2:
             again = sidecar(2)
             again.restore(source.state())
@@ -228,7 +229,7 @@ def test_a_gateway_that_is_away_costs_rows_beyond_the_bound_and_no_count():
                 opened=tuple(replace(o, handle=o.handle + 10 * second) for o in step.opened),
                 closed=tuple(replace(c, handle=c.handle + 10 * second) for c in step.closed),
             )
-            source.observe(hello(), sequence, moved, 1000.0 + second)
+            source.observe(hello(), received(sequence, moved), 1000.0 + second)
         source.tick(1000.0 + second)
     facts = source.snapshot(0).forward
     assert facts is not None and facts.waiting_reports == 8 and facts.waiting_bytes <= bounds.forward_bytes
@@ -249,7 +250,7 @@ def test_a_killed_sidecar_makes_the_same_reports_from_its_journal(tmp_path):
     first = DurableSink(made := sidecar(1), tmp_path, 1000.0)
     first.hello(hello(), 1000.0)
     for i, step in enumerate(steps, start=1):
-        first.observe(hello(), i, step, 1000.0 + i)
+        first.observe(hello(), received(i, step), 1000.0 + i)
         first.tick(1000.0 + i)
         if i == 4:
             first.acknowledged(3)
@@ -271,7 +272,7 @@ def test_a_request_that_is_deleted_waits_for_no_gateway():
     steps = batches(3)
     ended = [closed.request_id for step in steps for closed in step.closed]
     for i, step in enumerate(steps, start=1):
-        source.observe(hello(), i, step, 1000.0 + i)
+        source.observe(hello(), received(i, step), 1000.0 + i)
         if step is steps[-3]:
             source.tick(1050.0)
     for request_id in (ended[0], ended[-1]):
@@ -292,7 +293,7 @@ def test_a_gateways_evidence_has_the_exceedance_and_the_end_and_no_activations()
     source.hello(hello(), 1000.0)
     gateway.hello(forwarder(), 1000.0)
     for i, step in enumerate(batches(3), start=1):
-        source.observe(hello(), i, step, 1000.0 + i)
+        source.observe(hello(), received(i, step), 1000.0 + i)
     source.tick(1100.0)
     carry(source, gateway, forwarder())
     exceedances = [record for record in records if isinstance(record, Exceedance)]
@@ -305,7 +306,7 @@ def test_a_gateways_evidence_has_the_exceedance_and_the_end_and_no_activations()
 def refused(gateway: Pipeline, report: Report, who: Hello | None = None) -> StreamRefused:
     before = gateway.snapshot(0)
     with pytest.raises(StreamRefused) as refusal:
-        gateway.merge(who or forwarder(), 1, report, 2000.0)
+        gateway.merge(who or forwarder(), received_report(1, report), 2000.0)
     after = gateway.snapshot(0)
     assert repr(before.engines) == repr(after.engines) and before.replicas == after.replicas
     return refusal.value
@@ -315,7 +316,7 @@ def a_report(**changes: Any) -> Report:
     source = sidecar()
     source.hello(hello(), 1000.0)
     for i, step in enumerate(batches(3), start=1):
-        source.observe(hello(), i, step, 1000.0 + i)
+        source.observe(hello(), received(i, step), 1000.0 + i)
     source.tick(1100.0)
     assert source.forward is not None
     return replace(source.forward.reports[0][1], **changes)

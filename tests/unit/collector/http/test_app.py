@@ -16,12 +16,14 @@ from latentwatch.collector.pipeline import Pipeline
 from latentwatch.watchlist.file import Limit
 from starlette.testclient import TestClient
 
-from tests.support.streams import Schedule, hello, probe, sparse, tokens, watchlist
+from tests.page import answers
+from tests.support.streams import Schedule, hello, probe, received, sparse, tokens, watchlist
 
 FEATURES = (sparse("jailbreak", limit=Limit("max", 1.0)), probe("deceive", limit=Limit("rolling_mean", 0.1, 4)))
 EVIL = 'chatcmpl-<img src=x onerror="alert(1)">/../é-0123abcd'
 STATIC = Path(latentwatch.collector.__file__).parent / "http" / "static"
-SCRIPT = (STATIC / "page.js").read_text() + (STATIC / "details.js").read_text()
+MODULES = sorted(STATIC.glob("*.js"))
+SCRIPT = "".join(module.read_text() for module in MODULES)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def client() -> TestClient:
     requests = [tokens(rng, FEATURES, handle=h, total=30, prompt_tokens=10) for h in range(1, 4)]
     requests[0].request_id = EVIL
     for batch in Schedule.one_step(requests).batches(FEATURES):
-        pipeline.observe(hello(), 1, batch, 1000.0)
+        pipeline.observe(hello(), received(1, batch), 1000.0)
     app = make_app(pipeline, clock=lambda: 1001.0, process=lambda: ProcessFacts(1.0, 2, 3.0))
     return TestClient(app, raise_server_exceptions=True)
 
@@ -40,8 +42,7 @@ def client() -> TestClient:
 PATHS = [
     "/",
     "/page.css",
-    "/page.js",
-    "/details.js",
+    *(f"/{module.name}" for module in MODULES),
     "/metrics",
     "/healthz",
     "/openapi.json",
@@ -144,6 +145,7 @@ def test_features_carry_their_evidence_and_totals(client):
         ("/v1/exceedances", "Exceedances"),
         ("/v1/anomalies", "Anomalies"),
         ("/v1/requests", "Requests"),
+        ("/v1/drift", "Drifts"),
         ("/healthz", "Health"),
     ],
 )
@@ -182,32 +184,35 @@ def test_the_page_loads_nothing_from_elsewhere_and_holds_no_inline_code():
     links = [link for link in re.findall(r'(?:src|href)="([^"]+)"', html) if not link.startswith(("#", "data:"))]
     assert links and all(re.fullmatch(r"[\w./]+", link) and not link.startswith("/") for link in links)
     assert not re.search(r"<script(?![^>]*\bsrc=)|\son\w+=|\sstyle=|<style", html)
+    assert not re.search(r"""(?:from|import)\s*\(?["'](?!\./)""", SCRIPT)
     assert not re.search(r"url\(|@import", (STATIC / "page.css").read_text())
 
 
 def test_the_page_sets_text_from_outside_as_text_and_never_as_markup():
-    script = SCRIPT
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", SCRIPT)
 
 
 def test_every_element_that_the_script_looks_up_is_in_the_page():
-    html, script = (STATIC / "index.html").read_text(), SCRIPT
-    wanted = set(re.findall(r'\bat\("([\w-]+)"\)', script))
+    html = (STATIC / "index.html").read_text()
+    wanted = set(re.findall(r'\bat\("([\w-]+)"', SCRIPT))
     assert wanted <= set(re.findall(r'id="([\w-]+)"', html)) and len(wanted) > 15
 
 
-def test_every_field_that_the_script_reads_of_an_overview_is_in_the_answer(client):
-    script = (STATIC / "page.js").read_text()
-    answer = client.get("/v1/overview").json()
-    assert set(re.findall(r"\bview\.(\w+)", script)) - {"request_id"} <= set(answer)
-    assert set(re.findall(r"\bfeature\.(\w+)", script)) <= set(answer["features"][0]) | {
-        "statistic_position",
-        "position",
-    }
-    assert set(re.findall(r"\bengine\.(\w+)", script)) <= set(answer["engines"][0])
-    assert set(re.findall(r"\bevent\.(\w+)", script)) <= set(answer["exceedances"][0]) | {"preventDefault"}
-    request = client.get("/v1/requests").json()["requests"][0]
-    assert set(re.findall(r"\brequest\.(\w+)", script)) <= set(request)
+def test_the_types_that_the_script_is_checked_against_are_those_of_the_schema():
+    """`make page` checks every field that the script reads against them."""
+    same = answers.FILE.read_text() == answers.declarations(answers.document())
+    assert same, "the API has changed: run `python -m tests.page.answers`, then `make page`"
+
+
+def test_no_line_of_the_page_is_too_long_to_read():
+    long = [
+        f"{file.name}:{number}"
+        for file in STATIC.iterdir()
+        if file != answers.FILE
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert long == []
 
 
 def test_the_overview_of_1024_features_stays_small_enough_to_ask_for_every_two_seconds():

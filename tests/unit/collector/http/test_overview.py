@@ -12,7 +12,7 @@ from latentwatch.collector.pipeline import Pipeline
 from latentwatch.names import Severity, TokenState
 from latentwatch.watchlist.file import Limit
 
-from tests.support.streams import Schedule, Tokens, hello, probe, sparse, watchlist
+from tests.support.streams import Schedule, Tokens, hello, probe, received, sparse, watchlist
 
 ENGINE = Engine("pod-0/0", "toy", "0", "connected", "", "", 0.0, 0, "0.32.0", "0.1.0")
 SEEN = Verdict("ok", "Everything is seen", "")
@@ -102,7 +102,7 @@ def busy() -> Pipeline:
     act[2, 1], act[3, 2], act[4, 3] = 9.0, 5.0, 2.0
     state = np.array([TokenState.SCORED] * 5 + [TokenState.UNSEEN])
     batches = Schedule.one_step([Tokens(1, 2, act, state, np.ones((6, 1), np.float32))]).batches(FEATURES)
-    made.observe(hello(), 1, batches[0], 1000.0)
+    made.observe(hello(), received(1, batches[0]), 1000.0)
     return made
 
 

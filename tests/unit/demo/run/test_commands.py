@@ -6,6 +6,7 @@ import pytest
 import yaml
 from latentwatch.demo.run import commands, stack
 from latentwatch.errors import ConfigRefused
+from latentwatch.export import dashboards
 
 
 def test_missing_assets_are_named_and_the_way_to_build_them() -> None:
@@ -40,7 +41,7 @@ def test_prometheus_runs_with_every_rule_file_of_the_product(tmp_path: Path) -> 
 
 
 def test_the_demos_alertmanager_keeps_routes_and_inhibitions_and_replaces_every_receiver() -> None:
-    sample = yaml.safe_load((commands.dashboards() / "alertmanager.yml").read_text())
+    sample = yaml.safe_load((dashboards.folder() / "alertmanager.yml").read_text())
     config = commands.demo_alertmanager(sample, webhook_port=7)
     assert config["inhibit_rules"] == sample["inhibit_rules"]
     assert [route["receiver"] for route in config["route"]["routes"]] == ["dead-mans-switch", "pager"]
@@ -63,7 +64,7 @@ def test_an_installation_without_the_rules_goes_on_without_the_page_and_says_why
     monkeypatch.setattr(
         commands.latentwatch, "__file__", str(tmp_path / "site-packages" / "latentwatch" / "__init__.py")
     )
-    assert "Run the demo from a checkout" in stack.why_no_paging(wanted=True)
+    assert "run it from a checkout" in stack.why_no_paging(wanted=True)
 
 
 def test_the_compile_cache_is_kept_where_the_user_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.support.demo_run import BEGAN, a_run
 
 
 def broken(run: Run) -> set[str]:
-    return {check.name for check in run.checks() if not check.held}
+    return {check.name for check in run.checks() if not check.passed}
 
 
 def settled(run: Run, **states: int) -> Run:

@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from aiohttp import web
+import uvicorn
 from latentwatch.demo.run.traffic import Answer, AnswerFailed, Phases, Planned, Prompt, plan, read_prompts, send
 from latentwatch.errors import Refusal
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 ORDINARY = [Prompt(f"t{i}", ({"role": "user", "content": f"ordinary {i}"},), feared=False) for i in range(9)]
 FEARED = [Prompt("deceit", ({"role": "user", "content": f"feared {i}"},), feared=True) for i in range(5)]
@@ -74,7 +80,7 @@ class ChatServer:
         self.in_flight = self.most_in_flight = 0
         self.bodies: list[dict[str, Any]] = []
 
-    async def chat(self, request: web.Request) -> web.StreamResponse:
+    async def chat(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
         self.in_flight += 1
@@ -82,19 +88,20 @@ class ChatServer:
         await asyncio.sleep(0.02)
         self.in_flight -= 1
         if self.status != 200:
-            return web.Response(status=self.status, text="the engine is dead")
+            return PlainTextResponse("the engine is dead", self.status)
         identity = f"chatcmpl-{request.headers['X-Request-Id']}"
         if not body["stream"]:
             message = {"message": {"role": "assistant", "content": "one two three"}}
-            return web.json_response({"id": identity, "choices": [message], "usage": usage(3)})
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        for tokens, words in ((0, ""), (1, "one "), (3, "two three")):
-            chunk = {"id": identity, "choices": [{"delta": {"content": words}}], "usage": usage(tokens)}
-            await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
-        last = {"id": identity, "choices": [], "usage": usage(3)}
-        await response.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
-        return response
+            return JSONResponse({"id": identity, "choices": [message], "usage": usage(3)})
+        return StreamingResponse(chunks(identity), media_type="text/event-stream")
+
+
+async def chunks(identity: str) -> AsyncIterator[str]:
+    for tokens, words in ((0, ""), (1, "one "), (3, "two three")):
+        chunk = {"id": identity, "choices": [{"delta": {"content": words}}], "usage": usage(tokens)}
+        yield f"data: {json.dumps(chunk)}\n\n"
+    last = {"id": identity, "choices": [], "usage": usage(3)}
+    yield f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n"
 
 
 def usage(output: int) -> dict[str, int]:
@@ -105,19 +112,17 @@ def exchange(server: ChatServer, planned: list[Planned]) -> list[Answer]:
     """Send a plan to a chat server on a free port."""
 
     async def both() -> list[Answer]:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", server.chat)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        try:
-            site = web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            port = runner.addresses[0][1]
-            answers: list[Answer] = []
-            await send(planned, f"http://127.0.0.1:{port}", "m", on_answer=answers.append)
-            return answers
-        finally:
-            await runner.cleanup()
+        app = Starlette(routes=[Route("/v1/chat/completions", server.chat, methods=["POST"])])
+        serving = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            task = asyncio.create_task(serving.serve([listener]))
+            try:
+                answers: list[Answer] = []
+                await send(planned, f"http://127.0.0.1:{listener.getsockname()[1]}", "m", on_answer=answers.append)
+                return answers
+            finally:
+                serving.should_exit = True
+                await task
 
     return asyncio.run(both())
 

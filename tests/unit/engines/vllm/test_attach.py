@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from latentwatch.engines.vllm.attach import Attachment, _stake
+from latentwatch.engines.vllm.attach import Attachment, _as_the_sender_sees_it
 from latentwatch.engines.vllm.settings import PluginSettings
+from latentwatch.handover.exporter_config import WatchedFeature
 from latentwatch.names import Severity
 from latentwatch.watchlist.file import Limit
 
@@ -96,14 +96,17 @@ def test_no_rank_makes_a_forward_alone_and_only_a_compiled_graph_must_have_shown
 
 
 @pytest.mark.parametrize(
-    ("feature", "stake"),
+    ("feature", "seen"),
     [
-        (sparse("a", limit=Limit("max", 3.0), severity=Severity.CRITICAL), ("critical", 3.0, False)),
-        (sparse("b"), ("warning", -math.inf, False)),
-        (probe("c", limit=Limit("rolling_mean", 0.5, 4)), ("critical", 0.5, True)),
-        (probe("d"), ("critical", math.inf, True)),
+        (
+            sparse("a", limit=Limit("max", 3.0), severity=Severity.CRITICAL),
+            WatchedFeature(Severity.CRITICAL, 3.0, False),
+        ),
+        (sparse("b"), WatchedFeature(Severity.WARNING, -math.inf, False)),
+        (probe("c", limit=Limit("rolling_mean", 0.5, 4)), WatchedFeature(Severity.CRITICAL, 0.5, True)),
+        (probe("d"), WatchedFeature(Severity.CRITICAL, math.inf, True)),
     ],
     ids=["limit", "sparse without one", "rolling mean", "dense without one"],
 )
-def test_the_exporter_is_told_whose_scores_to_shed_last(feature, stake):
-    assert json.loads(json.dumps(_stake(feature))) == list(stake)
+def test_the_exporter_is_told_whose_scores_to_shed_last(feature, seen):
+    assert _as_the_sender_sees_it(feature) == seen

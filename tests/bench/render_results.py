@@ -1,4 +1,8 @@
-"""Tables of README and docs, from the files that hold the figures: `python -m tests.bench.readme [--check]`."""
+"""Tables of docs/results.md and docs/metrics.md, from the files and the table that hold what they show.
+
+python -m tests.bench.render_results            # write
+python -m tests.bench.render_results --check    # exit code 1 where one is stale
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,15 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from latentwatch.export.metrics import METRICS
 
 from tests.support.engines import ROOT
 
-README = ROOT / "README.md"
+RESULTS_PAGE = ROOT / "docs/results.md"
+METRICS_PAGE = ROOT / "docs/metrics.md"
 RESULTS = ROOT / "tests/bench/results"
 
 
@@ -22,8 +28,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def _result(name: str) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return read
+
+
+def _made(result: dict[str, Any]) -> str:
+    """Where and when the figures of a result file were taken."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{result['hardware']}, {result['date']}; {versions}."
+
+
 def step_time() -> str:
-    result = json.loads((RESULTS / "step-time.json").read_text())
+    result = _result("step-time")
     rows = [
         [
             row["model"],
@@ -34,11 +51,10 @@ def step_time() -> str:
         ]
         for row in result["rows"]
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     watched = sorted({(row["model"], row["features"], row["pairs"]) for row in result["rows"]})
     run = "; ".join(f"{model}: {features} features, {pairs} pairs a row" for model, features, pairs in watched)
     header = ["model", "concurrent requests", "step, off", "median ratio", "p20 to p80"]
-    return f"{table(header, rows)}\n\n{run}, {result['hardware']}, {result['date']}; {versions}."
+    return f"{table(header, rows)}\n\n{run}, {_made(result)}"
 
 
 def probes() -> str:
@@ -56,7 +72,7 @@ def probes() -> str:
 
 
 def evidence() -> str:
-    result = json.loads((RESULTS / "evidence.json").read_text())
+    result = _result("evidence")
     header = ["exceedances", "offered", "written", "per CPU second", "look-up p50", "p99", "CPU p99", "deletion"]
     rows = [
         [
@@ -72,13 +88,12 @@ def evidence() -> str:
         for row in result["rows"]
     ]
     loads = [row[name] for row in result["rows"] for name in ("load_average_before", "load_average_after")]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     load = f"load average of the machine {min(loads)} to {max(loads)}"
-    return f"{table(header, rows)}\n\n{result['hardware']}, {load}, {result['date']}; {versions}."
+    return f"{table(header, rows)}\n\n{_made(result | {'hardware': result['hardware'] + ', ' + load})}"
 
 
 def page() -> str:
-    result = json.loads((RESULTS / "page.json").read_text())
+    result = _result("page")
     header = ["page", "features", "empty", "at start", "at the end", "largest", "proportional, largest"]
     rows = [
         [
@@ -94,14 +109,8 @@ def page() -> str:
     return f"{table(header, rows)}\n\n{shown}, {result['load_seconds_max']:.2f} s at most; {load}. {_made(result)}"
 
 
-def _made(result: dict[str, Any]) -> str:
-    """Where and when the figures of a result file were taken."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"{result['hardware']}, {result['date']}; {versions}."
-
-
 def chaos() -> str:
-    result = json.loads((RESULTS / "chaos.json").read_text())
+    result = _result("chaos")
     columns = ("fault", "faults", "sent", "merged", "shed", "lost", "doubled")
     rows = [
         [*(f"{row[name]:,}" if name != "fault" else row[name] for name in columns), _ratio(row["step_time_ratio"])]
@@ -116,7 +125,7 @@ def _ratio(value: float | None) -> str:
 
 
 def collector() -> str:
-    result = json.loads((RESULTS / "collector.json").read_text())
+    result = _result("collector")
     rows = [
         [
             str(row["features"]),
@@ -138,81 +147,82 @@ def collector() -> str:
 
 
 def drift() -> str:
-    result = json.loads((RESULTS / "drift.json").read_text())
-    silent = [
+    result = _result("drift")
+    nulls = table(["no drift", "pages", "feature-months", "a month (95 %)", "CUSUM", "PSI"], _silent(result["nulls"]))
+    header = ["drift", "found", "median minutes", "median tokens", "best other, minutes"]
+    milliseconds = result["update_ms_1024_features_64_replicas"]
+    update = f"A window of 1,024 features on 64 replicas takes {milliseconds:.0f} ms of one core"
+    return f"{nulls}\n\n{table(header, _found(result['drifts']))}\n\n{update}; {_made(result)}"
+
+
+def _silent(nulls: list[dict[str, Any]]) -> list[list[str]]:
+    """Traffic without drift: how often each detector pages all the same."""
+    return [
         [
             row["name"],
             str(row["pages"]),
             f"{row['feature_months']:g}",
             f"{row['false_pages_per_month']:.2f} ({row['ci95'][0]:.2f} to {row['ci95'][1]:.2f})",
-            f"{_of(result['nulls'], row, 'CUSUM', 'false_pages_per_month'):,.0f}",
-            f"{_of(result['nulls'], row, 'PSI', 'false_pages_per_month'):,.0f}",
+            f"{_of(nulls, row, 'CUSUM', 'false_pages_per_month'):,.0f}",
+            f"{_of(nulls, row, 'PSI', 'false_pages_per_month'):,.0f}",
         ]
-        for row in result["nulls"]
+        for row in nulls
         if row["detector"] == "latentwatch"
     ]
-    found = [
+
+
+def _found(drifts: list[dict[str, Any]]) -> list[list[str]]:
+    """Traffic that drifts: how often it is found, and when."""
+    return [
         [
             row["name"],
             f"{row['found_fraction']:.0%}",
             _shown(row["median_delay_minutes"]),
             _shown(row["median_delay_tokens"]),
-            _best_other(result["drifts"], row["name"]),
+            _best_other(drifts, row["name"]),
         ]
-        for row in result["drifts"]
+        for row in drifts
         if row["detector"] == "latentwatch"
     ]
-    nulls = table(["no drift", "pages", "feature-months", "a month (95 %)", "CUSUM", "PSI"], silent)
-    header = ["drift", "found", "median minutes", "median tokens", "best other, minutes"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    run = f"{result['hardware']}, {result['date']}; {versions}"
-    milliseconds = result["update_ms_1024_features_64_replicas"]
-    update = f"A window of 1,024 features on 64 replicas takes {milliseconds:.0f} ms of one core"
-    return f"{nulls}\n\n{table(header, found)}\n\n{update}; {run}."
 
 
 def drift_real() -> str:
-    result = json.loads((RESULTS / "drift-real.json").read_text())
-    seen, heldout = result["population"], result["heldout"]
-    simulated = seen["simulated"]
-
-    def spread(values: list[float]) -> str:
-        return " to ".join(f"{value:.3g}" for value in (values[0], values[2], values[4]))
-
-    assumed = [
-        [
-            "share of requests that fire",
-            "share_of_requests_that_fire",
-            spread(simulated["share_of_requests_that_fire"]),
-        ],
-        ["dispersion of counts", "dispersion", " or ".join(f"{value:g}" for value in simulated["dispersion"])],
-        ["standard deviation of the value's logarithm", "sd_of_log_value", f"{simulated['sd_of_log_value']:g}"],
-        ["tokens that fire in such a request", "tokens_per_active_request", "-"],
-    ]
-    header = [f"of {seen['sparse_features']} SAE features: 5 %, median, 95 %", "measured", "simulated"]
-    population = table(header, [[label, spread(seen[name]), other] for label, name, other in assumed])
-    topics = list(dict.fromkeys(row["topic"] for row in result["incidents"]))
-    incidents = [
-        [
-            topic.replace("_", " "),
-            *(_incident(row) for row in sorted(result["incidents"], key=lambda r: r["share"]) if row["topic"] == topic),
-        ]
-        for topic in topics
-    ]
+    result = _result("drift-real")
+    heldout = result["heldout"]
     held = (
         f"Held-out ordinary traffic: {heldout['pages']} pages in {heldout['requests']:,} requests as they came, "
         f"{heldout['resampled_pages']} in {heldout['resampled_months']:g} months drawn from them "
         f"({heldout['ci95'][0]:.2f} to {heldout['ci95'][1]:.2f} a month, 95 %)."
     )
-    return "\n\n".join(
-        (
-            population,
-            held,
-            table(["act, and its share of traffic", "0.1 %", "1 %", "10 %"], incidents),
-            _changed_weights(result["models"]),
-            _made(result),
-        )
-    )
+    parts = (_population(result["population"]), held, _incidents(result["incidents"]))
+    return "\n\n".join((*parts, _changed_weights(result["models"]), _made(result)))
+
+
+def _population(seen: dict[str, Any]) -> str:
+    """What the simulation assumes of features, beside what the demo model's are like."""
+    simulated = seen["simulated"]
+
+    def spread(values: list[float]) -> str:
+        return " to ".join(f"{value:.3g}" for value in (values[0], values[2], values[4]))
+
+    share = "share_of_requests_that_fire"
+    assumed = [
+        ["share of requests that fire", share, spread(simulated[share])],
+        ["dispersion of counts", "dispersion", " or ".join(f"{value:g}" for value in simulated["dispersion"])],
+        ["standard deviation of the value's logarithm", "sd_of_log_value", f"{simulated['sd_of_log_value']:g}"],
+        ["tokens that fire in such a request", "tokens_per_active_request", "-"],
+    ]
+    header = [f"of {seen['sparse_features']} SAE features: 5 %, median, 95 %", "measured", "simulated"]
+    return table(header, [[label, spread(seen[name]), other] for label, name, other in assumed])
+
+
+def _incidents(rows: list[dict[str, Any]]) -> str:
+    by_share = sorted(rows, key=lambda row: row["share"])
+    shown = [
+        [topic.replace("_", " "), *(_incident(row) for row in by_share if row["topic"] == topic)]
+        for topic in dict.fromkeys(row["topic"] for row in rows)
+    ]
+    return table(["act, and its share of traffic", "0.1 %", "1 %", "10 %"], shown)
 
 
 def _changed_weights(models: list[dict[str, Any]]) -> str:
@@ -262,7 +272,7 @@ def _best_other(rows: list[dict[str, Any]], name: str) -> str:
 
 
 def accounting() -> str:
-    result = json.loads((RESULTS / "accounting.json").read_text())
+    result = _result("accounting")
     rows = [
         [
             row["mode"],
@@ -286,16 +296,17 @@ def _largest_error(row: dict[str, Any]) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "accounting": accounting,
     "step-time": step_time,
-    "evidence": evidence,
-    "page": page,
-    "probes": probes,
     "chaos": chaos,
     "collector": collector,
+    "evidence": evidence,
+    "page": page,
     "drift": drift,
     "drift-real": drift_real,
-    "accounting": accounting,
+    "probes": probes,
 }
+"""The tables of docs/results.md, by the name of the comments that they stand between."""
 
 
 def metrics() -> str:
@@ -306,37 +317,31 @@ def metrics() -> str:
     return table(["metric", "kind", "labels", "what it says"], rows)
 
 
-METRICS_PAGE = ROOT / "docs/metrics.md"
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {RESULTS_PAGE: BLOCKS, METRICS_PAGE: {"metrics": metrics}}
 
 
-def rendered_metrics(text: str) -> str:
-    """The text of docs/metrics.md with its table rendered anew."""
-    return re.sub(
-        "(<!-- metrics -->\n).*?(<!-- /metrics -->)", lambda m: f"{m[1]}{metrics()}\n{m[2]}", text, flags=re.DOTALL
-    )
-
-
-def rendered(text: str) -> str:
-    """README's text with every block rendered anew."""
-    for name, block in BLOCKS.items():
+def rendered(page: Path) -> str:
+    """The page's text with each of its tables rendered anew."""
+    text = page.read_text()
+    for name, block in PAGES[page].items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        assert pattern.search(text), f"README has no block {name}"
+        assert pattern.search(text), f"{page.name} has no block {name}"
         body = block()
         text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
     return text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where README is stale")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a page is stale")
     check = parser.parse_args().check
-    stale = False
-    for path, render in ((README, rendered), (METRICS_PAGE, rendered_metrics)):
-        text = path.read_text()
-        stale |= (new := render(text)) != text
-        if not check:
-            path.write_text(new)
-    return int(check and stale)
+    stale = [page for page in PAGES if rendered(page) != page.read_text()]
+    for page in stale:
+        if check:
+            print(f"{page.relative_to(ROOT)} is stale: run python -m tests.bench.render_results")
+        else:
+            page.write_text(rendered(page))
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

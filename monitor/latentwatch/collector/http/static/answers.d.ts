@@ -1,0 +1,300 @@
+// Generated from the collector's OpenAPI document by `python -m tests.page.answers`; do not edit.
+export interface Answers {
+  "/v1/overview": Overview;
+  "/v1/features": Features;
+  "/v1/drift": Drifts;
+  "/v1/requests/{request_id}": Requests;
+  "/v1/evidence/requests/{request_id}": EvidenceRequests;
+}
+
+/** One detector of one feature above its limit, and what is known about it. */
+export interface Alarm {
+  feature: string;
+  kind: string;
+  direction: "up" | "down";
+  log10_evalue: number;
+  log10_limit: number;
+  since_seconds: number;
+  rate_ratio: number | null;
+  rate_ratio_low: number | null;
+  rate_ratio_high: number | null;
+  replica: string;
+  partner: string;
+  canary_moved: boolean | null;
+  requests: TopRequest[];
+  text: string;
+}
+
+/** Tokens since the collector started, and how many of them were seen lately. */
+export interface Coverage {
+  tokens: Record<string, number>;
+  missing: Record<string, number>;
+  seen_ratio: number | null;
+  recent_seen_ratio: number | null;
+  tokens_per_second: number;
+}
+
+/** One feature against its baseline. */
+export interface DriftOfFeature {
+  feature: string;
+  rate_ratio: number | null;
+  log10_evalue: Record<string, number>;
+}
+
+/** One model against its baseline. */
+export interface DriftOfModel {
+  model_name: string;
+  armed: boolean;
+  reason: string;
+  baseline_sha256: string;
+  baseline_created_seconds: number;
+  windows: number;
+  requests: number;
+  excluded_windows: number;
+  log10_limit: Record<string, number>;
+  alarms: Alarm[];
+  features: DriftOfFeature[];
+}
+
+/** Drift of every model that streams here. */
+export interface Drifts {
+  models: DriftOfModel[];
+}
+
+/** One engine process. */
+export interface Engine {
+  replica: string;
+  model_name: string;
+  engine: string;
+  state: "connected" | "not armed" | "disconnected";
+  reason: string;
+  text: string;
+  last_seen_seconds_ago: number;
+  open_requests: number;
+  engine_version: string;
+  plugin_version: string;
+}
+
+/** Requests that are kept, newest first. */
+export interface EvidenceRequests {
+  requests: StoredRequest[];
+}
+
+/** The first time that a request's statistic for a feature went above its limit. */
+export interface Exceedance {
+  seconds: number;
+  request_id: string;
+  response_id: string;
+  model_name: string;
+  feature: string;
+  label: string;
+  severity: Severity;
+  phase: "prompt" | "output";
+  position: number;
+  value: number;
+  limit: number;
+  peak: number;
+  trace_id: string;
+  tail_probability: number | null;
+}
+
+/** One feature of one request. */
+export interface FeatureOfRequest {
+  feature: string;
+  label: string;
+  severity: Severity;
+  units: string;
+  max: number;
+  position: number;
+  fired_tokens: number;
+  statistic: number | null;
+  statistic_position: number | null;
+  limit: number | null;
+  exceeded: boolean;
+}
+
+/** One feature over the windows shown, oldest first. */
+export interface FeatureSeries {
+  feature: string;
+  label: string;
+  severity: Severity;
+  hook_point: string;
+  kind: string;
+  units: string;
+  limit: number | null;
+  statistic: string;
+  exceedances: number;
+  recent_exceedances: number;
+  fired_ratio: number | null;
+  peak: number | null;
+  series: (number | null)[];
+}
+
+/** One feature, as the watchlist describes it and as this collector counted it over all models. */
+export interface FeatureTotals {
+  id: string;
+  label: string;
+  severity: string;
+  hook_point: string;
+  kind: string;
+  gate: string;
+  units: string;
+  limit: Limit | null;
+  skip_first_positions: number;
+  source: Record<string, unknown>;
+  evidence: Record<string, unknown>;
+  fired_tokens: number;
+  requests: number;
+  exceedances: number;
+}
+
+/** The watchlist's features with their totals. */
+export interface Features {
+  watchlist: string;
+  sha256: string;
+  features: FeatureTotals[];
+}
+
+/** A request exceeds the limit when the statistic of its activations goes above `value`. */
+export interface Limit {
+  statistic: string;
+  value: number;
+  window_tokens: number;
+  phase: string;
+}
+
+/** One refresh of the page. */
+export interface Overview {
+  now: number;
+  version: string;
+  watchlist: string;
+  watchlist_sha256: string;
+  watchlist_notes: string;
+  wrong: Verdict;
+  seen: Verdict;
+  coverage: Coverage;
+  open_requests: number;
+  requests: Record<string, number>;
+  window_seconds: number;
+  window_end: number;
+  tokens_seen: number[];
+  tokens_missed: number[];
+  features: FeatureSeries[];
+  features_found: number;
+  features_total: number;
+  exceedances: Exceedance[];
+  engines: Engine[];
+}
+
+/** One request, open or closed. */
+export interface RequestView {
+  request_id: string;
+  response_id: string;
+  replica: string;
+  model_name: string;
+  engine: string;
+  adapter: string;
+  trace_id: string;
+  outcome: "open" | "finished" | "aborted" | "lost";
+  opened_seconds: number;
+  closed_seconds: number | null;
+  opening_seen: boolean;
+  prompt_tokens: number | null;
+  output_tokens: number | null;
+  total_tokens: number | null;
+  tokens: Record<string, number>;
+  exceeded_features: number;
+  features: FeatureOfRequest[];
+  features_left_out: number;
+}
+
+/** Requests that this collector holds. */
+export interface Requests {
+  requests: RequestView[];
+}
+
+/** How much a person should care when a feature exceeds its limit. `none` features are context only. */
+export type Severity = "critical" | "warning" | "info" | "none";
+
+/** What is kept of one feature over the positions of a request, by position. */
+export interface StoredActivations {
+  feature: string;
+  label: string;
+  severity: string;
+  units: string;
+  limit: number | null;
+  dense: boolean;
+  positions: number[];
+  values: number[];
+}
+
+/** The first time that a request's statistic for a feature went above its limit. */
+export interface StoredExceedance {
+  seconds: number;
+  request_id: string;
+  response_id: string;
+  trace_id: string;
+  model_name: string;
+  feature: string;
+  label: string;
+  severity: string;
+  phase: string;
+  position: number;
+  value: number;
+  limit: number;
+}
+
+/** One feature in the summary of a request that ended. */
+export interface StoredFeature {
+  feature: string;
+  label: string;
+  severity: string;
+  units: string;
+  max: number;
+  position: number;
+  fired_tokens: number;
+  statistic: number | null;
+  limit: number | null;
+  exceeded: boolean;
+}
+
+/** One request, as the evidence knows it. */
+export interface StoredRequest {
+  key: number;
+  request_id: string;
+  response_id: string;
+  trace_id: string;
+  replica: string;
+  model_name: string;
+  engine: string;
+  adapter: string;
+  watchlist: string;
+  watchlist_sha256: string;
+  outcome: string;
+  opened_seconds: number;
+  closed_seconds: number | null;
+  opening_seen: boolean;
+  prompt_tokens: number | null;
+  output_tokens: number | null;
+  total_tokens: number | null;
+  tokens: Record<string, number>;
+  exceedances: StoredExceedance[];
+  features: StoredFeature[];
+  features_left_out: number;
+  activations: StoredActivations[];
+  activations_lost: number;
+}
+
+/** A request that showed much of a feature. */
+export interface TopRequest {
+  request_id: string;
+  value: number;
+  seconds: number;
+}
+
+/** An answer in words. */
+export interface Verdict {
+  level: "ok" | "waiting" | "attention" | "problem";
+  headline: string;
+  detail: string;
+}

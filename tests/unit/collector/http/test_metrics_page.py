@@ -1,0 +1,148 @@
+"""/metrics under many scrapers: the loop goes on, few wait, and none harms another."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import urllib.request
+
+import pytest
+from latentwatch.collector.http import metrics_page
+from latentwatch.collector.http.app import make_app
+from latentwatch.collector.http.metrics_page import Busy, MetricsPage
+from latentwatch.collector.metrics_families import ProcessFacts
+from latentwatch.collector.pipeline import Pipeline
+from latentwatch.export.families import Family
+from latentwatch.export.metrics import Metric
+from starlette.testclient import TestClient
+
+from tests.support.collectors import collector
+from tests.support.streams import sparse, watchlist
+
+THINGS = Metric("latentwatch_things_total", "counter", (), "Things.")
+
+
+class Slow:
+    """Families that are there once `go` is set; `asked` counts pages that were begun."""
+
+    def __init__(self):
+        self.asked, self.go, self.threads = 0, threading.Event(), set()
+
+    def __call__(self):
+        self.asked += 1
+        return self._families(self.asked)
+
+    def _families(self, value):
+        self.threads.add(threading.current_thread().name)
+        self.go.wait(10)
+        yield Family(THINGS, ((),), [value])
+
+
+async def settled():
+    for _ in range(10):
+        await asyncio.sleep(0.001)
+
+
+def test_the_loop_goes_on_while_a_page_is_made():
+    async def scene():
+        slow = Slow()
+        asked = asyncio.create_task(MetricsPage(slow).render(open_metrics=False))
+        await settled()  # would not return if the page were made in the loop
+        assert not asked.done()
+        slow.go.set()
+        assert b"latentwatch_things_total 1.0\n" in await asked
+        assert slow.threads == {"metrics_0"}
+
+    asyncio.run(scene())
+
+
+def test_one_page_is_made_at_a_time_each_as_of_its_own_turn():
+    async def scene():
+        slow = Slow()
+        page = MetricsPage(slow)
+        asked = [asyncio.create_task(page.render(open_metrics=False)) for _ in range(3)]
+        await settled()
+        assert slow.asked == 1, "the moment of a page is when its turn comes, and one moment is in memory"
+        slow.go.set()
+        assert [made.split()[-1] for made in await asyncio.gather(*asked)] == [b"1.0", b"2.0", b"3.0"]
+
+    asyncio.run(scene())
+
+
+def test_whoever_would_wait_for_too_long_is_told_so_at_once(monkeypatch):
+    monkeypatch.setattr(metrics_page, "_MOST_AT_ONCE", 2)
+
+    async def scene():
+        slow = Slow()
+        page = MetricsPage(slow)
+        asked = [asyncio.create_task(page.render(open_metrics=False)) for _ in range(2)]
+        await settled()
+        with pytest.raises(Busy, match="2 others"):
+            await page.render(open_metrics=False)
+        slow.go.set()
+        await asyncio.gather(*asked)
+        assert await page.render(open_metrics=False), "and there is room again"
+
+    asyncio.run(scene())
+
+
+def test_a_scraper_that_hangs_up_leaves_its_place_to_others(monkeypatch):
+    monkeypatch.setattr(metrics_page, "_MOST_AT_ONCE", 2)
+
+    async def scene():
+        slow = Slow()
+        page = MetricsPage(slow)
+        for _ in range(5):
+            asked = asyncio.create_task(page.render(open_metrics=False))
+            await settled()
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+        slow.go.set()
+        assert await page.render(open_metrics=False)
+
+    asyncio.run(scene())
+
+
+def test_a_scrape_that_fails_fails_alone():
+    facts = iter([OSError("no /proc here"), ProcessFacts(1.0, 2, 3.0), ProcessFacts(1.0, "?", 3.0), None])
+
+    def process():
+        fact = next(facts) or ProcessFacts(1.0, 2, 3.0)
+        if isinstance(fact, Exception):
+            raise fact
+        return fact
+
+    app = make_app(Pipeline(watchlist((sparse("f"),))), clock=lambda: 1.0, process=process)
+    client = TestClient(app, raise_server_exceptions=False)
+    assert [client.get("/metrics").status_code for _ in range(4)] == [500, 200, 500, 200]
+
+
+def test_a_busy_collector_answers_503_and_when_to_come_again(monkeypatch):
+    monkeypatch.setattr(metrics_page, "_MOST_AT_ONCE", 0)
+    app = make_app(Pipeline(watchlist((sparse("f"),))), clock=lambda: 1.0, process=lambda: ProcessFacts(1.0, 2, 3.0))
+    answer = TestClient(app).get("/metrics")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "scrape_interval" in answer.json()["detail"]
+
+
+@pytest.mark.e2e
+def test_scrapers_that_do_not_read_hold_nobody_up(tmp_path):
+    """More of them than pages are made at once; each page is larger than what a socket takes unread."""
+    with collector(tmp_path, tuple(sparse(f"f{i}") for i in range(512))) as made:
+        host, port = made.http_url.removeprefix("http://").split(":")
+        idle = [socket.socket() for _ in range(metrics_page._MOST_AT_ONCE + 2)]
+        for each in idle:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            each.connect((host, int(port)))
+            each.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        with urllib.request.urlopen(f"{made.http_url}/healthz", timeout=10) as answer:
+            assert answer.status == 200
+        for each in idle:
+            each.settimeout(20)
+            assert each.recv(12).startswith(b"HTTP/1.1 ")
+        with urllib.request.urlopen(f"{made.http_url}/metrics", timeout=10) as answer:
+            assert answer.read().endswith(b"\n")
+        for each in idle:
+            each.close()
