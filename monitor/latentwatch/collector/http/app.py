@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Annotated, Any, Final
@@ -21,6 +21,7 @@ from fastapi.responses import StreamingResponse
 
 from latentwatch import __version__
 from latentwatch.collector.evidence import Evidence
+from latentwatch.collector.http.asgi import HEADERS, Asgi, Message, Receive, Send
 from latentwatch.collector.http.evidence_api import add_evidence
 from latentwatch.collector.http.metrics_page import Busy, MetricsPage
 from latentwatch.collector.http.overview import Overview, overview
@@ -34,22 +35,6 @@ from latentwatch.export.prometheus import negotiate
 from latentwatch.watchlist.file import MAX_FEATURES, Limit
 
 _PAGE_MEDIA: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-HEADERS: Final = (
-    (
-        b"content-security-policy",
-        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    ),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cache-control", b"no-store"),
-)
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 @dataclasses.dataclass(frozen=True)

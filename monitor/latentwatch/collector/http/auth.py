@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from latentwatch.collector.http.app import HEADERS, Asgi, Message, Receive, Send
+from latentwatch.collector.http.asgi import HEADERS, Asgi, Message, Receive, Send
 from latentwatch.transport.credentials import Tokens
 
 _CHALLENGE: Final = (

@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from latentwatch.collector.http.app import Asgi, Message, Receive, Send
+from latentwatch.collector.http.asgi import Asgi, Message, Receive, Send
 from latentwatch.errors import ConfigRefused
 from latentwatch.transport.address import Address, cannot_listen
 from latentwatch.transport.credentials import ServerTls

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from latentwatch.cli import main
 from latentwatch.collector.http import server
-from latentwatch.collector.http.app import HEADERS
+from latentwatch.collector.http.asgi import HEADERS
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.transport.credentials import ServerTls
 from latentwatch.watchlist import file as watchlist_file

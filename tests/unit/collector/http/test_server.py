@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from latentwatch.collector.http import server
-from latentwatch.collector.http.app import Message, Receive, Send
+from latentwatch.collector.http.asgi import Message, Receive, Send
 from latentwatch.collector.http.server import HttpServer
 from latentwatch.transport.credentials import ServerTls
 
