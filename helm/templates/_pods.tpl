@@ -57,14 +57,14 @@ seccompProfile:
 {{- end }}
 {{- end -}}
 
-{{/* Args: what it is for; name of the Secret; its keys; whether it is optional. The files belong to root, and a patched pod may have no
-     group of ours, so everyone in the containers that mount it may read them; but not the Secrets of evidence, which the collector
-     refuses when everyone may. */}}
+{{/* Args: what it is for; name of the Secret; its keys; whether it is optional. The files belong to root. Those with a secret are for root
+     and, where the pod has an `fsGroup`, for that group, to which the kubelet opens them; latentwatch refuses them when everyone may read.
+     Certificates are for everyone in the containers that mount them: a patched pod may have no group of ours. */}}
 {{- define "latentwatch.secretVolume" -}}
 - name: latentwatch-{{ index . 0 }}
   secret:
     secretName: {{ index . 1 }}
-    defaultMode: {{ ternary "0440" "0444" (hasPrefix "evidence-" (index . 0)) }}
+    defaultMode: {{ ternary "0444" "0400" (has (index . 0) (list "tls" "forward-ca")) }}
     {{- if index . 3 }}
     optional: true
     {{- end }}

@@ -1,30 +1,72 @@
-"""Files that hold a secret: read only where nobody else may read them."""
+"""Files that hold a secret: the one way to read and to write them.
+
+A file of this user is for this user alone. One of another user, such as root's in a Kubernetes Secret, can only be read
+through a group or by everyone; the group is taken, everyone is not. (The rule by which PostgreSQL reads its TLS keys.)
+A container that runs as root sees the same Secret as a file of its own; there it is the pod's group that tells it.
+
+Links are followed, since Kubernetes puts two before each Secret; what counts is the file that is opened.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 from latentwatch.errors import ConfigRefused
 
+TOKEN_UNUSABLE: Final = "token_unusable"  # noqa: S105, a reason
+MIN_TOKEN_CHARACTERS: Final = 16
+MIN_KEY_BYTES: Final = 16
+MAX_BYTES: Final = 1 << 16
+"""Some thousand keys; what is larger is another file."""
+
 
 def read(path: Path, what: str, reason: str) -> bytes:
-    """The file's content without surrounding space. Raises: ConfigRefused: missing, or open to others.
-
-    A file of this user is for this user alone. One of another user, such as root's in a Kubernetes Secret, can only be
-    read through a group or by everyone; the group is taken. (The rule by which PostgreSQL reads its TLS keys.)
-    """
+    """The file's content without surrounding space. Raises ConfigRefused: missing, too large, or open to others."""
     try:
-        content, status = path.read_bytes().strip(), path.stat()
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise refuse(
-            path, what, error.strerror or str(error), "Give a file that this user can read.", reason
-        ) from error
-    own = status.st_uid == os.geteuid()
-    if status.st_mode & (0o077 if own else 0o037):
+        found = error.strerror or str(error)
+        raise refuse(path, what, found, "Give a file that this user can read.", reason) from error
+    right = right_mode(status.st_uid, status.st_gid, os.geteuid(), os.getegid())
+    if status.st_mode & 0o777 & ~(right | 0o700):
         found = f"others may read it (mode {status.st_mode & 0o777:o})"
-        raise refuse(path, what, found, f"Run: chmod {'600' if own else '440'} {path}", reason)
-    return content
+        raise refuse(path, what, found, f"Run: chmod {right:o} {path}", reason)
+    if len(content) > MAX_BYTES:
+        raise refuse(path, what, f"it has more than {MAX_BYTES} bytes", "Give the file with the secret alone.", reason)
+    return content.strip()
+
+
+def right_mode(owner: int, group: int, user: int, user_group: int) -> int:
+    """What the mode may be at most, but for bits of the owner, of a file with this owner and group, for this user."""
+    through_group = owner != user or (user == 0 and group != user_group)
+    return 0o440 if through_group else 0o600
+
+
+def read_token(path: Path, what: str = "token file", reason: str = TOKEN_UNUSABLE) -> str:
+    """The bearer token in a file: one word. Raises ConfigRefused."""
+    token = read(path, what, reason)
+    if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or len(token.split()) != 1:
+        instead = f"Write one word of at least {MIN_TOKEN_CHARACTERS} ASCII characters there, e.g. of openssl rand."
+        raise refuse(path, what, f"its {len(token)} bytes are no token", instead, reason)
+    return token.decode("ascii")
+
+
+def read_key(path: Path, what: str, reason: str, instead: str) -> bytes:
+    """The key of hashes in a file; `instead` says how to make one. Raises ConfigRefused."""
+    key = read(path, what, reason)
+    if len(key) < MIN_KEY_BYTES:
+        raise refuse(path, what, f"its {len(key)} bytes are no key", instead, reason)
+    return key
+
+
+def write(path: Path, content: bytes) -> None:
+    """A new file for this user alone. Raises OSError; FileExistsError where there is one."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(content)
 
 
 def refuse(path: Path, what: str, found: str, instead: str, reason: str) -> ConfigRefused:

@@ -113,7 +113,7 @@ def measure(running: int) -> dict[str, Any]:
     reader = Ring(ring.fd, geometry, create=False)
     tap = Tap(ring, (), on_gpu=False, cache=KvCache(group=0, blocks=BLOCKS, block_size=BLOCK_SIZE))
     kept = ScoreCache(blocks=BLOCKS, block_size=BLOCK_SIZE, dense=DENSE, hook_points=HOOKS)
-    ledger = Ledger(armed=True, drafts=False, kept=kept)
+    ledger = Ledger(armed=True, drafts=False, score_cache=kept)
     scheduler, rng = Scheduler(running), np.random.default_rng(0)
     # One after the other, as they are in processes of their own and do not share a cache line.
     engine, steps = [], []
@@ -128,7 +128,7 @@ def measure(running: int) -> dict[str, Any]:
     for raw in steps:
         fires, dense, norm = scores(rng, raw.rows)
         told = dataclasses.replace(raw, scored_rows=raw.rows, fires_N=fires, dense_TP=dense, norm_TH=norm)
-        exporter.append(_microseconds(lambda told=told: ledger.take(told, EngineCounters())))
+        exporter.append(_microseconds(lambda told=told: ledger.settle(told, EngineCounters())))
     row: dict[str, Any] = {"running_requests": running, "steps": STEPS}
     for name, values in (("engine", engine), ("exporter", exporter)):
         p20, p50, p80 = np.percentile(values[WARM_UP:], [20, 50, 80])

@@ -112,7 +112,7 @@ class Engine:
         self._position[running] += count
         self.tokens += rows
         self._step += rows > 0
-        self._exporter.keep(time.monotonic())
+        self._exporter.restart_if_ended(time.monotonic())
         return bool(rows)
 
     def rest(self) -> None:
@@ -133,13 +133,13 @@ class Engine:
 
     def vanish(self) -> None:
         """Kill the exporter once it has read the ring, then this process."""
-        while self.ring.reserve(keep=self.ring.slots - 1) is None:
+        while self.ring.reserve(leave_free=self.ring.slots - 1) is None:
             time.sleep(0.01)
         self._exporter.process.kill()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _hand_over(self, running: Any, count: Any, rows: int) -> None:
-        slot = self.ring.reserve(keep=2 if rows else 0)
+        slot = self.ring.reserve(leave_free=2 if rows else 0)
         if slot is None:
             self.ring.count_dropped(rows)
             return

@@ -26,6 +26,7 @@ import latentwatch.demo
 import numpy as np
 import pytest
 import yaml
+from latentwatch import secrets
 from latentwatch.cli import main
 from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.service import Service
@@ -133,7 +134,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     explained = {"index": 7, "description": "attempts to deceive the user", "explanationModelName": "someone"}
     (made / "20-gemmascope-res-16k").mkdir()
     (made / "20-gemmascope-res-16k/batch-0.jsonl").write_text(json.dumps(explained) + "\n")
-    (made / "latentwatch.token").write_text("a-token-that-nobody-asks-for\n")
+    secrets.write(made / "latentwatch.token", b"a-token-that-nobody-asks-for\n")
     with store(made / "evidence") as writing:
         writing.write(one_request(1, request_id="chatcmpl-7f3a-0123abcd", seconds=time.time()), time.time())
     return made

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from latentwatch import secrets
 from latentwatch.collector.evidence import EvidenceSettings
 from latentwatch.collector.http import app as http_app
 from latentwatch.collector.metrics_families import ProcessFacts
@@ -34,8 +35,7 @@ TOKEN = "correct-horse-battery-staple"
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of a real collector that writes evidence, with a request in it, and lets in who shows the token."""
     folder = tmp_path_factory.mktemp("http")
-    (folder / "token").write_text(TOKEN)
-    (folder / "token").chmod(0o600)
+    secrets.write(folder / "token", TOKEN.encode())
     write_key(folder / "content.key")
     evidence = EvidenceSettings(
         folder / "evidence", Retention(30, 1 << 30, 24), token_file=folder / "token", key_file=folder / "content.key"

@@ -123,4 +123,4 @@ def assert_arrived(way: compact.Handover, expected: reference.Compacted) -> None
     deadline = time.monotonic() + 10
     while not way.ready():
         assert time.monotonic() < deadline
-    assert_equal(way.take()[0], expected)
+    assert_equal(way.result()[0], expected)

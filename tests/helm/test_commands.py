@@ -75,16 +75,20 @@ class Gateway:
         watchlist_file.write(watchlist(FEATURES), root / "etc/latentwatch/watchlist/watchlist.safetensors")
         (root / "var/lib/latentwatch").mkdir(parents=True)
 
-    def _put(self, path: str, content: bytes) -> None:
+    def _put(self, path: str, content: bytes, mode: int = 0o644) -> None:
         """A file that a volume would bring."""
         file = self._root / "etc/latentwatch" / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
+        file.chmod(mode)
 
     def put(self, **volumes: dict[str, bytes]) -> None:
+        spec = chart.the(self.objects, "Deployment", "-collector")["spec"]["template"]["spec"]
+        modes = {one["name"]: one["secret"]["defaultMode"] for one in spec["volumes"] if "secret" in one}
         for volume, files in volumes.items():
-            for name, content in files.items():
-                self._put(f"{volume.replace('_', '-')}/{name}", content)
+            name = volume.replace("_", "-")
+            for key, content in files.items():
+                self._put(f"{name}/{key}", content, modes[f"latentwatch-{name}"])
 
     def here(self, text: str) -> str:
         return re.sub("/(etc|var/lib)/latentwatch", lambda found: f"{self._root}{found[0]}", text)

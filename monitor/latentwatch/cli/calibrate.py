@@ -145,11 +145,13 @@ def _fetched(url: str, model_name: str, token_file: Path | None) -> bytes:
     import urllib.parse
     import urllib.request
 
+    from latentwatch import secrets
     from latentwatch.errors import BaselineRefused
 
+    token = secrets.read_token(token_file, "--token-file") if token_file else ""
     address = f"{url.rstrip('/')}/v1/drift/observed?{urllib.parse.urlencode({'model_name': model_name})}"
     try:
-        headers = {"Authorization": f"Bearer {token_file.read_text().strip()}"} if token_file else {}
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         request = urllib.request.Request(address, headers=headers)  # noqa: S310 (the scheme was checked)
         with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310 (as above)
             return bytes(answer.read())

@@ -193,6 +193,7 @@ def run(args: argparse.Namespace) -> int:
     from latentwatch.collector.telemetry import TelemetrySettings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    engines_tls, http_tls = _server_tls(args)
     settings = CollectorSettings(
         watchlist=args.watchlist,
         listen=tuple(args.listen or (_LISTEN,)),
@@ -202,10 +203,10 @@ def run(args: argparse.Namespace) -> int:
         evidence=_evidence_settings(args) if args.evidence else None,
         otlp=TelemetrySettings(args.otlp, args.otlp_metrics) if args.otlp else None,
         forward=_forward(args),
-        tls=_tls(args),
+        tls=engines_tls,
         token_files=tuple(args.token_file or ()),
         http_token_files=tuple(args.http_token_file or ()),
-        http_tls=_http_tls(args),
+        http_tls=http_tls,
         request_id_key_file=args.request_id_key_file,
     )
 
@@ -262,18 +263,17 @@ def _forward(args: argparse.Namespace) -> ForwardSettings | None:
     import socket
 
     from latentwatch.collector.service import ForwardSettings
-    from latentwatch.transport.credentials import Credentials
+    from latentwatch.transport.credentials import Credentials, check_together
 
     given = (args.forward_name, args.forward_ca, args.forward_cert, args.forward_key, args.forward_token_file)
     if args.forward_to:
-        if (args.forward_cert is None) != (args.forward_key is None) or (args.forward_cert and not args.forward_ca):
-            raise ConfigRefused(
-                "TLS to the gateway",
-                found=f"--forward-cert is {args.forward_cert}, --forward-key {args.forward_key}, --forward-ca "
-                f"{args.forward_ca}",
-                instead="Give certificate and key together, and the authority with them.",
-                reason="tls_unusable",
-            )
+        if args.forward_cert or args.forward_key:
+            files = {
+                "--forward-cert": args.forward_cert,
+                "--forward-key": args.forward_key,
+                "--forward-ca": args.forward_ca,
+            }
+            check_together("TLS to the gateway", files)
         credentials = Credentials(args.forward_ca, args.forward_cert, args.forward_key, args.forward_token_file)
         return ForwardSettings(args.forward_to, args.forward_name or socket.gethostname(), credentials)
     if any(given):
@@ -286,33 +286,15 @@ def _forward(args: argparse.Namespace) -> ForwardSettings | None:
     return None
 
 
-def _http_tls(args: argparse.Namespace) -> ServerTls | None:
-    """Raises ConfigRefused, "tls_unusable", where a part of it lacks."""
-    from latentwatch.transport.credentials import ServerTls
+def _server_tls(args: argparse.Namespace) -> tuple[ServerTls | None, ServerTls | None]:
+    """For the addresses of engines and for HTTP. Raises ConfigRefused, "tls_unusable", where a part of it lacks."""
+    from latentwatch.transport.credentials import ServerTls, check_together
 
-    if args.http_tls_cert and args.http_tls_key:
-        return ServerTls(args.http_tls_cert, args.http_tls_key, protocol="http/1.1")
-    if args.http_tls_cert or args.http_tls_key:
-        raise ConfigRefused(
-            "TLS over HTTP",
-            found=f"--http-tls-cert is {args.http_tls_cert}, --http-tls-key is {args.http_tls_key}",
-            instead="Give both.",
-            reason="tls_unusable",
-        )
-    return None
-
-
-def _tls(args: argparse.Namespace) -> ServerTls | None:
-    """Raises ConfigRefused, "tls_unusable", where a part of it lacks."""
-    from latentwatch.transport.credentials import ServerTls
-
-    if args.tls_cert and args.tls_key:
-        return ServerTls(args.tls_cert, args.tls_key, args.tls_client_ca)
+    engines = http = None
     if args.tls_cert or args.tls_key or args.tls_client_ca:
-        raise ConfigRefused(
-            "TLS of the collector",
-            found=f"--tls-cert is {args.tls_cert}, --tls-key is {args.tls_key}",
-            instead="Give both.",
-            reason="tls_unusable",
-        )
-    return None
+        check_together("TLS of the collector", {"--tls-cert": args.tls_cert, "--tls-key": args.tls_key})
+        engines = ServerTls(args.tls_cert, args.tls_key, args.tls_client_ca)
+    if args.http_tls_cert or args.http_tls_key:
+        check_together("TLS over HTTP", {"--http-tls-cert": args.http_tls_cert, "--http-tls-key": args.http_tls_key})
+        http = ServerTls(args.http_tls_cert, args.http_tls_key, protocol="http/1.1")
+    return engines, http

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from latentwatch import secrets
 from latentwatch.errors import ConfigRefused, Refusal
 
 HELP = "Check an installation from end to end, and say what to do for each failure."
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print every finding; 1 when one failed."""
-    token = _token(args.token_file) if args.token_file else ""
+    token = secrets.read_token(args.token_file, "--token-file") if args.token_file else ""
     failed = 0
     for finding in check(
         Web(args.collector, token),
@@ -90,16 +91,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"{'':22}{finding.instead}")
     print(f"{failed} of the checks failed." if failed else "Nothing failed.")
     return 1 if failed else 0
-
-
-def _token(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError as error:
-        instead = "Give the file that the collector was started with."
-        raise ConfigRefused(
-            f"--token-file {path}", found=error.strerror or str(error), instead=instead, reason="token_missing"
-        ) from error
 
 
 def check(

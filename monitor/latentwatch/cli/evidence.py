@@ -149,7 +149,7 @@ def _show(args: argparse.Namespace) -> int:
         if args.key:
             audit.add(time.time(), actor(), "content", len(found), request=args.id)
     if not found:
-        return _not_kept(args)
+        return _not_stored(args)
     tokens = _tokens(args, found[0].key) if args.key else ()
     if args.json:
         print(json.dumps(found, default=vars, ensure_ascii=False, indent=1))
@@ -207,7 +207,7 @@ def _delete(args: argparse.Namespace) -> int:
         erased = store.erase(args.dir, args.id)
         audit.add(time.time(), actor(), "delete", erased.requests, request=args.id)
     if not erased.requests:
-        return _not_kept(args)
+        return _not_stored(args)
     print(f"{erased.requests} requests deleted, {erased.rows} rows")
     if not erased.clean:
         print(
@@ -292,7 +292,7 @@ def actor() -> str:
     return f"cli:{getpass.getuser()}"
 
 
-def _not_kept(args: argparse.Namespace) -> int:
+def _not_stored(args: argparse.Namespace) -> int:
     print(
         f"latentwatch evidence: {args.id[:256]!r} is not kept in {args.dir}: it exceeded no limit, is too old, or was "
         "seen by another collector",

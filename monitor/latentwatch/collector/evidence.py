@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hmac
 import sqlite3
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
-from latentwatch import secrets
 from latentwatch.collector.evidence_buffer import Keep, watched
 from latentwatch.collector.metrics_families import EvidenceFacts
 from latentwatch.collector.pipeline import Pipeline
@@ -25,10 +23,9 @@ from latentwatch.evidence.segment import Erased
 from latentwatch.evidence.store import Retention, Store
 from latentwatch.evidence.vault import Content, Vault
 from latentwatch.evidence.writer import Writer
+from latentwatch.transport.credentials import Tokens
 
 T = TypeVar("T")
-
-_SHORTEST_TOKEN: Final = 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,9 @@ class Evidence:
         self._folder = settings.folder
         self._pipeline = pipeline
         self._clock = clock
-        self._token = _read_token(settings.token_file) if settings.token_file else None
+        files = [settings.token_file] if settings.token_file else []
+        self.tokens = Tokens(files, "--evidence-token", "evidence_token") if files else None
+        """Who may delete, and put and get what was said, over HTTP; None: nobody."""
         self.vault = Vault.read(settings.key_file) if settings.key_file else None
         self._store = Store(settings.folder, watched(pipeline.watchlist), settings.retention)
         try:
@@ -72,15 +71,6 @@ class Evidence:
         self.put = self._writer.put
         self.forget: Callable[[str], Awaitable[bool]] = self._forget_in_memory
         """Has the rest of the collector forget a request; returns whether nothing of it is left there."""
-
-    @property
-    def takes_tokens(self) -> bool:
-        """Whether anything is allowed to whoever has the token."""
-        return self._token is not None
-
-    def admits(self, token: str) -> bool:
-        """Whether this is the token."""
-        return self._token is not None and hmac.compare_digest(token.encode(), self._token)
 
     def is_open(self, name: str) -> bool:
         """Whether a request with this id still runs, so that more of it will be written."""
@@ -169,12 +159,3 @@ class Evidence:
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reading, work)
-
-
-def _read_token(path: Path) -> bytes:
-    what, reason = "--evidence-token", "evidence_token"
-    token = secrets.read(path, what, reason)
-    if len(token) < _SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
-        instead = f"Write one word of at least {_SHORTEST_TOKEN} ASCII characters."
-        raise secrets.refuse(path, what, f"{len(token)} bytes are no token", instead, reason)
-    return token

@@ -21,7 +21,6 @@ from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sink import ReceivedBatch, ReceivedReport, Sink
 
-_SHORTEST_KEY: Final = 16
 _HASHED: Final = re.compile(r"hmac-[0-9a-f]{32}")
 
 
@@ -36,12 +35,8 @@ class Pseudonyms:
     @classmethod
     def read(cls, path: Path, keep: Callable[[str], bool]) -> Pseudonyms:
         """With the key in a file. Raises ConfigRefused, "request_id_key"."""
-        what, reason = "--request-id-key-file", "request_id_key"
-        key = secrets.read(path, what, reason)
-        if len(key) < _SHORTEST_KEY:
-            instead = f"Write at least {_SHORTEST_KEY} random bytes there, e.g. of openssl rand -hex 32."
-            raise secrets.refuse(path, what, f"{len(key)} bytes are no key", instead, reason)
-        return cls(key, keep)
+        instead = f"Write at least {secrets.MIN_KEY_BYTES} random bytes there, e.g. of openssl rand -hex 32."
+        return cls(secrets.read_key(path, "--request-id-key-file", "request_id_key", instead), keep)
 
     def of(self, request_id: str) -> str:
         """What stands for an engine request id. A hash, from a sidecar that has a key too, stands for itself."""

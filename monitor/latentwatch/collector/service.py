@@ -21,7 +21,6 @@ from latentwatch.collector.evidence import Evidence, EvidenceSettings
 from latentwatch.collector.evidence_buffer import watched
 from latentwatch.collector.federation.client import RelayFacts, ReportClient
 from latentwatch.collector.http.app import make_app
-from latentwatch.collector.http.auth import guarded
 from latentwatch.collector.http.server import HttpServer
 from latentwatch.collector.metrics_families import EvidenceFacts, Families, OtlpFacts, ProcessFacts, StateFacts
 from latentwatch.collector.pipeline import Pipeline
@@ -134,12 +133,14 @@ class Service:
             tokens=Tokens(settings.token_files) if settings.token_files else None,
         )
         self._relay = self._make_relay(settings.forward) if settings.forward else None
-        app = make_app(self.pipeline, clock=time.time, process=self._process, evidence=self.evidence)
-        if settings.http_token_files:
-            # Whoever may read evidence may read the rest: a request has room for one token.
-            more = settings.evidence and settings.evidence.token_file
-            tokens = Tokens((*settings.http_token_files, more) if more else settings.http_token_files)
-            app = guarded(app, tokens, self._sink.refused)
+        app = make_app(
+            self.pipeline,
+            clock=time.time,
+            process=self._process,
+            evidence=self.evidence,
+            readers=Tokens(settings.http_token_files) if settings.http_token_files else None,
+            on_refused=self._sink.refused,
+        )
         self._http = HttpServer(settings.http, app, tls=settings.http_tls, on_refused=self._sink.refused)
         self._guarded = bool(settings.http_token_files)
         self._tasks: list[asyncio.Task[None]] = []

@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import safetensors.numpy
 
 from latentwatch.aggregate.counts import Layout
 from latentwatch.arrays import Array
 from latentwatch.drift.reference import DriftTolerance, Reference, fit
 from latentwatch.drift.sums import TrafficSums
 from latentwatch.errors import BaselineRefused
+from latentwatch.storage import HashedArtifact
 
-FORMAT: Final = "latentwatch.baseline/1"
-METADATA_KEY: Final = "latentwatch"
-_DIGEST_KEY: Final = "content_sha256"
 MAX_FILE_BYTES: Final = 1 << 28
 _AGAIN: Final = "Calibrate again with 'latentwatch calibrate'."
+_FILE: Final = HashedArtifact(
+    kind="baseline",
+    format="latentwatch.baseline/1",
+    max_bytes=MAX_FILE_BYTES,
+    command="latentwatch calibrate",
+    again=_AGAIN,
+    refusal=BaselineRefused,
+    missing="baseline_missing",
+    damaged="baseline_format",
+    ascii_card=True,
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,6 @@ class Baseline:
         arrays["layout.levels"] = np.ascontiguousarray(self.layout.levels_FL)
         arrays["layout.pairs"] = self.layout.pairs_P
         card = {
-            "format": FORMAT,
             "fingerprint": dataclasses.asdict(self.fingerprint),
             "features": list(self.features),
             "strata": list(self.observed.strata),
@@ -121,50 +127,22 @@ class Baseline:
             "created_seconds": self.created_seconds,
             "notes": self.notes,
         }
-        card[_DIGEST_KEY] = _content_sha256(card, arrays)
-        return bytes(safetensors.numpy.save(arrays, {METADATA_KEY: json.dumps(card, sort_keys=True)}))
+        return _FILE.to_bytes(card, arrays)
 
 
 def write(baseline: Baseline, path: Path) -> Baseline:
     """Write the file and return the baseline with its hash. Never leaves a half-written file behind."""
-    data = baseline.to_bytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-    return dataclasses.replace(baseline, sha256=hashlib.sha256(data).hexdigest())
+    return dataclasses.replace(baseline, sha256=_FILE.write(baseline.to_bytes(), path))
 
 
 def read(path: Path) -> Baseline:
     """Read and check a baseline file. Raises BaselineRefused "baseline_missing" or "baseline_format"."""
-    what = f"baseline {path}"
-    try:
-        size = path.stat().st_size
-        if not 0 < size <= MAX_FILE_BYTES:
-            raise _refuse(what, f"it has {size} bytes", "Give the file that 'latentwatch calibrate' wrote.")
-        data = path.read_bytes()
-    except OSError as error:
-        instead = "Give the file that 'latentwatch calibrate' wrote."
-        raise _refuse(what, f"it cannot be read ({error.strerror})", instead, "baseline_missing") from error
-    return parse(data, what)
+    return parse(_FILE.read(path), f"baseline {path}")
 
 
 def parse(data: bytes, what: str = "baseline") -> Baseline:
     """Check the bytes of a baseline file; `what` names them in errors. Raises as `read`."""
-    try:
-        arrays: dict[str, Array] = safetensors.numpy.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        card = json.loads(header["__metadata__"][METADATA_KEY])
-        if not isinstance(card, dict):
-            raise TypeError(f"its card is {type(card).__name__}")
-    except Exception as error:
-        # safetensors raises its own error, which is no ValueError; all mean the same to the reader.
-        found = f"not a whole baseline file ({type(error).__name__}: {str(error)[:120]})"
-        raise _refuse(what, found, _AGAIN) from error
-    if card.get("format") != FORMAT:
-        raise _refuse(what, f"format {card.get('format')!r}, this version reads {FORMAT!r}", _AGAIN)
-    if card.pop(_DIGEST_KEY, None) != _content_sha256(card, arrays):
-        raise _refuse(what, "its content is not what was written: the file is damaged", "Copy or calibrate it again.")
+    card, arrays = _FILE.parse(data, what)
     try:
         baseline = _from_card(card, arrays)
     except (KeyError, TypeError, ValueError) as error:
@@ -189,14 +167,6 @@ def _from_card(card: Mapping[str, Any], arrays: Mapping[str, Array]) -> Baseline
         created_seconds=float(card["created_seconds"]),
         notes=str(card["notes"]),
     )
-
-
-def _content_sha256(card: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def _refuse(what: str, found: str, instead: str, reason: str = "baseline_format") -> BaselineRefused:

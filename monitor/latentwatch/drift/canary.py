@@ -7,42 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
-import secrets
 from pathlib import Path
 from typing import Final
 
+from latentwatch import secrets
 from latentwatch.drift.sums import CANARIES
-from latentwatch.errors import ConfigRefused
 
 _ID: Final = re.compile(r"lwcanary-(\d{1,3})-([0-9a-f]{16})-([0-9a-f]{16})")
 
 
 def make_key(path: Path) -> bytes:
-    """Write a new key, readable by its owner only. Raises FileExistsError where there is one already."""
-    key = secrets.token_hex(32)
-    with path.open("x") as file:
-        path.chmod(0o600)
-        file.write(key + "\n")
-    return key.encode()
+    """Write a new key, readable by its owner only. Raises OSError; FileExistsError where there is one already."""
+    key = os.urandom(32).hex().encode()
+    secrets.write(path, key + b"\n")
+    return key
 
 
 def read_key(path: Path) -> bytes:
     """The key in a file. Raises ConfigRefused "canary_key" where there is none."""
-    try:
-        key = path.read_bytes().strip()
-    except OSError as error:
-        key, found = b"", error.strerror or str(error)
-    else:
-        found = f"it holds {len(key)} bytes"
-    if len(key) < 16:
-        raise ConfigRefused(
-            f"canary key {path}",
-            found=found,
-            instead="Give the file that 'latentwatch canary --make-key' wrote.",
-            reason="canary_key",
-        )
-    return key
+    instead = "Give the file that 'latentwatch canary --make-key' wrote."
+    return secrets.read_key(path, "canary key", "canary_key", instead)
 
 
 def canary_id(key: bytes, prompt: int, nonce: str) -> str:

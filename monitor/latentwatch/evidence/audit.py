@@ -16,7 +16,7 @@ from typing import Final
 from latentwatch.evidence import segment
 
 FILE_NAME: Final = "audit.sqlite"
-_KEPT_SECONDS: Final = 400 * 86_400.0
+_RETENTION_SECONDS: Final = 400 * 86_400.0
 """Thirteen months: a yearly audit sees the whole year."""
 _SCHEMA: Final = """
 CREATE TABLE entry (seconds REAL NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL, subject TEXT NOT NULL,
@@ -63,7 +63,7 @@ class Audit:
 
     def prune(self, now: float) -> None:
         """Remove entries that are older than thirteen months."""
-        self._connection.execute("DELETE FROM entry WHERE seconds < ?", (now - _KEPT_SECONDS,))
+        self._connection.execute("DELETE FROM entry WHERE seconds < ?", (now - _RETENTION_SECONDS,))
 
     def close(self) -> None:
         self._connection.close()

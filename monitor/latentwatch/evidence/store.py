@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from filelock import BaseFileLock
+
+from latentwatch import storage
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import audit, sealed, segment
 from latentwatch.evidence.records import Ended, Record
@@ -117,7 +118,7 @@ class Store:
         for part in self._open.values():
             part.close()
         self._open.clear()
-        os.close(self._lock)
+        self._lock.release()
 
     def _segment_for(self, now: float) -> Path:
         """The segment that new requests go to: of this day and watchlist, and not full."""
@@ -200,10 +201,10 @@ def _day_start(path: Path) -> float:
     return day.timestamp()
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path) -> BaseFileLock:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(folder / "evidence.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = storage.lock_folder(folder, "evidence.lock")
     except OSError as error:
         raise ConfigRefused(
             f"evidence folder {folder}",
@@ -211,17 +212,14 @@ def _lock(folder: Path) -> int:
             instead="Give a folder that the collector may write to.",
             reason="evidence_folder",
         ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
+    if lock is None:
         raise ConfigRefused(
             f"evidence folder {folder}",
             found="another collector writes to it",
             instead="Give each collector a folder of its own.",
             reason="evidence_locked",
-        ) from error
-    return handle
+        )
+    return lock
 
 
 def _refuse(what: str, found: str, instead: str) -> ConfigRefused:

@@ -108,11 +108,9 @@ class Vault:
 def write_key(path: Path) -> None:
     """A new key file. Raises: ConfigRefused "out_exists": it is there already."""
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        secrets.write(path, base64.b64encode(os.urandom(KEY_BYTES)) + b"\n")
     except FileExistsError as error:
         raise secrets.refuse(path, _WHAT, "the file exists", "Give another path.", "out_exists") from error
-    with os.fdopen(handle, "wb") as file:
-        file.write(base64.b64encode(os.urandom(KEY_BYTES)) + b"\n")
 
 
 def _key_id(key: bytes) -> bytes:

@@ -20,7 +20,7 @@ log = logging.getLogger("latentwatch.exporter")
 IN_USE_SECONDS: Final = 10.0
 """How long to wait for the exporter of an engine that just ended: twice what it has to deliver the rest itself."""
 _LOOK_SECONDS: Final = 0.05
-_NEVER_TAKEN: Final = frozenset(
+_FINAL_REFUSALS: Final = frozenset(
     {
         "watchlist_mismatch",  # the engine was started with another watchlist since, and the collector too
         "boot_changed",
@@ -48,7 +48,7 @@ class BacklogDelivery:
         self._boot_id = boot_id
         self._make_sender = make_sender
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="latentwatch-leftovers", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="latentwatch-backlog", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -81,7 +81,7 @@ class BacklogDelivery:
         refusal = None
         while not spool.empty and not self._stop.wait(_LOOK_SECONDS):
             refusal = sender.stats().last_refusal
-            if refusal is not None and refusal.reason in _NEVER_TAKEN:
+            if refusal is not None and refusal.reason in _FINAL_REFUSALS:
                 break
             refusal = None
         self._folder.discarded_tokens += sender.close(0).dropped_tokens

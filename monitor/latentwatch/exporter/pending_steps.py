@@ -22,7 +22,7 @@ NO_BOUND: Final = np.int64(1) << 40
 _WAITS: Final = np.int64(-1)
 
 
-class HeldStep(NamedTuple):
+class DecidedStep(NamedTuple):
     """A step, or part of one, that is decided."""
 
     raw: RawStep
@@ -40,13 +40,13 @@ class PendingSteps:
         self._steps: list[RawStep] = []
         self._newest = 0
 
-    def hold(self, raw: RawStep) -> None:
+    def add(self, raw: RawStep) -> None:
         """Keep a copy: the engine will write over the step's slot in the ring."""
         self._newest = raw.step
         if len(raw.requests_Q):
             self._steps.append(_copied(raw))
 
-    def settled(self, raw: RawStep | None, prompt: I64, end: I64) -> list[HeldStep]:
+    def settled(self, raw: RawStep | None, prompt: I64, end: I64) -> list[DecidedStep]:
         """The steps, or parts of them, that are decided now, oldest first.
 
         Args:
@@ -68,7 +68,7 @@ class PendingSteps:
                 self._steps.append(_part(step, waits_Q))
                 step, to_Q = _part(step, ~waits_Q), to_Q[~waits_Q]
             if len(to_Q):
-                decided.append(HeldStep(step, to_Q, newest=step.step == self._newest))
+                decided.append(DecidedStep(step, to_Q, newest=step.step == self._newest))
         return decided
 
     def _bounds(self, step: RawStep, prompt: I64, end: I64, goes_on: I64, *, lost: bool) -> I64:

@@ -51,7 +51,7 @@ class Exporter:
         self._step = 0
         self._sent_at = 0.0
 
-    def take_one(self, now: float) -> bool:
+    def forward_step(self, now: float) -> bool:
         """Move one step from the ring to the sender; False where none waits. `now`: monotonic seconds."""
         raw = self._ring.peek()
         if raw is None:
@@ -60,7 +60,7 @@ class Exporter:
             return False
         self._step = raw.step
         try:
-            self._offer(self._ledger.take(raw, self._counters()), now)
+            self._offer(self._ledger.settle(raw, self._counters()), now)
         except Exception:
             # One step that cannot be read must not end the export: its positions show up as a gap and are counted.
             log.exception("latentwatch: step %d could not be laid out", raw.step)
@@ -148,7 +148,7 @@ def _wire(config: ExporterConfig, env: Mapping[str, str]) -> _Parts:
 
         backlog = BacklogDelivery(folder, sender, hello.boot_id, sender_of)
     ledger = Ledger(
-        armed=hello.armed, drafts=config.drafts, kept=_score_cache(config), cached_reason=config.cached_reason
+        armed=hello.armed, drafts=config.drafts, score_cache=_score_cache(config), cached_reason=config.cached_reason
     )
     return _Parts(ring, Exporter(ring, ledger, sender, folder), spool, backlog)
 
@@ -193,7 +193,7 @@ def main() -> int:
     while not stop.came:
         # Before the look at the ring: what was written before the engine went is then still read.
         gone = parts.ring.closed or os.getppid() != config.engine_pid
-        if not parts.exporter.take_one(time.monotonic()):
+        if not parts.exporter.forward_step(time.monotonic()):
             if gone:
                 break
             time.sleep(IDLE_SECONDS)

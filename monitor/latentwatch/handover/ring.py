@@ -148,12 +148,12 @@ class Ring:
 
     # The engine's end: never waits, never allocates.
 
-    def reserve(self, *, keep: int = 0) -> Slot | None:
+    def reserve(self, *, leave_free: int = 0) -> Slot | None:
         """The next free slot to write, or None where the exporter is too far behind.
 
-        Args: keep: slots to leave free for steps that matter more than this one.
+        Args: leave_free: slots to leave for steps that matter more than this one.
         """
-        if self._head - int(self._header[_TAIL]) >= len(self._slots) - keep:
+        if self._head - int(self._header[_TAIL]) >= len(self._slots) - leave_free:
             return None
         return self._slots[self._head % len(self._slots)]
 

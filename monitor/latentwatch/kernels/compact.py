@@ -201,7 +201,7 @@ class Handover:
         """Block until the step has arrived: only where the engine has nothing else to do."""
         self._arrived.synchronize()
 
-    def take(self) -> tuple[Compacted, bool]:
+    def result(self) -> tuple[Compacted, bool]:
         """The step, as views that hold until the next `start`; only once `ready()` is True."""
         return self._compactor.unpack(self._host, self._rows)
 

@@ -6,10 +6,10 @@ token counts from the next connection on and no process has to start again.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hmac
+import logging
 import ssl
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,13 @@ from typing import Any, Final
 
 import grpc
 
+from latentwatch import secrets
 from latentwatch.errors import ConfigRefused
+from latentwatch.log_limit import LogLimit
 
-MIN_TOKEN_CHARACTERS: Final = 16
+log = logging.getLogger(__name__)
+
+_LOG_AGAIN_SECONDS: Final = 600.0
 CERTIFICATE: Final = "LATENTWATCH_COLLECTOR_CERT"
 KEY: Final = "LATENTWATCH_COLLECTOR_KEY"
 AUTHORITY: Final = "LATENTWATCH_COLLECTOR_CA"
@@ -29,52 +33,32 @@ TOKEN_FILE: Final = "LATENTWATCH_COLLECTOR_TOKEN_FILE"  # noqa: S105, the name o
 class Tokens:
     """The bearer tokens that are accepted, one a file: two files while one is rotated out."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        """Raises: ConfigRefused, "token_unusable"."""
+    def __init__(self, files: Sequence[Path], what: str = "token file", reason: str = secrets.TOKEN_UNUSABLE) -> None:
+        """Raises: ConfigRefused, for this reason."""
         self._files = tuple(files)
+        self._what = what
+        self._reason = reason
+        self._may_log = LogLimit(_LOG_AGAIN_SECONDS, time.monotonic)
         self._read()
 
-    def accept(self, authorization: str) -> bool:
-        """Whether an Authorization header names one of them: `Bearer TOKEN`, or Basic with it as the password."""
-        given = _given(authorization)
+    def __contains__(self, token: str) -> bool:
+        """Whether this is one of them, by the files as they are now."""
         try:
-            tokens = self._read()
-        except ConfigRefused:
+            known = self._read()
+        except ConfigRefused as refusal:
+            if self._may_log("token"):
+                log.error("nobody is let in: %s", refusal)
             return False
         # All are compared, each in constant time.
-        return sum([hmac.compare_digest(given, token) for token in tokens]) > 0
+        return sum([hmac.compare_digest(token.encode(), one.encode()) for one in known]) > 0
 
-    def _read(self) -> list[bytes]:
-        return [read_token(path).encode() for path in self._files]
+    def accept(self, authorization: str) -> bool:
+        """Whether a stream shows one of them: `Bearer TOKEN`."""
+        scheme, _, token = authorization.partition(" ")
+        return scheme.lower() == "bearer" and token.strip() in self
 
-
-def read_token(path: Path) -> str:
-    """The token in a file, without surrounding blanks. Raises ConfigRefused, "token_unusable"."""
-    try:
-        token = path.read_text().strip()
-        found = f"it holds {len(token)} characters" if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        token, found = "", f"it cannot be read: {error}"
-    if found:
-        raise ConfigRefused(
-            f"token file {path}",
-            found=found,
-            instead=f"Put one line of at least {MIN_TOKEN_CHARACTERS} ASCII characters there, e.g. of openssl rand.",
-            reason="token_unusable",
-        )
-    return token
-
-
-def _given(authorization: str) -> bytes:
-    scheme, _, text = authorization.partition(" ")
-    if scheme.lower() == "bearer":
-        return text.strip().encode()
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(text, validate=True).partition(b":")[2]
-        except (binascii.Error, ValueError):
-            return b""
-    return b""
+    def _read(self) -> list[str]:
+        return [secrets.read_token(path, self._what, self._reason) for path in self._files]
 
 
 @dataclass(frozen=True)
@@ -115,13 +99,9 @@ class Credentials:
     token_file: Path | None = None
 
     def __post_init__(self) -> None:
-        if (self.certificate is None) != (self.key is None) or (self.certificate and self.authority is None):
-            raise ConfigRefused(
-                "credentials for the collector",
-                found=f"{CERTIFICATE} is {self.certificate}, {KEY} is {self.key}, {AUTHORITY} is {self.authority}",
-                instead="Set certificate and key together, and the authority with them.",
-                reason="tls_unusable",
-            )
+        if self.certificate or self.key:
+            needed = {CERTIFICATE: self.certificate, KEY: self.key, AUTHORITY: self.authority}
+            check_together("credentials for the collector", needed)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Credentials:
@@ -150,7 +130,21 @@ class Credentials:
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each stream carries beside its messages. Raises ConfigRefused, "token_unusable"."""
-        return (("authorization", f"Bearer {read_token(self.token_file)}"),) if self.token_file else ()
+        return (("authorization", f"Bearer {secrets.read_token(self.token_file)}"),) if self.token_file else ()
+
+
+def check_together(what: str, files: Mapping[str, Path | None]) -> None:
+    """A certificate is of use only with its key, and what else it needs: files by the names that they are given under.
+
+    Raises: ConfigRefused, "tls_unusable", where one is missing.
+    """
+    if not all(files.values()):
+        raise ConfigRefused(
+            what,
+            found=", ".join(f"{name} is {path}" for name, path in files.items()),
+            instead="Give both." if len(files) == 2 else "Give all of them.",
+            reason="tls_unusable",
+        )
 
 
 def names_of(certificate: Mapping[str, Any] | None) -> frozenset[str]:

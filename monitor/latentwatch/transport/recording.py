@@ -1,26 +1,25 @@
 """A stream as a file: what engines sent and when it came, to be replayed and calibrated from.
 
-After the first line each record is a time, the number of a stream, a length, a CRC-32 and a message as it is on the
-wire: the stream's Hello, or a batch of it. A record that was being written when the recorder died is left out on
-reading; any other damage is refused.
+After the first line each frame is a time, the number of a stream, and a message as it is on the wire: the stream's
+Hello, or a batch of it. A frame that was being written when the recorder died is left out on reading; any other damage
+is refused.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from latentwatch import storage
 from latentwatch.errors import StreamRefused
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 
 _MAGIC: Final = b"latentwatch recording 1\n"
-_RECORD: Final = struct.Struct("<dIII")  # seconds, number of the stream, bytes of the message, its CRC-32
+_FRAMING: Final = storage.Framing("dI", covered=False, max_body_bytes=codec.MAX_MESSAGE_BYTES)  # seconds, stream
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class RecordingSink:
 
     def __init__(self, path: Path) -> None:
         """Raises FileExistsError: a recording is never overwritten."""
-        self._file = path.open("xb")
-        self._file.write(_MAGIC)
+        self._log = storage.FramedLog(path, _FRAMING, _MAGIC, mode=0o666)
         self._streams: dict[Hello, int] = {}
         self._held: dict[tuple[str, str], int] = {}
         self.batches = self.bytes = self.requests = 0
@@ -72,18 +70,19 @@ class RecordingSink:
 
     def commit(self) -> None:
         """Hand what was written to the operating system, before it is acknowledged."""
-        self._file.flush()
+        self._log.commit()
 
     def goodbye(self, hello: Hello, now: float) -> None:
         """See Sink; a recording does not say when streams ended."""
 
     def close(self) -> None:
         """End the file."""
-        self._file.close()
+        self._log.commit()
+        self._log.close()
 
     def _write(self, now: float, hello: Hello, message: bytes) -> None:
-        self._file.write(_RECORD.pack(now, self._streams[hello], len(message), zlib.crc32(message)) + message)
-        self.bytes += _RECORD.size + len(message)
+        self._log.put(message, now, self._streams[hello])
+        self.bytes += _FRAMING.head_bytes + len(message)
 
 
 def read(path: Path) -> Iterator[Recorded]:
@@ -99,18 +98,17 @@ def read(path: Path) -> Iterator[Recorded]:
 
 def _records(path: Path, file: BinaryIO) -> Iterator[Recorded]:
     hellos: dict[int, Hello] = {}
-    while len(head := file.read(_RECORD.size)) == _RECORD.size:
-        seconds, stream, length, checksum = _RECORD.unpack(head)
-        message = file.read(length)
-        if len(message) < length:
-            return
-        if zlib.crc32(message) != checksum:
-            raise _refuse(path, f"the record that ends at byte {file.tell()} is damaged")
+    frames = storage.FrameReader(file, _FRAMING, len(_MAGIC))
+    for (seconds, stream), message, end in frames:
         decoded = codec.decode_request(message)
         if isinstance(decoded, Hello):
             hellos[stream] = decoded
+        elif stream not in hellos:
+            raise _refuse(path, f"the record that ends at byte {end} is of stream {stream}, which no Hello began")
         elif isinstance(decoded, ReceivedBatch):
             yield Recorded(seconds, hellos[stream], decoded)
+    if frames.tail is storage.Tail.DAMAGED:
+        raise _refuse(path, f"the record at byte {frames.at} is damaged")
 
 
 def _refuse(path: Path, found: str) -> StreamRefused:

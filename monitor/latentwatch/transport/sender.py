@@ -52,7 +52,8 @@ from latentwatch.transport.credentials import Credentials
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
 from latentwatch.transport.sink import ReceivedBatch
-from latentwatch.transport.spool import Spool, Spooled
+from latentwatch.transport.spool import Spool
+from latentwatch.transport.spool_segments import Spooled
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,24 +29,30 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import safetensors.numpy
 
 from latentwatch.arrays import F32, U16, Array, Bool
 from latentwatch.errors import ConfigRefused, WatchlistRefused
 from latentwatch.names import HookPoint, Severity
+from latentwatch.storage import HashedArtifact
 
-FORMAT: Final = "latentwatch.watchlist/1"
-METADATA_KEY: Final = "latentwatch"
-_DIGEST_KEY: Final = "content_sha256"
 MAX_FEATURES: Final = 1024
 """Over all hook points; the bound that ring slots, series and page are sized for."""
-MAX_FILE_BYTES: Final = 1 << 30
 NORMS: Final = ("none", "layer_norm", "constant_norm", "centre")
 """n(x): x; (x - mean) / (std_unbiased + 1e-5); x * sqrt(D) / ||x||; x - mean. The index is the code in `scale`."""
 SCALE_ROWS: Final = ("tau", "gain", "bias", "lo", "colsum", "norm")
 GATES: Final = ("exact", "calibrated", "none")
 STATISTICS: Final = ("max", "rolling_mean")
 PHASES: Final = ("any", "prompt", "output")
+_FILE: Final = HashedArtifact(
+    kind="watchlist",
+    format="latentwatch.watchlist/1",
+    max_bytes=1 << 30,
+    command="latentwatch watchlist build",
+    again="Build it again with this version.",
+    refusal=WatchlistRefused,
+    missing="watchlist_missing",
+    damaged="watchlist_format",
+)
 
 
 @dataclass(frozen=True)
@@ -244,14 +249,7 @@ def write(watchlist: Watchlist, path: Path) -> Watchlist:
         for i, rows in enumerate(watchlist.hooks)
         for name, array in (("w_hi", rows.w_hi_KD), ("w_lo", rows.w_lo_KD), ("scale", rows.scale_6K))
     }
-    card = _card(watchlist)
-    card[_DIGEST_KEY] = _content_sha256(card, tensors)
-    data = safetensors.numpy.save(tensors, {METADATA_KEY: _canonical_json(card)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-    return dataclasses.replace(watchlist, sha256=hashlib.sha256(data).hexdigest())
+    return dataclasses.replace(watchlist, sha256=_FILE.write(_FILE.to_bytes(_card(watchlist), tensors), path))
 
 
 def read(path: Path) -> Watchlist:
@@ -261,18 +259,12 @@ def read(path: Path) -> Watchlist:
             does not hold together. `reason` is "watchlist_missing", "watchlist_format", "watchlist_width" or
             "hook_point_unknown".
     """
-    what = f"watchlist {path}"
-    return parse(_read_bytes(path, what), what)
+    return parse(_FILE.read(path), f"watchlist {path}")
 
 
 def parse(data: bytes, what: str = "watchlist") -> Watchlist:
     """Check the bytes of a watchlist file; `what` names them in errors. Raises as `read`."""
-    card, tensors = _unpack(data, what)
-    if card.get("format") != FORMAT:
-        found = f"format {card.get('format')!r}, this version reads {FORMAT!r}"
-        raise _refuse(what, found, "Build it again with this version.")
-    if card.pop(_DIGEST_KEY, None) != _content_sha256(card, tensors):
-        raise _refuse(what, "its content is not what was written: the file is damaged", "Build or copy it again.")
+    card, tensors = _FILE.parse(data, what)
     try:
         watchlist = _from_card(card, tensors)
     except WatchlistRefused as refusal:
@@ -281,46 +273,6 @@ def parse(data: bytes, what: str = "watchlist") -> Watchlist:
         found = f"its card does not hold together ({type(error).__name__}: {error})"
         raise _refuse(what, found, "Build it again with this version.") from error
     return dataclasses.replace(watchlist, sha256=hashlib.sha256(data).hexdigest())
-
-
-def _read_bytes(path: Path, what: str) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise _refuse(what, f"{size} bytes, more than {MAX_FILE_BYTES}", "Give the built file; this is none.")
-        return path.read_bytes()
-    except OSError as error:
-        found = f"it cannot be read ({error.strerror})"
-        instead = "Give the file that 'latentwatch watchlist build' wrote."
-        raise _refuse(what, found, instead, "watchlist_missing") from error
-
-
-def _unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The card and the tensors, unchecked."""
-    try:
-        tensors = safetensors.numpy.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        card = json.loads(header.get("__metadata__", {})[METADATA_KEY])
-    except Exception as error:
-        # safetensors raises its own SafetensorError (not a ValueError) and plain ones; all mean the same to the reader.
-        found = f"not a whole watchlist file ({type(error).__name__}: {str(error)[:120]})"
-        raise _refuse(what, found, "Build or copy it again.") from error
-    if not isinstance(card, dict):
-        raise _refuse(what, f"its card is {type(card).__name__}, not an object", "Build or copy it again.")
-    return card, tensors
-
-
-def _content_sha256(card: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
-    """Over the card without its own digest, and over every tensor's name, form and bytes."""
-    digest = hashlib.sha256(_canonical_json(card).encode("utf-8", "surrogatepass"))
-    for name, array in sorted(tensors.items()):
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode("utf-8", "surrogatepass"))
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _canonical_json(card: Mapping[str, Any]) -> str:
-    return json.dumps(card, sort_keys=True, ensure_ascii=False)
 
 
 def f32_from_bf16(bits: U16) -> F32:
@@ -336,7 +288,6 @@ def bf16_from_f32(values: F32) -> U16:
 
 def _card(watchlist: Watchlist) -> dict[str, Any]:
     return {
-        "format": FORMAT,
         "name": watchlist.name,
         "notes": watchlist.notes,
         "model": dataclasses.asdict(watchlist.model),

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from latentwatch import secrets
 from latentwatch.cli import main
 from latentwatch.collector.evidence import Evidence, EvidenceSettings
 from latentwatch.collector.http.app import make_app
@@ -44,8 +45,7 @@ class Client:
 @pytest.fixture
 def token_file(tmp_path: Path) -> Path:
     path = tmp_path / "token"
-    path.write_text(TOKEN + "\n")
-    path.chmod(0o600)
+    secrets.write(path, TOKEN.encode())
     return path
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentwatch import secrets
 from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.evidence import EvidenceSettings
 from latentwatch.collector.pipeline import Pipeline
@@ -50,8 +51,7 @@ def exceeding(sha256: str, request_id: str = ENGINE_ID) -> tuple[Any, Any]:
 
 def key_file(folder: Path) -> Path:
     path = folder / "ids.key"
-    path.write_text(KEY)
-    path.chmod(0o600)
+    secrets.write(path, KEY.encode())
     return path
 
 

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+from latentwatch import secrets
 from latentwatch.cli import main
 from latentwatch.collector.calibration import of_evidence
 from latentwatch.collector.drift import DriftSettings
@@ -402,7 +403,7 @@ def kept(folder, keep: str, built: Watchlist) -> Pipeline:
 def test_evidence_of_every_request_calibrates_as_its_collector_does(folder, tmp_path, capsys):
     built, key = watchlist_file.read(folder / "w.safetensors"), tmp_path / "key"
     live = kept(tmp_path / "all", "all", built).drift.observed("toy", MONDAY).observed
-    key.write_bytes(KEY)
+    secrets.write(key, KEY)
     calibrate = ["calibrate", "--watchlist", str(folder / "w.safetensors"), "--model-name", "toy"]
     found = [*calibrate, "--from", str(tmp_path / "all"), "--canary-key", str(key), "--out", str(tmp_path / "b")]
     assert main(found) == 0
@@ -419,7 +420,7 @@ def test_canary_runs_in_a_recording_are_told_by_the_key_and_a_route_that_is_no_p
     folder, tmp_path, capsys
 ):
     built, key, path = watchlist_file.read(folder / "w.safetensors"), tmp_path / "key", str(tmp_path / "r")
-    key.write_bytes(KEY)
+    secrets.write(key, KEY)
     sink = RecordingSink(tmp_path / "r")
     engine = Engine(sink, built)
     minutes(engine, 0, 20)
@@ -476,7 +477,7 @@ def test_a_key_is_made_once_and_never_overwritten(tmp_path, capsys):
     assert canary.read_key(tmp_path / "key") == key and (tmp_path / "key").stat().st_mode & 0o77 == 0
     with pytest.raises(FileExistsError):
         canary.make_key(tmp_path / "key")
-    (tmp_path / "short").write_text("abc")
+    secrets.write(tmp_path / "short", b"abc")
     for name in ("short", "absent"):
         with pytest.raises(ConfigRefused):
             canary.read_key(tmp_path / name)

@@ -177,7 +177,7 @@ class Engine:
 def books_of(engine: Engine, steps: list[RawStep], ledger: Ledger) -> Books:
     books = Books()
     for each in steps:
-        books.take(ledger.take(each, EngineCounters()))
+        books.take(ledger.settle(each, EngineCounters()))
     books.take(ledger.finish())
     for handle, r in engine.ended.items():
         total = books.closed[handle].total_tokens
@@ -192,7 +192,7 @@ def books_of(engine: Engine, steps: list[RawStep], ledger: Ledger) -> Books:
 def test_every_score_is_that_of_its_own_tokens_computed_or_inherited(seed, drafts, lossy, small):
     engine = Engine(np.random.default_rng(seed), drafts=drafts, lossy=lossy)
     limits = {"max_bytes": 400} if small else {}
-    ledger = Ledger(armed=True, drafts=drafts, kept=kept(**limits))
+    ledger = Ledger(armed=True, drafts=drafts, score_cache=kept(**limits))
     books = books_of(engine, engine.steps(80), ledger)
     for (handle, position), found in books.score.items():
         if not np.isnan(found):
@@ -211,7 +211,7 @@ def test_every_score_is_that_of_its_own_tokens_computed_or_inherited(seed, draft
 
 def test_a_hit_on_blocks_that_the_same_step_fills_inherits_their_scores():
     """vLLM puts a block into the prefix cache when it schedules it, so that the next request in line can hit it."""
-    ledger, books = Ledger(armed=True, drafts=False, kept=kept()), Books()
+    ledger, books = Ledger(armed=True, drafts=False, score_cache=kept()), Books()
     both: list[Event] = [
         opened(0, 1, 8), opened(1, 2, 6, cached=4), Blocks([[0, 0, 0, 7, 8], [1, 0, 1, 7, 9]]),
     ]  # fmt: skip
@@ -220,13 +220,13 @@ def test_a_hit_on_blocks_that_the_same_step_fills_inherits_their_scores():
         raw([(0, 0, 8), (1, 4, 2)], both, number=1, score_of=lambda slot, p: slot * 100.0 + p + 1),
         raw([], ended, number=2),
     ):
-        books.take(ledger.take(each, EngineCounters()))
+        books.take(ledger.settle(each, EngineCounters()))
     assert books.tokens[2, TokenState.INHERITED, Reason.NONE, Phase.PROMPT] == 4
     assert [books.score[2, p] for p in range(6)] == [1.0, 2.0, 3.0, 4.0, 105.0, 106.0]
 
 
 def test_a_block_allocated_anew_forgets_even_if_the_step_that_filled_it_was_lost():
-    ledger, books = Ledger(armed=True, drafts=False, kept=kept()), Books()
+    ledger, books = Ledger(armed=True, drafts=False, score_cache=kept()), Books()
     for each in (
         raw([(0, 0, 4)], [opened(0, 1, 4), Blocks([[0, 0, 0, 7]])], number=1),
         # Step 2 gave block 7 to request 2 and found the ring full; request 3 hits what it left there.
@@ -240,7 +240,7 @@ def test_a_block_allocated_anew_forgets_even_if_the_step_that_filled_it_was_lost
         ),
         raw([], [Closed(2, 1, False)], number=4),
     ):  # fmt: skip
-        books.take(ledger.take(each, EngineCounters()))
+        books.take(ledger.settle(each, EngineCounters()))
     assert books.tokens[3, TokenState.UNSEEN, Reason.PREFIX_CACHE, Phase.PROMPT] == 4
     assert books.total(3) == 5
 
@@ -248,7 +248,7 @@ def test_a_block_allocated_anew_forgets_even_if_the_step_that_filled_it_was_lost
 def test_where_kv_may_come_from_elsewhere_a_cached_token_is_unseen_for_that_reason():
     ledger, books = Ledger(armed=True, drafts=False, cached_reason=Reason.KV_CONNECTOR), Books()
     for each in (raw([(0, 4, 1)], [opened(0, 1, 5, cached=4)]), raw([], [Closed(0, 1, False)])):
-        books.take(ledger.take(each, EngineCounters()))
+        books.take(ledger.settle(each, EngineCounters()))
     assert books.tokens[1, TokenState.UNSEEN, Reason.KV_CONNECTOR, Phase.PROMPT] == 4
 
 
@@ -296,9 +296,9 @@ def test_a_request_that_skips_a_step_keeps_its_drafts_waiting_until_it_goes_on()
     """Rows 4..7 with three drafts; the step after does not have the request; the one after that goes on at 6."""
     held = PendingSteps(drafts=True)
     prompt, end = np.array([4, 4]), np.full(2, 1 << 40)
-    held.hold(raw([(0, 4, 4), (1, 4, 1)], number=1))
+    held.add(raw([(0, 4, 4), (1, 4, 1)], number=1))
     assert [s.requests_Q["slot"].tolist() for s, _, _ in held.settled(raw([(1, 5, 1)], number=2), prompt, end)] == [[1]]
-    held.hold(raw([(1, 5, 1)], number=2))
+    held.add(raw([(1, 5, 1)], number=2))
     decided = held.settled(raw([(0, 6, 1)], number=3), prompt, end)
     assert [(s.requests_Q.tolist(), to.tolist()) for s, to, _ in decided if s.requests_Q["slot"][0] == 0] == [
         ([(0, 4, 4)], [6])
@@ -307,6 +307,6 @@ def test_a_request_that_skips_a_step_keeps_its_drafts_waiting_until_it_goes_on()
 
 def test_after_a_lost_step_only_the_first_row_of_a_draft_is_taken_for_true():
     held = PendingSteps(drafts=True)
-    held.hold(raw([(0, 4, 4)], number=1))
+    held.add(raw([(0, 4, 4)], number=1))
     ((_, to_Q, _),) = held.settled(raw([(0, 8, 4)], number=3), np.array([4]), np.full(1, 1 << 40))
     assert to_Q.tolist() == [5]

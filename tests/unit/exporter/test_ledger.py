@@ -90,7 +90,7 @@ class Books:
 def run(*steps: RawStep, armed: bool = True, drafts: bool = False) -> Books:
     ledger, books = Ledger(armed=armed, drafts=drafts), Books()
     for each in steps:
-        books.take(ledger.take(each, EngineCounters()))
+        books.take(ledger.settle(each, EngineCounters()))
     books.take(ledger.finish())
     return books
 
@@ -121,7 +121,7 @@ def test_the_row_that_async_scheduling_computes_past_the_end_is_nobodys_token():
         raw([(0, 4, 1)]),  # position 4 holds the stop token: the request ended with one output token
         raw([], [Closed(0, 1, False)]),
     ):
-        books.take(ledger.take(each, EngineCounters()))
+        books.take(ledger.settle(each, EngineCounters()))
     assert books.total(1) == books.closed[1].total_tokens == 4
     assert ledger.surplus_tokens == 1
 
@@ -217,7 +217,7 @@ def test_an_exporter_started_again_accounts_only_for_what_it_saw():
         raw([(5, 10, 1)], [opened(5, 7, 4, resumed=True)]),
         raw([], [Closed(5, 8, False)]),
     ):
-        books.take(ledger.take(each, EngineCounters()))
+        books.take(ledger.settle(each, EngineCounters()))
     assert ledger.unattributed_rows == 1
     assert books.total(7) == 1
     assert books.closed[7].total_tokens == 11

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from latentwatch import secrets
 from latentwatch.errors import ConfigRefused
 from latentwatch.transport import listener, receiver
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens, may_speak_for
@@ -31,7 +32,7 @@ class Fortress:
         self.authority = Authority(folder)
         self.certificate, self.key = self.authority.issue("collector", "localhost")
         self.token_file = folder / "token"
-        self.token_file.write_text(TOKEN + "\n")
+        secrets.write(self.token_file, TOKEN.encode() + b"\n")
         self.server = ServerThread(
             self.sink,
             "127.0.0.1:0",
@@ -83,7 +84,7 @@ def test_an_engine_with_certificate_and_token_gets_in(fortress):
 
 def test_no_token_and_a_wrong_token_are_unauthenticated(fortress, tmp_path):
     wrong = tmp_path / "wrong"
-    wrong.write_text("wrong-horse-battery-staple")
+    secrets.write(wrong, b"wrong-horse-battery-staple")
     fortress.turned_away(fortress.credentials(token_file=None), "unauthenticated")
     fortress.refused.clear()
     fortress.turned_away(fortress.credentials(token_file=wrong), "unauthenticated")
@@ -183,7 +184,7 @@ def test_a_sender_whose_files_are_missing_keeps_what_it_has_and_says_why(tmp_pat
 
 @pytest.mark.parametrize("text", ["", "short", "ü" * 20])
 def test_a_token_that_is_none_is_refused_at_the_start(tmp_path, text):
-    (tmp_path / "token").write_text(text)
+    secrets.write(tmp_path / "token", text.encode())
     with pytest.raises(ConfigRefused) as refused:
         Tokens([tmp_path / "token"])
     assert refused.value.reason == "token_unusable"
@@ -203,15 +204,14 @@ def test_files_that_are_no_certificate_are_refused_at_the_start(tmp_path):
     [
         (f"Bearer {TOKEN}", True),
         (f"bearer  {TOKEN} ", True),
-        ("Basic YW55b25lOmNvcnJlY3QtaG9yc2UtYmF0dGVyeS1zdGFwbGU=", True),
-        ("Basic not-base64", False),
+        ("Basic YW55b25lOmNvcnJlY3QtaG9yc2UtYmF0dGVyeS1zdGFwbGU=", False),
         (TOKEN, False),
         ("Bearer", False),
         ("", False),
     ],
 )
-def test_a_token_is_accepted_as_bearer_or_as_a_basic_password(tmp_path, header, let_in):
-    (tmp_path / "token").write_text(TOKEN)
+def test_a_stream_shows_its_token_as_bearer(tmp_path, header, let_in):
+    secrets.write(tmp_path / "token", TOKEN.encode())
     assert Tokens([tmp_path / "token"]).accept(header) is let_in
 
 

@@ -21,7 +21,8 @@ from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.exporter.backlog import BacklogDelivery
 from latentwatch.transport import codec, spool
 from latentwatch.transport.sender import Backoff, Sender
-from latentwatch.transport.spool import Spool, Spooled, SpoolFolder, SpoolSettings
+from latentwatch.transport.spool import Spool, SpoolFolder, SpoolSettings
+from latentwatch.transport.spool_segments import Spooled
 
 from tests.support.wire import FakeSink, ServerThread, batch, eventually, hello, same, tokens
 
@@ -369,7 +370,7 @@ def test_while_the_disk_takes_nothing_batches_wait_in_memory_and_the_order_is_ke
     one = make(target, spool=made)
     one.offer(batch(1))
     with monkeypatch.context() as broken:
-        broken.setattr(spool, "_write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        broken.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         one.offer(batch(2))
         one.offer(batch(3))
     clock.seconds += 10

@@ -8,7 +8,6 @@ is executed on reading, and the zip's checksums tell a damaged file from a whole
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from latentwatch import storage
 from latentwatch.errors import StateRefused
 
 FORMAT: Final = 2
@@ -42,18 +42,9 @@ def write(path: Path, header: Mapping[str, Any], state: State) -> None:
         return {_ARRAY: name}
 
     tree = json.dumps({"header": dict(header), "state": state}, default=reference).encode()
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            # numpy's stubs take every further keyword for its option `allow_pickle`.
-            np.savez(file, **{_TREE: np.frombuffer(tree, np.uint8)}, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with storage.atomic_write(path) as file:
+        # numpy's stubs take every further keyword for its option `allow_pickle`.
+        np.savez(file, **{_TREE: np.frombuffer(tree, np.uint8)}, **arrays)  # type: ignore[arg-type]
 
 
 def read(path: Path, header: Mapping[str, Any]) -> State:
@@ -84,12 +75,3 @@ def read(path: Path, header: Mapping[str, Any]) -> State:
                 reason="state_header",
             )
     return dict(state)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a host that loses power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,18 +19,18 @@ that is started with another watchlist begins at zero and leaves the earlier sta
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
-import os
 import re
 import struct
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from filelock import BaseFileLock
+
+from latentwatch import storage
 from latentwatch.collector.durability import checkpoint
 from latentwatch.collector.metrics_families import StateFacts
 from latentwatch.collector.pipeline import Pipeline
@@ -48,7 +48,7 @@ _RETRY_SECONDS: Final = 5.0
 _SYNC_SECONDS: Final = 1.0
 _WAIT_SECONDS: Final = 0.02
 
-_RECORD: Final = struct.Struct("<II")  # bytes of the body, its CRC-32
+_FRAMING: Final = storage.Framing()
 _EVENT: Final = struct.Struct("<cdI")  # kind, the pipeline's time, number of the stream's hello in this journal
 _HEADER, _NAME, _HELLO, _BATCH, _GOODBYE, _TICK, _REFUSED, _SHIFT = b"J", b"N", b"H", b"B", b"G", b"T", b"R", b"S"
 _HELD = b"A"
@@ -73,19 +73,18 @@ class DurableSink:
             "bounds": dataclasses.asdict(pipeline.bounds),
         }
         self._folder = folder / f"{pipeline.watchlist.sha256[:16]}-{checkpoint.FORMAT}"
-        self._pending: list[bytes] = []
         self._names: dict[Hello, int] = {}
-        self._journal = -1
+        self._journal: storage.FramedLog | None = None
+        """None after a failure, until a checkpoint succeeds."""
         self._whole = False
         self._number = 0
-        self._written = 0
         self._failures = 0
         self._checkpoint_seconds = 0.0
         self._next_checkpoint = self._next_sync = now
         self._writing = False
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = _take(folder)
+            self._lock = _lock(folder)
         except OSError as error:
             raise _unusable(folder, error) from error
         try:
@@ -93,7 +92,7 @@ class DurableSink:
             pipeline.disconnect_all()
             self._keep(self._begin(now), self._number, now)
         except BaseException as error:
-            os.close(self._lock)
+            self._lock.release()
             if isinstance(error, OSError):
                 raise _unusable(folder, error) from error
             raise
@@ -119,18 +118,11 @@ class DurableSink:
 
     def commit(self) -> None:
         """Write what was noted; on failure the state is merged but not durable, which `facts` tells."""
-        if not self._pending:
-            return
-        data = b"".join(self._pending)
-        self._pending.clear()
-        if self._journal < 0:
-            return
-        try:
-            _write(self._journal, data)
-        except OSError as error:
-            self._fail(error)
-        else:
-            self._written += len(data)
+        if self._journal is not None:
+            try:
+                self._journal.commit()
+            except OSError as error:
+                self._fail(error)
 
     # -- the rest of what changes a pipeline
 
@@ -165,7 +157,7 @@ class DurableSink:
         return StateFacts(
             durable=self._whole,
             checkpoint_seconds=self._checkpoint_seconds,
-            journal_bytes=self._written,
+            journal_bytes=self._journal.size if self._journal is not None else 0,
             write_failures=self._failures,
             resumed_events=self._resumed,
         )
@@ -174,12 +166,14 @@ class DurableSink:
         """Sync the journal, and begin a new one behind a new checkpoint when it is time. Call it once a second."""
         if self._writing:
             return
-        if now >= self._next_checkpoint or self._written > _JOURNAL_BYTES:
+        journal = self._journal
+        if now >= self._next_checkpoint or (journal is not None and journal.size > _JOURNAL_BYTES):
             await self._checkpoint(now)
-        elif self._journal >= 0 and now >= self._next_sync:
+        elif journal is not None and now >= self._next_sync:
             self._next_sync = now + _SYNC_SECONDS
             try:
-                await asyncio.to_thread(os.fdatasync, self._journal)
+                with contextlib.closing(journal.duplicate()) as same:
+                    await asyncio.to_thread(same.sync)
             except OSError as error:
                 self._fail(error)
 
@@ -201,9 +195,9 @@ class DurableSink:
             self._keep(self._begin(now), self._number, now)
         except OSError as error:
             self._fail(error)
-        if self._journal >= 0:
-            os.close(self._journal)
-        os.close(self._lock)
+        if self._journal is not None:
+            self._journal.close()
+        self._lock.release()
 
     async def _checkpoint(self, now: float) -> None:
         self._writing = True
@@ -219,18 +213,12 @@ class DurableSink:
 
     def _begin(self, now: float) -> checkpoint.State:
         """Begin the next journal; the state at its beginning. Raises OSError."""
-        path = self._path("journal", self._number + 1)
-        journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            _write(journal, _record(_EVENT.pack(_HEADER, now, self._whole)))
-        except OSError:
-            os.close(journal)
-            raise
-        if self._journal >= 0:
-            os.close(self._journal)
+        first = _FRAMING.pack(_EVENT.pack(_HEADER, now, self._whole))
+        journal = storage.FramedLog(self._path("journal", self._number + 1), _FRAMING, first, replace=True)
+        if self._journal is not None:
+            self._journal.close()
         self._journal = journal
         self._number += 1
-        self._written = 0
         self._names.clear()
         self._next_checkpoint = now + _CHECKPOINT_SECONDS
         return self._pipeline.state()
@@ -255,24 +243,23 @@ class DurableSink:
                 self._folder,
                 error.strerror or error,
             )
-        if self._journal >= 0:
-            os.close(self._journal)
-        self._journal = -1
+        if self._journal is not None:
+            self._journal.close()
+        self._journal = None
         self._whole = False
-        self._written = 0
         self._next_checkpoint = 0.0
 
     def _note(self, kind: bytes, now: float, hello: Hello | None = None, text: bytes = b"") -> None:
-        if self._journal < 0:
+        if self._journal is None:
             return
         name = 0
         if hello is not None:
             if hello not in self._names:
                 self._names[hello] = len(self._names) + 1
                 words = json.dumps(dataclasses.asdict(hello)).encode()
-                self._pending.append(_record(_EVENT.pack(_NAME, now, self._names[hello]) + words))
+                self._journal.put(_EVENT.pack(_NAME, now, self._names[hello]) + words)
             name = self._names[hello]
-        self._pending.append(_record(_EVENT.pack(kind, now, name) + text))
+        self._journal.put(_EVENT.pack(kind, now, name) + text)
 
     # -- resuming
 
@@ -286,15 +273,13 @@ class DurableSink:
         events = 0
         for number in range(numbers[-1], self._number + 1):
             path = self._path("journal", number)
-            data = path.read_bytes() if path.exists() else b""
-            records = list(_records(data))
+            records, left_out_bytes = _records(path)
             # A journal that was begun after a failure has events missing before it; only its checkpoint leads to it.
             if not records or not (_EVENT.unpack_from(records[0])[2] or number == numbers[-1]):
                 break
             events += self._replay(path, records[1:])
-            read = sum(_RECORD.size + len(record) for record in records)
-            if read < len(data):
-                log.warning("%s: its last %d bytes are no whole event and are left out", path, len(data) - read)
+            if left_out_bytes:
+                log.warning("%s: its last %d bytes are no whole event and are left out", path, left_out_bytes)
                 break
         log.info("resumed from %s with %d events after it", self._path("checkpoint", numbers[-1]), events)
         return events
@@ -366,42 +351,25 @@ class DurableSink:
         return sorted(int(match[1]) for path in self._folder.iterdir() if (match := shape.fullmatch(path.name)))
 
 
-def _record(body: bytes) -> bytes:
-    return _RECORD.pack(len(body), zlib.crc32(body)) + body
+def _records(path: Path) -> tuple[list[bytes], int]:
+    """Every event of a journal up to the first that is torn or damaged, and how many bytes that leaves out."""
+    if not path.exists():
+        return [], 0
+    with path.open("rb") as file:
+        frames = storage.FrameReader(file, _FRAMING)
+        return [frame.body for frame in frames], path.stat().st_size - frames.at
 
 
-def _records(data: bytes) -> Iterator[bytes]:
-    """Every whole record from the beginning, up to the first that is torn or damaged."""
-    at = 0
-    while at + _RECORD.size <= len(data):
-        length, crc = _RECORD.unpack_from(data, at)
-        body = data[at + _RECORD.size : at + _RECORD.size + length]
-        if len(body) < max(length, _EVENT.size) or zlib.crc32(body) != crc:
-            return
-        yield body
-        at += _RECORD.size + length
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    """All of it. Raises OSError."""
-    view: Any = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _take(folder: Path) -> int:
-    """The folder's lock, as a descriptor; it goes with the process. Raises OSError, StateRefused "state_in_use"."""
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
+def _lock(folder: Path) -> BaseFileLock:
+    """Raises OSError, StateRefused "state_in_use"."""
+    lock = storage.lock_folder(folder)
+    if lock is None:
         raise StateRefused(
             f"state folder {folder}",
             found="another collector uses it",
             instead="Give each collector a --state folder of its own.",
             reason="state_in_use",
-        ) from None
+        )
     return lock
 
 

@@ -18,10 +18,12 @@ from typing import Annotated, Any, Final
 import numpy as np
 from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
 from fastapi.responses import StreamingResponse
+from starlette.middleware.authentication import AuthenticationMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentwatch import __version__
 from latentwatch.collector.evidence import Evidence
-from latentwatch.collector.http.asgi import HEADERS, Asgi, Message, Receive, Send
+from latentwatch.collector.http.auth import Access, challenge
 from latentwatch.collector.http.evidence_api import add_evidence
 from latentwatch.collector.http.metrics_page import Busy, MetricsPage
 from latentwatch.collector.http.overview import Overview, overview
@@ -32,9 +34,21 @@ from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.collector.snapshot import Anomaly, Exceedance, RequestView
 from latentwatch.drift.model import Alarm, DriftView
 from latentwatch.export.prometheus import negotiate
+from latentwatch.transport.credentials import Tokens
 from latentwatch.watchlist.file import MAX_FEATURES, Limit
 
 _PAGE_MEDIA: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+HEADERS: Final = (
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +153,10 @@ def make_app(
     clock: Callable[[], float],
     process: Callable[[], ProcessFacts],
     evidence: Evidence | None = None,
-) -> Asgi:
-    """The ASGI application. `clock` gives seconds since the Unix epoch."""
+    readers: Tokens | None = None,
+    on_refused: Callable[[str], None] = lambda _reason: None,
+) -> ASGIApp:
+    """The ASGI application. `clock` gives seconds since the Unix epoch; see auth.Access for `readers`."""
     app = FastAPI(
         title="latentwatch collector",
         version=__version__,
@@ -156,6 +172,8 @@ def make_app(
         if media := _PAGE_MEDIA.get(PurePath(file.name).suffix):
             path = "/" if file.name == "index.html" else f"/{file.name}"
             _add_file(app, path, file.read_bytes(), f"{media}; charset=utf-8")
+    access = Access(readers, evidence.tokens if evidence else None, on_refused)
+    app.add_middleware(AuthenticationMiddleware, backend=access, on_error=challenge)
     return _secured(app)
 
 
@@ -320,10 +338,10 @@ def _requests(pipeline: Pipeline, serials: list[int]) -> Response:
     return StreamingResponse(pieces(), media_type="application/json")
 
 
-def _secured(app: Asgi) -> Asgi:
+def _secured(app: ASGIApp) -> ASGIApp:
     """Security headers on every response, errors included."""
 
-    async def secured(scope: Message, receive: Receive, send: Send) -> None:
+    async def secured(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *HEADERS]

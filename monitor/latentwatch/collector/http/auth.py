@@ -1,34 +1,65 @@
-"""Who may read a collector over HTTP: a token for everything but /healthz."""
+"""Who may do what over HTTP, by the token that a request shows."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Final
 
-from latentwatch.collector.http.asgi import HEADERS, Asgi, Message, Receive, Send
+from fastapi import HTTPException
+from fastapi.security import HTTPBasic, HTTPBearer
+from starlette.authentication import (
+    AuthCredentials,
+    AuthenticationBackend,
+    AuthenticationError,
+    BaseUser,
+    UnauthenticatedUser,
+)
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import PlainTextResponse, Response
+
 from latentwatch.transport.credentials import Tokens
 
-_CHALLENGE: Final = (
-    # Basic, so that a browser asks for it: any user name, the token as the password. Scrapers send it as Bearer.
-    (b"www-authenticate", b'Basic realm="latentwatch", charset="UTF-8"'),
-    (b"content-type", b"text/plain; charset=utf-8"),
-    *HEADERS,
-)
+READ: Final = "read"
+"""Everything that is told."""
+ERASE: Final = "erase"
+"""Deleting evidence, and putting and getting what was said."""
+BEARER: Final = HTTPBearer(auto_error=False, description="The token of --evidence-token.")
+_BASIC: Final = HTTPBasic(auto_error=False)
 
 
-def guarded(app: Asgi, tokens: Tokens, on_refused: Callable[[str], None]) -> Asgi:
-    """`app` for those who show a token; /healthz for everyone, because a kubelet can show none."""
+class Access(AuthenticationBackend):
+    """The scopes of a request. Whoever has a token of either kind may read: a request has room for one."""
 
-    async def guard(scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/healthz" or tokens.accept(_authorization(scope)):
-            await app(scope, receive, send)
-            return
-        on_refused("http_unauthenticated")
-        await send({"type": "http.response.start", "status": 401, "headers": list(_CHALLENGE)})
-        await send({"type": "http.response.body", "body": b"Show the token of --http-token-file.\n"})
+    def __init__(self, readers: Tokens | None, erasers: Tokens | None, on_refused: Callable[[str], None]) -> None:
+        """Args: readers: None lets everyone read.   erasers: None lets nobody erase."""
+        self._readers = readers
+        self._erasers = erasers
+        self._on_refused = on_refused
 
-    return guard
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser]:
+        """Raises AuthenticationError where it may not even read; /healthz is for all: a kubelet can show no token."""
+        token, as_bearer = await _shown(Request(conn.scope))
+        erases = self._erasers is not None and token in self._erasers
+        open_to_all = self._readers is None or conn.scope["path"] == "/healthz"
+        if not (open_to_all or erases or (self._readers is not None and token in self._readers)):
+            self._on_refused("http_unauthenticated")
+            raise AuthenticationError
+        # What a browser sends by itself erases nothing.
+        return AuthCredentials([READ, ERASE] if erases and as_bearer else [READ]), UnauthenticatedUser()
 
 
-def _authorization(scope: Message) -> str:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == b"authorization"), "")
+def challenge(_: HTTPConnection, __: AuthenticationError) -> Response:
+    """Basic, so that a browser asks for it: any user name, the token as the password. Scrapers send it as Bearer."""
+    headers = {"www-authenticate": 'Basic realm="latentwatch", charset="UTF-8"'}
+    return PlainTextResponse("Show the token of --http-token-file.\n", 401, headers)
+
+
+async def _shown(request: Request) -> tuple[str, bool]:
+    """The token that a request shows, empty for none, and whether as Bearer."""
+    if bearer := await BEARER(request):
+        return bearer.credentials, True
+    with contextlib.suppress(HTTPException):  # a password that is none
+        if basic := await _BASIC(request):
+            return basic.password, False
+    return "", False

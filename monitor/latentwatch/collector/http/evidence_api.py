@@ -7,11 +7,12 @@ import dataclasses
 import sqlite3
 from typing import Annotated, Any, Final
 
-from fastapi import Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response, Security
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from latentwatch.collector.evidence import Evidence
+from latentwatch.collector.http.auth import BEARER, ERASE
 from latentwatch.collector.http.responses import as_json
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.errors import ConfigRefused
@@ -21,7 +22,6 @@ from latentwatch.names import Severity
 
 _OFF: Final = "This collector writes no evidence; start it with --evidence DIR."
 _NOT_KEPT: Final = "It exceeded no limit, is too old, or was seen by another collector."
-_BEARER: Final = "Bearer "
 _Answers = dict[int | str, dict[str, Any]]
 _READ: Final[_Answers] = {
     404: {"description": "no evidence is written here, or no such request is kept"},
@@ -71,10 +71,10 @@ def _kept(request: Request) -> Evidence:
 Kept = Annotated[Evidence, Depends(_kept)]
 
 
-def _trusted(evidence: Kept, authorization: Annotated[str, Header()] = "") -> Evidence:
-    if not evidence.takes_tokens:
+def _trusted(request: Request, evidence: Kept, _: Annotated[object, Security(BEARER)]) -> Evidence:
+    if evidence.tokens is None:
         raise HTTPException(403, "Start the collector with --evidence-token FILE, or use 'latentwatch evidence'.")
-    if not authorization.startswith(_BEARER) or not evidence.admits(authorization.removeprefix(_BEARER)):
+    if ERASE not in request.auth.scopes:
         raise HTTPException(401, "Send the token as 'Authorization: Bearer TOKEN'.", {"www-authenticate": "Bearer"})
     return evidence
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from latentwatch.collector.http.asgi import Asgi, Message, Receive, Send
 from latentwatch.errors import ConfigRefused
 from latentwatch.transport.address import Address, cannot_listen
 from latentwatch.transport.credentials import ServerTls
@@ -36,7 +36,7 @@ _CONNECTION: Final = "latentwatch.connection"
 class HttpServer:
     """Serves an app on one address. Make it, `bind()`, run `serve()`, later `stop()` and await `serve()`'s end."""
 
-    def __init__(self, listen: str, app: Asgi, *, tls: ServerTls | None, on_refused: Callable[[str], None]) -> None:
+    def __init__(self, listen: str, app: ASGIApp, *, tls: ServerTls | None, on_refused: Callable[[str], None]) -> None:
         """Raises: ConfigRefused, "target_invalid" or "tls_unusable"."""
         self._address = _tcp(listen)
         self._scheme = "https" if tls else "http"
@@ -213,10 +213,10 @@ class _Connection(asyncio.Protocol):
         self._transport.abort()
 
 
-def _timed(app: Asgi) -> Asgi:
+def _timed(app: ASGIApp) -> ASGIApp:
     """`app`, whose connections are told when a request's headers came and when it is answered."""
 
-    async def timed(scope: Message, receive: Receive, send: Send) -> None:
+    async def timed(scope: Scope, receive: Receive, send: Send) -> None:
         connection: _Connection = scope["state"].pop(_CONNECTION)
         connection.request_came()
         try:

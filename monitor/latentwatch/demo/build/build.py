@@ -184,7 +184,7 @@ class Build:
         from latentwatch.demo.build import model
 
         self.progress("tokenizer")
-        dialogues = self._take("train", 1, self.plan.tokenizer_dialogues)
+        dialogues = self._draw("train", 1, self.plan.tokenizer_dialogues)
         tokenizer = model.train_tokenizer(turn.content for dialogue in dialogues for turn in dialogue.turns)
         network = model.new_model(len(tokenizer), seed=self.seed)
         loss_nats = float("nan")
@@ -200,8 +200,8 @@ class Build:
         from latentwatch.demo.build import sae
 
         self.progress("residual streams for the SAEs")
-        seen = self._collect(self._take("train", 3, self.plan.sae_dialogues))
-        unseen = self._collect(self._take("heldout", 4, 500))
+        seen = self._collect(self._draw("train", 3, self.plan.sae_dialogues))
+        unseen = self._collect(self._draw("heldout", 4, 500))
         plan, quality = sae.SaePlan(tokens=self.plan.sae_tokens), {}
         for point in HOOK_POINTS:
             folder = self.out_dir / "sae" / str(point)
@@ -230,14 +230,14 @@ class Build:
         from latentwatch.demo.build import figures, measure
 
         self.progress("held-out dialogues")
-        heldout = self._take("heldout", 6, self.plan.heldout_dialogues)
+        heldout = self._draw("heldout", 6, self.plan.heldout_dialogues)
         baselines = {
             name: measure.word_baseline(self._probe_dialogues(), heldout, reply_only=reply_only)
             for name, reply_only in (("words_of_reply", True), ("words_of_dialogue", False))
         }
         self.progress("replies of the model to held-out prompts")
         mix: Mapping[dg.Kind, float] = {"ordinary": 0.4, "near": 0.4, "feared": 0.2}
-        asked = self._take("heldout", 7, self.plan.calibration_replies, mix=mix)
+        asked = self._draw("heldout", 7, self.plan.calibration_replies, mix=mix)
         half = len(asked) // 2
         torch.manual_seed(self.seed)
         replies = measure.answered(self.model, self.tokenizer, asked[:half], 0.0)
@@ -251,7 +251,7 @@ class Build:
             baselines,
             heldout=self._collect(heldout),
             generated=self._collect(replies),
-            pool=self._collect(self._take("heldout", 8, self.plan.calibration_dialogues, mix=harmless)),
+            pool=self._collect(self._draw("heldout", 8, self.plan.calibration_dialogues, mix=harmless)),
             act_shares=measure.act_shares(asked, replies),
         )
 
@@ -274,7 +274,7 @@ class Build:
         return len(kept)
 
     def _probe_dialogues(self) -> list[dg.Dialogue]:
-        return self._take("train", 5, self.plan.probe_dialogues)
+        return self._draw("train", 5, self.plan.probe_dialogues)
 
     def _collect(self, dialogues: Sequence[dg.Dialogue]) -> Traces:
         from latentwatch.demo.build import traces
@@ -285,7 +285,7 @@ class Build:
         """Each purpose has its own generator, so that no pool shares a draw with another."""
         return np.random.default_rng([self.seed, purpose])
 
-    def _take(
+    def _draw(
         self, split: dg.Split, purpose: int, count: int, *, mix: Mapping[dg.Kind, float] = dg.MIX
     ) -> list[dg.Dialogue]:
         return list(itertools.islice(dg.stream(split, self._rng(purpose), mix=mix), count))

@@ -12,12 +12,13 @@ import os
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from latentwatch import __version__
 from latentwatch.engines.vllm import encoder, kv_cache, row_map, settings
 from latentwatch.engines.vllm.encoder import ArmedHook
 from latentwatch.engines.vllm.exporter_process import ExporterChild
+from latentwatch.engines.vllm.interfaces import ModelRunner, SchedulerOutput, VllmConfig, Worker
 from latentwatch.engines.vllm.settings import PluginSettings
 from latentwatch.engines.vllm.step_tap import Tap
 from latentwatch.errors import EngineRefused, Refusal
@@ -36,7 +37,7 @@ MAX_FAILURES: Final = 3
 class Attachment:
     """The monitor of one worker, from load to shutdown."""
 
-    def __init__(self, worker: Any, chosen: PluginSettings) -> None:
+    def __init__(self, worker: Worker, chosen: PluginSettings) -> None:
         self._worker = worker
         self._settings = chosen
         self._hooks: tuple[ArmedHook, ...] = ()
@@ -63,7 +64,7 @@ class Attachment:
     def _wrap(self, name: str, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
         original = getattr(self._worker, name)
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def wrapped(*args: object, **kwargs: object) -> object:
             if before is not None:
                 self._guarded(before, *args, **kwargs)
             result = original(*args, **kwargs)
@@ -73,7 +74,7 @@ class Attachment:
 
         setattr(self._worker, name, wrapped)
 
-    def _guarded(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def _guarded(self, function: Callable[..., None], *args: object, **kwargs: object) -> None:
         if self._failures >= MAX_FAILURES:
             return
         try:
@@ -92,7 +93,7 @@ class Attachment:
 
     # load_model: after the weights are there and before the first forward is traced.
 
-    def _loaded(self, *_args: Any, **_kwargs: Any) -> None:
+    def _loaded(self, *_args: object, **_kwargs: object) -> None:
         if not self._reports():
             return
         try:
@@ -173,7 +174,7 @@ class Attachment:
 
     # compile_or_warm_up_model: the graph that will run exists now.
 
-    def _warmed_up(self, *_args: Any, **_kwargs: Any) -> None:
+    def _warmed_up(self, *_args: object, **_kwargs: object) -> None:
         if self._ring is None:
             return
         if self._hooks and not self._canary_alive():
@@ -224,11 +225,11 @@ class Attachment:
 
     # execute_model: the step path.
 
-    def _stepped(self, scheduler_output: Any, *_args: Any, **_kwargs: Any) -> None:
+    def _stepped(self, scheduler_output: SchedulerOutput, *_args: object, **_kwargs: object) -> None:
         if self._tap is None:
             return
         self._tap.after_step(self._worker.model_runner, scheduler_output)
-        if self._exporter is not None and self._exporter.keep(time.monotonic()):
+        if self._exporter is not None and self._exporter.restart_if_ended(time.monotonic()):
             self._tap.announce_again()
         self._failures = 0
 
@@ -244,7 +245,7 @@ class Attachment:
             geometry=ring.geometry,
             collector=self._settings.collector,
             drafts=config.speculative_config is not None,
-            cached_reason=Reason.KV_CONNECTOR if kv_cache.loads_from_elsewhere(config) else Reason.PREFIX_CACHE,
+            cached_reason=Reason.KV_CONNECTOR if kv_cache.has_kv_connector(config) else Reason.PREFIX_CACHE,
             cached_blocks=cache and CachedBlocks(cache.blocks, cache.block_size),
             features=tuple(_as_the_sender_sees_it(feature) for feature in features),
             identity=self._identity(watchlist.sha256 if self._hooks and isinstance(watchlist, Watchlist) else ""),
@@ -269,7 +270,7 @@ class Attachment:
             engine_version=vllm.__version__,
         )
 
-    def _shutting_down(self, *_args: Any, **_kwargs: Any) -> None:
+    def _shutting_down(self, *_args: object, **_kwargs: object) -> None:
         self._stop_exporter()
 
     def _stop_exporter(self) -> None:
@@ -279,7 +280,7 @@ class Attachment:
         self._tap = None
 
 
-def _drafts_can_be_followed(config: Any, runner: Any) -> bool:
+def _drafts_can_be_followed(config: VllmConfig, runner: ModelRunner) -> bool:
     """Whether the batch says where each request's rows truly begin, although some of them are drafts.
 
     With n-gram drafts and the scheduler in step it does. With a draft model or asynchronous scheduling the positions

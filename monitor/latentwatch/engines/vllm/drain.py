@@ -6,13 +6,13 @@ Legend: n rows of the step, K features at one hook point, F features of the watc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from latentwatch.arrays import F32, U16
+from latentwatch.arrays import F32, U16, Array
 from latentwatch.engines.vllm.encoder import ArmedHook
 from latentwatch.handover.ring import Slot
 from latentwatch.kernels.reference import UNWRITTEN, Compacted
@@ -29,6 +29,18 @@ class Written(NamedTuple):
 
 
 UNSCORED: Final = Written(scored_rows=0, fires=0, silent=False)
+
+
+class DeviceHandover(Protocol):
+    """One step on its way from the GPU: kernels.compact.Handover, which a CPU engine must not import."""
+
+    def start(self, rows: int) -> None: ...
+
+    def ready(self) -> bool: ...
+
+    def wait(self) -> None: ...
+
+    def result(self) -> tuple[Compacted, bool]: ...
 
 
 class _Columns(NamedTuple):
@@ -87,7 +99,7 @@ class Drain:
         return Written(scored_rows=scored, fires=at, silent=False)
 
 
-def _rows_that_fit(found: Sequence[tuple[Any, ...]], rows: int, room: int) -> int:
+def _rows_that_fit(found: Sequence[tuple[Array, ...]], rows: int, room: int) -> int:
     """How many leading rows have all their activations within `room`."""
     per_row = sum(np.bincount(row, minlength=rows) for row, _column in found)
     return int(np.searchsorted(np.cumsum(per_row), room, side="right"))
@@ -123,7 +135,7 @@ def write_compacted(slot: Slot, step: Compacted, *, silent: bool) -> Written:
     return Written(scored_rows=scored, fires=fires, silent=False)
 
 
-def device_handovers(hooks: Sequence[ArmedHook], capacity: int, count: int) -> list[Any]:
+def device_handovers(hooks: Sequence[ArmedHook], capacity: int, count: int) -> list[DeviceHandover]:
     """`count` ways for a step from the GPU to the host, compacted there. Only where the hooks' buffers are on a GPU."""
     # Imported here, so that a CPU engine never loads Triton.
     from latentwatch.kernels.compact import Compactor, Handover

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,7 @@ class _Place:
     """Where the hook for one hook point goes."""
 
     module: torch.nn.Module
-    function: Any
+    function: Callable[[torch.nn.Module, object, object], None]
     residual: bool
     """The hook sees the stream as two halves."""
 

@@ -36,7 +36,7 @@ class ExporterChild:
     def configure(self, config: ExporterConfig) -> None:
         """Tell the waiting process what to do, and give it READY_SECONDS to take up the ring."""
         self._config = config.to_json().encode() + b"\n"
-        self._tell()
+        self._send_config()
         deadline = time.monotonic() + READY_SECONDS
         while not self._ring.attached and self.process.poll() is None:
             if time.monotonic() > deadline:
@@ -48,7 +48,7 @@ class ExporterChild:
                 return
             time.sleep(0.01)
 
-    def keep(self, now: float) -> bool:
+    def restart_if_ended(self, now: float) -> bool:
         """Start the process again where it has ended; True where that happened. `now`: monotonic seconds."""
         if now - self._checked < CHECK_SECONDS:
             return False
@@ -58,7 +58,7 @@ class ExporterChild:
         logger.error("latentwatch: the exporter ended with code %s; starting it again", self.process.returncode)
         self._ring.count_restart()
         self.process = self._spawn()
-        self._tell()
+        self._send_config()
         return True
 
     def _spawn(self) -> subprocess.Popen[bytes]:
@@ -70,7 +70,7 @@ class ExporterChild:
             start_new_session=True,
         )
 
-    def _tell(self) -> None:
+    def _send_config(self) -> None:
         """Less than a pipe holds, so this never waits for the reader."""
         assert self.process.stdin is not None
         try:

@@ -6,7 +6,7 @@ file small, and keep everything that is not traced out of it.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -15,7 +15,7 @@ PREFIX: Final = "_latentwatch_"
 """Buffer names on the hooked module: the op's arguments, in the order of BUFFERS."""
 
 
-def after_norm(module: torch.nn.Module, _args: Any, output: Any) -> None:
+def after_norm(module: torch.nn.Module, _args: object, output: object) -> None:
     """On the norm that follows the watched layer: it returns (normed, residual), and residual is resid_post itself.
 
     Reading it costs one tensor, adds none to the graph, and leaves the fusion of all-reduce and norm as it is.
@@ -24,7 +24,7 @@ def after_norm(module: torch.nn.Module, _args: Any, output: Any) -> None:
         _score(module, output[1], None)
 
 
-def after_layer(module: torch.nn.Module, _args: Any, output: Any) -> None:
+def after_layer(module: torch.nn.Module, _args: object, output: object) -> None:
     """On a decoder layer that returns (hidden, residual), whose sum resid_post is.
 
     Of anything else nothing is scored, and the canary says so: what a layer returns is never guessed.
@@ -33,13 +33,13 @@ def after_layer(module: torch.nn.Module, _args: Any, output: Any) -> None:
         _score(module, output[0], output[1])
 
 
-def after_whole_layer(module: torch.nn.Module, _args: Any, output: Any) -> None:
+def after_whole_layer(module: torch.nn.Module, _args: object, output: object) -> None:
     """On a decoder layer that returns resid_post itself. As above, of anything else nothing is scored."""
     if isinstance(output, torch.Tensor):
         _score(module, output, None)
 
 
-def _score(module: Any, x_TD: torch.Tensor, residual_TD: torch.Tensor | None) -> None:
+def _score(module: torch.nn.Module, x_TD: torch.Tensor, residual_TD: torch.Tensor | None) -> None:
     if x_TD.is_cpu:
         # The CPU engine compiles one graph for the whole model, in which the stream need not exist as a bfloat16
         # tensor. Were it the op's input, it would, and what follows would read it rounded: other answers than without

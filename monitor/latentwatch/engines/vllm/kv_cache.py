@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from latentwatch.engines.vllm.interfaces import VllmConfig, Worker
 
 
 class KvCache(NamedTuple):
@@ -15,14 +17,14 @@ class KvCache(NamedTuple):
     """Tokens."""
 
 
-def followed(worker: Any) -> KvCache | None:
+def followed(worker: Worker) -> KvCache | None:
     """The cache whose blocks say what a prefix-cache hit contains, None where that cannot be told.
 
     Only full attention keeps all tokens (a sliding window gives its blocks back). An engine with a KV connector gets
     blocks filled from elsewhere, and decode context parallelism spreads a block over ranks.
     """
     config = worker.vllm_config
-    if not getattr(config.cache_config, "enable_prefix_caching", False) or loads_from_elsewhere(config):
+    if not getattr(config.cache_config, "enable_prefix_caching", False) or has_kv_connector(config):
         return None
     if getattr(worker.parallel_config, "decode_context_parallel_size", 1) > 1:
         return None
@@ -37,6 +39,6 @@ def followed(worker: Any) -> KvCache | None:
     return None
 
 
-def loads_from_elsewhere(config: Any) -> bool:
+def has_kv_connector(config: VllmConfig) -> bool:
     """Whether a KV connector may fill blocks that this engine never computed."""
     return getattr(config, "kv_transfer_config", None) is not None

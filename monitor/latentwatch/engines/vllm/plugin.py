@@ -10,15 +10,19 @@ import functools
 import hashlib
 import logging
 import multiprocessing
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from latentwatch.engines.vllm import settings
 from latentwatch.engines.vllm.settings import PluginSettings
 from latentwatch.watchlist.file import Watchlist
 
+if TYPE_CHECKING:
+    from latentwatch.engines.vllm.attach import Attachment
+    from latentwatch.engines.vllm.interfaces import Worker
+
 logger = logging.getLogger("vllm.latentwatch")
 
-_attachments: list[Any] = []
+_attachments: list[Attachment] = []
 """One per worker of this process."""
 _ENGINE_PROCESSES: Final = ("EngineCore", "VllmWorker")
 """How vLLM names the processes that take no request from a client."""
@@ -60,7 +64,7 @@ def _attach_to_workers(worker_class: Any, chosen: PluginSettings) -> None:
     original = worker_class.__init__
 
     @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Worker, *args: object, **kwargs: object) -> None:
         original(self, *args, **kwargs)
         try:
             from latentwatch.engines.vllm.attach import Attachment
@@ -81,8 +85,8 @@ def _salt_compile_cache(config_class: Any, chosen: PluginSettings) -> None:
     original = config_class.compute_hash
 
     @functools.wraps(original)
-    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = original(self, *args, **kwargs)
+    def compute_hash(self: object, *args: object, **kwargs: object) -> str:
+        plain: str = original(self, *args, **kwargs)
         salt = _salt(chosen)
         if not salt:
             return plain

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from latentwatch.engines.vllm.interfaces import Request, SchedulerOutput
+
 ATTRIBUTE: Final = "latentwatch_ended"
 """On SchedulerOutput: {request id: (output tokens, aborted)} for its `finished_req_ids`; travels with its pickle."""
 
@@ -23,7 +25,7 @@ def install(scheduler_class: Any, status_class: Any) -> None:
     if hasattr(status_class, "FINISHED_ERROR"):
         aborted.add(status_class.FINISHED_ERROR)
 
-    def _free_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def _free_request(self: object, request: Request, *args: object, **kwargs: object) -> object:
         result = free(self, request, *args, **kwargs)
         try:
             ended = self.__dict__.setdefault("_latentwatch_ended", {})
@@ -32,7 +34,7 @@ def install(scheduler_class: Any, status_class: Any) -> None:
             pass
         return result
 
-    def wrapped_schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped_schedule(self: object, *args: object, **kwargs: object) -> object:
         output = schedule(self, *args, **kwargs)
         ended = self.__dict__.get("_latentwatch_ended")
         if ended:
@@ -45,7 +47,7 @@ def install(scheduler_class: Any, status_class: Any) -> None:
     scheduler_class._latentwatch_wrapped = True
 
 
-def ended_requests(scheduler_output: Any) -> Mapping[str, tuple[int, bool]]:
+def ended_requests(scheduler_output: SchedulerOutput) -> Mapping[str, tuple[int, bool]]:
     """Per finished request id: (output tokens, aborted); (-1, False) where the scheduler did not say."""
     told: Mapping[str, tuple[int, bool]] = getattr(scheduler_output, ATTRIBUTE, {})
     return {request_id: told.get(request_id, (-1, False)) for request_id in scheduler_output.finished_req_ids}

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from latentwatch.arrays import Array
+from latentwatch.engines.vllm.interfaces import BatchV1, BatchV2, ModelRunner, SchedulerOutput
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RowMap:
     """Rows without padding."""
 
 
-def read(runner: Any, scheduler_output: Any) -> RowMap:
+def read(runner: ModelRunner, scheduler_output: SchedulerOutput) -> RowMap:
     """The row map of the step that `runner` has just executed."""
     state = getattr(runner, "execute_model_state", None)
     batch = getattr(state, "input_batch", None)
@@ -37,7 +37,7 @@ def read(runner: Any, scheduler_output: Any) -> RowMap:
     return _from_v1(runner.input_batch, scheduler_output)
 
 
-def _from_v2(batch: Any) -> RowMap:
+def _from_v2(batch: BatchV2) -> RowMap:
     n = batch.num_reqs
     return RowMap(
         request_ids=batch.req_ids[:n],
@@ -47,7 +47,7 @@ def _from_v2(batch: Any) -> RowMap:
     )
 
 
-def _from_v1(batch: Any, scheduler_output: Any) -> RowMap:
+def _from_v1(batch: BatchV1, scheduler_output: SchedulerOutput) -> RowMap:
     request_ids = batch.req_ids[: batch.num_reqs]
     scheduled = scheduler_output.num_scheduled_tokens
     return RowMap(
@@ -58,7 +58,7 @@ def _from_v1(batch: Any, scheduler_output: Any) -> RowMap:
     )
 
 
-def check_runner(runner: Any) -> str:
+def check_runner(runner: ModelRunner) -> str:
     """ "" where the runner has the attributes that read() needs, else the name of the first one that is missing."""
     if hasattr(runner, "input_batch"):
         missing = [n for n in ("req_ids", "num_reqs", "num_computed_tokens_cpu") if not hasattr(runner.input_batch, n)]

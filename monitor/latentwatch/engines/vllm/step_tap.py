@@ -9,19 +9,28 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from latentwatch.arrays import Array
 from latentwatch.engines.vllm import request_ends, row_map, trace_context
-from latentwatch.engines.vllm.drain import UNSCORED, HostBuffers, Written, device_handovers, write_compacted
+from latentwatch.engines.vllm.drain import (
+    UNSCORED,
+    DeviceHandover,
+    HostBuffers,
+    Written,
+    device_handovers,
+    write_compacted,
+)
 from latentwatch.engines.vllm.encoder import ArmedHook
+from latentwatch.engines.vllm.interfaces import ModelRunner, NewRequest, SchedulerOutput
 from latentwatch.engines.vllm.kv_cache import KvCache
 from latentwatch.handover.events import Blocks, Closed, Event, Opened, Resync, encode_events
 from latentwatch.handover.ring import EVENT_BYTES, REQUEST_DTYPE, Ring, Slot
 
 _STEPS_IN_FLIGHT = 3
-_KEPT_SLOTS = 2
+_RESERVED_SLOTS = 2
 _BLOCKS_PER_EVENT = 2048
 """Numbers of up to eight digits: a quarter of ring.EVENT_BYTES."""
 MAX_OWED = 4096
@@ -36,10 +45,10 @@ class _Queued(NamedTuple):
 
     step: int
     time_unix_nano: int
-    requests_Q: Any
+    requests_Q: Array
     rows: int
     events: list[Event]
-    handover: Any
+    handover: DeviceHandover
 
 
 class Requests:
@@ -53,7 +62,7 @@ class Requests:
         self._free: list[int] = []
         self._handles = 0
 
-    def update(self, scheduler_output: Any) -> list[Event]:
+    def update(self, scheduler_output: SchedulerOutput) -> list[Event]:
         """Take the openings and closings that the scheduler announces with a step; closings come first."""
         events: list[Event] = []
         if scheduler_output.finished_req_ids:
@@ -79,7 +88,7 @@ class Requests:
         given = [[self.slot_of[name], 0, len(blocks), *blocks] for name, blocks in self._blocks.items()]
         return [*resumed, *_in_lines(given)]
 
-    def _given(self, scheduler_output: Any, cache: KvCache) -> list[list[int]]:
+    def _given(self, scheduler_output: SchedulerOutput, cache: KvCache) -> list[list[int]]:
         """The KV blocks of this step, as events.Blocks has them."""
         group, size = cache.group, cache.block_size
         given = []
@@ -101,7 +110,7 @@ class Requests:
             before += ids[group]
         return given
 
-    def _open(self, new: Any) -> Opened:
+    def _open(self, new: NewRequest) -> Opened:
         slot = self._free.pop() if self._free else len(self.slot_of)
         self._handles += 1
         # The worker's runner re-adds a preempted request as new, with its output in the prefill; it has a slot then.
@@ -164,11 +173,11 @@ class Tap:
         self._step = 0
         self._row_map = np.empty(ring.geometry.max_requests, REQUEST_DTYPE)
 
-    def after_step(self, runner: Any, scheduler_output: Any) -> None:
+    def after_step(self, runner: ModelRunner, scheduler_output: SchedulerOutput) -> None:
         """Called right after the forward of each step, on the engine's thread."""
         self._owed += self._requests.update(scheduler_output)
         if len(self._owed) > self._max_owed:
-            self._begin_anew()
+            self._resync()
         rows = int(scheduler_output.total_num_scheduled_tokens)
         self._flush_ready(wait=rows == 0)
         if rows:
@@ -195,14 +204,14 @@ class Tap:
         # The closings that are owed are of requests that it never knew, in slots that others may hold by now.
         self._owed = self._requests.announce_again()
 
-    def _begin_anew(self) -> None:
+    def _resync(self) -> None:
         """Forget what is owed, but for the requests that are live."""
         live = self._requests.live_handles
         begun = {event.handle for event in self._owed if isinstance(event, Opened) and not event.resumed}
         self._unannounced += len(begun.difference(live))
         self._owed = [Resync(live, self._unannounced), *self._requests.announce_again()]
 
-    def _read_rows(self, runner: Any, scheduler_output: Any) -> Any:
+    def _read_rows(self, runner: ModelRunner, scheduler_output: SchedulerOutput) -> Array:
         step = row_map.read(runner, scheduler_output)
         slot_of = self._requests.slot_of
         requests_Q = self._row_map[: len(step.request_ids)]
@@ -212,10 +221,10 @@ class Tap:
         return requests_Q
 
     def _publish(
-        self, step: int, now_ns: int, requests_Q: Any, rows: int, write_scores: Callable[[Slot], Written]
+        self, step: int, now_ns: int, requests_Q: Array, rows: int, write_scores: Callable[[Slot], Written]
     ) -> None:
         # A step without rows only says how requests ended; an idle engine makes no other, so it must get through.
-        slot = self._ring.reserve(keep=_KEPT_SLOTS if rows else 0)
+        slot = self._ring.reserve(leave_free=_RESERVED_SLOTS if rows else 0)
         if slot is None:
             self._ring.count_dropped(rows)
             return
@@ -252,7 +261,7 @@ class Tap:
         self._owed = self._owed[fit:]
         return bytes(data)
 
-    def _queue_handover(self, requests_Q: Any, rows: int) -> None:
+    def _queue_handover(self, requests_Q: Array, rows: int) -> None:
         if not self._handovers:
             # The GPU's copies are further behind than we have buffers for; the events wait for the next step.
             self._ring.count_dropped(rows)
@@ -273,7 +282,7 @@ class Tap:
             elif not queued.handover.ready():
                 return
             self._queue.pop(0)
-            compacted, silent = queued.handover.take()
+            compacted, silent = queued.handover.result()
             owed, self._owed = self._owed, queued.events
             self._publish(
                 queued.step,

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from latentwatch.engines.vllm.interfaces import NewRequest
+
 KEY: Final = "latentwatch_traceparent"
 """In `extra_args`. A client may fill those itself (`vllm_xargs`): what it wrote under these keys is overwritten."""
 UNTRACED_KEY: Final = "latentwatch_untraced"
@@ -34,7 +36,7 @@ def install(engine_class: Any) -> None:
     untraced = 0
 
     @functools.wraps(original)
-    def add_request(*args: Any, **kwargs: Any) -> Any:
+    def add_request(*args: object, **kwargs: object) -> object:
         nonlocal untraced
         try:
             bound = signature.bind(*args, **kwargs)
@@ -51,24 +53,24 @@ def install(engine_class: Any) -> None:
     engine_class.add_request = add_request
 
 
-def traceparent_of(new_request: Any) -> str:
+def traceparent_of(new_request: NewRequest) -> str:
     """The traceparent that the request of a NewRequestData carries, empty for none."""
     found = str(_carried(new_request).get(KEY, ""))
     # A client's own, where the request came in past the wrapper.
     return found if _TRACEPARENT.fullmatch(found) else ""
 
 
-def untraced_before(new_request: Any) -> int:
+def untraced_before(new_request: NewRequest) -> int:
     """How many requests before this one, by its word, were served without their trace context."""
     found = _carried(new_request).get(UNTRACED_KEY, 0)
     return found if isinstance(found, int) and 0 <= found < 1 << 31 else 0
 
 
-def _carried(new_request: Any) -> Mapping[str, Any]:
+def _carried(new_request: NewRequest) -> Mapping[str, object]:
     return getattr(new_request.sampling_params, "extra_args", None) or {}
 
 
-def _carrying(params: Any, headers: Mapping[str, str] | None, untraced: int) -> Any:
+def _carrying(params: Any, headers: Mapping[str, str] | None, untraced: int) -> object:
     """`params`, or a copy of them where a key of ours must be set or taken out. The caller may use its own again."""
     found = str((headers or {}).get("traceparent", ""))
     ours = {KEY: found} if _TRACEPARENT.fullmatch(found) else {}

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.collector.config import Bounds
-from latentwatch.collector.durability import checkpoint, journal
+from latentwatch.collector.durability import checkpoint
 from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.collector.pipeline import Pipeline
 from latentwatch.errors import StateRefused
@@ -130,8 +130,8 @@ def test_a_journal_that_ends_anywhere_resumes_at_a_whole_batch_and_the_sender_fi
 
 def killed(sink: DurableSink) -> None:
     """What the system does when a process is killed: its descriptors are closed, and nothing else."""
-    os.close(sink._journal)
-    os.close(sink._lock)
+    sink._journal.close()
+    sink._lock.release()
 
 
 def test_the_journal_holds_what_was_received_to_the_byte(tmp_path):
@@ -178,8 +178,7 @@ def test_a_request_that_is_deleted_is_in_no_file_and_does_not_come_back(tmp_path
     assert one._pipeline.find("chatcmpl-2") and held(tmp_path, named)
     assert asyncio.run(one.forget("chatcmpl-2", 1101.0))
     assert not one._pipeline.find("chatcmpl-2") and not held(tmp_path, named)
-    os.close(one._journal)
-    os.close(one._lock)
+    killed(one)
     again = DurableSink(pipeline(bounds=roomy), tmp_path, 1102.0)
     assert not again._pipeline.find("chatcmpl-2") and again._pipeline.find("chatcmpl-1")
     assert counts(again._pipeline) == before
@@ -201,11 +200,11 @@ def test_a_full_disk_stops_no_counting_and_a_later_checkpoint_makes_up_for_it(tm
     sink.hello(hello(), 1000.0)
     run(sink, steps[:3])
 
-    def full(descriptor: int, data: bytes) -> None:
+    def full(descriptor: int, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(journal, "_write", full)
+        patched.setattr(os, "write", full)
         run(sink, steps[3:5], 4)
         asyncio.run(sink.maintain(2000.0))
         assert not sink.facts.durable and sink.facts.write_failures == 2

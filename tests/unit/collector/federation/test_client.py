@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from latentwatch import secrets
 from latentwatch.collector.federation.client import ReportClient
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.step.batch import EngineCounters
@@ -118,7 +119,7 @@ def test_tls_a_certificate_and_a_token_open_the_gateway_and_bind_what_may_be_rep
     authority = Authority(tmp_path)
     server, client = authority.issue("gateway"), authority.issue("pod-0", "pod-0")
     token = tmp_path / "token"
-    token.write_text("0123456789abcdef")
+    secrets.write(token, b"0123456789abcdef")
     refused: list[str] = []
 
     async def run() -> None:

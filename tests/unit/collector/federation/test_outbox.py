@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -257,8 +256,8 @@ def test_a_killed_sidecar_makes_the_same_reports_from_its_journal(tmp_path):
     first.commit()
     assert made.forward is not None
     sent = [codec.encode_report(number, report) for number, report in made.forward.reports]
-    os.close(first._journal)
-    os.close(first._lock)
+    first._journal.close()
+    first._lock.release()
     second = DurableSink(again := sidecar(2), tmp_path, 1000.0)
     assert again.forward is not None and again.forward.boot_id == made.forward.boot_id
     assert [codec.encode_report(number, report) for number, report in again.forward.reports] == sent

@@ -13,9 +13,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from latentwatch import secrets
 from latentwatch.cli import main
 from latentwatch.collector.http import server
-from latentwatch.collector.http.asgi import HEADERS
+from latentwatch.collector.http.app import HEADERS
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.transport.credentials import ServerTls
 from latentwatch.watchlist import file as watchlist_file
@@ -30,7 +31,7 @@ TOKEN = "correct-horse-battery-staple"
 @contextlib.contextmanager
 def serving(folder: Path, authority: Authority) -> Iterator[Service]:
     watchlist_file.write(watchlist([sparse("f")]), folder / "w.safetensors")
-    (folder / "token").write_text(TOKEN)
+    secrets.write(folder / "token", TOKEN.encode())
     made = Service(
         CollectorSettings(
             folder / "w.safetensors",

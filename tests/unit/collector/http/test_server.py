@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from latentwatch.collector.http import server
-from latentwatch.collector.http.asgi import Message, Receive, Send
 from latentwatch.collector.http.server import HttpServer
 from latentwatch.transport.credentials import ServerTls
+from starlette.types import Receive, Scope, Send
 
 from tests.support.certificates import Authority
 from tests.support.wire import eventually, in_loop
@@ -61,7 +61,7 @@ class Served:
         await self._task
 
 
-async def _app(scope: Message, receive: Receive, send: Send) -> None:
+async def _app(scope: Scope, receive: Receive, send: Send) -> None:
     assert scope["type"] == "http" and not scope["state"]
     if scope["path"] == "/slow":
         await asyncio.sleep(1)

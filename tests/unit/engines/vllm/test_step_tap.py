@@ -65,7 +65,7 @@ def test_scores_arrive_at_the_ledger_with_their_request_and_position(hooks):
     tap.after_step(v1_runner({}), scheduled({}, finished={"a": (1, False), "b": (1, False)}))
     batches = []
     while (raw := reader.peek()) is not None:
-        batches.append(ledger.take(raw, EngineCounters()))
+        batches.append(ledger.settle(raw, EngineCounters()))
         reader.release()
     scored = batches[1]
     assert [(int(s["start"]), int(s["count"])) for s in scored.segments_S] == [(0, 3), (0, 2)]
@@ -98,7 +98,7 @@ def test_a_full_ring_costs_steps_but_no_opening_or_closing_even_if_the_engine_th
     batches = []
     tap.after_step(v1_runner({}), scheduled({}, finished={"a": (steps, False)}))
     while (raw := reader.peek()) is not None:
-        batches.append(ledger.take(raw, EngineCounters()))
+        batches.append(ledger.settle(raw, EngineCounters()))
         reader.release()
     assert ring.dropped_steps == 5
     tokens = {TokenState.SCORED: 0, TokenState.DROPPED: 0}
@@ -116,9 +116,9 @@ def test_while_nobody_reads_what_is_owed_stays_bounded_and_then_the_books_begin_
     reader = Ring(ring.fd, ring.geometry, create=False)
     tap, ledger = Tap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
     tap.after_step(v1_runner({"a": 0, "b": 0}), scheduled({"a": 1, "b": 1}, new=[("a", 1), ("b", 1)]))
-    batches = [ledger.take(reader.peek(), EngineCounters())]
+    batches = [ledger.settle(reader.peek(), EngineCounters())]
     reader.release()
-    ring.reserve = lambda keep=0: None  # no slot is ever free
+    ring.reserve = lambda leave_free=0: None  # no slot is ever free
     ended = {"b": (1, False)}
     most = 0
     for i in range(MAX_OWED):
@@ -133,10 +133,10 @@ def test_while_nobody_reads_what_is_owed_stays_bounded_and_then_the_books_begin_
         tap.after_step(v1_runner({"a": i + 1}), scheduled({"a": 1}, finished=ended))
         ended = {}
         while (raw := reader.peek()) is not None:
-            batches.append(ledger.take(raw, EngineCounters()))
+            batches.append(ledger.settle(raw, EngineCounters()))
             reader.release()
     tap.after_step(v1_runner({}), scheduled({}, finished={"a": (MAX_OWED + 401, False)}))
-    batches.append(ledger.take(reader.peek(), EngineCounters()))
+    batches.append(ledger.settle(reader.peek(), EngineCounters()))
     outcomes = {
         closed.request_id: (closed.outcome, closed.total_tokens) for batch in batches for closed in batch.closed
     }
@@ -154,7 +154,7 @@ def test_a_request_id_as_long_as_a_slot_is_cut_and_reaches_the_exporter(hooks):
     tap = Tap(ring, hooks, on_gpu=False)
     name = "cmpl-" + "\u4e00" * EVENT_BYTES + "-0-0123abcd"
     tap.after_step(v1_runner({name: 0}), scheduled({name: 1}, new=[(name, 1)]))
-    (opened,) = Ledger(armed=True, drafts=False).take(ring.peek(), EngineCounters()).opened
+    (opened,) = Ledger(armed=True, drafts=False).settle(ring.peek(), EngineCounters()).opened
     assert len(opened.request_id) < 300
     assert opened.request_id.endswith("-0-0123abcd")
 
@@ -170,7 +170,7 @@ def test_an_exporter_started_again_is_told_every_live_request(hooks):
     forward(hooks, 1)
     tap.after_step(v1_runner({"a": 2}), scheduled({"a": 1}))
     ledger = Ledger(armed=True, drafts=False)
-    batch = ledger.take(ring.peek(), EngineCounters())
+    batch = ledger.settle(ring.peek(), EngineCounters())
     assert [opened.request_id for opened in batch.opened] == ["a"]
     assert ledger.finish().segments_S["start"].tolist() == [2]
 
@@ -216,7 +216,7 @@ def test_a_hit_inherits_through_the_ring(hooks):
     reader = Ring(ring.fd, ring.geometry, create=False)
     tap = Tap(ring, hooks, on_gpu=False, cache=CACHE)
     kept = ScoreCache(blocks=100, block_size=4, dense=len(hooks), hook_points=len(hooks))
-    ledger = Ledger(armed=True, drafts=False, kept=kept)
+    ledger = Ledger(armed=True, drafts=False, score_cache=kept)
     forward(hooks, 6)
     tap.after_step(v1_runner({"a": 0}), scheduled({"a": 6}, new=[("a", 6)], blocks={"a": [3, 4]}))
     forward(hooks, 2, value=5.0)
@@ -225,7 +225,7 @@ def test_a_hit_inherits_through_the_ring(hooks):
     tap.after_step(v1_runner({}), scheduled({}, finished={"b": (1, False)}))
     batches = []
     while (raw := reader.peek()) is not None:
-        batches.append(ledger.take(raw, EngineCounters()))
+        batches.append(ledger.settle(raw, EngineCounters()))
         reader.release()
     assert [(int(s["start"]), int(s["count"]), int(s["state"])) for s in batches[2].segments_S] == [
         (0, 4, TokenState.INHERITED),
