@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from latentwatch.cli.collector import route
 
@@ -18,6 +18,9 @@ EPILOG = """Several --from are added up: the collectors of a fleet, or recording
 noted in its folder's audit log. Windows during an
 alarm are never among what a collector gives. A baseline changes by --update only, and names what would change.
 example:  latentwatch calibrate --from http://127.0.0.1:9464 --model-name llama --out prod.baseline"""
+
+_TIMEOUT_SECONDS: Final = 60.0
+"""A collector sums over all that it has seen."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,27 +144,22 @@ def _gathered(args: argparse.Namespace) -> Baseline:
 
 
 def _fetched(url: str, model_name: str, token_file: Path | None) -> bytes:
-    import urllib.error
-    import urllib.parse
-    import urllib.request
-
     from latentwatch import secrets
-    from latentwatch.errors import BaselineRefused
+    from latentwatch.cli.http_client import Web
+    from latentwatch.drift import baseline
+    from latentwatch.errors import BaselineRefused, ConfigRefused
 
     token = secrets.read_token(token_file, "--token-file") if token_file else ""
-    address = f"{url.rstrip('/')}/v1/drift/observed?{urllib.parse.urlencode({'model_name': model_name})}"
+    web = Web(url, token, timeout_seconds=_TIMEOUT_SECONDS, max_bytes=baseline.MAX_FILE_BYTES)
     try:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        request = urllib.request.Request(address, headers=headers)  # noqa: S310 (the scheme was checked)
-        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310 (as above)
-            return bytes(answer.read())
-    except (urllib.error.URLError, OSError) as error:
+        return web.get("/v1/drift/observed", model_name=model_name)
+    except ConfigRefused as refusal:
         raise BaselineRefused(
             f"collector {url}",
-            found=f"it gave nothing for model {model_name!r} ({error})",
+            found=f"it gave nothing for model {model_name!r} ({refusal.found})",
             instead="Give the address of its page, and the model's name as the page shows it.",
             reason="baseline_source",
-        ) from error
+        ) from refusal
 
 
 def _of_files(path: Path, args: argparse.Namespace) -> Baseline:
