@@ -103,4 +103,4 @@ def test_half_of_it_is_refused(tmp_path, capsys):
     assert main(["collector", "--watchlist", "w", "--forward-name", "pod-0"]) == 2
     assert "--forward-to is not" in capsys.readouterr().err
     assert main(["collector", "--watchlist", "w", "--forward-to", "g:1", "--forward-cert", "c.pem"]) == 2
-    assert "--forward-key None" in capsys.readouterr().err
+    assert "--forward-key is None" in capsys.readouterr().err
