@@ -8,7 +8,7 @@ import getpass
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from latentwatch.errors import ConfigRefused
 
@@ -62,7 +62,7 @@ def _default(field: FieldInfo) -> str:
     return f"(default: {' '.join(shown)})" if shown and shown != [None] else ""
 
 
-def _parts(annotation: Any) -> Iterator[Any]:
+def _parts(annotation: object) -> Iterator[object]:
     for part in get_args(annotation):
         yield part
         yield from _parts(part)

@@ -175,7 +175,7 @@ class CollectorConfig(BaseSettings):
         in_environment = _Environment(cls)()
         by_field = {name: in_file[flag(name)] for name in cls.model_fields if flag(name) in in_file}
         try:
-            return cls(**{**by_field, **in_environment, **flags})
+            return cls.model_validate({**by_field, **in_environment, **flags})
         except ValidationError as error:
             wrong = error.errors(include_url=False)[0]
             name = str(wrong["loc"][0])
@@ -186,7 +186,7 @@ class CollectorConfig(BaseSettings):
             raise _refused(name, cls.model_fields[name], wrong, where) from error
 
     @classmethod
-    def file_schema(cls) -> dict[str, Any]:
+    def file_schema(cls) -> dict[str, object]:
         """The JSON Schema (2020-12) of the file."""
         made = cls.model_json_schema()
         for option in made["properties"].values():
@@ -228,7 +228,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     try:
         read = yaml.load(path.read_bytes(), _StrictLoader)  # noqa: S506, a SafeLoader
         found = "" if read is None or isinstance(read, dict) else f"it holds {reprlib.repr(read)}, not options"
@@ -253,7 +253,7 @@ def _check_known(names: Collection[str], known: Collection[str], where: str) -> 
         )
 
 
-def _refused(name: str, field: FieldInfo, wrong: Mapping[str, Any], where: str) -> ConfigRefused:
+def _refused(name: str, field: FieldInfo, wrong: Mapping[str, object], where: str) -> ConfigRefused:
     meaning = " ".join(str(field.description).split())
     if wrong["type"] == "missing":
         return ConfigRefused(
@@ -263,7 +263,7 @@ def _refused(name: str, field: FieldInfo, wrong: Mapping[str, Any], where: str) 
             reason="config_missing",
         )
     # A file has lists; that they become tuples is no concern of who writes it.
-    found = f"{reprlib.repr(wrong['input'])}: {wrong['msg'].replace('tuple', 'list')}"
+    found = f"{reprlib.repr(wrong['input'])}: {str(wrong['msg']).replace('tuple', 'list')}"
     return ConfigRefused(where, found=found, instead=f"It is for this: {meaning}.", reason="config_value")
 
 
