@@ -52,5 +52,5 @@ class MetricsPage:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, page)
         finally:
-            # The thread shares the interpreter with the loop: a scraper that never stops asking gets half of it at most.
+            # The thread shares the interpreter with the loop: a scraper that never stops asking gets half of it.
             self._rested_at = 2 * time.monotonic() - began
