@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from latentwatch.cli.collector import route
+from latentwatch.cli import options
 
 if TYPE_CHECKING:
     from latentwatch.collector.drift import DriftSettings
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--canary-key", type=Path, metavar="FILE", help="for files and folders: the collector's, to tell canary runs"
     )
-    parser.add_argument("--route", type=route, metavar="REGEX", help="for files and folders: the collector's")
+    parser.add_argument("--route", type=options.route, metavar="REGEX", help="for files and folders: the collector's")
     parser.add_argument(
         "--token-file", type=Path, metavar="FILE", help="the collectors' --http-token-file, where they have one"
     )
@@ -163,7 +163,6 @@ def _fetched(url: str, model_name: str, token_file: Path | None) -> bytes:
 
 
 def _of_files(path: Path, args: argparse.Namespace) -> Baseline:
-    from latentwatch.cli.collector import drift_settings
     from latentwatch.errors import ConfigRefused
     from latentwatch.watchlist import file as watchlist_file
 
@@ -171,19 +170,18 @@ def _of_files(path: Path, args: argparse.Namespace) -> Baseline:
         found = "a folder of evidence" if path.is_dir() else "a recording"
         raise ConfigRefused(f"--from {path}", found=found, instead="Give its --watchlist too.", reason="config_value")
     watchlist = watchlist_file.read(args.watchlist)
-    settings = drift_settings(None, args.canary_key, args.route)
+    settings = options.drift_settings(None, args.canary_key, args.route)
     return (_of_evidence if path.is_dir() else _of_recording)(path, watchlist, args.model_name, settings)
 
 
 def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, settings: DriftSettings) -> Baseline:
     import time
 
-    from latentwatch.cli.evidence import actor, opened
     from latentwatch.collector.calibration import of_evidence
     from latentwatch.errors import BaselineRefused
 
     what = f"evidence {folder}"
-    with opened(folder) as (archive, audit):
+    with options.opened_evidence(folder) as (archive, audit):
         if others := archive.watchlists() - {watchlist.sha256}:
             raise BaselineRefused(
                 what,
@@ -192,7 +190,7 @@ def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, settings: 
                 reason="baseline_mismatch",
             )
         made = of_evidence(watchlist, model_name, archive.ended(model_name), settings, what)
-        audit.add(time.time(), actor(), "calibrate", made.observed.requests, subject=f"model={model_name}")
+        audit.add(time.time(), options.actor(), "calibrate", made.observed.requests, subject=f"model={model_name}")
     return made
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import getpass
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from latentwatch.cli import options
 from latentwatch.errors import ConfigRefused
 
 if TYPE_CHECKING:
-    from latentwatch.evidence.archive import Archive
-    from latentwatch.evidence.audit import Audit
+    pass
 
 HELP = "Find, show and delete the evidence that a collector wrote down."
 EPILOG = "example:  latentwatch evidence query --dir /var/lib/latentwatch/evidence --since 2h"
@@ -122,11 +120,11 @@ def _query(args: argparse.Namespace) -> int:
 
     now = time.time()
     wanted = Wanted(args.feature, args.severity, args.model, _before(now, args.since), _before(now, args.until))
-    with opened(args.dir) as (archive, audit):
+    with options.opened_evidence(args.dir) as (archive, audit):
         found = archive.exceedances(wanted, args.limit)
         filters = ("feature", "severity", "model", "since", "until")
         subject = " ".join(f"{name}={value}" for name in filters if (value := getattr(args, name)) is not None)
-        audit.add(now, actor(), "query", len(found), subject=subject)
+        audit.add(now, options.actor(), "query", len(found), subject=subject)
     for exceedance in found:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(exceedance.seconds))
         print(
@@ -143,11 +141,11 @@ def _show(args: argparse.Namespace) -> int:
 
     from latentwatch.evidence import heatmap
 
-    with opened(args.dir) as (archive, audit):
+    with options.opened_evidence(args.dir) as (archive, audit):
         found = archive.find(args.id)
-        audit.add(time.time(), actor(), "show", len(found), request=args.id)
+        audit.add(time.time(), options.actor(), "show", len(found), request=args.id)
         if args.key:
-            audit.add(time.time(), actor(), "content", len(found), request=args.id)
+            audit.add(time.time(), options.actor(), "content", len(found), request=args.id)
     if not found:
         return _not_stored(args)
     tokens = _tokens(args, found[0].key) if args.key else ()
@@ -203,9 +201,9 @@ def _key(args: argparse.Namespace) -> int:
 def _delete(args: argparse.Namespace) -> int:
     from latentwatch.evidence import store
 
-    with opened(args.dir) as (_, audit):
+    with options.opened_evidence(args.dir) as (_, audit):
         erased = store.erase(args.dir, args.id)
-        audit.add(time.time(), actor(), "delete", erased.requests, request=args.id)
+        audit.add(time.time(), options.actor(), "delete", erased.requests, request=args.id)
     if not erased.requests:
         return _not_stored(args)
     print(f"{erased.requests} requests deleted, {erased.rows} rows")
@@ -234,8 +232,8 @@ def _export(args: argparse.Namespace) -> int:
         raise ConfigRefused(
             f"--out {args.out}", found=error.strerror or str(error), instead="Name a new folder.", reason="out_exists"
         ) from error
-    with opened(args.dir) as (archive, audit):
-        audit.add(time.time(), actor(), "export", 0, subject=str(args.out))
+    with options.opened_evidence(args.dir) as (archive, audit):
+        audit.add(time.time(), options.actor(), "export", 0, subject=str(args.out))
         rows = parquet.export(archive.requests(), args.out)
     print(f"{args.out}: " + ", ".join(f"{count} {name}" for name, count in rows.items()))
     return 0
@@ -246,32 +244,12 @@ def _audit(args: argparse.Namespace) -> int:
 
     from latentwatch.evidence.heatmap import printable
 
-    with opened(args.dir) as (_, audit):
+    with options.opened_evidence(args.dir) as (_, audit):
         for entry in itertools.islice(audit.entries(request=args.id), args.limit):
             moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.seconds))
             subject = printable(entry.subject) or entry.subject_sha256[:16]
             print(f"{moment}  {entry.actor}  {entry.action}  {entry.found}  {subject}".rstrip())
     return 0
-
-
-@contextlib.contextmanager
-def opened(folder: Path) -> Iterator[tuple[Archive, Audit]]:
-    """The folder's archive and audit log. Raises: ConfigRefused: it is missing or cannot be read."""
-    import sqlite3
-
-    from latentwatch.evidence.archive import Archive
-    from latentwatch.evidence.audit import Audit
-
-    try:
-        with contextlib.closing(Archive(folder)) as archive, contextlib.closing(Audit(folder)) as audit:
-            yield archive, audit
-    except sqlite3.Error as error:
-        raise ConfigRefused(
-            f"evidence folder {folder}",
-            found=str(error),
-            instead="Run as the user of the collector: whoever reads has to be able to write the audit log.",
-            reason="evidence_unreadable",
-        ) from error
 
 
 def _before(now: float, age: str | None) -> float | None:
@@ -286,10 +264,6 @@ def _before(now: float, age: str | None) -> float | None:
             reason="age_invalid",
         )
     return now - float(match[1]) * _UNITS[match[2]]
-
-
-def actor() -> str:
-    return f"cli:{getpass.getuser()}"
 
 
 def _not_stored(args: argparse.Namespace) -> int:

@@ -101,7 +101,7 @@ class Credentials:
     def __post_init__(self) -> None:
         if self.certificate or self.key:
             needed = {CERTIFICATE: self.certificate, KEY: self.key, AUTHORITY: self.authority}
-            check_together("credentials for the collector", needed)
+            secrets.check_together("credentials for the collector", needed)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Credentials:
@@ -131,20 +131,6 @@ class Credentials:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each stream carries beside its messages. Raises ConfigRefused, "token_unusable"."""
         return (("authorization", f"Bearer {secrets.read_token(self.token_file)}"),) if self.token_file else ()
-
-
-def check_together(what: str, files: Mapping[str, Path | None]) -> None:
-    """A certificate is of use only with its key, and what else it needs: files by the names that they are given under.
-
-    Raises: ConfigRefused, "tls_unusable", where one is missing.
-    """
-    if not all(files.values()):
-        raise ConfigRefused(
-            what,
-            found=", ".join(f"{name} is {path}" for name, path in files.items()),
-            instead="Give both." if len(files) == 2 else "Give all of them.",
-            reason="tls_unusable",
-        )
 
 
 def names_of(certificate: Mapping[str, Any] | None) -> frozenset[str]:
