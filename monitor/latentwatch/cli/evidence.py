@@ -8,17 +8,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, TypeAlias
 
 from latentwatch.cli import options
 from latentwatch.errors import ConfigRefused
 
-if TYPE_CHECKING:
-    pass
-
 HELP = "Find, show and delete the evidence that a collector wrote down."
 EPILOG = "example:  latentwatch evidence query --dir /var/lib/latentwatch/evidence --since 2h"
 
+_Actions: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _DIR: Final = Path("/var/lib/latentwatch/evidence")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -26,25 +24,32 @@ _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the actions."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for add in (_add_query, _add_show, _add_delete, _add_export, _add_audit, _add_key):
+        add(actions)
 
-    def action(name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
-        made = actions.add_parser(
-            name,
-            help=help,
-            description=description,
-            epilog=f"example:  latentwatch evidence {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        made.add_argument(
-            "--dir",
-            type=Path,
-            default=_DIR,
-            metavar="DIR",
-            help="the collector's --evidence folder (default: %(default)s)",
-        )
-        return made
 
-    query = action(
+def _action(actions: _Actions, name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
+    """An action on a folder of evidence."""
+    made = actions.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=f"example:  latentwatch evidence {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--dir",
+        type=Path,
+        default=_DIR,
+        metavar="DIR",
+        help="the collector's --evidence folder (default: %(default)s)",
+    )
+    return made
+
+
+def _add_query(actions: _Actions) -> None:
+    query = _action(
+        actions,
         "query",
         "list exceedances",
         "List exceedances, the latest first, one a line. Every reading is noted in the folder's audit log.",
@@ -58,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--since", metavar="AGE", help="not older than this, such as 90s, 30m, 2h or 7d")
     query.add_argument("--until", metavar="AGE", help="not younger than this")
     query.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
-    show = action(
+
+
+def _add_show(actions: _Actions) -> None:
+    show = _action(
+        actions,
         "show",
         "show one request",
         "Show a request: how it went, what it exceeded and where, token by token. Exit code 1 when it is not there.",
@@ -74,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     show.add_argument("--html", type=Path, metavar="PATH", help="write a page to PATH instead")
     show.add_argument("--json", action="store_true", help="print everything as JSON instead")
-    delete = action(
+
+
+def _add_delete(actions: _Actions) -> None:
+    delete = _action(
+        actions,
         "delete",
         "delete one request for good",
         "Delete everything about a request and leave no trace of it in the files. Works beside a running collector,\n"
@@ -82,7 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "delete chatcmpl-7f3a",
     )
     delete.add_argument("id", metavar="ID", help="engine request id, response id or trace id")
-    export = action(
+
+
+def _add_export(actions: _Actions) -> None:
+    export = _action(
+        actions,
         "export",
         "write everything as Parquet files",
         "Write requests.parquet, exceedances.parquet and activations.parquet, for analysis elsewhere. What was said\n"
@@ -90,7 +107,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "export --out evidence-2026-11",
     )
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the files")
-    audit = action(
+
+
+def _add_audit(actions: _Actions) -> None:
+    audit = _action(
+        actions,
         "audit",
         "list who read or deleted what",
         "List readings and deletions, the latest first. Request ids are noted as SHA-256 only; give one to ask for it.",
@@ -98,6 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     audit.add_argument("--id", default="", metavar="ID", help="only what was asked about this id")
     audit.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
+
+
+def _add_key(actions: _Actions) -> None:
     key = actions.add_parser(
         "key",
         help="make a key file",
