@@ -27,9 +27,7 @@ from latentwatch.errors import ConfigRefused
 
 ENVIRONMENT: Final = "LATENTWATCH_SETTING_"
 """Not LATENTWATCH_COLLECTOR_: engines have variables of that name, and so has Kubernetes for a Service."""
-
-_GATEWAY_TLS: Final = ("forward_cert", "forward_key", "forward_ca")
-_GATEWAY: Final = ("forward_name", *_GATEWAY_TLS, "forward_token_file")
+_OF_FORWARDING: Final = ("forward_name", "forward_ca", "forward_cert", "forward_key", "forward_token_file")
 
 
 @dataclass(frozen=True)
@@ -130,15 +128,11 @@ class CollectorConfig(BaseSettings):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         """Raises ConfigRefused, "tls_unusable" or "forward", where a part lacks what it needs."""
-        engines, http, gateway = (
-            {f"--{flag(name)}": getattr(self, name) for name in names}
-            for names in (("tls_cert", "tls_key"), ("http_tls_cert", "http_tls_key"), _GATEWAY_TLS)
-        )
-        if any(engines.values()) or self.tls_client_ca:
-            secrets.check_together("TLS of the collector", engines)
-        if any(http.values()):
-            secrets.check_together("TLS over HTTP", http)
-        if self.forward_to is None and (extra := [name for name in _GATEWAY if getattr(self, name)]):
+        if self.tls_cert or self.tls_key or self.tls_client_ca:
+            secrets.check_together("TLS of the collector", self._files("tls_cert", "tls_key"))
+        if self.http_tls_cert or self.http_tls_key:
+            secrets.check_together("TLS over HTTP", self._files("http_tls_cert", "http_tls_key"))
+        if self.forward_to is None and (extra := [name for name in _OF_FORWARDING if getattr(self, name)]):
             raise ConfigRefused(
                 "forwarding to a gateway",
                 found=f"--{flag(extra[0])} is given, and --forward-to is not",
@@ -146,8 +140,11 @@ class CollectorConfig(BaseSettings):
                 reason="forward",
             )
         if self.forward_cert or self.forward_key:
-            secrets.check_together("TLS to the gateway", gateway)
+            secrets.check_together("TLS to the gateway", self._files("forward_cert", "forward_key", "forward_ca"))
         return self
+
+    def _files(self, *names: str) -> dict[str, Path | None]:
+        return {f"--{flag(name)}": getattr(self, name) for name in names}
 
     @classmethod
     def settings_customise_sources(
