@@ -15,15 +15,14 @@ import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from latentwatch import secrets
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, WatchlistRefused
 
 ENVIRONMENT: Final = "LATENTWATCH_SETTING_"
 """Not LATENTWATCH_COLLECTOR_: engines have variables of that name, and so has Kubernetes for a Service."""
@@ -214,29 +213,21 @@ class _Environment(EnvSettingsSource):
         return [part.strip() for part in value.split(",")]
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(problem=f"key {key!r} stands twice")
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> dict[str, object]:
+    from latentwatch.watchlist.document import Document  # not for the help: it takes longer than the rest of it
+
     try:
-        read = yaml.load(path.read_bytes(), _StrictLoader)  # noqa: S506, a SafeLoader
+        read = Document(str(path), path.read_bytes()).value
         found = "" if read is None or isinstance(read, dict) else f"it holds {reprlib.repr(read)}, not options"
+    except WatchlistRefused as refusal:
+        what = f"--config {refusal.what}"
+        raise ConfigRefused(what, found=refusal.found, instead=refusal.instead, reason="config_file") from refusal
     except OSError as error:
-        found = error.strerror or str(error)
-    except (yaml.YAMLError, ValueError) as error:
-        found = " ".join(str(error).split())
+        read, found = None, error.strerror or str(error)
     if found:
         instead = "Give a YAML file of lines such as 'http: 127.0.0.1:9464'."
         raise ConfigRefused(f"--config {path}", found=found, instead=instead, reason="config_file")
-    return {str(name): value for name, value in (read or {}).items()}
+    return dict(read) if isinstance(read, dict) else {}
 
 
 def _check_known(names: Collection[str], known: Collection[str], where: str) -> None:
