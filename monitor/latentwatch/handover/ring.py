@@ -16,7 +16,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,7 @@ class Slot:
         g, at = geometry, _SLOT_HEADER_BYTES
         self.header = np.frombuffer(memory, np.int64, _SLOT_HEADER_BYTES // 8)
 
-        def take(dtype: Any, *shape: int) -> Array:
+        def take(dtype: npt.DTypeLike, *shape: int) -> Array:
             nonlocal at
             count = int(np.prod(shape))
             view = np.frombuffer(memory, dtype, count, offset=at).reshape(shape)
