@@ -45,7 +45,8 @@ import numpy.typing as npt
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.names import Reason, Severity
-from latentwatch.step.batch import StepBatch, joined_books
+from latentwatch.step.batch import StepBatch
+from latentwatch.step.reshape import column_bytes, joined_books, pieces, with_rows
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
 from latentwatch.transport.credentials import Credentials
@@ -190,7 +191,7 @@ class _Pending:
             rank_R = stakes.rank_R(batch) if stakes is not None else np.zeros(batch.rows, np.uint8)
             keep_R = rank_R > self.detail
             self.detail = self.detail + 1 if keep_R.any() else _BOOKS
-            self.body = codec.encode_batch(self.sequence, batch.with_rows(keep_R, Reason.BUFFER_FULL))
+            self.body = codec.encode_batch(self.sequence, with_rows(batch, keep_R, Reason.BUFFER_FULL))
             went = np.bincount(rank_R[~keep_R], minlength=_BOOKS)
         except Exception:
             # What cannot be encoded is dropped and counted when its turn comes, as any other such batch.
@@ -312,7 +313,7 @@ class Sender:
     def offer(self, batch: StepBatch) -> None:
         """Take one batch for delivery. Never waits for the collector, never raises; after `close` it only counts."""
         try:
-            for piece in codec.pieces(batch):
+            for piece in pieces(batch, codec.fits_a_message):
                 self._sequence = self._next_sequence()
                 if self._to_spool(self._sequence, piece):
                     continue
@@ -710,4 +711,4 @@ def _cost_bytes(batch: StepBatch) -> int:
     """Memory that a waiting batch holds, bytes; at least nine tenths of what tracemalloc sees."""
     events = (*batch.opened, *batch.closed)
     texts = sum(sys.getsizeof(value) for event in events for value in vars(event).values() if isinstance(value, str))
-    return _ENTRY_BYTES + codec.column_bytes(batch) + _REQUEST_BYTES * len(events) + texts
+    return _ENTRY_BYTES + column_bytes(batch) + _REQUEST_BYTES * len(events) + texts

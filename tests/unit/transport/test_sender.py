@@ -30,8 +30,9 @@ from latentwatch.step.batch import (
     StepBatch,
     owns_rows,
     tokens_by_state,
-    validate,
 )
+from latentwatch.step.checks import validate
+from latentwatch.step.reshape import with_rows, without_scores
 from latentwatch.transport import codec, sender
 from latentwatch.transport.sender import Backoff, Sender
 from latentwatch.transport.shed_priority import ShedPriority
@@ -209,7 +210,7 @@ def test_shed_batches_are_numbered_on_as_well(make, address):
     with ServerThread(sink, address):
         one.start()
         eventually(lambda: one.stats().acked == 501)
-    assert same(sink.batches[0][1], batch(1).without_scores(Reason.BUFFER_FULL))
+    assert same(sink.batches[0][1], without_scores(batch(1), Reason.BUFFER_FULL))
 
 
 def test_offer_does_not_wait_and_shedding_keeps_the_books_when_the_collector_is_slow(make, address):
@@ -374,7 +375,7 @@ def test_what_matters_most_is_shed_last(make, address, bound, rows, shed):
 
 def test_rows_that_stay_keep_their_scores_and_positions():
     whole = at_stake(1)
-    kept = whole.with_rows(STAKES.rank_R(whole) >= 1, Reason.BUFFER_FULL)
+    kept = with_rows(whole, STAKES.rank_R(whole) >= 1, Reason.BUFFER_FULL)
     validate(kept, sparse_F=np.array([True, True, True, False]), hook_points=1)
     assert tokens_by_state(kept.segments_S) == {
         (TokenState.UNSEEN, Reason.PREFIX_CACHE, Phase.PROMPT): 3,
@@ -386,7 +387,7 @@ def test_rows_that_stay_keep_their_scores_and_positions():
     assert position_and_norm(kept) == [pair for pair in position_and_norm(whole) if pair[1] in (*range(10, 18), 30, 39)]
     assert kept.dense_RP[:, 0].tolist() == [0, 0.75, 0, 0, 0, 0, 0, 0, 0.75, 0.75]
     assert kept.fires_N.tolist() == [(row, 1, 3.0) for row in range(8)] + [(7, 2, 5.0)]
-    everything = whole.with_rows(np.ones(40, bool), Reason.BUFFER_FULL)
+    everything = with_rows(whole, np.ones(40, bool), Reason.BUFFER_FULL)
     assert same(everything, whole)
 
 
@@ -738,7 +739,7 @@ def test_waits_grow_to_their_bound_and_are_spread(refused):
 
 
 def test_the_states_of_a_shed_batch_are_on_the_wire():
-    value: StepBatch = batch(1).without_scores(Reason.BUFFER_FULL)
+    value: StepBatch = without_scores(batch(1), Reason.BUFFER_FULL)
     read = codec.decode_request(codec.encode_batch(1, value))
     assert isinstance(read, ReceivedBatch)
     assert read.batch.segments_S["state"].tolist() == [TokenState.UNSEEN, TokenState.DROPPED]
