@@ -43,34 +43,34 @@ def without_scores(batch: StepBatch, reason: Reason) -> StepBatch:
     return with_rows(batch, np.zeros(batch.rows, bool), reason)
 
 
-def with_rows(batch: StepBatch, keep_R: Array, reason: Reason) -> StepBatch:
+def with_rows(batch: StepBatch, chosen_R: Array, reason: Reason) -> StepBatch:
     """The same books with the scores of these rows only; the tokens of the others become dropped{reason}.
 
-    Args: keep_R: bool [R].
+    Args: chosen_R: bool [R].
     """
-    segments, R = batch.segments_S, len(keep_R)
+    segments, R = batch.segments_S, len(chosen_R)
     owners = np.flatnonzero(owns_rows(segments))
     segment_R = np.repeat(owners, segments["count"][owners])
     starts_R = np.ones(R, bool)
-    starts_R[1:] = (segment_R[1:] != segment_R[:-1]) | (keep_R[1:] != keep_R[:-1])
+    starts_R[1:] = (segment_R[1:] != segment_R[:-1]) | (chosen_R[1:] != chosen_R[:-1])
     first = np.flatnonzero(starts_R)
     parts = segments[segment_R[first]]
     row_of_S = np.zeros(len(segments), np.int64)
     row_of_S[owners] = np.cumsum(segments["count"][owners]) - segments["count"][owners]
     parts["start"] += (first - row_of_S[segment_R[first]]).astype("i4")
     parts["count"] = np.diff(first, append=R)
-    shed = ~keep_R[first]
+    shed = ~chosen_R[first]
     parts["state"][shed], parts["reason"][shed] = TokenState.DROPPED, reason
     others = np.setdiff1d(np.arange(len(segments)), owners)
     order = np.argsort(np.concatenate([others, segment_R[first]]), kind="stable")
-    fires = batch.fires_N[keep_R[batch.fires_N["row"]]]
-    fires["row"] = (np.cumsum(keep_R) - 1)[fires["row"]]
+    fires = batch.fires_N[chosen_R[batch.fires_N["row"]]]
+    fires["row"] = (np.cumsum(chosen_R) - 1)[fires["row"]]
     return replace(
         batch,
         segments_S=_in_runs(np.concatenate([segments[others], parts])[order]),
         fires_N=fires,
-        dense_RP=batch.dense_RP[keep_R],
-        norm_RH=batch.norm_RH[keep_R],
+        dense_RP=batch.dense_RP[chosen_R],
+        norm_RH=batch.norm_RH[chosen_R],
     )
 
 

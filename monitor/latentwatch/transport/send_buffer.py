@@ -1,12 +1,12 @@
 """What a sender has not delivered yet: what leaves next, and what is given up where there is no room for all.
 
-The guarantee. Each batch that was added is acknowledged, waiting, in flight, or counted in `books`: as dropped, with the
-reason, or as joined, whose tokens and requests a later batch tells. No token is in two of these.
+The guarantee. Each batch that was added is acknowledged, waiting, in flight, or counted in `books`: as dropped, with
+the reason, or as joined, whose tokens and requests a later batch tells. No token is in two of these.
 
 The bound is `max_bytes`. Over it, of the batches that the current stream has not carried, always the oldest first: the
 scores of all rows but those where a warning or critical feature is above its limit; then, of all batches, those of
-warnings; then those of critical features. Each batch keeps its books, so that the collector still learns which tokens it
-did not see and why. Over twice the bound the books of many batches become those of one, which say the same of every
+warnings; then those of critical features. Each batch keeps its books, so that the collector still learns which tokens
+it did not see and why. Over twice the bound the books of many batches become those of one, which say the same of every
 token. Only when that gives no room either do the oldest books go.
 
 A batch of which scores were given up waits as its message, in a quarter of the memory (375 bytes against 1,390 for ten
@@ -34,6 +34,7 @@ from latentwatch.step.reshape import column_bytes, joined_books, with_rows
 from latentwatch.transport import codec
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
 from latentwatch.transport.sink import ReceivedBatch
+from latentwatch.transport.spool_segments import Spooled
 
 BATCH_BYTES: Final = 1536
 """Measured cost of one waiting StepBatch beside its columns: Python objects, four array headers, counters."""
@@ -78,15 +79,6 @@ class SendBooks:
         """Count a batch of so many tokens that is given up."""
         self.dropped_batches[why] += 1
         self.dropped_tokens[why] += tokens
-
-
-class Spooled(NamedTuple):
-    """One batch as it lies in a spool."""
-
-    sequence: int
-    tokens: int
-    message: bytes
-    """codec.encode_batch of it."""
 
 
 class Outgoing(NamedTuple):
@@ -142,7 +134,6 @@ class SendBuffer:
         self._to_shed: tuple[deque[Pending], ...] = tuple(deque() for _ in range(BOOKS))
         self._queue_bytes = 0
         self._in_flight_bytes = 0
-        self._owed_since = 0.0
 
     @property
     def acked(self) -> int:
@@ -160,9 +151,9 @@ class SendBuffer:
         return self._in_flight_bytes
 
     @property
-    def oldest_in_flight(self) -> Pending | None:
-        """What a collector that refuses means."""
-        return self._in_flight[0] if self._in_flight else None
+    def oldest_in_flight(self) -> int | None:
+        """Number of the batch that a collector means when it refuses one."""
+        return self._in_flight[0].sequence if self._in_flight else None
 
     def __len__(self) -> int:
         return len(self._in_flight) + len(self._joined) + len(self._queue)
@@ -171,30 +162,24 @@ class SendBuffer:
         """Everything that waits or is in flight; for those in flight in the order of their numbers."""
         yield from (*self._in_flight, *self._joined, *self._queue)
 
-    def owed_seconds(self, now: float) -> float:
-        """How long the collector owes an answer; 0 where nothing is in flight."""
-        return now - self._owed_since if self._in_flight else 0.0
-
     def add(self, sequence: int, batch: StepBatch) -> None:
         """Let a batch wait, and give up what is over the bound. `sequence`: above all before it."""
-        pending = Pending(sequence, _tokens(batch), batch, _cost_bytes(batch), rank=0)
+        pending = Pending(sequence, tokens_of(batch), batch, _cost_bytes(batch), rank=0)
         self._queue.append(pending)
         self._to_shed[0].append(pending)
         self._queue_bytes += pending.nbytes
         self._keep_within_bounds()
 
-    def send_next(self, ahead: Spooled | None, now: float) -> Outgoing | None:
+    def send_next(self, ahead: Spooled | None) -> Outgoing | None:
         """Move the batch of the lowest number in flight; None where none waits, or enough is in flight.
 
         Enough is half of the bound, so that a collector which reads but never acknowledges cannot have all of it.
 
-        Args: ahead: the next one in the spool, above what is acknowledged.   now: seconds, rising.
+        Args: ahead: the next one in the spool, above what is acknowledged.
         """
         first = self._first()
         if not (first or ahead) or self._in_flight_bytes > self.max_bytes // 2:
             return None
-        if not self._in_flight:
-            self._owed_since = now
         if ahead is not None and not (first and first[0].sequence < ahead.sequence):
             outgoing = Outgoing(ahead.sequence, ahead.message, spooled=True)
             cost = MESSAGE_BYTES + len(ahead.message)
@@ -208,12 +193,11 @@ class SendBuffer:
         self._highest_sent = max(self._highest_sent, pending.sequence)
         return outgoing
 
-    def acknowledge(self, sequence: int, now: float) -> None:
+    def acknowledge(self, sequence: int) -> None:
         """A collector holds everything up to and including `sequence`, of what was sent."""
-        self._owed_since = now
         self._release(min(sequence, self._highest_sent))
 
-    def take_back(self) -> None:
+    def requeue(self) -> None:
         """The stream ended: what it carried and no collector acknowledged waits again, in order, before the rest."""
         carried = [pending for pending in reversed(self._in_flight) if not pending.spooled]
         self._queue.extendleft(carried)
@@ -225,10 +209,11 @@ class SendBuffer:
         self._in_flight_bytes = 0
         self._keep_within_bounds()
 
-    def give_up(self, refused: Pending) -> None:
-        """Drop the oldest batch, in flight before, since the collector will not have it. Its number counts as held."""
-        self._release(refused.sequence)
-        self.books.drop(refused.tokens, Drop.REFUSED)
+    def drop_oldest_in_flight(self) -> None:
+        """The collector will not have it. Its number counts as acknowledged from now on."""
+        oldest = self._in_flight[0]
+        self._release(oldest.sequence)
+        self.books.drop(oldest.tokens, Drop.REFUSED)
 
     def cannot_send(self, sequence: int) -> None:
         """Drop a batch in flight that cannot be encoded; one that is not in flight any more comes again."""
@@ -310,7 +295,8 @@ class SendBuffer:
             sent.append(self._queue.popleft())
         while self._queue and len(parts) < _JOINED_BATCHES and size < _JOINED_BYTES:
             part = self._queue[0]
-            if part.rank < BOOKS or (parts and parts[-1].sequence + 1 != part.sequence):
+            goes_on = not parts or parts[-1].sequence + 1 == part.sequence
+            if part.rank < BOOKS or not goes_on or size + part.nbytes > codec.MAX_MESSAGE_BYTES:
                 break
             parts.append(self._queue.popleft())
             size += part.nbytes
@@ -337,7 +323,8 @@ def _batch(content: StepBatch | bytes) -> StepBatch:
     return received.batch
 
 
-def _tokens(batch: StepBatch) -> int:
+def tokens_of(batch: StepBatch) -> int:
+    """Tokens that its books tell of."""
     return int(batch.segments_S["count"].sum(dtype="i8"))
 
 
