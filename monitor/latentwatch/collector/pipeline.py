@@ -50,7 +50,8 @@ from latentwatch.drift.limits import with_limits
 from latentwatch.errors import StreamRefused
 from latentwatch.evidence.records import Record
 from latentwatch.names import Outcome, Phase, Reason, TokenState, response_id, trace_id
-from latentwatch.step.batch import CROSSED_DTYPE, RequestClosed, RequestOpened, StepBatch, validate
+from latentwatch.step.batch import CROSSED_DTYPE, RequestClosed, RequestOpened, StepBatch
+from latentwatch.step.checks import validate
 from latentwatch.transport import report as reports
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import TOKEN_SHAPE, ReplicaState, Report, RequestRow

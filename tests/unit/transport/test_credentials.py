@@ -13,8 +13,9 @@ import pytest
 from latentwatch import secrets
 from latentwatch.errors import ConfigRefused
 from latentwatch.transport import listener, receiver
+from latentwatch.transport.channel import Backoff
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens, may_speak_for
-from latentwatch.transport.sender import Backoff, Sender
+from latentwatch.transport.sender import Sender
 
 from tests.support.certificates import Authority
 from tests.support.wire import FakeSink, ServerThread, batch, eventually, hello

@@ -18,6 +18,7 @@ from latentwatch.evidence.records import Activations, Ended, Exceedance, Record
 from latentwatch.names import Outcome, Severity
 from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE, StepBatch
 from latentwatch.transport import codec
+from latentwatch.transport.codec.report import MAX_COUNT
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report, RequestRow
 from latentwatch.transport.sink import ReceivedReport
@@ -379,7 +380,7 @@ def test_counts_of_another_shape_are_refused():
     ):
         assert refused(gateway, changed).reason == "malformed_batch"
     with pytest.raises(StreamRefused, match="more than"):
-        huge = replace(engine, tokens=engine.tokens + codec.MAX_COUNT)
+        huge = replace(engine, tokens=engine.tokens + MAX_COUNT)
         codec.decode_request(codec.encode_report(1, replace(report, engines=(huge,))))
 
 
