@@ -10,6 +10,7 @@ Links are followed, since Kubernetes puts two before each Secret; what counts is
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -67,6 +68,20 @@ def write(path: Path, content: bytes) -> None:
     """A new file for this user alone. Raises OSError; FileExistsError where there is one."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
         file.write(content)
+
+
+def check_together(what: str, files: Mapping[str, Path | None]) -> None:
+    """A certificate is of use only with its key, and what else it needs: files by the names that they are given under.
+
+    Raises: ConfigRefused, "tls_unusable", where one is missing.
+    """
+    if not all(files.values()):
+        raise ConfigRefused(
+            what,
+            found=", ".join(f"{name} is {path}" for name, path in files.items()),
+            instead="Give both." if len(files) == 2 else "Give all of them.",
+            reason="tls_unusable",
+        )
 
 
 def refuse(path: Path, what: str, found: str, instead: str, reason: str) -> ConfigRefused:

@@ -141,7 +141,7 @@ class Engine:
     def _hand_over(self, running: Any, count: Any, rows: int) -> None:
         slot = self.ring.reserve(leave_free=2 if rows else 0)
         if slot is None:
-            self.ring.count_dropped(rows)
+            self.ring.count_dropped()
             return
         events = encode_events(self._owed)
         self._owed = []

@@ -20,6 +20,7 @@ import time
 import tomllib
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import latentwatch.demo
@@ -73,6 +74,13 @@ def commands(path: Path) -> list[str]:
     text = re.sub(r"\\\n\s*", " ", "\n".join(shell))
     lines = (re.sub(r"\s+#.*$", "", line).strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def sample(name: str) -> str:
+    """The file that a page shows in a block which begins with its name."""
+    blocks = re.compile(rf"^```yaml\n(# {re.escape(name)}\n.*?)^```", re.MULTILINE | re.DOTALL)
+    (found,) = (block for path in PAGES for block in blocks.findall(path.read_text()))
+    return str(found)
 
 
 SHOWN = sorted({line for path in PAGES for line in commands(path)})
@@ -261,10 +269,12 @@ def test_a_collector_starts_answers_and_stops(line: str, here: Path) -> None:
     watched = watchlist_file.write(watchlist(FEATURES), here / "my.watchlist.safetensors")
     baseline.write(random_baseline(FEATURES, sha256=watched.sha256), here / "prod.baseline")
     with tempfile.TemporaryDirectory(prefix="lw") as short:
-        line = re.sub(r"(?<=unix://)/tmp|/var/lib/latentwatch", short, line)
+        elsewhere = partial(re.sub, r"(?<=unix://)/tmp|/var/lib/latentwatch", short)
+        line = elsewhere(line)
+        (here / "collector.yaml").write_text(elsewhere(sample("collector.yaml")))
         more = ["--http", "127.0.0.1:0", *([] if "--listen" in line else ["--listen", f"unix://{short}/c.sock"])]
         argv = [sys.executable, "-m", "latentwatch", *words(line, *more)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "monitor"), str(ROOT)))}
         with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             url = next((said.split()[1] for said in process.stdout if said.startswith("  page")), "")

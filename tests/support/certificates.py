@@ -12,6 +12,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+_USES = (
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+    *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+)
 _NOW = datetime.datetime.now(datetime.UTC)
 
 
@@ -23,7 +27,9 @@ class Authority:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name(name)
         self.file = folder / f"{name}.pem"
-        certificate = self._sign(self._name, self._key.public_key(), x509.BasicConstraints(ca=True, path_length=0))
+        may_sign = x509.KeyUsage(**{use: use == "key_cert_sign" for use in _USES})
+        constraints = x509.BasicConstraints(ca=True, path_length=0)
+        certificate = self._sign(self._name, self._key.public_key(), constraints, may_sign)
         self.file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
     def issue(self, file: str, *names: str) -> tuple[Path, Path]:
@@ -43,8 +49,10 @@ class Authority:
         )
         return paths
 
-    def _sign(self, subject: x509.Name, key: Any, extension: Any) -> x509.Certificate:
-        return (
+    def _sign(self, subject: x509.Name, key: Any, *extensions: Any) -> x509.Certificate:
+        # With what strict clients ask for, such as Python's from 3.13 on.
+        signed_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        builder = (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._name)
@@ -52,9 +60,10 @@ class Authority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(_NOW - datetime.timedelta(hours=1))
             .not_valid_after(_NOW + datetime.timedelta(days=1))
-            .add_extension(extension, critical=False)
-            .sign(self._key, hashes.SHA256())
         )
+        for extension in (*extensions, x509.SubjectKeyIdentifier.from_public_key(key), signed_by):
+            builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        return builder.sign(self._key, hashes.SHA256())
 
 
 def _name(text: str) -> x509.Name:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from latentwatch.names import Phase, Reason, TokenState
-from latentwatch.step import batch as steps
-from latentwatch.step.batch import RequestClosed, RequestOpened, StepBatch
+from latentwatch.step.batch import RequestClosed, RequestOpened, StepBatch, owns_rows
+from latentwatch.step.checks import validate
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
 from latentwatch.transport.sink import ReceivedBatch
@@ -69,7 +69,7 @@ class RecordingSink:
         sparse = watchlist.sparse_F
         batches = list(self.batches)
         for engine, batch in zip(self.engine_of, batches, strict=False):
-            steps.validate(batch, sparse_F=sparse, hook_points=len(watchlist.hooks))
+            validate(batch, sparse_F=sparse, hook_points=len(watchlist.hooks))
             for opened in batch.opened:
                 by_handle[engine, opened.handle] = Scores(opened, engine)
             values = np.zeros((batch.rows, len(sparse)), np.float32)
@@ -77,7 +77,7 @@ class RecordingSink:
             if batch.rows:
                 values[:, ~sparse] = batch.dense_RP
             row = 0
-            for segment, owns in zip(batch.segments_S, steps.owns_rows(batch.segments_S), strict=True):
+            for segment, owns in zip(batch.segments_S, owns_rows(batch.segments_S), strict=True):
                 scores = by_handle[engine, int(segment["handle"])]
                 count = int(segment["count"])
                 key = TokenState(segment["state"]), Reason(segment["reason"]), Phase(segment["phase"])

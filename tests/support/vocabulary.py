@@ -42,6 +42,7 @@ DIALECT = {
 rule, since one word of the dialect stands for several things."""
 
 ALLOWED = {
+    "CollectorConfig.evidence_keep": "the option --evidence-keep is published; a field has its option's name",
     "Dialogue.turns": "a dialogue has turns: the word of everyone who writes of chats",
     "STAGE_DEPTH": "latentwatch_stage_depth is published, with a label `stage`",
     "STAGE_CAPACITY": "latentwatch_stage_capacity is published, with a label `stage`",

@@ -7,12 +7,22 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import numpy as np
+from hypothesis import strategies as st
 from latentwatch.errors import StreamRefused
 from latentwatch.names import Outcome, Phase, Reason, TokenState
-from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
+from latentwatch.step.batch import (
+    FIRE_DTYPE,
+    SEGMENT_DTYPE,
+    EngineCounters,
+    RequestClosed,
+    RequestOpened,
+    StepBatch,
+    owns_rows,
+)
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
 from latentwatch.transport.report import Report
@@ -56,6 +66,52 @@ def batch(step: int, *, rows: int = 8, fires: int = 4, probes: int = 2, hooks: i
         opened=(RequestOpened(step, f"cmpl-{step}", 3),),
         closed=(RequestClosed(step, f"cmpl-{step}", 3, 2, 4, Outcome.FINISHED),),
         counters=EngineCounters(steps=step),
+    )
+
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+_U32 = st.integers(0, 2**32 - 1)
+_U64 = st.integers(0, 2**64 - 1)
+_I64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@st.composite
+def batches(draw: Any) -> StepBatch:
+    """Any batch that the codec takes; most mean nothing."""
+    segments = draw(
+        st.lists(
+            st.tuples(
+                _I64,
+                st.integers(0, 2**31 - 100),
+                st.integers(1, 9),
+                st.sampled_from(TokenState),
+                st.sampled_from(Reason),
+                st.sampled_from(Phase),
+            ),
+            max_size=6,
+        )
+    )
+    segments_S = np.array(segments, SEGMENT_DTYPE)
+    rows = int(segments_S["count"][owns_rows(segments_S)].sum())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    fires_N = np.frombuffer(rng.bytes(10 * draw(st.integers(0, 12)) if rows else 0), FIRE_DTYPE).copy()
+    fires_N["row"] = np.sort(fires_N["row"] % max(rows, 1))
+    probes, hooks = draw(st.integers(0, 5)), draw(st.integers(0, 3))
+    return StepBatch(
+        step=draw(_U64),
+        time_unix_nano=draw(_I64),
+        segments_S=segments_S,
+        fires_N=fires_N,
+        # Any bit pattern, NaN and infinities too: what a value may be is for step.checks to say.
+        dense_RP=np.frombuffer(rng.bytes(2 * rows * probes), "<f2").reshape(rows, probes),
+        norm_RH=np.frombuffer(rng.bytes(4 * rows * hooks), "<f4").reshape(rows, hooks),
+        opened=tuple(draw(st.lists(st.builds(RequestOpened, _I64, _TEXT, _U32, _TEXT, _TEXT), max_size=3))),
+        closed=tuple(
+            draw(
+                st.lists(st.builds(RequestClosed, _I64, _TEXT, _U32, _U32, _U32, st.sampled_from(Outcome)), max_size=3)
+            )
+        ),
+        counters=draw(st.builds(EngineCounters, *[_U64] * len(fields(EngineCounters)))),
     )
 
 

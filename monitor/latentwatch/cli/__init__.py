@@ -23,7 +23,7 @@ VERBS: Final = {
     "record": "latentwatch.cli.record",
     "replay": "latentwatch.cli.replay",
 }
-"""Verb to module. A module is imported only when its help is built, and heavy libraries only inside run()."""
+"""Verb to module. A verb is asked for its arguments only when it was named, and imports heavy libraries in run()."""
 
 
 class Verb(Protocol):
@@ -39,6 +39,18 @@ class Verb(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
+class _VerbParser(argparse.ArgumentParser):
+    """Has its verb's arguments from the first parsing on: what other verbs' options need is not imported."""
+
+    verb: Verb | None = None
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        if self.verb is not None:
+            verb, self.verb = self.verb, None
+            verb.add_arguments(self)
+        return super().parse_known_args(args, namespace)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; a test renders every verb's help from it."""
     parser = argparse.ArgumentParser(
@@ -48,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"latentwatch {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_VerbParser)
     for name, module in VERBS.items():
         verb = cast(Verb, importlib.import_module(module))
         child = verbs.add_parser(
@@ -58,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=verb.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        verb.add_arguments(child)
+        child.verb = verb
         child.set_defaults(run=verb.run)
     return parser
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from latentwatch.cli.collector import route
+from latentwatch.cli import options
 
 if TYPE_CHECKING:
     from latentwatch.collector.drift import DriftSettings
@@ -18,6 +18,9 @@ EPILOG = """Several --from are added up: the collectors of a fleet, or recording
 noted in its folder's audit log. Windows during an
 alarm are never among what a collector gives. A baseline changes by --update only, and names what would change.
 example:  latentwatch calibrate --from http://127.0.0.1:9464 --model-name llama --out prod.baseline"""
+
+_TIMEOUT_SECONDS: Final = 60.0
+"""A collector sums over all that it has seen."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--canary-key", type=Path, metavar="FILE", help="for files and folders: the collector's, to tell canary runs"
     )
-    parser.add_argument("--route", type=route, metavar="REGEX", help="for files and folders: the collector's")
+    parser.add_argument("--route", type=options.route, metavar="REGEX", help="for files and folders: the collector's")
     parser.add_argument(
         "--token-file", type=Path, metavar="FILE", help="the collectors' --http-token-file, where they have one"
     )
@@ -141,31 +144,25 @@ def _gathered(args: argparse.Namespace) -> Baseline:
 
 
 def _fetched(url: str, model_name: str, token_file: Path | None) -> bytes:
-    import urllib.error
-    import urllib.parse
-    import urllib.request
-
     from latentwatch import secrets
-    from latentwatch.errors import BaselineRefused
+    from latentwatch.cli.http_client import Web
+    from latentwatch.drift import baseline
+    from latentwatch.errors import BaselineRefused, ConfigRefused
 
     token = secrets.read_token(token_file, "--token-file") if token_file else ""
-    address = f"{url.rstrip('/')}/v1/drift/observed?{urllib.parse.urlencode({'model_name': model_name})}"
+    web = Web(url, token, timeout_seconds=_TIMEOUT_SECONDS, max_bytes=baseline.MAX_FILE_BYTES)
     try:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        request = urllib.request.Request(address, headers=headers)  # noqa: S310 (the scheme was checked)
-        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310 (as above)
-            return bytes(answer.read())
-    except (urllib.error.URLError, OSError) as error:
+        return web.get("/v1/drift/observed", model_name=model_name)
+    except ConfigRefused as refusal:
         raise BaselineRefused(
             f"collector {url}",
-            found=f"it gave nothing for model {model_name!r} ({error})",
+            found=f"it gave nothing for model {model_name!r} ({refusal.found})",
             instead="Give the address of its page, and the model's name as the page shows it.",
             reason="baseline_source",
-        ) from error
+        ) from refusal
 
 
 def _of_files(path: Path, args: argparse.Namespace) -> Baseline:
-    from latentwatch.cli.collector import drift_settings
     from latentwatch.errors import ConfigRefused
     from latentwatch.watchlist import file as watchlist_file
 
@@ -173,19 +170,18 @@ def _of_files(path: Path, args: argparse.Namespace) -> Baseline:
         found = "a folder of evidence" if path.is_dir() else "a recording"
         raise ConfigRefused(f"--from {path}", found=found, instead="Give its --watchlist too.", reason="config_value")
     watchlist = watchlist_file.read(args.watchlist)
-    settings = drift_settings(None, args.canary_key, args.route)
+    settings = options.drift_settings(None, args.canary_key, args.route)
     return (_of_evidence if path.is_dir() else _of_recording)(path, watchlist, args.model_name, settings)
 
 
 def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, settings: DriftSettings) -> Baseline:
     import time
 
-    from latentwatch.cli.evidence import actor, opened
     from latentwatch.collector.calibration import of_evidence
     from latentwatch.errors import BaselineRefused
 
     what = f"evidence {folder}"
-    with opened(folder) as (archive, audit):
+    with options.opened_evidence(folder) as (archive, audit):
         if others := archive.watchlists() - {watchlist.sha256}:
             raise BaselineRefused(
                 what,
@@ -194,7 +190,7 @@ def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, settings: 
                 reason="baseline_mismatch",
             )
         made = of_evidence(watchlist, model_name, archive.ended(model_name), settings, what)
-        audit.add(time.time(), actor(), "calibrate", made.observed.requests, subject=f"model={model_name}")
+        audit.add(time.time(), options.actor(), "calibrate", made.observed.requests, subject=f"model={model_name}")
     return made
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from latentwatch.cli.http_client import Web
 
 HELP = "Send the same prompts to the server on a schedule, so that the collector sees when the model itself changes."
 EPILOG = """The prompts stand in a file, one a line, at most 64. Each request is signed, asks for one token at
 temperature 0, and has a cache salt of its own, so that the server computes it anew.
 example:  latentwatch canary --server http://127.0.0.1:8000 --model llama --prompts safe.txt --key canary.key"""
+
+_TIMEOUT_SECONDS: Final = 60.0
+"""A busy server lets a prompt wait."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,18 +39,20 @@ def run(args: argparse.Namespace) -> int:
     import itertools
     import time
 
+    from latentwatch.cli.http_client import Web
     from latentwatch.drift import canary
 
     prompts = _prompts(args.prompts)
     if args.make_key:
         _make_key(args.key)
     key = canary.read_key(args.key)
+    web = Web(args.server, timeout_seconds=_TIMEOUT_SECONDS)
     failed = False
     for number in itertools.count() if args.runs is None else range(args.runs):
         if number:
             time.sleep(args.every)
         prompt = number % len(prompts)
-        error = _sent(args.server, args.model, key, prompt, prompts[prompt])
+        error = _sent(web, args.model, key, prompt, prompts[prompt])
         if error and not failed:
             print(f"latentwatch canary: prompt {prompt}: {error}", flush=True)
         failed = bool(error)
@@ -77,16 +87,12 @@ def _make_key(path: Path) -> None:
         ) from error
 
 
-def _sent(server: str, model: str, key: bytes, prompt: int, text: str) -> str:
+def _sent(web: Web, model: str, key: bytes, prompt: int, text: str) -> str:
     """Send one canary; the error in words, empty where it was answered."""
-    import json
-    import secrets
-    import urllib.error
-    import urllib.request
-
     from latentwatch.drift import canary
+    from latentwatch.errors import ConfigRefused
 
-    nonce = secrets.token_hex(8)
+    nonce = os.urandom(8).hex()
     body = {
         "model": model,
         "messages": [{"role": "user", "content": text}],
@@ -94,13 +100,8 @@ def _sent(server: str, model: str, key: bytes, prompt: int, text: str) -> str:
         "temperature": 0,
         "cache_salt": nonce,
     }
-    request = urllib.request.Request(  # noqa: S310 (the operator's own server)
-        f"{server.rstrip('/')}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json", "X-Request-Id": canary.canary_id(key, prompt, nonce)},
-    )
     try:
-        with urllib.request.urlopen(request, timeout=60):  # noqa: S310 (as above)
-            return ""
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        return str(error)
+        web.post("/v1/chat/completions", body, {"x-request-id": canary.canary_id(key, prompt, nonce)})
+    except ConfigRefused as refusal:
+        return refusal.found
+    return ""

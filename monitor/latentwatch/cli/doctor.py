@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from latentwatch import secrets
 from latentwatch.errors import ConfigRefused, Refusal
+
+if TYPE_CHECKING:
+    from latentwatch.cli.http_client import Web
 
 HELP = "Check an installation from end to end, and say what to do for each failure."
 EPILOG = """exit code 0: nothing failed; 1: something did. What is not asked for, or not on this host, is skipped.
 example:  latentwatch doctor --collector http://127.0.0.1:9464 --prometheus http://127.0.0.1:9090"""
 
-_TIMEOUT_SECONDS: Final = 5.0
 
 Status = Literal["ok", "failed", "skipped"]
 
@@ -37,34 +35,6 @@ class Finding:
     """What to do; empty unless it failed."""
 
 
-@dataclass(frozen=True)
-class Web:
-    """One HTTP service. `get` raises ConfigRefused, reason "unreachable"."""
-
-    url: str
-    token: str = ""
-
-    def get(self, path: str, **query: str) -> Any:
-        """The JSON behind a path."""
-        address = f"{self.url.rstrip('/')}{path}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
-        if not address.startswith(("http://", "https://")):
-            raise _unreachable(self.url, "it does not begin with http:// or https://")
-        request = urllib.request.Request(address)  # noqa: S310 - the scheme was checked
-        if self.token:
-            request.add_header("Authorization", f"Bearer {self.token}")
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:  # noqa: S310 - as above
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise _unreachable(self.url, f"{path} answers {error.code} {error.reason}") from error
-        except (OSError, ValueError) as error:
-            raise _unreachable(self.url, str(error)) from error
-
-
-def _unreachable(url: str, found: str) -> ConfigRefused:
-    return ConfigRefused(url, found=found, instead="Check the address.", reason="unreachable")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--collector", metavar="URL", default="http://127.0.0.1:9464", help="default: %(default)s")
@@ -76,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print every finding; 1 when one failed."""
+    from latentwatch.cli.http_client import Web
+
     token = secrets.read_token(args.token_file, "--token-file") if args.token_file else ""
     failed = 0
     for finding in check(
@@ -124,7 +96,7 @@ def check(
         yield Finding("alert route", "skipped", "no address given; add --alertmanager URL")
     else:
         try:
-            yield route(alertmanager.get("/api/v2/alerts", filter='alertname="Watchdog"'))
+            yield route(alertmanager.json("/api/v2/alerts", filter='alertname="Watchdog"'))
         except ConfigRefused as refusal:
             yield Finding("alert route", "failed", str(refusal), "Start Alertmanager, or mend the address.")
 
@@ -172,9 +144,9 @@ def readable_watchlist(path: Path) -> tuple[Finding, str]:
 
 
 def _collector(web: Web, sha256: str) -> Iterator[Finding]:
-    health = web.get("/healthz")
+    health = web.json("/healthz")
     yield Finding("collector", "ok", f"version {health['version']} answers at {web.url}")
-    view = web.get("/v1/overview", features="0")
+    view = web.json("/v1/overview", features="0")
     if sha256:
         yield same_watchlist(view, sha256)
     yield from engines(view)
@@ -232,9 +204,9 @@ def coverage(view: Mapping[str, Any]) -> Finding:
 
 
 def _prometheus(web: Web) -> Iterator[Finding]:
-    yield scrape(web.get("/api/v1/query", query='up{job=~".*latentwatch.*"}')["data"]["result"])
-    yield rules(web.get("/api/v1/rules", type="alert")["data"]["groups"], shipped_alerts())
-    active = web.get("/api/v1/alertmanagers")["data"]["activeAlertmanagers"]
+    yield scrape(web.json("/api/v1/query", query='up{job=~".*latentwatch.*"}')["data"]["result"])
+    yield rules(web.json("/api/v1/rules", type="alert")["data"]["groups"], shipped_alerts())
+    active = web.json("/api/v1/alertmanagers")["data"]["activeAlertmanagers"]
     if active:
         yield Finding("alertmanager", "ok", f"Prometheus sends alerts to {', '.join(one['url'] for one in active)}")
     else:

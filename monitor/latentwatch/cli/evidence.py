@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import getpass
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, TypeAlias
 
+from latentwatch.cli import options
 from latentwatch.errors import ConfigRefused
-
-if TYPE_CHECKING:
-    from latentwatch.evidence.archive import Archive
-    from latentwatch.evidence.audit import Audit
 
 HELP = "Find, show and delete the evidence that a collector wrote down."
 EPILOG = "example:  latentwatch evidence query --dir /var/lib/latentwatch/evidence --since 2h"
 
+_Actions: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _DIR: Final = Path("/var/lib/latentwatch/evidence")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -28,25 +24,32 @@ _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the actions."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for add in (_add_query, _add_show, _add_delete, _add_export, _add_audit, _add_key):
+        add(actions)
 
-    def action(name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
-        made = actions.add_parser(
-            name,
-            help=help,
-            description=description,
-            epilog=f"example:  latentwatch evidence {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        made.add_argument(
-            "--dir",
-            type=Path,
-            default=_DIR,
-            metavar="DIR",
-            help="the collector's --evidence folder (default: %(default)s)",
-        )
-        return made
 
-    query = action(
+def _action(actions: _Actions, name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
+    """An action on a folder of evidence."""
+    made = actions.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=f"example:  latentwatch evidence {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--dir",
+        type=Path,
+        default=_DIR,
+        metavar="DIR",
+        help="the collector's --evidence folder (default: %(default)s)",
+    )
+    return made
+
+
+def _add_query(actions: _Actions) -> None:
+    query = _action(
+        actions,
         "query",
         "list exceedances",
         "List exceedances, the latest first, one a line. Every reading is noted in the folder's audit log.",
@@ -60,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--since", metavar="AGE", help="not older than this, such as 90s, 30m, 2h or 7d")
     query.add_argument("--until", metavar="AGE", help="not younger than this")
     query.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
-    show = action(
+
+
+def _add_show(actions: _Actions) -> None:
+    show = _action(
+        actions,
         "show",
         "show one request",
         "Show a request: how it went, what it exceeded and where, token by token. Exit code 1 when it is not there.",
@@ -76,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     show.add_argument("--html", type=Path, metavar="PATH", help="write a page to PATH instead")
     show.add_argument("--json", action="store_true", help="print everything as JSON instead")
-    delete = action(
+
+
+def _add_delete(actions: _Actions) -> None:
+    delete = _action(
+        actions,
         "delete",
         "delete one request for good",
         "Delete everything about a request and leave no trace of it in the files. Works beside a running collector,\n"
@@ -84,7 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "delete chatcmpl-7f3a",
     )
     delete.add_argument("id", metavar="ID", help="engine request id, response id or trace id")
-    export = action(
+
+
+def _add_export(actions: _Actions) -> None:
+    export = _action(
+        actions,
         "export",
         "write everything as Parquet files",
         "Write requests.parquet, exceedances.parquet and activations.parquet, for analysis elsewhere. What was said\n"
@@ -92,7 +107,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "export --out evidence-2026-11",
     )
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the files")
-    audit = action(
+
+
+def _add_audit(actions: _Actions) -> None:
+    audit = _action(
+        actions,
         "audit",
         "list who read or deleted what",
         "List readings and deletions, the latest first. Request ids are noted as SHA-256 only; give one to ask for it.",
@@ -100,6 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     audit.add_argument("--id", default="", metavar="ID", help="only what was asked about this id")
     audit.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
+
+
+def _add_key(actions: _Actions) -> None:
     key = actions.add_parser(
         "key",
         help="make a key file",
@@ -122,11 +144,11 @@ def _query(args: argparse.Namespace) -> int:
 
     now = time.time()
     wanted = Wanted(args.feature, args.severity, args.model, _before(now, args.since), _before(now, args.until))
-    with opened(args.dir) as (archive, audit):
+    with options.opened_evidence(args.dir) as (archive, audit):
         found = archive.exceedances(wanted, args.limit)
         filters = ("feature", "severity", "model", "since", "until")
         subject = " ".join(f"{name}={value}" for name in filters if (value := getattr(args, name)) is not None)
-        audit.add(now, actor(), "query", len(found), subject=subject)
+        audit.add(now, options.actor(), "query", len(found), subject=subject)
     for exceedance in found:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(exceedance.seconds))
         print(
@@ -143,11 +165,11 @@ def _show(args: argparse.Namespace) -> int:
 
     from latentwatch.evidence import heatmap
 
-    with opened(args.dir) as (archive, audit):
+    with options.opened_evidence(args.dir) as (archive, audit):
         found = archive.find(args.id)
-        audit.add(time.time(), actor(), "show", len(found), request=args.id)
+        audit.add(time.time(), options.actor(), "show", len(found), request=args.id)
         if args.key:
-            audit.add(time.time(), actor(), "content", len(found), request=args.id)
+            audit.add(time.time(), options.actor(), "content", len(found), request=args.id)
     if not found:
         return _not_stored(args)
     tokens = _tokens(args, found[0].key) if args.key else ()
@@ -203,9 +225,9 @@ def _key(args: argparse.Namespace) -> int:
 def _delete(args: argparse.Namespace) -> int:
     from latentwatch.evidence import store
 
-    with opened(args.dir) as (_, audit):
+    with options.opened_evidence(args.dir) as (_, audit):
         erased = store.erase(args.dir, args.id)
-        audit.add(time.time(), actor(), "delete", erased.requests, request=args.id)
+        audit.add(time.time(), options.actor(), "delete", erased.requests, request=args.id)
     if not erased.requests:
         return _not_stored(args)
     print(f"{erased.requests} requests deleted, {erased.rows} rows")
@@ -234,8 +256,8 @@ def _export(args: argparse.Namespace) -> int:
         raise ConfigRefused(
             f"--out {args.out}", found=error.strerror or str(error), instead="Name a new folder.", reason="out_exists"
         ) from error
-    with opened(args.dir) as (archive, audit):
-        audit.add(time.time(), actor(), "export", 0, subject=str(args.out))
+    with options.opened_evidence(args.dir) as (archive, audit):
+        audit.add(time.time(), options.actor(), "export", 0, subject=str(args.out))
         rows = parquet.export(archive.requests(), args.out)
     print(f"{args.out}: " + ", ".join(f"{count} {name}" for name, count in rows.items()))
     return 0
@@ -246,32 +268,12 @@ def _audit(args: argparse.Namespace) -> int:
 
     from latentwatch.evidence.heatmap import printable
 
-    with opened(args.dir) as (_, audit):
+    with options.opened_evidence(args.dir) as (_, audit):
         for entry in itertools.islice(audit.entries(request=args.id), args.limit):
             moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.seconds))
             subject = printable(entry.subject) or entry.subject_sha256[:16]
             print(f"{moment}  {entry.actor}  {entry.action}  {entry.found}  {subject}".rstrip())
     return 0
-
-
-@contextlib.contextmanager
-def opened(folder: Path) -> Iterator[tuple[Archive, Audit]]:
-    """The folder's archive and audit log. Raises: ConfigRefused: it is missing or cannot be read."""
-    import sqlite3
-
-    from latentwatch.evidence.archive import Archive
-    from latentwatch.evidence.audit import Audit
-
-    try:
-        with contextlib.closing(Archive(folder)) as archive, contextlib.closing(Audit(folder)) as audit:
-            yield archive, audit
-    except sqlite3.Error as error:
-        raise ConfigRefused(
-            f"evidence folder {folder}",
-            found=str(error),
-            instead="Run as the user of the collector: whoever reads has to be able to write the audit log.",
-            reason="evidence_unreadable",
-        ) from error
 
 
 def _before(now: float, age: str | None) -> float | None:
@@ -286,10 +288,6 @@ def _before(now: float, age: str | None) -> float | None:
             reason="age_invalid",
         )
     return now - float(match[1]) * _UNITS[match[2]]
-
-
-def actor() -> str:
-    return f"cli:{getpass.getuser()}"
 
 
 def _not_stored(args: argparse.Namespace) -> int:

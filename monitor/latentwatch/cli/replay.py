@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from latentwatch.cli.collector import route
+from latentwatch.cli import options
 
 HELP = "Run a recording through a collector's logic, in recorded time, and print what it would have alarmed on."
 EPILOG = """exit code 0: no alarm; 1: at least one
@@ -18,20 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--watchlist", type=Path, required=True, metavar="FILE", help="what the recording scored")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="measure drift against this baseline")
     parser.add_argument("--canary-key", type=Path, metavar="FILE", help="as for a collector")
-    parser.add_argument("--route", type=route, metavar="REGEX", help="as for a collector")
+    parser.add_argument("--route", type=options.route, metavar="REGEX", help="as for a collector")
 
 
 def run(args: argparse.Namespace) -> int:
     """Replay and print."""
     import datetime
 
-    from latentwatch.cli.collector import drift_settings
     from latentwatch.collector.core import Core
     from latentwatch.collector.replay import replay
     from latentwatch.transport import recording
     from latentwatch.watchlist import file as watchlist_file
 
-    core = Core(watchlist_file.read(args.watchlist), drift=drift_settings(args.baseline, args.canary_key, args.route))
+    drift = options.drift_settings(args.baseline, args.canary_key, args.route)
+    core = Core(watchlist_file.read(args.watchlist), drift=drift)
     done = replay(core, recording.read(args.recording))
     snapshot = core.lookup.snapshot(done.last_seconds)
     ended = sum(sum(engine.requests.values()) for engine in snapshot.engines)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from latentwatch.errors import ConfigRefused
 
@@ -23,7 +24,13 @@ _PROBE = """Train a logistic probe on the tokens of two sets of requests, measur
 probe.safetensors and a watchlist.yaml beside it."""
 
 
-def add_arguments(actions: Any) -> None:
+class _Source(TypedDict):
+    format: str
+    path: str
+    features: Sequence[Mapping[str, object]]
+
+
+def add_arguments(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The three actions, added to those of `watchlist`."""
     raw = argparse.RawDescriptionHelpFormatter
     record = actions.add_parser(
@@ -201,7 +208,7 @@ def _probe(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_yaml(args: argparse.Namespace, path: Path, source: dict[str, Any]) -> None:
+def _write_yaml(args: argparse.Namespace, path: Path, source: _Source) -> None:
     """A watchlist.yaml with one source; the model's sizes come from its own config where that lies on disk."""
     import yaml
 

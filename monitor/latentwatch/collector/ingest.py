@@ -30,7 +30,8 @@ from latentwatch.collector.state import CollectorState
 from latentwatch.errors import StreamRefused
 from latentwatch.facts import RequestInfo
 from latentwatch.names import TokenState
-from latentwatch.step.batch import RequestOpened, StepBatch, validate
+from latentwatch.step.batch import RequestOpened, StepBatch
+from latentwatch.step.checks import validate
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import TOKEN_SHAPE
 from latentwatch.transport.sink import ReceivedBatch, ReceivedReport

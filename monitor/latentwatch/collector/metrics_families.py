@@ -24,7 +24,7 @@ from latentwatch.export import metrics
 from latentwatch.export.families import ExemplarLine, Family, LabelRows
 from latentwatch.export.metrics import ENGINE_COUNTERS, Metric
 from latentwatch.names import Outcome
-from latentwatch.transport import door
+from latentwatch.transport import listener
 from latentwatch.transport.receiver import ReceiverFacts
 from latentwatch.watchlist.file import Feature, Watchlist
 
@@ -50,7 +50,7 @@ REFUSALS: Final = (
     "stream_idle",
     "replica_twice",
     "forwards_twice",
-    *door.REFUSALS,
+    *listener.REFUSALS,
     "http_unauthenticated",
     "http_slow",
 )

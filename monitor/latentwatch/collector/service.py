@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import ipaddress
 import logging
 import os
 import signal
-import socket
-import ssl
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import uvicorn
 
 from latentwatch import __version__
 from latentwatch.collector.config import Bounds
@@ -31,7 +24,7 @@ from latentwatch.collector.evidence_buffer import watched
 from latentwatch.collector.federation.client import RelayFacts, ReportClient
 from latentwatch.collector.federation.outbox import ReportOutbox
 from latentwatch.collector.http.app import make_app
-from latentwatch.collector.http.auth import impatient
+from latentwatch.collector.http.server import HttpServer
 from latentwatch.collector.ingest import Ingest
 from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.pseudonyms import Pseudonyms, PseudonymSink
@@ -39,9 +32,7 @@ from latentwatch.collector.telemetry import OtlpFacts, Telemetry, TelemetrySetti
 from latentwatch.drift.canary import canary_prompt
 from latentwatch.drift.limits import with_limits
 from latentwatch.errors import ConfigRefused
-from latentwatch.transport.address import Address
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens
-from latentwatch.transport.door import HANDSHAKE_SECONDS
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
 from latentwatch.watchlist import file as watchlist_file
@@ -55,7 +46,7 @@ SWITCH_SECONDS = 0.0005
 """How long a thread may keep the interpreter from another that wants it. Python's 5 ms, several times over in one
 look-up of evidence, would be tens of milliseconds beside the thread that writes it."""
 _STOP_SECONDS = 2.0
-"""Time for streams to take their last ack and for a scrape in progress to finish."""
+"""Time for streams to take their last ack."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +202,6 @@ class Service:
 
     def __init__(self, settings: CollectorSettings) -> None:
         """Raises: as `wire`."""
-        self._http = _http_target(settings.http)
         self._parts = parts = wire(settings)
         self.core, self.receiver = parts.core, parts.receiver
         app = make_app(
@@ -223,48 +213,31 @@ class Service:
             readers=Tokens(settings.http_token_files) if settings.http_token_files else None,
             on_refused=parts.sink.refused,
         )
-        self._server = _Server(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                http=impatient(parts.sink.refused),
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                ssl_context_factory=_https(settings.http_tls) if settings.http_tls else None,
-                # Far above a Prometheus pair and some open pages; what is beyond gets 503 instead of memory.
-                limit_concurrency=128,
-                timeout_graceful_shutdown=int(_STOP_SECONDS),
-            )
-        )
+        self._http = HttpServer(settings.http, app, tls=settings.http_tls, on_refused=parts.sink.refused)
         self._guarded = bool(settings.http_token_files)
-        self._scheme = "https" if settings.http_tls else "http"
-        self._socket: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def http_url(self) -> str:
         """Where the page is, with the port that was bound."""
-        port = self._socket.getsockname()[1] if self._socket else self._http.port
-        return f"{self._scheme}://{self._http.host}:{port}"
+        return self._http.url
 
     async def start(self) -> None:
         """Bind and serve. Raises ConfigRefused, "port_in_use", "socket_in_use" or "address_unusable"."""
-        self._socket = _bind(self._http)
+        self._http.bind()
         try:
             await self.receiver.start()
         except BaseException:
-            self._socket.close()
-            self._socket = None
+            self._http.release()
             raise
-        if not self._guarded and not _is_loopback(self._socket):
+        if not self._guarded and not self._http.is_loopback:
             log.warning(
                 "%s is open to the network: anyone who reaches it can read metrics and request ids", self.http_url
             )
-        elif self._guarded and self._scheme == "http" and not _is_loopback(self._socket):
+        elif self._guarded and not self._http.is_encrypted and not self._http.is_loopback:
             log.warning("%s is plain: whoever can listen on the network can read its token", self.http_url)
         self._tasks = [
-            asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http"),
+            asyncio.create_task(self._http.serve(), name="http"),
             asyncio.create_task(self._tick(), name="tick"),
         ]
         parts, core = self._parts, self.core
@@ -276,7 +249,7 @@ class Service:
                 lambda: families.of(core.lookup.snapshot(time.time()), parts.process()), parts.start_seconds
             )
             self._tasks.append(asyncio.create_task(push, name="otlp metrics"))
-        while not self._server.started and not self._tasks[0].done():
+        while not self._http.started and not self._tasks[0].done():
             await asyncio.sleep(0.01)
 
     async def wait(self, stop: asyncio.Event) -> None:
@@ -296,7 +269,7 @@ class Service:
             parts.report_client.news()
             if not await parts.report_client.drain(_STOP_SECONDS):
                 log.warning("the gateway was not told of everything; with --state it is when this collector starts")
-        self._server.should_exit = True
+        self._http.stop()
         http, *others = self._tasks
         for task in others:
             task.cancel()
@@ -342,77 +315,3 @@ async def serve(settings: CollectorSettings, *, started: Callable[[Service], Non
         await service.wait(stop)
     finally:
         await service.stop()
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals are the service's: the receiver has to stop first."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, which leaves a TLS handshake a minute."""
-        await super().startup(sockets=[])
-
-        def connection() -> asyncio.Protocol:
-            # Any of uvicorn's protocols: what they take is known of them, not of asyncio's type.
-            protocol: type[asyncio.Protocol] = self.config.http_protocol_class
-            return protocol(config=self.config, server_state=self.server_state, app_state={})  # type: ignore[call-arg]
-
-        for bound in sockets or ():
-            self.servers.append(
-                await asyncio.get_running_loop().create_server(
-                    connection,
-                    sock=bound,
-                    ssl=self.config.ssl,
-                    ssl_handshake_timeout=HANDSHAKE_SECONDS if self.config.ssl else None,
-                    backlog=self.config.backlog,
-                )
-            )
-
-
-def _https(tls: ServerTls) -> Callable[..., ssl.SSLContext]:
-    """What uvicorn calls for its context. Raises ConfigRefused, "tls_unusable"."""
-    context = tls.renewing_context()
-    return lambda *_: context
-
-
-def _http_target(text: str) -> Address:
-    target = Address.parse(text, listening=True)
-    if target.socket_path:
-        raise ConfigRefused(
-            f"--http {text}",
-            found="it is a Unix socket, which neither Prometheus nor a browser can read",
-            instead="Give host:port, such as 127.0.0.1:9464.",
-            reason="target_invalid",
-        )
-    return target
-
-
-def _bind(target: Address) -> socket.socket:
-    host = target.host.strip("[]")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, target.port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-            bound.listen(128)
-        except BaseException:
-            bound.close()
-            raise
-    except OSError as error:
-        in_use = error.errno == errno.EADDRINUSE
-        raise ConfigRefused(
-            f"--http {target}",
-            found=error.strerror or str(error),
-            instead="Stop what uses it, or give another port with --http."
-            if in_use
-            else "Give an address of this host.",
-            reason="port_in_use" if in_use else "address_unusable",
-        ) from error
-    return bound
-
-
-def _is_loopback(bound: socket.socket) -> bool:
-    return ipaddress.ip_address(bound.getsockname()[0]).is_loopback

@@ -26,7 +26,7 @@ TOKEN_SERIES = tuple(
     for reason in reasons
     for phase in Phase
 )
-"""Every combination that step.validate lets through."""
+"""Every combination that step.checks lets through."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,9 +67,9 @@ def export(requests: Iterable[StoredRequest], out: Path) -> dict[str, int]:
     return rows
 
 
-def _tables(requests: list[StoredRequest]) -> Iterator[tuple[str, Any]]:
+def _tables(requests: list[StoredRequest]) -> Iterator[tuple[str, pa.Table]]:
     names = {name: schema.names for name, schema in SCHEMAS.items()}
-    made: dict[str, list[dict[str, Any]]] = {name: [] for name in SCHEMAS}
+    made: dict[str, list[dict[str, object]]] = {name: [] for name in SCHEMAS}
     for request in requests:
         ids = {"key": request.key, "request_id": request.request_id}
         made["requests"].append({name: getattr(request, name) for name in names["requests"]})

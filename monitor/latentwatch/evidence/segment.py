@@ -16,11 +16,11 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 
-from latentwatch.arrays import Dtype
+from latentwatch.arrays import Array, Dtype
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence.records import Activations, Ended, Exceeded, Record, RecordedRequest
 from latentwatch.names import TokenState, response_id, trace_id
@@ -259,13 +259,13 @@ def find(connection: sqlite3.Connection, name: str) -> list[int]:
     return [key for (key,) in rows]
 
 
-def pack(records: Any) -> bytes:
+def pack(records: Array) -> bytes:
     """Records as compressed bytes; column after column, since a column's bytes are alike."""
-    columns = [np.ascontiguousarray(records[name]).tobytes() for name in records.dtype.names]
+    columns = [np.ascontiguousarray(records[name]).tobytes() for name in records.dtype.names or ()]
     return zlib.compress(json.dumps(len(records)).encode() + b"\n" + b"".join(columns), 1)
 
 
-def unpack(data: bytes, dtype: Dtype) -> Any:
+def unpack(data: bytes, dtype: Dtype) -> Array:
     """What `pack` packed."""
     head, _, body = zlib.decompress(data).partition(b"\n")
     records = np.empty(int(head), dtype)
@@ -325,7 +325,7 @@ class _transaction:  # noqa: N801
         self._connection.execute("COMMIT" if kind is None else "ROLLBACK")
 
 
-def _request_row(request: RecordedRequest) -> tuple[Any, ...]:
+def _request_row(request: RecordedRequest) -> tuple[object, ...]:
     info = request.info
     return (
         request.key,
@@ -341,7 +341,7 @@ def _request_row(request: RecordedRequest) -> tuple[Any, ...]:
     )
 
 
-def _end_row(end: Ended) -> tuple[Any, ...]:
+def _end_row(end: Ended) -> tuple[object, ...]:
     progress = end.progress
     return (
         *_request_row(end.request),

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from latentwatch.evidence.records import Record, kind, size_bytes
 
@@ -73,7 +73,7 @@ class Writer:
         self._clock = clock
         self._queue_bytes = queue_bytes
         self._queue: deque[Record] = deque()
-        self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._tasks: deque[Callable[[], None]] = deque()
         self._queued_bytes = 0
         self._written: Counter[str] = Counter()
         self._dropped: Counter[tuple[str, str]] = Counter()
@@ -100,7 +100,7 @@ class Writer:
         """Do something in the writer's thread, after every record that was put before."""
         future: Future[T] = Future()
         with self._changed:
-            self._tasks.append((task, future))
+            self._tasks.append(functools.partial(_resolve, task, future))
             self._changed.notify()
         return future
 
@@ -128,8 +128,8 @@ class Writer:
                 tasks = [] if self._queue else [self._tasks.popleft() for _ in range(len(self._tasks))]
             if batch:
                 self._write(batch)
-            for task, future in tasks:
-                _resolve(task, future)
+            for task in tasks:
+                task()
             now = self._clock()
             if now - pruned >= _PRUNE_SECONDS or now < pruned:
                 pruned = now
@@ -150,7 +150,7 @@ class Writer:
             else:
                 self._dropped.update({(name, "write_failed"): count for name, count in kinds.items()})
 
-    def _guarded(self, work: Callable[[], Any]) -> bool:
+    def _guarded(self, work: Callable[[], object]) -> bool:
         """Whether it worked. A failure is said once a minute: a full disk would fill the log too."""
         try:
             work()
@@ -162,7 +162,7 @@ class Writer:
         return True
 
 
-def _resolve(task: Callable[[], Any], future: Future[Any]) -> None:
+def _resolve(task: Callable[[], T], future: Future[T]) -> None:
     try:
         future.set_result(task())
     except Exception as error:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from latentwatch.arrays import I64, U8, Array
 from latentwatch.names import Phase, Reason, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE
+from latentwatch.step.reshape import runs
 
 UNSEEN_REASONS: Final = (Reason.NOT_ARMED, Reason.OP_SILENT, Reason.PREFIX_CACHE, Reason.KV_CONNECTOR)
 """Reasons for which a token was never there to be scored; the others mean that a score was lost."""
@@ -83,7 +84,8 @@ def attribute(rows: StepRows) -> Attributed:
     reason_K = rows.reason_T[kept]
     state_K = state_of(reason_K)
     phase_K = np.where(position_T[kept] < rows.prompt_Q[request_T[kept]], Phase.PROMPT, Phase.OUTPUT).astype(np.uint8)
-    segments = runs(rows.handle_Q[request_T[kept]], position_T[kept], state_K, reason_K, phase_K)
+    ones_K = np.ones(len(kept), np.int64)
+    segments = runs(rows.handle_Q[request_T[kept]], position_T[kept], ones_K, state_K, reason_K, phase_K)
     scored = kept[state_K == TokenState.SCORED]
     return Attributed(
         segments_S=segments,
@@ -131,28 +133,6 @@ def span(handle: int, start: int, stop: int, prompt_tokens: int, reason: Reason)
         [(handle, first, last - first, state, reason, phase) for first, last, phase in pieces if last > first],
         SEGMENT_DTYPE,
     )
-
-
-def runs(handle: I64, position: I64, state: Array, reason: Array, phase: Array) -> Array:
-    """Maximal runs of consecutive positions that agree in everything else."""
-    if not len(handle):
-        return np.empty(0, SEGMENT_DTYPE)
-    cut = np.ones(len(handle), bool)
-    cut[1:] = np.diff(position) != 1
-    for column in (handle, state, reason, phase):
-        cut[1:] |= column[1:] != column[:-1]
-    first = np.flatnonzero(cut)
-    segments = np.empty(len(first), SEGMENT_DTYPE)
-    segments["count"] = np.diff(np.append(first, len(handle)))
-    for name, column in (
-        ("handle", handle),
-        ("start", position),
-        ("state", state),
-        ("reason", reason),
-        ("phase", phase),
-    ):
-        segments[name] = column[first]
-    return segments
 
 
 def _renumber(fires_N: Array, scored: npt.NDArray[np.intp], rows: int) -> Array:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from latentwatch.arrays import I64, Array
-from latentwatch.exporter.attribution import Attributed, ScoredRows, StepRows, positions, runs, scores_of, span
+from latentwatch.exporter.attribution import Attributed, ScoredRows, StepRows, positions, scores_of, span
 from latentwatch.exporter.score_cache import ScoreCache
 from latentwatch.handover.events import Blocks, Opened
 from latentwatch.names import Phase, Reason, TokenState
+from latentwatch.step.reshape import runs
 
 
 class Hit(NamedTuple):
@@ -90,6 +91,7 @@ class Inheritance:
         return runs(
             np.full(len(position), request.handle, np.int64),
             position,
+            np.ones(len(position), np.int64),
             np.where(there, TokenState.INHERITED, TokenState.UNSEEN).astype(np.uint8),
             np.where(there, Reason.NONE, self._cached_reason).astype(np.uint8),
             np.where(position < request.prompt_tokens, Phase.PROMPT, Phase.OUTPUT).astype(np.uint8),

@@ -11,7 +11,7 @@ Legend: Q requests of a step, T its rows.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -105,7 +105,7 @@ def _copied(raw: RawStep) -> RawStep:
 
 def _part(raw: RawStep, chosen_Q: Bool) -> RawStep:
     """The step as if it had held only some of its requests."""
-    row_of_T: Any = np.repeat(chosen_Q, raw.requests_Q["count"])
+    row_of_T: Bool = np.repeat(chosen_Q, raw.requests_Q["count"])
     number_T = np.cumsum(row_of_T) - 1
     scored_T = row_of_T[: raw.scored_rows]
     fires_N = raw.fires_N[row_of_T[raw.fires_N["row"]]]

@@ -136,7 +136,7 @@ def _wire(config: ExporterConfig, env: Mapping[str, str]) -> _Parts:
         max_buffer_bytes=int(positive(env, BUFFER_MIB, BUFFER_MIB_UNSET) * (1 << 20)),
         spool=spool,
         next_sequence=ring.next_sequence,
-        stakes=ShedPriority([(f.severity, f.matters_from, f.dense) for f in config.features]),
+        priority=ShedPriority([(f.severity, f.matters_from, f.dense) for f in config.features]),
     )
     backlog = None
     if folder is None:

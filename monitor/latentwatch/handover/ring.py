@@ -16,7 +16,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +41,8 @@ REQUEST_DTYPE = np.dtype([("slot", "<i4"), ("start", "<i4"), ("count", "<i4")])
 """One request of the step: its place in the exporter's tables, the position of its first row, its rows."""
 
 # Words of the ring's header page (uint64), each cursor on a cache line of its own.
-_MAGIC, _SLOTS, _STRIDE, _HEAD, _TAIL, _DROPPED_STEPS, _DROPPED_ROWS, _CLOSED, _RESTARTS, _ATTACHED, _SEQUENCE = (
-    0, 1, 2, 8, 16, 24, 25, 26, 27, 32, 33,
+_MAGIC, _SLOTS, _STRIDE, _HEAD, _TAIL, _DROPPED_STEPS, _CLOSED, _RESTARTS, _ATTACHED, _SEQUENCE = (
+    0, 1, 2, 8, 16, 24, 26, 27, 32, 33,
 )  # fmt: skip
 # Words of a slot's header (int64).
 _STEP, _TIME, _REQUESTS, _ROWS, _SCORED_ROWS, _FIRES, _SILENT, _EVENTS = range(8)
@@ -71,7 +71,7 @@ class Slot:
         g, at = geometry, _SLOT_HEADER_BYTES
         self.header = np.frombuffer(memory, np.int64, _SLOT_HEADER_BYTES // 8)
 
-        def take(dtype: Any, *shape: int) -> Array:
+        def take(dtype: npt.DTypeLike, *shape: int) -> Array:
             nonlocal at
             count = int(np.prod(shape))
             view = np.frombuffer(memory, dtype, count, offset=at).reshape(shape)
@@ -175,10 +175,9 @@ class Ring:
         self._head += 1
         self._header[_HEAD] = self._head
 
-    def count_dropped(self, rows: int) -> None:
+    def count_dropped(self) -> None:
         """Book a step that found no free slot."""
         self._header[_DROPPED_STEPS] += np.uint64(1)
-        self._header[_DROPPED_ROWS] += np.uint64(rows)
 
     def count_restart(self) -> None:
         """Book that the exporter had to be started again."""
@@ -227,10 +226,6 @@ class Ring:
     @property
     def dropped_steps(self) -> int:
         return int(self._header[_DROPPED_STEPS])
-
-    @property
-    def dropped_rows(self) -> int:
-        return int(self._header[_DROPPED_ROWS])
 
     @property
     def restarts(self) -> int:

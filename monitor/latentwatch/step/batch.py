@@ -9,14 +9,13 @@ segment owns rows 0..count-1, the next one those after it, and row `start_row + 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from latentwatch.errors import StreamRefused
 from latentwatch.names import Outcome, Phase, Reason, TokenState
 
 Array = npt.NDArray[Any]
@@ -125,79 +124,9 @@ class StepBatch:
         """R: the number of tokens that carry scores."""
         return int(self.segments_S["count"][owns_rows(self.segments_S)].sum())
 
-    def without_scores(self, reason: Reason) -> StepBatch:
-        """The same books with the scores shed: scored and inherited tokens become dropped{reason}.
-
-        What the sender keeps when it must give something up: a batch without scores is some tens of bytes a
-        segment, so that the accounting survives long after the scores do not fit.
-        """
-        return self.with_rows(np.zeros(self.rows, bool), reason)
-
-    def with_rows(self, keep_R: Array, reason: Reason) -> StepBatch:
-        """The same books with the scores of these rows only; the tokens of the others become dropped{reason}.
-
-        Args: keep_R: bool [R].
-        """
-        segments, R = self.segments_S, len(keep_R)
-        owners = np.flatnonzero(owns_rows(segments))
-        segment_R = np.repeat(owners, segments["count"][owners])
-        starts_R = np.ones(R, bool)
-        starts_R[1:] = (segment_R[1:] != segment_R[:-1]) | (keep_R[1:] != keep_R[:-1])
-        first = np.flatnonzero(starts_R)
-        pieces = segments[segment_R[first]]
-        row_of_S = np.zeros(len(segments), np.int64)
-        row_of_S[owners] = np.cumsum(segments["count"][owners]) - segments["count"][owners]
-        pieces["start"] += (first - row_of_S[segment_R[first]]).astype("i4")
-        pieces["count"] = np.diff(first, append=R)
-        shed = ~keep_R[first]
-        pieces["state"][shed], pieces["reason"][shed] = TokenState.DROPPED, reason
-        others = np.setdiff1d(np.arange(len(segments)), owners)
-        order = np.argsort(np.concatenate([others, segment_R[first]]), kind="stable")
-        fires = self.fires_N[keep_R[self.fires_N["row"]]]
-        fires["row"] = (np.cumsum(keep_R) - 1)[fires["row"]]
-        return replace(
-            self,
-            segments_S=_in_runs(np.concatenate([segments[others], pieces])[order]),
-            fires_N=fires,
-            dense_RP=self.dense_RP[keep_R],
-            norm_RH=self.norm_RH[keep_R],
-        )
-
-
-def joined_books(batches: Sequence[StepBatch]) -> StepBatch:
-    """Consecutive batches without rows as one that says the same of every token and request.
-
-    Runs of a request's tokens become one segment; step, time and counters are those of the last batch.
-    """
-    segments = np.concatenate([batch.segments_S for batch in batches])
-    return replace(
-        batches[-1],
-        segments_S=_in_runs(segments[np.lexsort((segments["start"], segments["handle"]))]),
-        opened=tuple(event for batch in batches for event in batch.opened),
-        closed=tuple(event for batch in batches for event in batch.closed),
-    )
-
-
-def _in_runs(segments_S: Array) -> Array:
-    """The segments with neighbours made one where the second goes on as the first ends."""
-    begins_S = np.ones(len(segments_S), bool)
-    before, after = segments_S[:-1], segments_S[1:]
-    begins_S[1:] = before["start"] + before["count"] != after["start"]
-    for name in ("handle", "state", "reason", "phase"):
-        begins_S[1:] |= before[name] != after[name]
-    first = np.flatnonzero(begins_S)
-    runs: Array = segments_S[first]
-    if len(first):
-        runs["count"] = np.add.reduceat(segments_S["count"], first)
-    return runs
-
 
 # Looked up by a column's u1 values: some ten times as fast as np.isin on the few segments of a step.
 _OWNS_ROWS: Final = np.isin(np.arange(256), (TokenState.SCORED, TokenState.INHERITED))
-_UNKNOWN: Final = {
-    name: ~np.isin(np.arange(256), [int(member) for member in allowed])
-    for name, allowed in (("state", TokenState), ("reason", Reason), ("phase", Phase))
-}
 
 
 def owns_rows(segments_S: Array) -> Array:
@@ -221,49 +150,3 @@ def tokens_by_state(segments_S: Array) -> Mapping[tuple[TokenState, Reason, Phas
         (TokenState(k >> 16), Reason((k >> 8) & 0xFF), Phase(k & 0xFF)): int(t)
         for k, t in zip(keys.tolist(), tokens.tolist(), strict=True)
     }
-
-
-def validate(batch: StepBatch, *, sparse_F: Array, hook_points: int) -> None:
-    """Refuse a batch that does not keep this module's contract, so that nothing behind it has to look again.
-
-    Args:   sparse_F: bool [F], which features of the watchlist may appear in `fires_N`; the others are dense.
-    Raises: StreamRefused, reason "malformed_batch", naming the column and the offending value.
-    """
-    segments, fires = batch.segments_S, batch.fires_N
-    for name, unknown in _UNKNOWN.items():
-        foreign = unknown[segments[name]]
-        if foreign.any():
-            _malformed(batch, f"segment {name} {int(segments[name][foreign][0])} is not one this version knows")
-    if (segments["count"] < 1).any() or (segments["start"] < 0).any():
-        _malformed(batch, "a segment has count < 1 or start < 0")
-    named = segments["reason"] != Reason.NONE
-    if (named == owns_rows(segments)).any():
-        _malformed(batch, "a reason must stand on unseen and dropped segments, and only there")
-    rows = batch.rows
-    for name, array, columns in (
-        ("dense scores", batch.dense_RP, int((~sparse_F).sum())),
-        ("norms", batch.norm_RH, hook_points),
-    ):
-        # A batch without rows (openings, a heartbeat, an engine that is not armed) need not know the widths.
-        if len(array) != rows or (rows and array.shape[1] != columns):
-            _malformed(batch, f"{name} have shape {array.shape}, expected {(rows, columns)}")
-    if len(fires):
-        if int(fires["row"].max()) >= rows:
-            _malformed(batch, f"an activation names row {int(fires['row'].max())} of {rows}")
-        if int(fires["feature"].max()) >= len(sparse_F) or not sparse_F[fires["feature"]].all():
-            _malformed(batch, "an activation names a feature that is dense or beyond the watchlist")
-        key = fires["row"].astype(np.int64) * len(sparse_F) + fires["feature"]
-        if (np.diff(key) <= 0).any():
-            _malformed(batch, "activations are not sorted by row and feature, or one stands twice")
-    for name, values in (("act", fires["act"]), ("dense", batch.dense_RP), ("norm", batch.norm_RH)):
-        if not np.isfinite(values).all():
-            _malformed(batch, f"column {name} holds NaN or infinity")
-
-
-def _malformed(batch: StepBatch, found: str) -> None:
-    raise StreamRefused(
-        f"step {batch.step}",
-        found=found,
-        instead="The exporter and the collector must run the same latentwatch version; upgrade the older one.",
-        reason="malformed_batch",
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +66,17 @@ def positive(env: Mapping[str, str], name: str, unset: float, *, or_zero: bool =
             reason="config_value",
         )
     return value
+
+
+def cannot_listen(asked: str, error: OSError, *, instead: str) -> ConfigRefused:
+    """Why an address was not bound, "port_in_use" or "address_unusable", in the system's words."""
+    return ConfigRefused(
+        asked,
+        # asyncio words its own; a name that does not resolve has a negative number.
+        found=os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error),
+        instead=instead,
+        reason="port_in_use" if error.errno == errno.EADDRINUSE else "address_unusable",
+    )
 
 
 def _refused(text: str, found: str) -> ConfigRefused:

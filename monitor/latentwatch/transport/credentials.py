@@ -87,23 +87,6 @@ class ServerTls:
             raise _unusable(self.certificate, error) from error
         return context
 
-    def renewing_context(self) -> ssl.SSLContext:
-        """One for a server that takes a single context: each handshake is by the files as they are then.
-
-        Raises: ConfigRefused, "tls_unusable". Files that cannot be used later fail the handshakes of that time.
-        """
-
-        def renew(handshake: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> int | None:
-            try:
-                handshake.context = self.context()
-            except ConfigRefused:
-                return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
-            return None
-
-        context = self.context()
-        context.sni_callback = renew
-        return context
-
 
 @dataclass(frozen=True)
 class Credentials:
@@ -118,7 +101,7 @@ class Credentials:
     def __post_init__(self) -> None:
         if self.certificate or self.key:
             needed = {CERTIFICATE: self.certificate, KEY: self.key, AUTHORITY: self.authority}
-            check_together("credentials for the collector", needed)
+            secrets.check_together("credentials for the collector", needed)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Credentials:
@@ -148,20 +131,6 @@ class Credentials:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each stream carries beside its messages. Raises ConfigRefused, "token_unusable"."""
         return (("authorization", f"Bearer {secrets.read_token(self.token_file)}"),) if self.token_file else ()
-
-
-def check_together(what: str, files: Mapping[str, Path | None]) -> None:
-    """A certificate is of use only with its key, and what else it needs: files by the names that they are given under.
-
-    Raises: ConfigRefused, "tls_unusable", where one is missing.
-    """
-    if not all(files.values()):
-        raise ConfigRefused(
-            what,
-            found=", ".join(f"{name} is {path}" for name, path in files.items()),
-            instead="Give both." if len(files) == 2 else "Give all of them.",
-            reason="tls_unusable",
-        )
 
 
 def names_of(certificate: Mapping[str, Any] | None) -> frozenset[str]:

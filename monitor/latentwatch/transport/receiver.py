@@ -13,13 +13,11 @@ included, without an error (measured).
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
 import logging
 import os
 import socket
 import stat
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -34,11 +32,11 @@ from grpc_health.v1.health import aio as health_aio
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.transport import codec
-from latentwatch.transport.address import Address
+from latentwatch.transport.address import Address, cannot_listen
 from latentwatch.transport.credentials import ServerTls, Tokens, may_speak_for
-from latentwatch.transport.door import Door
 from latentwatch.transport.fair_queue import FairQueue, FairQueueFacts, Flow
 from latentwatch.transport.hello import Hello
+from latentwatch.transport.listener import Listener
 from latentwatch.transport.sink import ReceivedReport, Sink
 
 log = logging.getLogger(__name__)
@@ -142,8 +140,8 @@ class Receiver:
         self._on_refused = on_refused or _unheard
         self._tls = tls
         self._tokens = tokens
-        self._doors: list[Door] = []
-        self._inner: tempfile.TemporaryDirectory[str] | None = None
+        self._listener: Listener | None = None
+        """For the TCP addresses."""
         self.collector_id = collector_id or uuid.uuid4().hex
         self._max_streams = max_streams
         self._ack_batches = ack_batches
@@ -188,13 +186,15 @@ class Receiver:
             for target in self._targets:
                 if target.socket_path:
                     self._bind_socket(target)
-            inner = self._bind_inner()
+            if not all(target.socket_path for target in self._targets):
+                self._listener = Listener(self._tls, self._on_refused, max_connections=self._max_streams)
+                self._server.add_insecure_port(f"unix://{self._listener.inner}")
             await self._server.start()
             for target in self._targets:
                 if not target.socket_path:
-                    await self._open_door(target, inner)
+                    await self._open(target)
         except BaseException:
-            await self._close_doors()
+            await self._close_listener()
             await self._server.stop(None)
             self._remove_sockets()
             raise
@@ -211,36 +211,24 @@ class Receiver:
         # Streams that end by themselves tell their sender so; the server's own stop cuts those that did not.
         if self._handlers:
             await asyncio.wait(self._handlers, timeout=grace)
-        await self._close_doors()
+        await self._close_listener()
         await self._server.stop(0)
         if self._handlers:
             await asyncio.wait(self._handlers, timeout=_SETTLE_SECONDS)
         self._remove_sockets()
 
-    def _bind_inner(self) -> Path:
-        """gRPC's own socket behind the doors, in a folder that only this user can enter."""
-        self._inner = tempfile.TemporaryDirectory(prefix="latentwatch-")
-        path = Path(self._inner.name) / "inner.sock"
-        if any(not target.socket_path for target in self._targets):
-            self._server.add_insecure_port(f"unix://{path}")
-        return path
-
-    async def _open_door(self, target: Address, inner: Path) -> None:
-        door = Door(inner, self._tls, self._on_refused, max_connections=self._max_streams)
+    async def _open(self, target: Address) -> None:
+        assert self._listener is not None
         try:
-            port = await door.open(target.host.strip("[]"), target.port)
+            port = await self._listener.open(target.host.strip("[]"), target.port)
         except OSError as error:
             raise _unusable(target, error) from error
-        self._doors.append(door)
         if self._bound_port is None:
             self._bound_port = port
 
-    async def _close_doors(self) -> None:
-        for door in self._doors:
-            await door.close()
-        self._doors.clear()
-        if self._inner is not None:
-            self._inner.cleanup()
+    async def _close_listener(self) -> None:
+        if self._listener is not None:
+            await self._listener.close()
 
     def _bind_socket(self, target: Address) -> None:
         path = Path(target.socket_path)
@@ -339,8 +327,8 @@ class Receiver:
             raise _collector_error(hello, error) from error
         stream = self._streams[key] = _Stream(hello, held)
         log.info("replica %r connected, resuming after %d", hello.replica, held)
-        for door in self._doors:
-            door.welcome(context.peer())
+        if self._listener is not None:
+            self._listener.welcome(context.peer())
         try:
             await context.write(codec.encode_reply(codec.Welcome(held, self.collector_id)))
         except BaseException:
@@ -423,15 +411,14 @@ class Receiver:
 
     def _check_identity(self, replica: str, peer: str) -> None:
         """Raises StreamRefused, "replica_identity": a certificate was asked for, and it is another replica's."""
-        for door in self._doors:
-            names = door.names_of_peer(peer)
-            if names is not None and not may_speak_for(names, replica):
-                raise StreamRefused(
-                    f"stream of replica {replica!r}",
-                    found=f"its certificate stands for {', '.join(sorted(names)) or 'no name'}",
-                    instead="Give the engine a certificate whose DNS or URI name is LATENTWATCH_REPLICA.",
-                    reason="replica_identity",
-                )
+        names = self._listener.names_of_peer(peer) if self._listener is not None else None
+        if names is not None and not may_speak_for(names, replica):
+            raise StreamRefused(
+                f"stream of replica {replica!r}",
+                found=f"its certificate stands for {', '.join(sorted(names)) or 'no name'}",
+                instead="Give the engine a certificate whose DNS or URI name is LATENTWATCH_REPLICA.",
+                reason="replica_identity",
+            )
 
 
 def _authorization(context: Any) -> str:
@@ -505,13 +492,7 @@ def _why_not(target: Address) -> ConfigRefused:
 
 
 def _unusable(target: Address, error: OSError) -> ConfigRefused:
-    return ConfigRefused(
-        f"listening on {target}",
-        # asyncio words its own; a name that does not resolve has a negative number.
-        found=os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error),
-        instead="Stop what uses it, or listen on another address.",
-        reason="port_in_use" if error.errno == errno.EADDRINUSE else "address_unusable",
-    )
+    return cannot_listen(f"listening on {target}", error, instead="Stop what uses it, or listen on another address.")
 
 
 def _too_large(hello: Hello, length: int) -> StreamRefused:

@@ -14,6 +14,7 @@ from typing import BinaryIO, Final
 
 from latentwatch import storage
 from latentwatch.errors import StreamRefused
+from latentwatch.step.checks import validate_segments
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
@@ -57,7 +58,8 @@ class RecordingSink:
         return self._held.get((hello.replica, hello.boot_id), 0)
 
     def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
-        """See Sink."""
+        """See Sink. Raises StreamRefused "malformed_batch" for segments that no collector takes."""
+        validate_segments(received.batch)
         key = hello.replica, hello.boot_id
         if received.sequence > self._held.get(key, 0):
             self._held[key] = received.sequence

@@ -5,14 +5,8 @@ the buffer, or counted in `stats()` as shed or dropped. Both are bounded whateve
 neither waits for it nor raises.
 
 Where batches wait. With a spool, each batch is written there before it can be sent, and read back to be sent; only what
-the spool does not take waits in memory. Batches leave in the order of their numbers, wherever they lie.
-
-What is given up first. Over `max_buffer_bytes`, of the batches that this stream has not carried yet, always the oldest
-first: the scores of all rows but those where a warning or critical feature is above its limit (`stakes`); then, of all
-batches, those of warnings; then those of critical features. Each batch keeps its books, so that the collector still
-learns which tokens it did not see and why. Over twice that bound the books of many batches become those of one, which
-say the same of every token. Only when that gives no room either do the oldest books go (`dropped_batches`,
-`dropped_tokens`).
+the spool does not take waits in memory, in a `SendBuffer`, which says what is given up first. Batches leave in the
+order of their numbers, wherever they lie.
 
 Why the synchronous gRPC API. Its iterator is pulled one message at a time under HTTP/2 flow control, which bounds
 what gRPC itself holds; and grpc.aio's poller is shared by every event loop of a process, which makes a second loop
@@ -30,62 +24,31 @@ import itertools
 import logging
 import math
 import random
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
-import numpy as np
-import numpy.typing as npt
 
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.log_limit import LogLimit
-from latentwatch.names import Reason, Severity
-from latentwatch.step.batch import StepBatch, joined_books
+from latentwatch.names import Severity
+from latentwatch.step.batch import StepBatch
+from latentwatch.step.reshape import pieces
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
+from latentwatch.transport.channel import CHANNEL_OPTIONS, Backoff
 from latentwatch.transport.credentials import Credentials
 from latentwatch.transport.hello import Hello
+from latentwatch.transport.send_buffer import Drop, Outgoing, SendBuffer, tokens_of
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
-from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.transport.spool import Spool
 from latentwatch.transport.spool_segments import Spooled
 
 log = logging.getLogger(__name__)
 
-CHANNEL_OPTIONS: Final = (
-    ("grpc.max_send_message_length", codec.MAX_MESSAGE_BYTES),
-    # A frozen pod or a forgotten NAT entry closes no connection; only an unanswered ping shows it.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 3_000),
-    # After recent traffic that ping is gRPC's own, for flow control, and has this limit: 60 s by default (measured).
-    ("grpc.http2.ping_timeout_ms", 3_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    # Also the time one connection attempt may take, so it has to outlast a TLS handshake across regions.
-    ("grpc.min_reconnect_backoff_ms", 2_000),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Each attempt has its own channel and must not wait for the back-off of the one before: `Backoff` decides.
-    ("grpc.use_local_subchannel_pool", 1),
-    # Scores go where they were told to go, not through a proxy meant for the engine's downloads.
-    ("grpc.enable_http_proxy", 0),
-)
-
-_ENTRY_BYTES: Final = 1536
-"""Measured cost of one waiting StepBatch beside its columns: Python objects, four array headers, counters."""
-_STRIPPED_ENTRY_BYTES: Final = 224
-"""The same for a batch kept as bytes."""
-_REQUEST_BYTES: Final = 240
-"""Measured cost of one RequestOpened or RequestClosed beside its texts."""
-_BOOKS: Final = 1 + max(RANKS.values())
-"""Detail of a batch without scores; a lower one is the lowest rank of the rows whose scores it still has."""
-_JOINED_BATCHES: Final = 64
-_JOINED_BYTES: Final = codec.MAX_MESSAGE_BYTES // 4
-"""Bounds of what one joined batch is made of: the lock is held meanwhile."""
 _SUSPECT_REFUSALS: Final = 3
 """Refusals of the same batch before it is dropped so that those behind it get through."""
 _LOG_AGAIN_SECONDS: Final = 600.0
@@ -101,27 +64,6 @@ _NEEDS_A_PERSON: Final = frozenset(
 )
 """Ways for a stream to end that trying again at once does not mend."""
 _BLAMES_A_BATCH: Final = frozenset({"malformed_batch", "collector_error"})
-
-
-@dataclass(frozen=True)
-class Backoff:
-    """Waits between streams, seconds. Each is drawn from the upper half of its range, so that the engines which one
-    collector lost do not come back in step."""
-
-    first_seconds: float = 0.2
-    longest_seconds: float = 1.0
-    """A collector that returns is found again within this time, plus one connection set-up."""
-    factor: float = 1.6
-    refused_seconds: float = 5.0
-    """After a Refusal: the collector is there and means it, a person has to act."""
-
-    def seconds(self, failures: int, refused: bool, rng: random.Random) -> float:
-        """The wait after the `failures`-th stream in a row (from 1) that brought no acknowledgement."""
-        longest = self.refused_seconds if refused else self.longest_seconds
-        first = self.refused_seconds if refused else self.first_seconds
-        # The exponent is capped because a collector may be away for days, and floats overflow.
-        upper = min(longest, first * self.factor ** min(failures - 1, 64))
-        return upper * rng.uniform(0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -159,45 +101,17 @@ class SenderStats:
     """One line on why the last stream ended, empty while none did."""
 
 
-class _Pending:
-    """A batch that waits or is on its way. Once its scores are shed, `body` holds it: bytes are smaller."""
+class _Blame:
+    """Which batch keeps those behind it from getting through, by the refusals that it drew."""
 
-    __slots__ = ("batch", "body", "detail", "has_scores", "nbytes", "sequence", "spooled", "tokens")
+    def __init__(self) -> None:
+        self._sequence = self._refusals = 0
 
-    def __init__(self, sequence: int, batch: StepBatch) -> None:
-        self.sequence = sequence
-        self.batch: StepBatch | None = batch
-        self.body = b""
-        self.detail = 0
-        self.has_scores = batch.rows > 0
-        self.tokens = _tokens(batch)
-        self.nbytes = _cost_bytes(batch)
-        self.spooled = False
-
-    @classmethod
-    def from_spool(cls, spooled: Spooled) -> _Pending:
-        """A batch that lies on the disk; its message is let go once it is sent."""
-        pending = cls.__new__(cls)
-        pending.sequence, pending.tokens, pending.body = spooled
-        pending.batch, pending.has_scores, pending.spooled, pending.detail = None, False, True, 0
-        pending.nbytes = _STRIPPED_ENTRY_BYTES + len(pending.body)
-        return pending
-
-    def shed(self, stakes: ShedPriority | None) -> npt.NDArray[np.int64]:
-        """Give up the scores of the lowest rank, keep the books; int64 [ranks], the tokens whose scores went."""
-        try:
-            batch = self.batch if self.batch is not None else _decoded(self.body)
-            rank_R = stakes.rank_R(batch) if stakes is not None else np.zeros(batch.rows, np.uint8)
-            keep_R = rank_R > self.detail
-            self.detail = self.detail + 1 if keep_R.any() else _BOOKS
-            self.body = codec.encode_batch(self.sequence, batch.with_rows(keep_R, Reason.BUFFER_FULL))
-            went = np.bincount(rank_R[~keep_R], minlength=_BOOKS)
-        except Exception:
-            # What cannot be encoded is dropped and counted when its turn comes, as any other such batch.
-            self.body, self.detail, went = b"", _BOOKS, np.zeros(_BOOKS, np.int64)
-        self.batch = None
-        self.nbytes = _STRIPPED_ENTRY_BYTES + len(self.body)
-        return went
+    def falls_on(self, sequence: int) -> bool:
+        """A refusal fell on this batch; whether it is one too many."""
+        self._refusals = self._refusals + 1 if self._sequence == sequence else 1
+        self._sequence = sequence
+        return self._refusals >= _SUSPECT_REFUSALS
 
 
 class _ReadAhead:
@@ -205,17 +119,17 @@ class _ReadAhead:
 
     def __init__(self, spool: Spool | None, after: int) -> None:
         self._reader = spool.reader(after) if spool is not None else None
-        self.pending: _Pending | None = None
+        self.first: Spooled | None = None
 
     @property
     def behind(self) -> bool:
         """Whether `read` may find a batch."""
-        return self.pending is None and self._reader is not None and self._reader.behind
+        return self.first is None and self._reader is not None and self._reader.behind
 
     def read(self) -> None:
-        """Fill `pending` where it is empty and there is something to fill it with."""
-        if self.behind and self._reader is not None and (spooled := self._reader.read()) is not None:
-            self.pending = _Pending.from_spool(spooled)
+        """Fill `first` where it is empty and there is something to fill it with."""
+        if self.behind and self._reader is not None:
+            self.first = self._reader.read()
 
     def close(self) -> None:
         if self._reader is not None:
@@ -238,7 +152,7 @@ class Sender:
         max_buffer_bytes: int = 64 << 20,
         spool: Spool | None = None,
         next_sequence: Callable[[], int] | None = None,
-        stakes: ShedPriority | None = None,
+        priority: ShedPriority | None = None,
         backoff: Backoff | None = None,
         reply_timeout_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
@@ -249,7 +163,7 @@ class Sender:
         Args:   target: `unix:///path` or `host:port`.
                 credentials: absent for a collector that asks for none; their files are read for each stream.
                 max_buffer_bytes: memory for what no collector acknowledged yet, bytes; scores are shed above it,
-                books above twice of it.   stakes: whose scores are shed last; None makes no difference.
+                books above twice of it.   priority: whose scores are shed last; None makes no difference.
                 spool: where batches wait until they are acknowledged; it outlives the sender and is not closed by it.
                 next_sequence: gives numbers that rise from 1 over all senders of this boot.
                 reply_timeout_seconds: a stream that owes us a reply for longer is ended and another one opened.
@@ -259,7 +173,6 @@ class Sender:
         self._target = Address.parse(target)
         self._hello = hello
         self._credentials = credentials or Credentials()
-        self._max_bytes = max_buffer_bytes
         self._backoff = backoff or Backoff()
         self._reply_timeout_seconds = reply_timeout_seconds
         self._clock = clock
@@ -267,32 +180,18 @@ class Sender:
         self._rng = rng or random.Random()  # noqa: S311, it only spreads reconnects
         codec.encode_hello(hello, last_acked_sequence=0, time_unix_nano=0)
 
-        self._lock = threading.Condition()
-        # `_queue` holds what the current stream has not carried, `_in_flight` what it has; oldest first, each
-        # older in flight than in the queue. `_joined` waits as the queue does, and is older than what was not sent of
-        # it. `_to_shed` are those of the queue that still have scores, by their detail.
-        self._queue: deque[_Pending] = deque()
-        self._joined: deque[_Pending] = deque()
-        self._to_shed: tuple[deque[_Pending], ...] = tuple(deque() for _ in range(_BOOKS))
-        self._in_flight: deque[_Pending] = deque()
-        self._queue_bytes = 0
-        self._in_flight_bytes = 0
-        self._stakes = stakes
-        self._shed_tokens = np.zeros(_BOOKS, np.int64)  # by rank
         self._spool = spool
         self._next_sequence = next_sequence or itertools.count(1).__next__
-        self._sequence = 0
+        self._may_log = LogLimit(_LOG_AGAIN_SECONDS, clock)
+        self._lock = threading.Condition()
         # What a sender before this one spooled, it may have sent as well.
-        self._highest_sent = spool.last if spool is not None else 0
-        self._acked = spool.acked if spool is not None else 0
-        self._shed_batches = self._dropped_batches = self._dropped_tokens = self._refused_batches = 0
-        self._resent_batches = self._welcomes = self._joined_batches = 0
+        sent, acked = (spool.last, spool.acked) if spool is not None else (0, 0)
+        self._buffer = SendBuffer(max_buffer_bytes, priority=priority, highest_sent=sent, acked=acked)
+        self._sequence = 0
+        self._welcomes = 0
         self._last_refusal: StreamRefused | None = None
         self._last_error = ""
-        self._suspect = 0
-        self._suspect_refusals = 0
-        self._may_log = LogLimit(_LOG_AGAIN_SECONDS, clock)
-
+        self._blame = _Blame()
         self._stream = 0  # number of the current stream; the iterator of an older one ends
         self._welcomed = False
         self._owed_since = 0.0
@@ -312,45 +211,41 @@ class Sender:
     def offer(self, batch: StepBatch) -> None:
         """Take one batch for delivery. Never waits for the collector, never raises; after `close` it only counts."""
         try:
-            for piece in codec.pieces(batch):
+            for piece in pieces(batch, codec.fits_a_message):
                 self._sequence = self._next_sequence()
                 if self._to_spool(self._sequence, piece):
                     continue
-                pending = _Pending(self._sequence, piece)
                 with self._lock:
                     if self._closing:
-                        self._count_dropped(pending)
-                        continue
-                    self._queue.append(pending)
-                    self._to_shed[0].append(pending)
-                    self._queue_bytes += pending.nbytes
+                        self._buffer.books.drop(tokens_of(piece), Drop.CLOSED)
+                    else:
+                        self._buffer.add(self._sequence, piece)
             with self._lock:
-                self._keep_within_bounds()
                 self._lock.notify_all()
         except Exception:
             # The caller drains the engine's ring: a batch that cannot be taken must not stop those after it.
             if self._may_log("offer"):
                 log.exception("latentwatch's sender could not take a batch")
             with self._lock:
-                self._dropped_batches += 1
-                self._refused_batches += 1
+                self._buffer.books.drop(0, Drop.REFUSED)
 
     def stats(self) -> SenderStats:
         """The state now; cheap enough to read for every batch."""
         with self._lock:
+            books = self._buffer.books
             return SenderStats(
                 sequence=self._sequence,
-                acked=self._acked,
-                buffered_batches=len(self._joined) + len(self._queue) + len(self._in_flight),
-                buffered_bytes=self._queue_bytes + self._in_flight_bytes,
-                shed_batches=self._shed_batches,
-                shed_critical_tokens=int(self._shed_tokens[RANKS[Severity.CRITICAL]]),
-                shed_warning_tokens=int(self._shed_tokens[RANKS[Severity.WARNING]]),
-                joined_batches=self._joined_batches,
-                dropped_batches=self._dropped_batches,
-                dropped_tokens=self._dropped_tokens,
-                refused_batches=self._refused_batches,
-                resent_batches=self._resent_batches,
+                acked=self._buffer.acked,
+                buffered_batches=len(self._buffer),
+                buffered_bytes=self._buffer.nbytes,
+                shed_batches=books.shed_batches,
+                shed_critical_tokens=int(books.shed_tokens[RANKS[Severity.CRITICAL]]),
+                shed_warning_tokens=int(books.shed_tokens[RANKS[Severity.WARNING]]),
+                joined_batches=books.joined_batches,
+                dropped_batches=books.dropped_batches.total(),
+                dropped_tokens=books.dropped_tokens.total(),
+                refused_batches=books.dropped_batches[Drop.REFUSED],
+                resent_batches=books.resent_batches,
                 reconnects=max(0, self._welcomes - 1),
                 connected=self._welcomed,
                 last_refusal=self._last_refusal,
@@ -379,12 +274,7 @@ class Sender:
                 call.cancel()
             thread.join(_CLOSE_SECONDS)
         with self._lock:
-            for pending in (*self._in_flight, *self._joined, *self._queue):
-                if not pending.spooled:
-                    self._count_dropped(pending)
-            for waiting in (self._in_flight, self._joined, self._queue, *self._to_shed):
-                waiting.clear()
-            self._in_flight_bytes = self._queue_bytes = 0
+            self._buffer.close()
         return self.stats()
 
     def _to_spool(self, sequence: int, batch: StepBatch) -> bool:
@@ -396,111 +286,7 @@ class Sender:
         except Exception:
             # It waits in memory, where `_encoded` meets the same failure and counts it.
             return False
-        return len(message) <= codec.MAX_MESSAGE_BYTES and self._spool.append(sequence, _tokens(batch), message)
-
-    # The buffer. Every method of this part is called with the lock held.
-
-    def _keep_within_bounds(self) -> None:
-        for detail, waiting in enumerate(self._to_shed):
-            while waiting and self._queue_bytes + self._in_flight_bytes > self._max_bytes:
-                pending = waiting.popleft()
-                self._queue_bytes -= pending.nbytes
-                self._shed_batches += pending.has_scores and detail == 0
-                self._shed_tokens += pending.shed(self._stakes)
-                self._queue_bytes += pending.nbytes
-                if pending.detail < _BOOKS:
-                    self._to_shed[pending.detail].append(pending)
-        while (
-            len(self._joined) + len(self._queue) > 1 and self._queue_bytes + self._in_flight_bytes > 2 * self._max_bytes
-        ):
-            if not self._join():
-                self._count_dropped(self._pop_queue())
-
-    def _join(self) -> bool:
-        """Make one batch of the books of many, oldest first; False where none can be joined.
-
-        What was sent once is left as it is: a collector may hold a part of it, and knows it by its number.
-        """
-        sent: list[_Pending] = []
-        parts: list[_Pending] = []
-        size = 0
-        while self._queue and self._queue[0].sequence <= self._highest_sent:
-            sent.append(self._queue.popleft())
-        while self._queue and len(parts) < _JOINED_BATCHES and size < _JOINED_BYTES:
-            part = self._queue[0]
-            if part.detail < _BOOKS or not part.body or (parts and parts[-1].sequence + 1 != part.sequence):
-                break
-            parts.append(self._queue.popleft())
-            size += part.nbytes
-        if len(parts) > 1:
-            joined = _Pending(parts[-1].sequence, joined_books([_decoded(part.body) for part in parts]))
-            joined.shed(None)
-            self._queue_bytes += joined.nbytes - size
-            self._joined.append(joined)
-            self._joined_batches += len(parts) - 1
-        else:
-            self._queue.extendleft(parts)
-        self._queue.extendleft(reversed(sent))
-        return len(parts) > 1
-
-    def _first(self) -> deque[_Pending]:
-        """Where the oldest batch in memory that is not in flight waits; empty where none does."""
-        if self._joined and not (self._queue and self._queue[0].sequence < self._joined[0].sequence):
-            return self._joined
-        return self._queue
-
-    def _pop_queue(self) -> _Pending:
-        pending = self._first().popleft()
-        self._queue_bytes -= pending.nbytes
-        if pending.detail < _BOOKS:
-            self._to_shed[pending.detail].remove(pending)  # one of the first there
-        return pending
-
-    def _pop_in_flight(self) -> _Pending:
-        pending = self._in_flight.popleft()
-        self._in_flight_bytes -= pending.nbytes
-        return pending
-
-    def _move_in_flight(self, spooled: _ReadAhead) -> _Pending:
-        """The batch of the lowest number, in memory or read from the spool."""
-        if not self._in_flight:
-            self._owed_since = self._clock()
-        ahead, first = spooled.pending, self._first()
-        if ahead is not None and not (first and first[0].sequence < ahead.sequence):
-            pending, spooled.pending = ahead, None
-        else:
-            pending = self._pop_queue()
-        self._in_flight.append(pending)
-        self._in_flight_bytes += pending.nbytes
-        self._resent_batches += pending.sequence <= self._highest_sent
-        self._highest_sent = max(self._highest_sent, pending.sequence)
-        return pending
-
-    def _take_back(self) -> None:
-        """What the ended stream carried and no collector acknowledged waits again, in order, before the rest."""
-        carried = [pending for pending in reversed(self._in_flight) if not pending.spooled]
-        self._queue.extendleft(carried)
-        for pending in carried:
-            if pending.detail < _BOOKS:
-                self._to_shed[pending.detail].appendleft(pending)
-        self._queue_bytes += sum(pending.nbytes for pending in carried)
-        self._in_flight.clear()
-        self._in_flight_bytes = 0
-        self._keep_within_bounds()
-
-    def _release(self, sequence: int) -> None:
-        """Forget what a collector holds: all that was sent, up to and including `sequence`."""
-        sequence = min(sequence, self._highest_sent)
-        while self._in_flight and self._in_flight[0].sequence <= sequence:
-            self._pop_in_flight()
-        while (first := self._first()) and first[0].sequence <= sequence:
-            self._pop_queue()
-        self._acked = max(self._acked, sequence)
-
-    def _count_dropped(self, pending: _Pending, *, refused: bool = False) -> None:
-        self._dropped_batches += 1
-        self._dropped_tokens += pending.tokens
-        self._refused_batches += refused
+        return len(message) <= codec.MAX_MESSAGE_BYTES and self._spool.append(sequence, tokens_of(batch), message)
 
     # The stream. These run in the sender's own thread, `_requests` and what it calls in gRPC's.
 
@@ -530,7 +316,7 @@ class Sender:
 
     def _waits(self) -> bool:
         """Whether anything is not acknowledged yet."""
-        return bool(self._first() or self._in_flight) or (self._spool is not None and not self._spool.empty)
+        return len(self._buffer) > 0 or (self._spool is not None and not self._spool.empty)
 
     def _one_stream(self) -> bool:
         """Open a stream and carry batches until it ends. Returns whether it ended for a reason that will stay."""
@@ -571,14 +357,14 @@ class Sender:
         with self._lock:
             self._owed_since = self._clock()
             if isinstance(reply, codec.Ack):
-                self._release(reply.sequence)
+                self._buffer.acknowledge(reply.sequence)
             else:
-                self._release(reply.resume_after_sequence)
+                self._buffer.acknowledge(reply.resume_after_sequence)
                 self._welcomes += 1
                 self._welcomed = True
                 self._last_refusal = None
                 self._last_error = ""
-            acked = self._acked
+            acked = self._buffer.acked
         if self._spool is not None:
             self._spool.release(acked)
         with self._lock:
@@ -589,22 +375,22 @@ class Sender:
     def _on_end(self, refusal: StreamRefused | None, error: str) -> None:
         """Settle what the ended stream leaves."""
         with self._lock:
-            carried = self._in_flight[0] if self._in_flight else None
             self._stream += 1
             self._welcomed = False
             self._call = None
-            self._take_back()
             if refusal is not None:
                 self._last_refusal = refusal
                 error = str(refusal)
-                if carried is not None and refusal.reason in _BLAMES_A_BATCH:
-                    self._blame(carried)
+                oldest = self._buffer.oldest_in_flight
+                if oldest is not None and refusal.reason in _BLAMES_A_BATCH and self._blame.falls_on(oldest):
+                    self._buffer.drop_oldest_in_flight()
             elif self._stalled:
                 error = f"no reply for {self._reply_timeout_seconds:g} s"
+            self._buffer.requeue()
             closing = self._done()
             if not closing:
                 self._last_error = error
-            acked = self._acked
+            acked = self._buffer.acked
             self._lock.notify_all()
         if self._spool is not None:
             self._spool.release(acked)  # what was dropped for the collector's sake as well
@@ -616,48 +402,39 @@ class Sender:
                 "collector %s: %s. Scores wait in a buffer of %d MiB; start the collector or correct its address.",
                 self._target,
                 error,
-                self._max_bytes >> 20,
+                self._buffer.max_bytes >> 20,
             )
-
-    def _blame(self, oldest: _Pending) -> None:
-        """Count a refusal against the oldest batch, and drop it when it keeps the others from getting through.
-
-        The lock is held.
-        """
-        self._suspect_refusals = self._suspect_refusals + 1 if self._suspect == oldest.sequence else 1
-        self._suspect = oldest.sequence
-        if self._suspect_refusals >= _SUSPECT_REFUSALS:
-            self._release(oldest.sequence)
-            self._count_dropped(oldest, refused=True)
 
     def _requests(self, stream: int) -> Iterator[bytes]:
         """What gRPC sends on one stream: the hello, and after the welcome every batch that waits, oldest first."""
         with self._lock:
-            last_acked = self._acked
+            last_acked = self._buffer.acked
         yield codec.encode_hello(self._hello, last_acked_sequence=last_acked, time_unix_nano=self._wall_clock_ns())
-        with contextlib.closing(_ReadAhead(self._spool, last_acked)) as spooled:
-            while (pending := self._next(stream, spooled)) is not None:
-                data = self._encoded(pending)
+        with contextlib.closing(_ReadAhead(self._spool, last_acked)) as ahead:
+            while (outgoing := self._next(stream, ahead)) is not None:
+                data = self._encoded(outgoing)
                 if data:
                     yield data
 
-    def _next(self, stream: int, spooled: _ReadAhead) -> _Pending | None:
+    def _next(self, stream: int, ahead: _ReadAhead) -> Outgoing | None:
         """Wait for a batch to send on `stream` and move it in flight; None when the stream is over."""
         while True:
-            spooled.read()
+            ahead.read()
             with self._lock:
-                while not spooled.behind:
+                while not ahead.behind:
                     if self._stream != stream or self._done():
                         return None
                     if self._welcomed:
-                        if spooled.pending is not None and spooled.pending.sequence <= self._acked:
-                            spooled.pending = None
+                        if ahead.first is not None and ahead.first.sequence <= self._buffer.acked:
+                            ahead.first = None
                             continue
-                        # Half the buffer, so that a collector which reads but never acknowledges cannot hold all of it.
-                        waits = self._first() or spooled.pending is not None
-                        if waits and self._in_flight_bytes <= self._max_bytes // 2:
-                            return self._move_in_flight(spooled)
-                        if not self._in_flight:
+                        idle = self._buffer.oldest_in_flight is None
+                        outgoing = self._buffer.send_next(ahead.first)
+                        if outgoing is not None:
+                            ahead.first = None if outgoing.spooled else ahead.first
+                            self._owed_since = self._clock() if idle else self._owed_since
+                            return outgoing
+                        if idle:
                             self._lock.wait()
                             continue
                     left = self._owed_since + self._reply_timeout_seconds - self._clock()
@@ -667,47 +444,18 @@ class Sender:
                         return None
                     self._lock.wait(left)
 
-    def _encoded(self, pending: _Pending) -> bytes:
+    def _encoded(self, outgoing: Outgoing) -> bytes:
         """The message of a batch in flight; empty when it cannot be sent, and then it is dropped and counted."""
-        with self._lock:
-            sequence, batch, data = pending.sequence, pending.batch, pending.body
-            if pending.spooled:
-                pending.body = b""
         try:
-            if batch is not None:
-                data = codec.encode_batch(sequence, batch)
-            if not data:
-                found = "its books could not be encoded when its scores were shed"
-            elif len(data) <= codec.MAX_MESSAGE_BYTES:
+            data = outgoing.message()
+            if len(data) <= codec.MAX_MESSAGE_BYTES:
                 return data
-            else:
-                found = f"a token or request of it takes {len(data)} bytes, a message holds {codec.MAX_MESSAGE_BYTES}"
+            found = f"a token or request of it takes {len(data)} bytes, a message holds {codec.MAX_MESSAGE_BYTES}"
         except Exception as failure:
             # A batch that cannot be encoded now never can: it is dropped and counted below, and the next one goes.
             found = str(failure)
         with self._lock:
-            if pending in self._in_flight:
-                self._in_flight.remove(pending)
-                self._in_flight_bytes -= pending.nbytes
-                self._count_dropped(pending, refused=True)
+            self._buffer.cannot_send(outgoing.sequence)
         if self._may_log("encode"):
-            log.error("batch %d cannot be sent and is dropped: %s", sequence, found)
+            log.error("batch %d cannot be sent and is dropped: %s", outgoing.sequence, found)
         return b""
-
-
-def _decoded(body: bytes) -> StepBatch:
-    """Raises StreamRefused where `body` is no encoded batch."""
-    received = codec.decode_request(body)
-    assert isinstance(received, ReceivedBatch)
-    return received.batch
-
-
-def _tokens(batch: StepBatch) -> int:
-    return int(batch.segments_S["count"].sum(dtype="i8"))
-
-
-def _cost_bytes(batch: StepBatch) -> int:
-    """Memory that a waiting batch holds, bytes; at least nine tenths of what tracemalloc sees."""
-    events = (*batch.opened, *batch.closed)
-    texts = sum(sys.getsizeof(value) for event in events for value in vars(event).values() if isinstance(value, str))
-    return _ENTRY_BYTES + codec.column_bytes(batch) + _REQUEST_BYTES * len(events) + texts

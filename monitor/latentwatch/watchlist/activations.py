@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import safetensors.numpy
@@ -17,6 +17,10 @@ import safetensors.numpy
 from latentwatch.arrays import F32, I64
 from latentwatch.errors import WatchlistRefused
 from latentwatch.names import HookPoint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_LINE_BYTES: Final = 4 << 20
 
@@ -74,7 +78,7 @@ def requests(path: Path) -> list[Request]:
     return found
 
 
-def _request(fields: Any, own_group: str) -> Request:
+def _request(fields: Mapping[str, Any], own_group: str) -> Request:
     group = str(fields.get("group", own_group))
     if isinstance(fields.get("text"), str):
         return Request(fields["text"], group)
@@ -103,13 +107,13 @@ def record(
     layers = network.get_decoder().layers
     if hook_point.layer >= len(layers):
         raise _refuse(f"model {model}", f"it has {len(layers)} layers, no {hook_point}", "Name a layer that it has.")
-    kept: list[Any] = []
+    streamed: list[torch.Tensor] = []
 
-    def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        kept.append((output[0] if isinstance(output, tuple) else output).detach())
+    def add(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, ...] | torch.Tensor) -> None:
+        streamed.append((output[0] if isinstance(output, tuple) else output).detach())
 
     # A hook and not `hidden_states`: the last entry of those is behind the final norm.
-    handle = layers[hook_point.layer].register_forward_hook(keep)
+    handle = layers[hook_point.layer].register_forward_hook(add)
     streams, tokens = [], []
     try:
         with torch.inference_mode():
@@ -118,9 +122,9 @@ def record(
                 if len(ids) <= skip_first:
                     found = f"it has {len(ids)} tokens, of which the first {skip_first} are left out"
                     raise _refuse(f"request {done + 1}", found, "Leave it out.")
-                kept.clear()
+                streamed.clear()
                 network(input_ids=torch.tensor([ids], device=network.device))
-                streams.append(kept[0][0, skip_first:].float().cpu().numpy())
+                streams.append(streamed[0][0, skip_first:].float().cpu().numpy())
                 tokens.append(tuple(tokenizer.decode([i]) for i in ids[skip_first:]))
                 progress(done + 1)
     finally:
@@ -135,7 +139,7 @@ def save(recording: Recording, path: Path, hook_point: HookPoint) -> None:
     safetensors.numpy.save_file({"x": recording.x_TD}, path, {"hook_point": str(hook_point)})
 
 
-def _load(model: str) -> tuple[Any, Any]:
+def _load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,7 +156,7 @@ def _load(model: str) -> tuple[Any, Any]:
     return network.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def _token_ids(tokenizer: Any, request: Request) -> list[int]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, request: Request) -> list[int]:
     if isinstance(request.content, str):
         return list(tokenizer(request.content)["input_ids"])
     text = tokenizer.apply_chat_template([dict(m) for m in request.content], tokenize=False)

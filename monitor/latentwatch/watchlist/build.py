@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -78,7 +77,7 @@ def _hook_rows(hook: HookChoice, model: ModelCard, progress: Progress) -> HookRo
 
 def _gated_rows(
     choice: SourceChoice, source: Source, index_K: Sequence[int], hook_point: HookPoint
-) -> tuple[EncoderRows, Sequence[Mapping[str, Any]]]:
+) -> tuple[EncoderRows, Sequence[Mapping[str, object]]]:
     """The rows, and per feature what its gate was matched on."""
     if source.about.k is None:
         if choice.calibration is not None:
@@ -136,12 +135,12 @@ def _cards(
     hook_point: HookPoint,
     source: Source,
     index_K: Sequence[int],
-    gates: Sequence[Mapping[str, Any]],
+    gates: Sequence[Mapping[str, object]],
 ) -> Iterator[Feature]:
     about = source.about
     with _at(choice.where):
         lists = [labels.load(item.format, item.location) for item in choice.labels]
-    shared: dict[str, Any] = {
+    shared: dict[str, object] = {
         "format": choice.format,
         "path": choice.location.text,
         "architecture": about.architecture,

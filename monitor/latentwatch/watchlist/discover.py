@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from latentwatch.arrays import F32, F64, Array, Bool
 from latentwatch.errors import WatchlistRefused
 from latentwatch.watchlist import canonical, topk
 from latentwatch.watchlist.activations import Recording
+from latentwatch.watchlist.figures import Figures, Token
 from latentwatch.watchlist.sources import Source
 
 MIN_PER_HALF: Final = 5
@@ -44,10 +45,10 @@ class Found:
     n_positive: int
     base_rate: float
     """Share of the negative requests' tokens on which it fires."""
-    top_tokens: tuple[dict[str, Any], ...]
+    top_tokens: tuple[Token, ...]
 
     @property
-    def evidence(self) -> dict[str, Any]:
+    def evidence(self) -> Figures:
         """As watchlist.yaml wants it."""
         return {
             "auroc": round(self.auroc, 4),
@@ -211,7 +212,7 @@ def _found(
     )
 
 
-def _context(recording: Recording, act_T: F64, t: int) -> dict[str, Any]:
+def _context(recording: Recording, act_T: F64, t: int) -> Token:
     request = int(recording.request_T[t])
     at, tokens = t - int(recording.starts_R[request]), recording.tokens[request]
     return {

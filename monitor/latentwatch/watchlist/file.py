@@ -34,6 +34,7 @@ from latentwatch.arrays import F32, U16, Array, Bool
 from latentwatch.errors import ConfigRefused, WatchlistRefused
 from latentwatch.names import HookPoint, Severity
 from latentwatch.storage import HashedArtifact
+from latentwatch.watchlist.figures import Figures
 
 MAX_FEATURES: Final = 1024
 """Over all hook points; the bound that ring slots, series and page are sized for."""
@@ -53,6 +54,10 @@ _FILE: Final = HashedArtifact(
     missing="watchlist_missing",
     damaged="watchlist_format",
 )
+
+
+_Card = dict[str, Any]
+"""JSON as it was read, or a part of it; `parse` refuses what does not hold together."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,10 @@ class Feature:
     limit: Limit | None = None
     skip_first_positions: int = 0
     """Positions at the start of a request that no statistic counts (1: the BOS token)."""
-    source: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, object] = field(default_factory=dict)
     """Where the row came from: format, repo or file, sha256, feature index."""
-    evidence: Mapping[str, Any] = field(default_factory=dict)
-    """Measured figures: auroc, tpr_at_fpr_1pct, n, split, base_rate, quantiles, confounds, label_source."""
+    evidence: Figures = field(default_factory=Figures)
+    """Measured figures."""
 
     def __post_init__(self) -> None:
         if (
@@ -286,7 +291,7 @@ def bf16_from_f32(values: F32) -> U16:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _card(watchlist: Watchlist) -> dict[str, Any]:
+def _card(watchlist: Watchlist) -> _Card:
     return {
         "name": watchlist.name,
         "notes": watchlist.notes,
@@ -298,7 +303,7 @@ def _card(watchlist: Watchlist) -> dict[str, Any]:
     }
 
 
-def _from_card(card: Mapping[str, Any], tensors: Mapping[str, Array]) -> Watchlist:
+def _from_card(card: _Card, tensors: Mapping[str, Array]) -> Watchlist:
     expected = {f"h{i}.{name}" for i in range(len(card["hooks"])) for name in ("w_hi", "w_lo", "scale")}
     if set(tensors) != expected:
         raise _refuse(
@@ -323,7 +328,7 @@ def _from_card(card: Mapping[str, Any], tensors: Mapping[str, Array]) -> Watchli
     )
 
 
-def _feature(fields: Mapping[str, Any]) -> Feature:
+def _feature(fields: _Card) -> Feature:
     limit = fields["limit"]
     return Feature(
         **{**fields, "severity": Severity(fields["severity"]), "limit": None if limit is None else Limit(**limit)}

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import IO, Final, cast
 
 from latentwatch.errors import WatchlistRefused
 from latentwatch.watchlist.location import Location
@@ -63,7 +63,7 @@ def _neuronpedia(location: Location) -> Iterator[tuple[int, Label]]:
             yield _row(location, row, f"{path.name} line {number}", f"Neuronpedia, {model}")
 
 
-def _json_lines(location: Location, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _json_lines(location: Location, path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     number = 0
     try:
         with path.open("rb") as file, _unzipped(file, path) as stream:
@@ -104,7 +104,7 @@ def _csv(location: Location) -> Iterator[tuple[int, Label]]:
         raise _refuse(location, f"it is not CSV ({error})") from error
 
 
-def _row(location: Location, row: Mapping[str, Any], place: str, source: str) -> tuple[int, Label]:
+def _row(location: Location, row: Mapping[str, object], place: str, source: str) -> tuple[int, Label]:
     index = next((row[key] for key in _INDEX_KEYS if row.get(key) is not None), None)
     text = next((row[key] for key in _LABEL_KEYS if row.get(key) is not None), None)
     try:

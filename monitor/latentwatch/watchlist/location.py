@@ -10,11 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, TypeVar
 
 from latentwatch.errors import WatchlistRefused
 
 MAX_CONFIG_BYTES: Final = 16 << 20
+_T = TypeVar("_T")
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<path>.*))?", re.ASCII)
 
 
@@ -63,7 +64,7 @@ class Location:
         """A JSON object from the source's folder, whose values are checked as they are asked for."""
         return Config(self, name, self.json(name))
 
-    def json(self, name: str) -> dict[str, Any]:
+    def json(self, name: str) -> dict[str, object]:
         """A JSON object from the source's folder."""
         path = self.file(name)
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -113,23 +114,23 @@ class Config:
 
     location: Location
     file: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
 
     def text(self, key: str) -> str | None:
         """A string; None where the key is missing or null."""
-        return cast(str | None, self._typed(key, "text", str))
+        return self._typed(key, "text", str)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self._typed(key, "true or false", bool)
-        return default if value is None else bool(value)
+        return default if value is None else value
 
     def count(self, key: str) -> int | None:
         """A whole number above zero."""
         value = self._typed(key, "a whole number above zero", int)
         if value is not None and value < 1:
             raise self.refuse(key, "a whole number above zero")
-        return cast(int | None, value)
+        return value
 
     def number(self, key: str) -> float | None:
         """A finite number."""
@@ -142,7 +143,7 @@ class Config:
         """An object; an empty one where the key is missing or null."""
         return Config(self.location, self.file, self._typed(key, "an object", dict) or {})
 
-    def noted(self, *keys: str) -> dict[str, Any]:
+    def noted(self, *keys: str) -> dict[str, object]:
         """Those of the fields that are plain values, for a card."""
         return {key: self.fields[key] for key in keys if isinstance(self.fields.get(key), str | int | bool)}
 
@@ -151,9 +152,11 @@ class Config:
         found = f"{self.file} has {key} = {str(self.fields.get(key))[:80]!r}, not {expected}"
         return self.location.refuse(found, "Fetch the file again, or check the 'format' of this source.")
 
-    def _typed(self, key: str, expected: str, *types: type) -> Any:
+    def _typed(self, key: str, expected: str, *types: type[_T]) -> _T | None:
         value = self.fields.get(key)
-        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+        if value is None:
+            return None
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise self.refuse(key, expected)
         return value
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 from string import Template
-from typing import Any, Final
+from typing import Final
 
+from latentwatch.watchlist.figures import Histogram, Token
 from latentwatch.watchlist.file import Feature, HookRows, Watchlist
 from latentwatch.watchlist.show import limit_text
 
@@ -94,20 +95,20 @@ def _known(feature: Feature) -> Iterator[tuple[str, str]]:
     evidence = feature.evidence
     for key, name in _FIGURES[:4]:
         if key in evidence:
-            yield name, _number(evidence[key])
+            yield name, _number(evidence.get(key))
     if "n" in evidence:
         positive = f", {evidence['n_positive']} with the behaviour" if "n_positive" in evidence else ""
         yield "requests measured", f"{evidence['n']}{positive}"
     for key, name in _FIGURES[4:]:
         if key in evidence:
-            yield name, _number(evidence[key])
+            yield name, _number(evidence.get(key))
     if quantiles := evidence.get("quantiles"):
         yield "quantiles", ", ".join(f"{name} {_number(value)}" for name, value in quantiles.items())
     if confounds := list(evidence.get("confounds", ())):
         more = f"; and {len(confounds) - SHOWN_CONFOUNDS} more, below" if len(confounds) > SHOWN_CONFOUNDS else ""
         yield "confounds", "; ".join(confounds[:SHOWN_CONFOUNDS]) + more
     yield "gate", _GATES[feature.gate]
-    if gate := feature.source.get("gate_calibration"):
+    if isinstance(gate := feature.source.get("gate_calibration"), Mapping):
         yield (
             "gate on recorded tokens",
             ", ".join(f"{name} {_number(gate.get(name))}" for name in ("precision", "recall", "mass")),
@@ -132,11 +133,11 @@ def _definitions(pairs: Iterator[tuple[str, str]]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in pairs) + "</dl>"
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _histogram(histogram: Mapping[str, Sequence[float]] | None, limit: float | None) -> str:
+def _histogram(histogram: Histogram | None, limit: float | None) -> str:
     """Bars of the activations on ordinary traffic, and the limit among them."""
     if not histogram:
         return ""
@@ -164,7 +165,7 @@ def _histogram(histogram: Mapping[str, Sequence[float]] | None, limit: float | N
     )
 
 
-def _tokens(tokens: Sequence[Mapping[str, Any]]) -> str:
+def _tokens(tokens: Sequence[Token]) -> str:
     if not tokens:
         return ""
     items = "".join(

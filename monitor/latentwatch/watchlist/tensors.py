@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple, TypedDict
 
 import numpy as np
 import safetensors
@@ -164,17 +164,19 @@ class SafetensorsFile(Tensors):
 
     def __init__(self, path: Path) -> None:
         header = _safetensors_header(path)
-        self._metadata: Mapping[str, str] = header.pop("__metadata__", {})
+        self._metadata = header.metadata
         entries, unreadable = {}, {}
-        start = header.pop("")
-        for name, fields in header.items():
+        for name, fields in header.tensors.items():
             code = fields["dtype"]
             if code not in _SAFETENSORS_DTYPES:
                 unreadable[name] = code
                 continue
             shape = tuple(int(size) for size in fields["shape"])
             entries[name] = Entry(
-                shape, np.dtype(_SAFETENSORS_DTYPES[code]), code == "BF16", start + fields["data_offsets"][0]
+                shape,
+                np.dtype(_SAFETENSORS_DTYPES[code]),
+                code == "BF16",
+                header.data_start + fields["data_offsets"][0],
             )
         super().__init__(path, entries, unreadable)
 
@@ -193,19 +195,32 @@ class SafetensorsFile(Tensors):
         return raw.reshape(stop - start, *entry.shape[1:])
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """The checked JSON header; the key "" holds the offset of the data."""
+class _TensorFields(TypedDict):
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+class _Header(NamedTuple):
+    tensors: Mapping[str, _TensorFields]
+    metadata: Mapping[str, str]
+    data_start: int
+    """Offset in the file."""
+
+
+def _safetensors_header(path: Path) -> _Header:
+    """The header, checked by the library."""
     try:
         with safetensors.safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
+            header = json.loads(file.read(length))
     except Exception as error:
         # safetensors raises its own SafetensorError, which is not a ValueError; all mean a damaged or foreign file.
         raise refuse_file(path, f"not a whole .safetensors file ({str(error)[:160]})", "Fetch it again.") from error
-    header[""] = 8 + length
-    return header
+    metadata = header.pop("__metadata__", {})
+    return _Header(header, metadata, 8 + length)
 
 
 def refuse_file(path: Path, found: str, instead: str) -> WatchlistRefused:

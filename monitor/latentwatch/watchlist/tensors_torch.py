@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class TorchFile(Tensors):
             if not isinstance(loaded, dict) or key not in loaded:
                 raise refuse_file(path, f"it has no entry {key!r}", "Check the 'format' of this source.")
             loaded = loaded[key]
-        values: Mapping[Any, Any] = loaded if isinstance(loaded, Mapping) else {ROOT: loaded}
+        values: Mapping[object, object] = loaded if isinstance(loaded, Mapping) else {ROOT: loaded}
         self._tensors = {str(name): value for name, value in values.items() if isinstance(value, torch.Tensor)}
         self.other: Final = {str(name): value for name, value in values.items() if not isinstance(value, torch.Tensor)}
         """Entries that are not tensors: names, numbers."""
@@ -52,7 +52,7 @@ class TorchFile(Tensors):
         return np.asarray(rows.numpy())
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> object:
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

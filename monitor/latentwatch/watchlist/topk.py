@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Calibrated:
     """Rows with a gate each, and how each gate compares with the encoder's own choice."""
 
     rows: EncoderRows
-    notes: tuple[dict[str, Any], ...]
+    notes: tuple[dict[str, object], ...]
 
 
 def recorded(location: Location, d_model: int, hook_point: HookPoint) -> F64:
@@ -82,7 +82,7 @@ def calibrate(
         )
     gate_K = (threshold_K / _rank(rows) - rows.bias_K) / rows.gain_K
     passed_TK = rank_TK > threshold_K
-    shared = {
+    shared: dict[str, object] = {
         "match": match,
         "k": k,
         "tokens": len(x_TD),
@@ -139,7 +139,7 @@ def _rate_threshold(rank_T: F64, fires: int, kth_T: F64) -> float:
     return float((ordered[fires - 1] + below) / 2)
 
 
-def _quality(act_T: F64, true_T: Bool, passed_T: Bool, threshold: float) -> dict[str, Any]:
+def _quality(act_T: F64, true_T: Bool, passed_T: Bool, threshold: float) -> dict[str, object]:
     both = true_T & passed_T
     true, passed, mass = int(true_T.sum()), int(passed_T.sum()), float(act_T[true_T].sum())
     return {

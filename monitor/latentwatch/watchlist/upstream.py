@@ -9,12 +9,15 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from latentwatch.arrays import F64
 from latentwatch.watchlist.selection import SourceChoice
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def load(choice: SourceChoice) -> Upstream | None:
     return Upstream(f"{distribution} {version}", encode)
 
 
-def _in_torch(encode: Callable[[Any], Any]) -> Callable[[F64], F64]:
+def _in_torch(encode: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[F64], F64]:
     import torch
 
     def numpy_in_and_out(x_TD: F64) -> F64:
@@ -68,9 +71,10 @@ def _dictionary_learning(choice: SourceChoice) -> Callable[[F64], F64]:
 def _sparsify(choice: SourceChoice) -> Callable[[F64], F64]:
     coder = importlib.import_module("sparsify").SparseCoder.load_from_disk(choice.location.folder())
 
-    def encode(x: Any) -> Any:
+    def encode(x: torch.Tensor) -> torch.Tensor:
         top, index, pre = coder.encode(x)
-        return pre.new_zeros(pre.shape).scatter_(-1, index, top)
+        act: torch.Tensor = pre.new_zeros(pre.shape).scatter_(-1, index, top)
+        return act
 
     return _in_torch(encode)
 

@@ -32,12 +32,12 @@ from latentwatch import __version__
 from latentwatch.aggregate.counts import COUNT_LEVELS, Layout, RequestCounts
 from latentwatch.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update, update_canary
 from latentwatch.drift.reference import DriftTolerance, Reference, fit
-from latentwatch.drift.simulate import Change, Scenario, Traffic
 from latentwatch.drift.sums import CANARIES, TrafficSums
 
 from tests.bench.drift.others import OTHERS, Adwin, Detector
 from tests.bench.drift.ours import Ours
 from tests.bench.drift.plot import drawn
+from tests.support.drift_traffic import Change, Scenario, Traffic
 
 RESULT = Path(__file__).parents[1] / "results" / "drift.json"
 PLOT = RESULT.with_suffix(".svg")

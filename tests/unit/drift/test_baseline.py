@@ -10,11 +10,11 @@ import pytest
 from latentwatch.drift import baseline
 from latentwatch.drift.baseline import Fingerprint
 from latentwatch.drift.reference import DriftTolerance, Season, Status, fit
-from latentwatch.drift.simulate import Scenario, Traffic
 from latentwatch.drift.sums import TrafficSums
 from latentwatch.errors import BaselineRefused
 
 from tests.support.drift import random_baseline
+from tests.support.drift_traffic import Scenario, Traffic
 from tests.support.streams import probe, sparse
 
 FEATURES = (sparse("a"), sparse("b"), probe("c"))

@@ -7,8 +7,9 @@ import pytest
 from latentwatch.drift.detection import FALL, KINDS, RISE, Budget, DetectorState, evidence, update
 from latentwatch.drift.detectors import CEILING, binomial_llr, cusum, pair_llr, replica_llr, shiryaev_roberts
 from latentwatch.drift.reference import DriftTolerance, fit, poisson_limits
-from latentwatch.drift.simulate import Change, Scenario, Traffic
 from latentwatch.drift.sums import TrafficSums
+
+from tests.support.drift_traffic import Change, Scenario, Traffic
 
 
 def two_sided_cusum_run_lengths(mean: float, h: float, *, runs: int, k: float = 0.5, seed: int = 0) -> np.ndarray:

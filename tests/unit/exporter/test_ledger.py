@@ -14,8 +14,8 @@ from latentwatch.exporter.ledger import Ledger
 from latentwatch.handover.events import Closed, Event, Opened, decode_events, encode_events
 from latentwatch.handover.ring import REQUEST_DTYPE, RawStep
 from latentwatch.names import Outcome, Phase, Reason, TokenState
-from latentwatch.step import batch as steps
-from latentwatch.step.batch import FIRE_DTYPE, EngineCounters, StepBatch
+from latentwatch.step.batch import FIRE_DTYPE, EngineCounters, RequestClosed, StepBatch, owns_rows
+from latentwatch.step.checks import validate
 
 SPARSE = np.array([True, True, False])
 
@@ -65,12 +65,12 @@ class Books:
 
     tokens: Counter[tuple[int, TokenState, Reason, Phase]] = field(default_factory=Counter)
     score: dict[tuple[int, int], float] = field(default_factory=dict)
-    closed: dict[int, steps.RequestClosed] = field(default_factory=dict)
+    closed: dict[int, RequestClosed] = field(default_factory=dict)
 
     def take(self, batch: StepBatch) -> None:
-        steps.validate(batch, sparse_F=SPARSE, hook_points=1)
+        validate(batch, sparse_F=SPARSE, hook_points=1)
         row = 0
-        for s, owns in zip(batch.segments_S, steps.owns_rows(batch.segments_S), strict=True):
+        for s, owns in zip(batch.segments_S, owns_rows(batch.segments_S), strict=True):
             handle, start, count = int(s["handle"]), int(s["start"]), int(s["count"])
             self.tokens[handle, TokenState(s["state"]), Reason(s["reason"]), Phase(s["phase"])] += count
             for i in range(count):

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.exporter.backlog import BacklogDelivery
 from latentwatch.transport import codec, spool
-from latentwatch.transport.sender import Backoff, Sender
+from latentwatch.transport.channel import Backoff
+from latentwatch.transport.sender import Sender
 from latentwatch.transport.spool import Spool, SpoolFolder, SpoolSettings
 from latentwatch.transport.spool_segments import Spooled
 

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.errors import WatchlistRefused
 from latentwatch.watchlist import selection
+from latentwatch.watchlist.document import schema
+from latentwatch.watchlist.figures import Figures
 
 from tests.support.sources import document, hook, source
 
@@ -31,7 +33,7 @@ def valid() -> dict[str, Any]:
 
 def test_every_field_of_the_schema_is_described_and_closed() -> None:
     """The schema is the reference that editors show; an open object would swallow a misspelt key."""
-    jsonschema.Draft202012Validator.check_schema(selection.schema())
+    jsonschema.Draft202012Validator.check_schema(schema())
 
     def walk(node: Any, path: str) -> None:
         if not isinstance(node, dict) or "$ref" in node:
@@ -47,13 +49,17 @@ def test_every_field_of_the_schema_is_described_and_closed() -> None:
         for name, child in node.get("$defs", {}).items():
             walk(child, name)
 
-    walk(selection.schema(), "watchlist")
+    walk(schema(), "watchlist")
 
 
 def test_the_schema_names_every_format_that_has_a_reader() -> None:
     from latentwatch.watchlist.sources import FORMATS
 
-    assert selection.schema()["$defs"]["source"]["properties"]["format"]["enum"] == list(FORMATS)
+    assert schema()["$defs"]["source"]["properties"]["format"]["enum"] == list(FORMATS)
+
+
+def test_the_figures_that_the_schema_knows_are_those_that_a_feature_carries() -> None:
+    assert list(schema()["$defs"]["evidence"]["properties"]) == list(Figures.__annotations__)
 
 
 def change(path: str, value: Any = None, *, remove: bool = False) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
+from latentwatch.transport.channel import CHANNEL_OPTIONS, Backoff
 from latentwatch.transport.credentials import Credentials
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report
-from latentwatch.transport.sender import CHANNEL_OPTIONS, Backoff
 
 log = logging.getLogger(__name__)
 

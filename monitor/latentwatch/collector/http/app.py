@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Annotated, Any, Final
@@ -19,6 +19,7 @@ import numpy as np
 from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
 from fastapi.responses import StreamingResponse
 from starlette.middleware.authentication import AuthenticationMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentwatch import __version__
 from latentwatch.collector.evidence import Evidence, Forget
@@ -48,11 +49,6 @@ HEADERS: Final = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +156,7 @@ def make_app(
     evidence: Evidence | None = None,
     readers: Tokens | None = None,
     on_refused: Callable[[str], None] = lambda _reason: None,
-) -> Asgi:
+) -> ASGIApp:
     """The ASGI application.
 
     Args: clock: gives seconds since the Unix epoch.   forget: has the collector forget a request, beside its evidence.
@@ -347,10 +343,10 @@ def _requests(lookup: Lookup, serials: list[int]) -> Response:
     return StreamingResponse(pieces(), media_type="application/json")
 
 
-def _secured(app: Asgi) -> Asgi:
+def _secured(app: ASGIApp) -> ASGIApp:
     """Security headers on every response, errors included."""
 
-    async def secured(scope: Message, receive: Receive, send: Send) -> None:
+    async def secured(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *HEADERS]

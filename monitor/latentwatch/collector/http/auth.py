@@ -1,13 +1,11 @@
-"""Who may do what over HTTP, by the token that a request shows; and a deadline for slow requests."""
+"""Who may do what over HTTP, by the token that a request shows."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable
 from typing import Final
 
-import h11
 from fastapi import HTTPException
 from fastapi.security import HTTPBasic, HTTPBearer
 from starlette.authentication import (
@@ -19,7 +17,6 @@ from starlette.authentication import (
 )
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from latentwatch.transport.credentials import Tokens
 
@@ -29,9 +26,6 @@ ERASE: Final = "erase"
 """Deleting evidence, and putting and getting what was said."""
 BEARER: Final = HTTPBearer(auto_error=False, description="The token of --evidence-token.")
 _BASIC: Final = HTTPBasic(auto_error=False)
-
-REQUEST_SECONDS: Final = 10.0
-"""From a connection, or a request's first byte, to the end of its headers; a scraper takes milliseconds."""
 
 
 class Access(AuthenticationBackend):
@@ -69,40 +63,3 @@ async def _shown(request: Request) -> tuple[str, bool]:
         if basic := await _BASIC(request):
             return basic.password, False
     return "", False
-
-
-def impatient(on_refused: Callable[[str], None]) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol, with a deadline for each request's headers: it has none itself."""
-
-    class Impatient(H11Protocol):
-        _deadline: asyncio.TimerHandle | None = None
-
-        # uvicorn narrows the argument in the same way, against asyncio's stub.
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._expect()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.conn.their_state is not h11.IDLE:
-                self._cancel()
-            elif self._deadline is None:
-                self._expect()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._cancel()
-            super().connection_lost(exc)
-
-        def _expect(self) -> None:
-            self._deadline = self.loop.call_later(REQUEST_SECONDS, self._give_up)
-
-        def _cancel(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
-
-        def _give_up(self) -> None:
-            on_refused("http_slow")
-            self.transport.abort()
-
-    return Impatient

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypedDict
 
 import yaml
 
 from latentwatch.demo.build.dialogues import Dialogue
 from latentwatch.demo.build.features import ACTS, Pick, Profile, label
+from latentwatch.demo.build.figures import Calibration, FeatureFigures, ProbeFigures
+from latentwatch.demo.build.measure import Detection
 from latentwatch.demo.build.probes import WINDOW, Probes
 from latentwatch.watchlist.build import build as build_watchlist
 
@@ -29,17 +31,26 @@ HONEST: Final = (
 )
 
 
+class ModelFacts(TypedDict):
+    """The language model: its size, how it was trained, and which share of its replies shows each act."""
+
+    parameters: int
+    training_tokens: int
+    training_loss_nats: float
+    act_share_of_replies: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Facts:
     """card.json: how the assets were made and what was measured on them."""
 
     seed: int
-    model: Mapping[str, Any]
+    model: ModelFacts
     saes: Mapping[str, Mapping[str, float]]
     probe_point: str
-    probes: Mapping[str, Mapping[str, Any]]
-    features: Mapping[str, Mapping[str, Any]]
-    calibration: Mapping[str, Any]
+    probes: Mapping[str, ProbeFigures]
+    features: Mapping[str, FeatureFigures]
+    calibration: Calibration
     prompts: Mapping[str, int]
 
 
@@ -78,13 +89,15 @@ def write_prompts(path: Path, dialogues: Sequence[Dialogue]) -> None:
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def watchlist(facts: Facts, picks: Sequence[Pick], profiles: Mapping[str, Profile], probes: Probes) -> dict[str, Any]:
+def watchlist(
+    facts: Facts, picks: Sequence[Pick], profiles: Mapping[str, Profile], probes: Probes
+) -> dict[str, object]:
     """watchlist.yaml as plain data."""
     points = sorted({pick.hook_point for pick in picks} | {probes.hook_point})
     hooks = []
     for point in points:
         rows = [_feature_row(p, profiles[p.id], facts.features[p.id]) for p in picks if p.hook_point == point]
-        sources: list[dict[str, Any]] = [
+        sources: list[dict[str, object]] = [
             {"format": "saelens", "path": f"sae/{point}", "licence": "Apache-2.0", "features": rows}
         ]
         if point == probes.hook_point:
@@ -101,13 +114,13 @@ def watchlist(facts: Facts, picks: Sequence[Pick], profiles: Mapping[str, Profil
     }
 
 
-def _probe_row(name: str, window: int, figures: Mapping[str, Any]) -> dict[str, Any]:
+def _probe_row(name: str, window: int, figures: ProbeFigures) -> dict[str, object]:
     remarks = (
         f"{figures['acts_above_limit']:.1%} of held-out acts are above the limit, and "
         f"{figures['heldout_harmless_above_limit']} harmless held-out dialogues."
     )
     if said := figures["generated"]:
-        remarks += f" On the model's own replies: AUROC {said['auroc']}, TPR at 1 % FPR {said['tpr_at_fpr_1pct']}."
+        remarks += f" On the model's own replies: AUROC {said.auroc}, TPR at 1 % FPR {said.tpr_at_fpr_1pct}."
     return {
         "name": name,
         "id": f"probe_{name}",
@@ -115,7 +128,7 @@ def _probe_row(name: str, window: int, figures: Mapping[str, Any]) -> dict[str, 
         "severity": "critical",
         "limit": {"statistic": "rolling_mean", "window_tokens": window, "value": figures["limit"], "phase": "output"},
         "evidence": {
-            **figures["heldout"],
+            **asdict(figures["heldout"]),
             "split": SPLIT,
             "aggregation": f"largest mean over {window} consecutive output tokens",
             "measured_on": "dialogues of the demo generator; ordinary, near-miss and other feared ones are negatives",
@@ -125,8 +138,8 @@ def _probe_row(name: str, window: int, figures: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _feature_row(pick: Pick, profile: Profile, figures: Mapping[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {
+def _feature_row(pick: Pick, profile: Profile, figures: FeatureFigures) -> dict[str, object]:
+    row: dict[str, object] = {
         "index": pick.index,
         "id": pick.id,
         "label": label(pick, profile),
@@ -135,7 +148,7 @@ def _feature_row(pick: Pick, profile: Profile, figures: Mapping[str, Any]) -> di
     if "limit" in figures:
         row["limit"] = {"statistic": "max", "value": figures["limit"], "phase": "output"}
     evidence = {
-        **figures["heldout"],
+        **asdict(figures["heldout"]),
         "split": SPLIT,
         "aggregation": "max over output tokens" if pick.feared else "max over all tokens but the first",
         "base_rate": figures["base_rate"],
@@ -174,20 +187,20 @@ def card_text(facts: Facts) -> str:
     )
 
 
-def _probe_line(name: str, figures: Mapping[str, Any]) -> str:
+def _probe_line(name: str, figures: ProbeFigures) -> str:
     held, said = figures["heldout"], figures["generated"]
     return _row(
         ACTS[name],
-        f"{held['auroc']:.4f}",
-        f"{held['tpr_at_fpr_1pct']:.3f}",
-        f"{held['n']} ({held['n_positive']})",
+        f"{held.auroc:.4f}",
+        f"{held.tpr_at_fpr_1pct:.3f}",
+        f"{held.n} ({held.n_positive})",
         _pair(figures["words_of_reply"]),
         _pair(figures["words_of_dialogue"]),
-        f"{_pair(said)} ({said['n_positive']})" if said else "none",
+        f"{_pair(said)} ({said.n_positive})" if said else "none",
     )
 
 
-def _limit_line(name: str, figures: Mapping[str, Any]) -> str:
+def _limit_line(name: str, figures: ProbeFigures) -> str:
     own = figures["generated_acts_above_limit"]
     return _row(
         ACTS[name],
@@ -198,22 +211,22 @@ def _limit_line(name: str, figures: Mapping[str, Any]) -> str:
     )
 
 
-def _feature_line(name: str, figures: Mapping[str, Any]) -> str:
+def _feature_line(name: str, figures: FeatureFigures) -> str:
     held = figures["heldout"]
     return _row(
         name,
         figures["topic"],
-        f"{held['auroc']:.4f}",
-        f"{held['tpr_at_fpr_1pct']:.3f}",
+        f"{held.auroc:.4f}",
+        f"{held.tpr_at_fpr_1pct:.3f}",
         f"{figures['base_rate']:.3%}",
         figures.get("limit", "-"),
         ", ".join(figures["also_fires_in"]) or "-",
     )
 
 
-def _pair(found: Mapping[str, Any]) -> str:
-    return f"{found['auroc']:.4f}, {found['tpr_at_fpr_1pct']:.3f}"
+def _pair(found: Detection) -> str:
+    return f"{found.auroc:.4f}, {found.tpr_at_fpr_1pct:.3f}"
 
 
-def _row(*cells: Any) -> str:
+def _row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"

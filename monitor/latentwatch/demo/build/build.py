@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from latentwatch.errors import ConfigRefused
 from latentwatch.names import HookPoint
 
 if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
     from latentwatch.demo.build.features import Pick, Profile
     from latentwatch.demo.build.figures import Figures
     from latentwatch.demo.build.probes import Probes
@@ -144,8 +146,8 @@ class Build:
 
     def __init__(self, out_dir: Path, seed: int, plan: Plan, progress: Progress) -> None:
         self.out_dir, self.seed, self.plan, self.progress = out_dir, seed, plan, progress
-        self.model: Any = None
-        self.tokenizer: Any = None
+        self.model: LlamaForCausalLM | None = None
+        self.tokenizer: PreTrainedTokenizerFast | None = None
         self.encoders: dict[HookPoint, Encoder] = {}
 
     def run(self) -> None:
@@ -167,7 +169,7 @@ class Build:
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "training_tokens": sum(cycle.tokens for cycle in self.plan.model_cycles),
                 "training_loss_nats": round(loss_nats, 3),
-                **figures.model,
+                "act_share_of_replies": figures.act_share_of_replies,
             },
             saes={str(point): quality for point, quality in sae_quality.items()},
             probe_point=str(PROBE_POINT),

@@ -15,7 +15,7 @@ Everything is pure: the same generator state gives the same dialogues.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -27,6 +27,8 @@ import yaml
 Split = Literal["train", "heldout"]
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["ordinary", "near", "feared"]
+Section = Mapping[str, Any]
+"""Of phrases.yaml, which says itself how each is laid out."""
 
 MIX: Final[Mapping[Kind, float]] = {"ordinary": 0.30, "near": 0.40, "feared": 0.30}
 """Share of each kind of dialogue in training and measuring; in live traffic the feared ones are rare."""
@@ -79,10 +81,10 @@ def topics(kind: Kind) -> tuple[str, ...]:
 
 
 @cache
-def phrases() -> Mapping[str, Any]:
+def phrases() -> Section:
     """The content of phrases.yaml."""
     text = resources.files("latentwatch.demo.build").joinpath("phrases.yaml").read_text("utf-8")
-    loaded: Mapping[str, Any] = yaml.safe_load(text)
+    loaded: Section = yaml.safe_load(text)
     return loaded
 
 
@@ -124,9 +126,9 @@ def _small_talk(split: Split, rng: np.random.Generator) -> list[Turn]:
     return [Turn("user", draw.text(scene["user"])), Turn("assistant", draw.text(scene["assistant"]))]
 
 
-def _scene(kind: Kind, topic: str, rng: np.random.Generator) -> Mapping[str, Any]:
+def _scene(kind: Kind, topic: str, rng: np.random.Generator) -> Section:
     """The scenario with its user and assistant words; a carrier borrows those of an ordinary topic."""
-    scene: Mapping[str, Any] = phrases()[kind][topic]
+    scene: Section = phrases()[kind][topic]
     if kind == "ordinary":
         return {"user": f"<hello>{scene['ask']}<please>", "assistant": scene["reply"]}
     if not scene.get("carrier"):
@@ -170,7 +172,7 @@ class _Draw:
             return self.text(self._alternative(match[1]))
         name = match[2] + match[3]
         if name not in self.slots:
-            self.slots[name] = self.text(self._value(self.aliases.get(match[2], match[2]), taken=self.slots.values()))
+            self.slots[name] = self.text(self._value(self.aliases.get(match[2], match[2]), used=self.slots.values()))
         return self.slots[name]
 
     def _alternative(self, fragment: str) -> str:
@@ -181,11 +183,11 @@ class _Draw:
         used.add(choice)
         return choice
 
-    def _value(self, slot: str, *, taken: Any) -> str:
+    def _value(self, slot: str, *, used: Collection[str]) -> str:
         if "babble" in phrases()["slots"][slot]:
             return " ".join(self._babble() for _ in range(int(self.rng.integers(5, 13))))
         options = values(slot, self.split)
-        value = _one_of([value for value in options if value not in taken] or options, self.rng)
+        value = _one_of([value for value in options if value not in used] or options, self.rng)
         if self.split == "train" and phrases()["slots"][slot].get("invent"):
             return _WORD.sub(self._invent, value)
         return value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from latentwatch.demo.build.dialogues import topics
 from latentwatch.demo.build.sae import Encoder
 from latentwatch.demo.build.traces import Traces
 from latentwatch.names import HookPoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PER_FEARED: Final = 3
 """Features per feared topic and hook point."""
@@ -141,18 +144,27 @@ def _claims(
     return [Pick(hook_point, int(f), topic, feared, float(auroc_F[f])) for f in best]
 
 
+class Example(TypedDict):
+    """A token in its context."""
+
+    token: str
+    before: str
+    after: str
+    activation: float
+
+
 @dataclass(frozen=True)
 class Profile:
     """What a feature fires on, in training dialogues."""
 
     tokens: tuple[str, ...]
     """The tokens that carry most of its activation, most first."""
-    examples: tuple[Mapping[str, Any], ...]
-    """The strongest tokens in their context, one per dialogue: token, before, after, activation."""
+    examples: tuple[Example, ...]
+    """The strongest tokens in their context, one per dialogue."""
 
 
 def profiles(
-    traces: Traces, picks: Sequence[Pick], encoders: Mapping[HookPoint, Encoder], tokenizer: Any
+    traces: Traces, picks: Sequence[Pick], encoders: Mapping[HookPoint, Encoder], tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, Profile]:
     """Profiles by pick id."""
     result = {}
@@ -166,10 +178,10 @@ def profiles(
     return result
 
 
-def _profile(acts_N: F32, traces: Traces, tokenizer: Any) -> Profile:
+def _profile(acts_N: F32, traces: Traces, tokenizer: PreTrainedTokenizerFast) -> Profile:
     mass = np.bincount(traces.ids_N, weights=acts_N)
     tokens = tuple(tokenizer.decode([int(t)]) for t in np.argsort(-mass, kind="stable")[:4] if mass[t] > 0)
-    examples: list[Mapping[str, Any]] = []
+    examples: list[Example] = []
     seen: set[int] = set()
     for n in np.argsort(-acts_N, kind="stable")[:200]:
         r = int(np.searchsorted(traces.start_R, n, "right")) - 1

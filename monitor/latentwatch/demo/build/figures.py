@@ -7,14 +7,13 @@ pool       fresh ordinary and near-miss dialogues: with the harmless part of `ge
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, NotRequired, TypedDict
 
 import numpy as np
 
-from latentwatch.arrays import F32
+from latentwatch.arrays import F32, Bool
 from latentwatch.demo.build.dialogues import topics
 from latentwatch.demo.build.features import Maxima, Pick, maxima
 from latentwatch.demo.build.measure import Detection, detection, limit_between
@@ -29,14 +28,54 @@ USEFUL_SHARE: Final = 0.5
 """An SAE feature gets a limit, and severity `warning`, when at least this share of held-out acts is above it."""
 
 
+class ProbeFigures(TypedDict):
+    """What card.json says of a probe. Every score is the largest rolling mean of a request."""
+
+    heldout: Detection
+    generated: Detection | None
+    """None where no reply of the model shows the act."""
+    words_of_reply: Detection
+    words_of_dialogue: Detection
+    limit: float
+    acts_above_limit: float
+    generated_acts_above_limit: float | None
+    heldout_harmless_above_limit: str
+    """`3 of 1200`."""
+    harmless_quantiles: dict[str, float]
+    act_quantiles: dict[str, float]
+
+
+class FeatureFigures(TypedDict):
+    """What card.json says of an SAE feature."""
+
+    hook_point: str
+    topic: str
+    train_auroc: float
+    heldout: Detection
+    base_rate: float
+    also_fires_in: list[str]
+    limit: NotRequired[float]
+    """Where enough of the acts are above it."""
+    acts_above_limit: NotRequired[float]
+
+
+class Calibration(TypedDict):
+    """Which rule the limits follow, and how many requests it was applied to."""
+
+    rule: str
+    harmless_dialogues: int
+    harmless_replies: int
+    harmless_of_kind_ordinary: int
+
+
 @dataclass(frozen=True)
 class Figures:
     """Plain data for card.json."""
 
-    probes: dict[str, dict[str, Any]]
-    features: dict[str, dict[str, Any]]
-    model: dict[str, Any]
-    calibration: dict[str, Any]
+    probes: dict[str, ProbeFigures]
+    features: dict[str, FeatureFigures]
+    act_share_of_replies: dict[str, float]
+    calibration: Calibration
 
 
 def compute(
@@ -51,7 +90,7 @@ def compute(
     act_shares: Mapping[str, float],
 ) -> Figures:
     """All figures. The pools must not overlap with what probes and features were chosen on."""
-    calibration = {
+    calibration: Calibration = {
         "rule": "25 % of the way from the highest harmless request to the median held-out act",
         "harmless_dialogues": len(pool.dialogues),
         "harmless_replies": int((~generated.kind_mask("feared")).sum()),
@@ -60,19 +99,19 @@ def compute(
     return Figures(
         probes=_probe_figures(probes, baselines, heldout, generated, pool),
         features=_feature_figures(picks, encoders, heldout, generated, pool),
-        model={"act_share_of_replies": dict(act_shares)},
+        act_share_of_replies=dict(act_shares),
         calibration=calibration,
     )
 
 
 def _probe_figures(
     probes: Probes, baselines: Mapping[str, Mapping[str, Detection]], heldout: Traces, generated: Traces, pool: Traces
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, ProbeFigures]:
     scores = {
         name: request_rolling_mean(probes.logits(traces.acts[probes.hook_point]), traces, probes.window)
         for name, traces in (("heldout", heldout), ("generated", generated), ("pool", pool))
     }
-    result = {}
+    result: dict[str, ProbeFigures] = {}
     for k, name in enumerate(probes.names):
         held_R, said_R = scores["heldout"][:, k], scores["generated"][:, k]
         acts_R, said_acts_R = heldout.topic_mask(name), generated.topic_mask(name)
@@ -80,9 +119,10 @@ def _probe_figures(
         limit = limit_between(harmless_R, held_R[acts_R])
         calm_R = ~heldout.kind_mask("feared")
         result[name] = {
-            "heldout": dataclasses.asdict(detection(held_R, acts_R)),
-            "generated": dataclasses.asdict(detection(said_R, said_acts_R)) if said_acts_R.any() else None,
-            **{kind: dataclasses.asdict(found[name]) for kind, found in baselines.items()},
+            "heldout": detection(held_R, acts_R),
+            "generated": detection(said_R, said_acts_R) if said_acts_R.any() else None,
+            "words_of_reply": baselines["words_of_reply"][name],
+            "words_of_dialogue": baselines["words_of_dialogue"][name],
             "limit": limit,
             "acts_above_limit": round(float((held_R[acts_R] > limit).mean()), 4),
             "generated_acts_above_limit": round(float((said_R[said_acts_R] > limit).mean()), 4)
@@ -97,18 +137,18 @@ def _probe_figures(
 
 def _feature_figures(
     picks: Sequence[Pick], encoders: Mapping[HookPoint, Encoder], heldout: Traces, generated: Traces, pool: Traces
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, FeatureFigures]:
     result = {}
     for point, encoder in encoders.items():
         held, said, calm = (maxima(traces, point, encoder) for traces in (heldout, generated, pool))
         for pick in (p for p in picks if p.hook_point == point):
             scores_R = _scores(held, pick)
             positive_R = heldout.topic_mask(pick.topic)
-            figures: dict[str, Any] = {
+            figures: FeatureFigures = {
                 "hook_point": str(point),
                 "topic": pick.topic,
                 "train_auroc": round(pick.auroc, 4),
-                "heldout": dataclasses.asdict(detection(scores_R, positive_R)),
+                "heldout": detection(scores_R, positive_R),
                 "base_rate": round(float(calm.rate_F[pick.index]), 5),
                 "also_fires_in": _confounds(scores_R, positive_R, heldout),
             }
@@ -116,7 +156,8 @@ def _feature_figures(
                 harmless_R = np.concatenate([_scores(calm, pick), _scores(said, pick)[~generated.kind_mask("feared")]])
                 limit = limit_between(harmless_R, scores_R[positive_R])
                 above = round(float((scores_R[positive_R] > limit).mean()), 4)
-                figures |= {"limit": limit, "acts_above_limit": above} if above >= USEFUL_SHARE else {}
+                if above >= USEFUL_SHARE:
+                    figures |= {"limit": limit, "acts_above_limit": above}
             result[pick.id] = figures
     return result
 
@@ -125,7 +166,7 @@ def _scores(found: Maxima, pick: Pick) -> F32:
     return (found.output_RF if pick.feared else found.whole_RF)[:, pick.index]
 
 
-def _confounds(scores_R: F32, positive_R: Any, heldout: Traces) -> list[str]:
+def _confounds(scores_R: F32, positive_R: Bool, heldout: Traces) -> list[str]:
     """Other topics in which the feature is often as strong as half its own median: 'resisted_jailbreak (35 %)'."""
     bar = float(np.median(scores_R[positive_R])) / 2
     found = []

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from latentwatch.arrays import F32, Bool
 from latentwatch.demo.build.dialogues import Dialogue, Turn, phrases, topics
 from latentwatch.demo.build.model import generate
 from latentwatch.demo.build.traces import auroc, tpr_at_fpr
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 MAX_TOKENS: Final = 96
 """Bound on a generated reply; the longest dialogue reply of the generator has about 80."""
@@ -69,7 +72,9 @@ def limit_between(harmless_R: F32, acts_R: F32) -> float:
     return round(top + max(MARGIN * (middle - top), 0.01 * abs(top) + 1e-3), 3)
 
 
-def answered(model: Any, tokenizer: Any, dialogues: Sequence[Dialogue], temperature: float) -> list[Dialogue]:
+def answered(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Dialogue], temperature: float
+) -> list[Dialogue]:
     """The same prompts with the model's own replies, and topic and kind set by what the reply does.
 
     A reply that shows an act gets that act's topic whatever the prompt was; one to a feared prompt that shows none

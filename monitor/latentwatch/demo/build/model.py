@@ -15,13 +15,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from latentwatch.demo.build.dialogues import Dialogue, Turn
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLE_TOKENS: Final = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
@@ -61,7 +64,7 @@ class Encoded:
     """Index of the first token of the last turn's content: what the model would have generated starts here."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB) -> Any:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with single digits, as a transformers fast tokenizer with the chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -85,7 +88,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, dialogues: Sequence[Dialogue]) -> list[Encoded]:
+def encode(tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Dialogue]) -> list[Encoded]:
     """Token ids of whole dialogues; equal to `apply_chat_template` on their messages."""
     texts = [turn.content for dialogue in dialogues for turn in dialogue.turns]
     contents = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
@@ -108,7 +111,7 @@ def _join(turns: Sequence[tuple[Turn, list[int]]], roles: dict[str, int], bos: i
     return Encoded(tuple(ids), tuple(weights), start)
 
 
-def new_model(vocab_size: int, *, seed: int) -> Any:
+def new_model(vocab_size: int, *, seed: int) -> LlamaForCausalLM:
     """An untrained LlamaForCausalLM of the demo's shape, float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -132,7 +135,14 @@ def new_model(vocab_size: int, *, seed: int) -> Any:
     )
 
 
-def train(model: Any, tokenizer: Any, dialogues: Iterator[Dialogue], plan: TrainPlan, *, progress: Progress) -> float:
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    dialogues: Iterator[Dialogue],
+    plan: TrainPlan,
+    *,
+    progress: Progress,
+) -> float:
     """Train in place, in float32, on fresh dialogues.
 
     Returns: the mean loss over the last twentieth of the steps, nats a token, prompt tokens weighing PROMPT_WEIGHT.
@@ -161,7 +171,9 @@ def train(model: Any, tokenizer: Any, dialogues: Iterator[Dialogue], plan: Train
     return float(np.mean(losses[-max(1, step // 20) :]))
 
 
-def batches(tokenizer: Any, dialogues: Iterator[Dialogue], batch_tokens: int) -> Iterator[list[Encoded]]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, dialogues: Iterator[Dialogue], batch_tokens: int
+) -> Iterator[list[Encoded]]:
     """Batches of dialogues of similar length, at most `batch_tokens` tokens each with padding."""
     while chunk := list(itertools.islice(dialogues, 1024)):
         rows = sorted(encode(tokenizer, chunk), key=lambda row: len(row.ids))
@@ -180,7 +192,7 @@ def pad(rows: Sequence[Encoded]) -> torch.Tensor:
     return torch.tensor([[*row.ids, *([0] * (width - len(row.ids)))] for row in rows])
 
 
-def _loss(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
+def _loss(model: LlamaForCausalLM, rows: Sequence[Encoded]) -> torch.Tensor:
     ids_BT = pad(rows)
     weights_BT = torch.zeros(ids_BT.shape)
     for i, row in enumerate(rows):
@@ -198,7 +210,7 @@ def _schedule(done: float, warmup: float) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the Hugging Face folder in bfloat16."""
     model.to(torch.bfloat16)
     model.generation_config.do_sample = False
@@ -206,7 +218,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load(folder: Path) -> tuple[Any, Any]:
+def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The model, in bfloat16 as it is served, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -217,8 +229,8 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Sequence[Turn]],
     *,
     max_tokens: int,

@@ -93,18 +93,3 @@ def save_probes(probes: Probes, path: Path) -> None:
 
     metadata = {"names": json.dumps(probes.names), "hook_point": str(probes.hook_point), "window": str(probes.window)}
     save_file({"direction": probes.direction_KD, "bias": probes.bias_K}, path, metadata)
-
-
-def load_probes(path: Path) -> Probes:
-    """Read what `save_probes` wrote."""
-    from safetensors import safe_open
-
-    with safe_open(path, "numpy") as file:
-        metadata = file.metadata()
-        return Probes(
-            tuple(json.loads(metadata["names"])),
-            HookPoint.parse(metadata["hook_point"]),
-            file.get_tensor("direction"),
-            file.get_tensor("bias"),
-            int(metadata["window"]),
-        )

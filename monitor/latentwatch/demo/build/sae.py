@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def load_encoder(folder: Path) -> Encoder:
     """Read a saved JumpReLU SAE with safetensors alone."""
     from safetensors.torch import load_file
 
-    tensors: dict[str, Any] = load_file(folder / "sae_weights.safetensors")
+    tensors: dict[str, torch.Tensor] = load_file(folder / "sae_weights.safetensors")
     return Encoder(*(tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")))
 
 

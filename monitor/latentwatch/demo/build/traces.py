@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from latentwatch.arrays import F32, I64, Bool
 from latentwatch.demo.build.dialogues import Dialogue
 from latentwatch.demo.build.model import encode, pad
 from latentwatch.names import HookPoint
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 BATCH_ROWS = 128
 
@@ -39,10 +42,6 @@ class Traces:
     acts: Mapping[HookPoint, torch.Tensor]
     """bfloat16 [N, D] per hook point."""
 
-    def output_rows(self) -> I64:
-        """Indices of all output rows."""
-        return np.concatenate([np.arange(a, b) for a, b in zip(self.output_R, self.stop_R, strict=True)])
-
     def inner_rows(self) -> I64:
         """Indices of all rows but each dialogue's <bos>, whose stream is an outlier, and the closing <end>."""
         return np.concatenate([np.arange(a + 1, b) for a, b in zip(self.start_R, self.stop_R, strict=True)])
@@ -57,7 +56,12 @@ class Traces:
 
 
 @torch.inference_mode()
-def collect(model: Any, tokenizer: Any, dialogues: Sequence[Dialogue], hook_points: Sequence[HookPoint]) -> Traces:
+def collect(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    dialogues: Sequence[Dialogue],
+    hook_points: Sequence[HookPoint],
+) -> Traces:
     """Run the model over whole dialogues and keep the stream at `hook_points`."""
     rows = encode(tokenizer, dialogues)
     lengths = np.array([len(row.ids) for row in rows])
@@ -79,12 +83,6 @@ def collect(model: Any, tokenizer: Any, dialogues: Sequence[Dialogue], hook_poin
         stop_R=start_R + lengths - 1,
         acts=acts,
     )
-
-
-def request_max(scores_NK: F32, traces: Traces, *, whole: bool = False) -> F32:
-    """Largest score of one token of the output (or of the whole request but <bos>), [R, K]."""
-    first_R = traces.start_R + 1 if whole else traces.output_R
-    return np.stack([_max(scores_NK[a:b]) for a, b in zip(first_R, traces.stop_R, strict=True)])
 
 
 def request_rolling_mean(scores_NK: F32, traces: Traces, window: int) -> F32:

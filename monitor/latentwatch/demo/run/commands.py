@@ -134,7 +134,7 @@ def prometheus(
     program: str, folder: Path, port: int, *, scrape_ports: Mapping[str, int], alertmanager_port: int | None
 ) -> Command:
     """Prometheus with the product's rules; writes its configuration into `folder`."""
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "global": {"scrape_interval": INTERVAL, "scrape_timeout": INTERVAL, "evaluation_interval": INTERVAL},
         "rule_files": [str(path) for path in sorted((dashboards.folder() / "rules").glob("*.yaml"))],
         "scrape_configs": [
@@ -182,6 +182,6 @@ def installed(program: str) -> str | None:
     return shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/bin:/usr/bin")
 
 
-def _written(path: Path, config: Mapping[str, Any]) -> Path:
+def _written(path: Path, config: Mapping[str, object]) -> Path:
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     return path

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from latentwatch.demo.run.traffic import Answer
 from latentwatch.demo.run.watch import EngineTokens, Sample
@@ -192,7 +191,7 @@ class Run:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks())
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The content of demo-report.json. Times in seconds, null where a step was not shown or not reached."""
         states = self.settled.states
         return {

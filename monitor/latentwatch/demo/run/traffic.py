@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypedDict
 
 import httpx
 import numpy as np
@@ -157,9 +157,31 @@ async def send(planned: Iterable[Planned], url: str, model: str, *, on_answer: C
             raise failures.exceptions[0] from None
 
 
+class _Message(TypedDict, total=False):
+    content: str | None
+
+
+class _Choice(TypedDict, total=False):
+    message: _Message
+    delta: _Message
+
+
+class _Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class _Chunk(TypedDict):
+    """A whole answer, or a piece of one that streams."""
+
+    id: str
+    choices: list[_Choice]
+    usage: _Usage
+
+
 async def ask(client: httpx.AsyncClient, url: str, model: str, request: Planned) -> Answer:
     """One chat completion. Raises AnswerFailed for any answer that is not a whole completion."""
-    body: dict[str, Any] = {
+    body: dict[str, object] = {
         "model": model,
         "messages": [dict(message) for message in request.prompt.messages],
         "max_tokens": MAX_OUTPUT_TOKENS,
@@ -196,9 +218,9 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, request: Planned)
         raise _no_answer(request, f"{type(error).__name__}: {error}") from error
 
 
-async def _streamed(response: httpx.Response) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
+async def _streamed(response: httpx.Response) -> tuple[list[_Chunk], tuple[float, ...]]:
     """The chunks of a streamed answer and when each output token arrived; a chunk says how many it brings us to."""
-    parts: list[dict[str, Any]] = []
+    parts: list[_Chunk] = []
     token_times: list[float] = []
     async for line in response.aiter_lines():
         data = line.strip().removeprefix("data: ")
@@ -209,8 +231,8 @@ async def _streamed(response: httpx.Response) -> tuple[list[dict[str, Any]], tup
     return parts, tuple(token_times)
 
 
-def _text(choice: Mapping[str, Any]) -> str:
-    message = choice.get("message") or choice.get("delta") or {}
+def _text(choice: _Choice) -> str:
+    message: _Message = choice.get("message") or choice.get("delta") or {}
     return message.get("content") or ""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self, TypedDict
 
 MAX_BODY_BYTES: Final = 4 << 20
 
@@ -78,14 +78,28 @@ class Webhook:
                     self.send_response(400)
                 self.end_headers()
 
-            def log_message(self, format: str, *args: Any) -> None:
+            def log_message(self, format: str, *args: object) -> None:
                 """The demo's own report says what arrived."""
 
         return Handler
 
 
-def read_notification(body: dict[str, Any], at: float) -> list[Page]:
-    """The alerts in one Alertmanager webhook body (version 4). Raises KeyError or ValueError for another shape."""
+class NotifiedAlert(TypedDict):
+    status: str
+    startsAt: str
+    labels: dict[str, str]
+    annotations: dict[str, str]
+
+
+class Notification(TypedDict):
+    """Alertmanager's webhook body, version 4, as far as it is read."""
+
+    receiver: str
+    alerts: list[NotifiedAlert]
+
+
+def read_notification(body: Notification, at: float) -> list[Page]:
+    """The alerts of one notification. Raises KeyError or ValueError for another shape."""
     return [
         Page(
             at=at,

@@ -61,7 +61,6 @@ class BatchV1(Batch, Protocol):
 class BatchV2(Batch, Protocol):
     num_computed_tokens_np: Array
     query_start_loc_np: Array
-    num_tokens: int
 
 
 class KvCacheSpec(Protocol):

@@ -24,8 +24,6 @@ class RowMap:
     """Position of each request's first row."""
     count: Array
     """Rows of each request; they are contiguous and follow one another from row 0."""
-    rows: int
-    """Rows without padding."""
 
 
 def read(runner: ModelRunner, scheduler_output: SchedulerOutput) -> RowMap:
@@ -43,7 +41,6 @@ def _from_v2(batch: BatchV2) -> RowMap:
         request_ids=batch.req_ids[:n],
         start=batch.num_computed_tokens_np[:n],
         count=np.diff(batch.query_start_loc_np[: n + 1]),
-        rows=int(batch.num_tokens),
     )
 
 
@@ -54,7 +51,6 @@ def _from_v1(batch: BatchV1, scheduler_output: SchedulerOutput) -> RowMap:
         request_ids=request_ids,
         start=batch.num_computed_tokens_cpu[: batch.num_reqs],
         count=np.fromiter(map(scheduled.__getitem__, request_ids), np.int32, len(request_ids)),
-        rows=int(scheduler_output.total_num_scheduled_tokens),
     )
 
 

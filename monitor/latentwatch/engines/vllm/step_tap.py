@@ -226,14 +226,14 @@ class Tap:
         # A step without rows only says how requests ended; an idle engine makes no other, so it must get through.
         slot = self._ring.reserve(leave_free=_RESERVED_SLOTS if rows else 0)
         if slot is None:
-            self._ring.count_dropped(rows)
+            self._ring.count_dropped()
             return
         events = self._events_that_fit()
         slot.events[: len(events)] = np.frombuffer(events, np.uint8)
         written = write_scores(slot)
         if self._owed:
             # Rows of a request that is not announced yet could not be attributed.
-            self._ring.count_dropped(rows)
+            self._ring.count_dropped()
             requests_Q, rows, written = requests_Q[:0], 0, UNSCORED
         slot.requests_Q[: len(requests_Q)] = requests_Q
         self._ring.commit(
@@ -264,7 +264,7 @@ class Tap:
     def _queue_handover(self, requests_Q: Array, rows: int) -> None:
         if not self._handovers:
             # The GPU's copies are further behind than we have buffers for; the events wait for the next step.
-            self._ring.count_dropped(rows)
+            self._ring.count_dropped()
             for hook in self._hooks:
                 hook.reset()
             return

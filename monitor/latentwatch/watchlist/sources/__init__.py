@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, Protocol, cast
+from typing import Final, Protocol, cast
 
 from latentwatch.arrays import F64
 from latentwatch.errors import WatchlistRefused
@@ -74,7 +74,7 @@ class About:
     """The place in the model that it was trained on, in the source's own words; None if it does not say."""
     names: Mapping[str, int] = field(default_factory=dict)
     """Row names, where the format has them."""
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, object] = field(default_factory=dict)
     """Further facts for the card: model, dtype, context, licence."""
     k: int | None = None
     """TopK encoders: only the k largest activations of a token are kept, so its rows alone cannot say what fires."""
@@ -87,7 +87,7 @@ class About:
         return "exact" if self.k is None else "calibrated"
 
 
-def _no_notes(_: int) -> Mapping[str, Any]:
+def _no_notes(_: int) -> Mapping[str, object]:
     return {}
 
 
@@ -112,7 +112,7 @@ class Source:
     """What was read; hashed for the card."""
     rows: Callable[[Sequence[int]], EncoderRows]
     """The encoder rows of the given features, in the given order."""
-    row_notes: Callable[[int], Mapping[str, Any]] = _no_notes
+    row_notes: Callable[[int], Mapping[str, object]] = _no_notes
     """What the source says of one row, for its card."""
     decoder: Decoder | None = None
     """None where the source has none, or where it writes to another place than it reads."""

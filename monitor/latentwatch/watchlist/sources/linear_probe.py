@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     def rows(index_K: Sequence[int]) -> EncoderRows:
         return _rows(location, tensors, index_K)
 
-    def row_notes(index: int) -> Mapping[str, Any]:
+    def row_notes(index: int) -> Mapping[str, object]:
         if "threshold" not in tensors.entries:
             return {}
         return {"published_threshold": float(tensors.rows("threshold", [index])[0])}
@@ -76,7 +76,7 @@ def _rows(location: Location, tensors: SafetensorsFile, index_K: Sequence[int]) 
     return canonical.linear(w_KD, bias_K, tensors.whole("mean") if "mean" in tensors.entries else None)
 
 
-def _names(location: Location, metadata: Mapping[str, Any], count: int) -> Mapping[str, int]:
+def _names(location: Location, metadata: Mapping[str, str], count: int) -> Mapping[str, int]:
     if "names" not in metadata:
         return {}
     try:

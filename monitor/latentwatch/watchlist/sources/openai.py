@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
@@ -49,8 +48,8 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     return Source(about, (tensors.path,), rows, decoder=decoder)
 
 
-def _k(location: Location, state: Any) -> int:
-    fields: Mapping[str, Any] = state if isinstance(state, Mapping) else {}
+def _k(location: Location, state: object) -> int:
+    fields: Mapping[str, object] = state if isinstance(state, Mapping) else {}
     k, after = fields.get("k"), fields.get("postact_fn", "ReLU")
     if not isinstance(k, int) or k < 1 or after != "ReLU":
         raise refuse_architecture(location, "TopK", f"its k is {k!r} and what follows is {after!r}, not ReLU")

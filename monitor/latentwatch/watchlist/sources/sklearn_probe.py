@@ -7,10 +7,11 @@ refused. A pickle or joblib file is not read at all. Row names are the classes t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from latentwatch.arrays import F64
 from latentwatch.errors import WatchlistRefused
@@ -46,7 +47,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     return Source(about, (path,), rows)
 
 
-def _load(location: Location) -> Any:
+def _load(location: Location) -> object:
     path = location.file()
     try:
         if untrusted := skops.get_untrusted_types(file=path):
@@ -63,7 +64,7 @@ def _load(location: Location) -> Any:
         raise location.refuse(found, "Save it again with skops.io.dump.") from error
 
 
-def _steps(location: Location, model: Any) -> list[Any]:
+def _steps(location: Location, model: object) -> list[object]:
     steps = [step for _, step in model.steps] if hasattr(model, "steps") else [model]
     if not steps or len(steps) > 2:
         names = ", ".join(type(step).__name__ for step in steps)
@@ -71,15 +72,27 @@ def _steps(location: Location, model: Any) -> list[Any]:
     return steps
 
 
-def _classifier(location: Location, probe: Any) -> tuple[F64, F64, Mapping[str, int]]:
+class _LinearClassifier(Protocol):
+    coef_: npt.ArrayLike
+    intercept_: npt.ArrayLike
+    classes_: Iterable[object]
+
+
+class _Scaler(Protocol):
+    mean_: npt.ArrayLike | None
+    scale_: npt.ArrayLike | None
+
+
+def _classifier(location: Location, probe: object) -> tuple[F64, F64, Mapping[str, int]]:
     name = type(probe).__name__
     if not hasattr(probe, "coef_") or not hasattr(probe, "classes_") or getattr(probe, "kernel", "linear") != "linear":
         raise refuse_architecture(location, name, "it has no linear row per class")
-    w_KD = np.atleast_2d(np.asarray(probe.coef_, np.float64))
-    bias_K = np.broadcast_to(np.asarray(probe.intercept_, np.float64), len(w_KD)).copy()
+    fitted = cast(_LinearClassifier, probe)
+    w_KD = np.atleast_2d(np.asarray(fitted.coef_, np.float64))
+    bias_K = np.broadcast_to(np.asarray(fitted.intercept_, np.float64), len(w_KD)).copy()
     if not np.isfinite(w_KD).all() or not np.isfinite(bias_K).all():
         raise location.refuse("its coefficients hold NaN or infinity", "Fit it again.")
-    classes = [str(label) for label in probe.classes_]
+    classes = [str(label) for label in fitted.classes_]
     # A two-class probe has one row, whose positive side is the second class.
     named = classes[1:] if len(w_KD) == 1 and len(classes) == 2 else classes
     if len(named) != len(w_KD):
@@ -87,12 +100,12 @@ def _classifier(location: Location, probe: Any) -> tuple[F64, F64, Mapping[str, 
     return w_KD, bias_K, {label: row for row, label in enumerate(named)}
 
 
-def _scaler(location: Location, steps: Sequence[Any], d_in: int) -> tuple[F64 | None, F64]:
+def _scaler(location: Location, steps: Sequence[object], d_in: int) -> tuple[F64 | None, F64]:
     if not steps:
         return None, np.ones(d_in)
-    scaler = steps[0]
-    if type(scaler).__name__ != "StandardScaler":
-        raise refuse_architecture(location, type(scaler).__name__, "only a StandardScaler may come before the probe")
+    if type(steps[0]).__name__ != "StandardScaler":
+        raise refuse_architecture(location, type(steps[0]).__name__, "only a StandardScaler may come before the probe")
+    scaler = cast(_Scaler, steps[0])
     mean_D = None if scaler.mean_ is None else np.asarray(scaler.mean_, np.float64)
     scale_D = np.ones(d_in) if scaler.scale_ is None else np.asarray(scaler.scale_, np.float64)
     return mean_D, scale_D

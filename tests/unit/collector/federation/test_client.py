@@ -13,10 +13,10 @@ from latentwatch import secrets
 from latentwatch.collector.federation.client import ReportClient
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.step.batch import EngineCounters
+from latentwatch.transport.channel import Backoff
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens
 from latentwatch.transport.receiver import Receiver
 from latentwatch.transport.report import ReplicaState, Report
-from latentwatch.transport.sender import Backoff
 
 from tests.support.certificates import Authority
 from tests.support.wire import FakeSink, hello, in_loop

@@ -19,6 +19,7 @@ from latentwatch.facts import EXCEEDANCE, FEATURE_STAT
 from latentwatch.names import Outcome, Severity
 from latentwatch.step.batch import StepBatch
 from latentwatch.transport import codec
+from latentwatch.transport.codec.report import MAX_COUNT
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report, RequestRow
 from latentwatch.transport.sink import ReceivedReport
@@ -380,7 +381,7 @@ def test_counts_of_another_shape_are_refused():
     ):
         assert refused(gateway, changed).reason == "malformed_batch"
     with pytest.raises(StreamRefused, match="more than"):
-        huge = replace(engine, tokens=engine.tokens + codec.MAX_COUNT)
+        huge = replace(engine, tokens=engine.tokens + MAX_COUNT)
         codec.decode_request(codec.encode_report(1, replace(report, engines=(huge,))))
 
 

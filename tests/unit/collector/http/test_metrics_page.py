@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -100,6 +101,26 @@ def test_a_scraper_that_hangs_up_leaves_its_place_to_others(monkeypatch):
                 await asked
         slow.go.set()
         assert await page.render(open_metrics=False)
+
+    asyncio.run(scene())
+
+
+def test_the_thread_rests_for_as_long_as_a_page_took_it():
+    """Both share one interpreter: under a scraper that never stops asking, streams would have what is left over."""
+
+    async def scene():
+        began = []
+
+        def families():
+            began.append(time.monotonic())
+            yield Family(THINGS, ((),), [1])
+            time.sleep(0.2)
+
+        page = MetricsPage(families)
+        await page.render(open_metrics=False)
+        ended = time.monotonic()
+        await page.render(open_metrics=False)
+        assert began[1] - ended > 0.15
 
     asyncio.run(scene())
 

@@ -15,7 +15,6 @@ from statistics import NormalDist
 from typing import Final
 
 import numpy as np
-
 from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts, cells_of
 from latentwatch.arrays import Array
 from latentwatch.drift.detection import Window

@@ -1,25 +1,24 @@
-"""The door: TCP connections are let in here, one by one, and passed on to gRPC's private socket.
+"""TCP connections are accepted here, one by one, and passed on to gRPC's private socket.
 
-gRPC itself would terminate TLS, but it says nothing of the connections that it turns away, waits two minutes for a
-handshake, and reads certificates once. Here each connection has a deadline for its handshake and another for a stream
-that the receiver welcomes, there is a bound on connections, and whoever is turned away is counted with the reason.
+gRPC would end TLS itself, read certificates again, cut slow handshakes off and bound connections. It is not asked to,
+because it tells nobody whom it turned away: who shows no certificate or an expired one, who is too slow, who comes when
+all places are taken. Here each of them is counted with the reason, which SECURITY.md promises and an alert reads.
 
-Behind the door a connection keeps its name: the door's end of the private socket is bound to an abstract address that
-gRPC reports as the peer, by which `names_of_peer` finds the certificate's names again.
+Behind this listener a connection can still be told from others: its end of the private socket has an address of its
+own, which gRPC reports as the peer, and by which `names_of_peer` finds the certificate's names again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import os
 import socket
 import ssl
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, cast
 
 from latentwatch.errors import ConfigRefused
 from latentwatch.transport.credentials import ServerTls, names_of
@@ -35,72 +34,72 @@ REFUSALS: Final = ("too_many_connections", "slow_handshake", "certificate", "tls
 
 
 @dataclass
-class _Guest:
-    """One connection."""
+class _Connection:
+    """One that is passed on."""
 
     names: frozenset[str]
-    welcomed: bool = False
+    is_welcome: bool = False
 
 
-class Door:
-    """Listens on one TCP address and lets connections through to a Unix socket."""
+class Listener:
+    """Listens on TCP addresses and passes connections on to the Unix socket `inner`, on which gRPC serves."""
 
-    def __init__(
-        self, inner: Path, tls: ServerTls | None, on_refused: Callable[[str], None], *, max_connections: int
-    ) -> None:
+    def __init__(self, tls: ServerTls | None, on_refused: Callable[[str], None], *, max_connections: int) -> None:
         """Raises: ConfigRefused, "tls_unusable"."""
-        self._inner = str(inner)
         self._tls = tls
         self._on_refused = on_refused
         self._max_connections = max_connections
-        self._numbers = itertools.count(1)
-        self._guests: dict[str, _Guest] = {}
+        self._connections: dict[str, _Connection] = {}
+        """By gRPC's name of the peer."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._connections = 0
-        self._server: asyncio.Server | None = None
+        """One for each TCP connection."""
+        self._servers: list[asyncio.Server] = []
         if tls is not None:
             tls.context()
+        # A folder that only this user can enter: whoever connects in there has passed TLS.
+        self._folder = tempfile.TemporaryDirectory(prefix="latentwatch-")
+        self.inner = Path(self._folder.name) / "inner.sock"
 
     async def open(self, host: str, port: int) -> int:
         """Listen; the port that was bound. Raises OSError."""
-        self._server = await asyncio.start_server(self._let_in, host, port, limit=_CHUNK_BYTES)
-        bound: int = self._server.sockets[0].getsockname()[1]
+        server = await asyncio.start_server(self._serve, host, port, limit=_CHUNK_BYTES)
+        self._servers.append(server)
+        bound: int = server.sockets[0].getsockname()[1]
         return bound
 
     async def close(self) -> None:
         """Listen no more and end every connection."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        self._folder.cleanup()
 
     def names_of_peer(self, peer: str) -> frozenset[str] | None:
-        """The names on the certificate behind a gRPC peer; None where it did not come through this door with one."""
-        guest = self._guests.get(peer)
-        return guest.names if guest is not None and self._tls is not None and self._tls.client_authority else None
+        """The names on the certificate behind a gRPC peer; None where it was not asked for one."""
+        connection = self._connections.get(peer)
+        asked = self._tls is not None and self._tls.client_authority is not None
+        return connection.names if connection is not None and asked else None
 
     def welcome(self, peer: str) -> None:
         """The receiver welcomed a stream of this peer: it may stay."""
-        if guest := self._guests.get(peer):
-            guest.welcomed = True
+        if connection := self._connections.get(peer):
+            connection.is_welcome = True
 
-    async def _let_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task: Any = asyncio.current_task()
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = cast("asyncio.Task[None]", asyncio.current_task())
         self._tasks.add(task)
-        self._connections += 1
         try:
-            if self._connections > self._max_connections:
+            if len(self._tasks) > self._max_connections:
                 self._on_refused("too_many_connections")
-                return
-            if await self._shake_hands(writer):
+            elif await self._shake_hands(writer):
                 await self._pass_on(reader, writer)
         except (OSError, asyncio.CancelledError):
             # The peer went, or the collector stops; either is said elsewhere.
             pass
         finally:
-            self._connections -= 1
             self._tasks.discard(task)
             writer.transport.abort()
 
@@ -123,26 +122,26 @@ class Door:
         return False
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        address = f"latentwatch-{os.getpid()}-{id(self)}-{next(self._numbers)}"
         inner = socket.socket(socket.AF_UNIX)
         inner.setblocking(False)
-        inner.bind(f"\0{address}")
-        peer = f"unix-abstract:{address}"
-        self._guests[peer] = _Guest(names_of(writer.get_extra_info("peercert")))
+        # To no name, for which Linux gives it an abstract one that nobody else has.
+        inner.bind("")
+        peer = f"unix-abstract:{inner.getsockname()[1:].decode()}"
+        connection = self._connections[peer] = _Connection(names_of(writer.get_extra_info("peercert")))
         pumps: list[asyncio.Task[None]] = []
         try:
-            await asyncio.get_running_loop().sock_connect(inner, self._inner)
+            await asyncio.get_running_loop().sock_connect(inner, str(self.inner))
             back, forth = await asyncio.open_unix_connection(sock=inner, limit=_CHUNK_BYTES)
             pumps = [asyncio.create_task(_pump(reader, forth)), asyncio.create_task(_pump(back, writer))]
             await asyncio.wait(pumps, timeout=WELCOME_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if not any(pump.done() for pump in pumps) and not self._guests[peer].welcomed:
+            if not any(pump.done() for pump in pumps) and not connection.is_welcome:
                 self._on_refused("slow_connection")
                 return
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             # What the side that ended had said last still goes through.
             await asyncio.wait(pumps, timeout=1.0)
         finally:
-            del self._guests[peer]
+            del self._connections[peer]
             for pump in pumps:
                 pump.cancel()
             with contextlib.suppress(OSError):

@@ -1,0 +1,64 @@
+"""What every message of the stream has in common: columns of records, counters, and what is refused of them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Final
+
+import numpy as np
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from latentwatch.errors import StreamRefused
+from latentwatch.names import Outcome
+from latentwatch.step.batch import Array, EngineCounters
+from latentwatch.transport._pb import latentwatch_pb2 as pb
+
+DENSE_DTYPE: Final = np.dtype("<f2")
+NORM_DTYPE: Final = np.dtype("<f4")
+_COUNTERS: Final = tuple(field.name for field in fields(EngineCounters))
+
+
+def counters_message(counters: EngineCounters) -> pb.EngineCounters:
+    return pb.EngineCounters(**{name: getattr(counters, name) for name in _COUNTERS})
+
+
+def read_counters(message: pb.EngineCounters) -> EngineCounters:
+    return EngineCounters(**{name: getattr(message, name) for name in _COUNTERS})
+
+
+def packed(what: str, name: str, column: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    if column.dtype != dtype or column.shape != shape:
+        raise malformed(what, f"{name} is {column.dtype} {column.shape}, not {dtype} {shape}")
+    return column.tobytes()
+
+
+def records(what: str, name: str, data: bytes, dtype: np.dtype[Any]) -> Array:
+    if len(data) % dtype.itemsize:
+        raise malformed(what, f"{name} has {len(data)} bytes, no multiple of a record's {dtype.itemsize}")
+    return np.frombuffer(data, dtype)
+
+
+def outcome(what: str, value: int) -> Outcome:
+    try:
+        return Outcome(value)
+    except ValueError:
+        raise malformed(what, f"request outcome {value} is not one this version knows") from None
+
+
+def no_unknown_fields(what: str, *messages: Message, reason: str = "malformed_batch") -> None:
+    """A field of a newer version would be lost here without a trace, and the numbers in it with it."""
+    for message in messages:
+        unknown = UnknownFieldSet(message)
+        if len(unknown):
+            name = message.DESCRIPTOR.name
+            raise malformed(what, f"{name} has field {unknown[0].field_number}, which is unknown here", reason=reason)
+
+
+def malformed(what: str, found: str, *, reason: str = "malformed_batch") -> StreamRefused:
+    return StreamRefused(
+        what,
+        found=found,
+        instead="The exporter and the collector must run the same latentwatch version; upgrade the older one.",
+        reason=reason,
+    )

@@ -1,0 +1,320 @@
+"""Whatever happens between a sender and its collectors: no token is lost or told twice without being counted."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from latentwatch.errors import StreamRefused
+from latentwatch.names import Phase, Reason, TokenState
+from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, RequestOpened, StepBatch
+from latentwatch.transport import codec
+from latentwatch.transport.send_buffer import BOOKS, Drop, SendBuffer, tokens_of
+from latentwatch.transport.shed_priority import ShedPriority
+from latentwatch.transport.sink import ReceivedBatch
+from latentwatch.transport.spool_segments import Spooled
+
+from tests.support.wire import batch
+
+PRIORITY = ShedPriority([("none", 0.0, False), ("warning", 2.0, False), ("critical", 2.0, False)])
+MAX_BYTES = 4_000
+
+
+def one_step(sequence: int, plain: int, warning: int, critical: int, sendable: bool) -> StepBatch:
+    """One request's tokens, of which some matter; request and positions tell what each token is."""
+    rows, marked = plain + warning + critical, warning + critical
+    fires = [(row, 1 if row < plain + warning else 2, 3.0) for row in range(plain, plain + marked)]
+    unseen = [(sequence, 0, 2, TokenState.UNSEEN, Reason.PREFIX_CACHE, Phase.PROMPT)]
+    scored = [(sequence, 2, rows, TokenState.SCORED, Reason.NONE, Phase.OUTPUT)] if rows else []
+    return StepBatch(
+        step=sequence if sendable else -1,
+        time_unix_nano=1,
+        segments_S=np.array(unseen + scored, SEGMENT_DTYPE),
+        fires_N=np.array(fires, FIRE_DTYPE),
+        dense_RP=np.empty((rows, 0), np.float16),
+        norm_RH=np.ones((rows, 1), np.float32),
+    )
+
+
+class Collector:
+    """Counts each token of what is above the highest number that it has, and may forget what it did not acknowledge."""
+
+    def __init__(self) -> None:
+        self.high = 0
+        self.tokens: Counter[tuple[int, int]] = Counter()
+        self.shed = 0
+        self._safe = (0, Counter[tuple[int, int]](), 0)
+
+    def receive(self, message: bytes) -> None:
+        received = codec.decode_request(message)
+        assert isinstance(received, ReceivedBatch)
+        if received.sequence <= self.high:
+            return
+        self.high = received.sequence
+        for handle, start, count, _, reason, _ in received.batch.segments_S.tolist():
+            self.tokens.update((handle, start + i) for i in range(count))
+            self.shed += count if reason == Reason.BUFFER_FULL else 0
+
+    def commit(self) -> int:
+        self._safe = (self.high, self.tokens.copy(), self.shed)
+        return self.high
+
+    def crash(self) -> None:
+        self.high, tokens, self.shed = self._safe
+        self.tokens = tokens.copy()
+
+
+@functools.cache
+def handles_of(message: bytes) -> set[int]:
+    """The batches of which one tells: itself, and those that were joined into it."""
+    received = codec.decode_request(message)
+    assert isinstance(received, ReceivedBatch)
+    return set(received.batch.segments_S["handle"].tolist())
+
+
+class Deliveries(RuleBasedStateMachine):
+    """A sender's moves in any order, against a collector that reads, acknowledges, refuses, crashes and comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = SendBuffer(MAX_BYTES, priority=PRIORITY)
+        self.collector = Collector()
+        self.numbers = itertools.count(1)
+        self.offered = 0
+        self.spool: list[Spooled] = []
+        self.read = 0
+        self.wire: list[tuple[int, bytes]] = []
+        self.last_sent = 0
+        self.highest_sent = 0
+        self.connected = True
+
+    @rule(
+        rows=st.tuples(st.integers(0, 60), st.integers(0, 8), st.integers(0, 8)),
+        times=st.sampled_from([1, 5, 30]),
+        spools=st.booleans(),
+        sendable=st.sampled_from([True] * 9 + [False]),
+    )
+    def offer(self, rows: tuple[int, int, int], times: int, spools: bool, sendable: bool) -> None:
+        for _ in range(times):
+            number = next(self.numbers)
+            value = one_step(number, *rows, sendable)
+            self.offered += tokens_of(value)
+            if spools and sendable:
+                self.spool.append(Spooled(number, tokens_of(value), codec.encode_batch(number, value)))
+                continue
+            self.buffer.add(number, value)
+            self.within_bounds()
+
+    @precondition(lambda self: self.connected)
+    @rule(times=st.sampled_from([1, 2, 30]))
+    def send(self, times: int) -> None:
+        for _ in range(times):
+            while self.read < len(self.spool) and self.spool[self.read].sequence <= self.buffer.acked:
+                self.read += 1
+            ahead = self.spool[self.read] if self.read < len(self.spool) else None
+            outgoing = self.buffer.send_next(ahead)
+            if outgoing is None:
+                return
+            self.read += outgoing.spooled
+            assert outgoing.sequence > self.last_sent, "numbers rise within a stream"
+            self.last_sent = outgoing.sequence
+            self.highest_sent = max(self.highest_sent, outgoing.sequence)
+            try:
+                self.wire.append((outgoing.sequence, outgoing.message()))
+            except StreamRefused:
+                self.buffer.cannot_send(outgoing.sequence)
+
+    @precondition(lambda self: self.wire)
+    @rule(count=st.integers(1, 40))
+    def arrive(self, count: int) -> None:
+        for _, message in self.wire[:count]:
+            self.collector.receive(message)
+        del self.wire[:count]
+
+    @precondition(lambda self: self.connected)
+    @rule(again=st.integers(0, 3))
+    def acknowledge(self, again: int) -> None:
+        """Now, and old acks once more."""
+        high = self.collector.commit()
+        self.buffer.acknowledge(high)
+        self.buffer.acknowledge(max(0, high - again))
+
+    @precondition(lambda self: self.connected and not self.wire)
+    @rule(beyond=st.integers(1, 10**9))
+    def acknowledge_beyond_what_was_sent(self, beyond: int) -> None:
+        """It has all that was sent; that it claims more must not cost what is sent later."""
+        if self.collector.high >= max((pending.sequence for pending in self.in_flight()), default=0):
+            self.collector.commit()
+            if self.collector.high == self.highest_sent:
+                self.buffer.acknowledge(self.collector.high + beyond)
+
+    @precondition(lambda self: self.connected)
+    @rule(crashes=st.booleans())
+    def end_the_stream(self, crashes: bool) -> None:
+        if crashes:
+            self.collector.crash()
+        carried = [pending.sequence for pending in self.in_flight() if not pending.spooled]
+        self.wire.clear()
+        self.buffer.requeue()
+        kept = {pending.sequence for pending in self.buffer}
+        assert [pending.sequence for pending in self.buffer if pending.sequence in carried] == [
+            number for number in carried if number in kept
+        ], "they wait again in their order"
+        assert self.buffer.oldest_in_flight is None
+        self.within_bounds()
+        self.last_sent = self.read = 0
+        self.connected = False
+
+    @precondition(lambda self: not self.connected)
+    @rule()
+    def begin_a_stream(self) -> None:
+        """The collector's welcome tells what it has."""
+        self.connected = True
+        self.buffer.acknowledge(self.collector.commit())
+
+    @precondition(lambda self: self.buffer.oldest_in_flight is not None)
+    @rule()
+    def the_collector_refuses_the_first_that_it_did_not_acknowledge(self) -> None:
+        self.buffer.acknowledge(self.collector.commit())
+        if self.buffer.oldest_in_flight is not None:
+            self.buffer.drop_oldest_in_flight()
+        self.end_the_stream(False)
+
+    @invariant()
+    def nothing_is_lost_or_told_twice(self) -> None:
+        assert max(self.collector.tokens.values(), default=0) <= 1
+        told_again = {pending.sequence for pending in self.buffer}
+        for pending in self.buffer:
+            if isinstance(pending.content, bytes) and pending.content:
+                told_again |= handles_of(pending.content)
+        acked = sum(
+            count
+            for (handle, _), count in self.collector.tokens.items()
+            if handle <= self.buffer.acked and handle not in told_again
+        )
+        waiting = sum(pending.tokens for pending in self.buffer if not pending.spooled)
+        on_disk = sum(spooled.tokens for spooled in self.spool if spooled.sequence > self.buffer.acked)
+        assert self.offered == acked + waiting + on_disk + self.buffer.books.dropped_tokens.total()
+
+    @invariant()
+    def the_bytes_are_those_of_the_entries(self) -> None:
+        assert self.buffer.nbytes == sum(pending.nbytes for pending in self.buffer)
+        assert self.buffer.in_flight_bytes == sum(pending.nbytes for pending in self.in_flight())
+        assert len(self.buffer) == len(list(self.buffer))
+
+    def teardown(self) -> None:
+        """A collector that works gets the rest, and then every token has been told of or counted."""
+        if self.connected:
+            self.end_the_stream(False)
+        self.begin_a_stream()
+        while len(self.buffer) or self.collector.high < max((s.sequence for s in self.spool), default=0):
+            before = self.buffer.acked, self.buffer.books.dropped_batches.total()
+            self.send(30)
+            self.arrive(30)
+            self.acknowledge(0)
+            if before == (self.buffer.acked, self.buffer.books.dropped_batches.total()):
+                break
+        books = self.buffer.books
+        assert len(self.buffer) == 0
+        assert self.offered == self.collector.tokens.total() + books.dropped_tokens.total()
+        shed = int(books.shed_tokens.sum())
+        assert self.collector.shed <= shed
+        if not books.dropped_batches.total():
+            assert self.collector.shed == shed, "what is shed is counted once"
+
+    def in_flight(self) -> list:
+        return list(itertools.islice(self.buffer, len(self.buffer._in_flight)))
+
+    def within_bounds(self) -> None:
+        waiting = [pending for pending in self.buffer if pending not in self.in_flight()]
+        assert self.buffer.nbytes <= 2 * MAX_BYTES or len(waiting) <= 1
+        assert self.buffer.nbytes <= MAX_BYTES or all(pending.rank == BOOKS for pending in waiting)
+
+
+TestDeliveries = Deliveries.TestCase
+TestDeliveries.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_a_refusal_that_comes_when_there_is_no_room_is_counted_once():
+    """The refused batch is the oldest, and so the first to go when the ended stream's batches wait again."""
+    buffer = SendBuffer(1)
+    buffer.add(1, one_step(1, 5, 0, 0, True))
+    assert buffer.send_next(None) is not None
+    buffer.add(2, one_step(2, 5, 0, 0, True))
+    buffer.drop_oldest_in_flight()
+    buffer.requeue()
+    assert buffer.books.dropped_batches == {Drop.REFUSED: 1}
+    assert [pending.sequence for pending in buffer] == [2] and buffer.acked == 1
+
+
+def test_a_batch_without_scores_of_the_lowest_rank_is_not_counted_as_shed():
+    buffer = SendBuffer(2_000, priority=PRIORITY)
+    buffer.add(1, one_step(1, 0, 0, 8, True))
+    buffer.add(2, one_step(2, 60, 0, 0, True))
+    (first, second) = buffer
+    assert (first.shed, second.shed, buffer.books.shed_batches) == (False, True, 1)
+    assert buffer.books.shed_tokens.tolist() == [60, 0, 0]
+
+
+def test_a_batch_that_cannot_be_shed_cannot_be_sent_and_is_dropped_at_once():
+    buffer = SendBuffer(1)
+    buffer.add(1, replace(batch(1), step=-1))
+    assert len(buffer) == buffer.nbytes == 0
+    assert buffer.books.dropped_tokens == {Drop.REFUSED: tokens_of(batch(1))}
+
+
+def test_no_more_than_half_of_the_bound_goes_to_a_collector_that_never_acknowledges():
+    buffer = SendBuffer(100_000)
+    for number in range(1, 101):
+        buffer.add(number, batch(number, rows=200))
+    largest = max(pending.nbytes for pending in buffer)
+    while buffer.send_next(None) is not None:
+        pass
+    assert 50_000 < buffer.in_flight_bytes <= 50_000 + largest
+    assert len(buffer) == 100
+
+
+def test_the_claimed_memory_is_that_of_the_waiting_batches():
+    """The bound is on these claims; a claim too low is a bound that does not hold."""
+    buffer = SendBuffer(1 << 30)
+
+    def add(number: int) -> None:
+        opened = tuple(RequestOpened(10**9 + i, f"cmpl-{number:020d}-{i}", 5000) for i in range(number % 3))
+        buffer.add(number, replace(batch(number, rows=number % 50, fires=number % 7), opened=opened))
+
+    add(1)
+    tracemalloc.start()
+    try:
+        gc.collect()
+        begin = tracemalloc.get_traced_memory()[0]
+        for number in range(2, 1002):
+            add(number)
+        gc.collect()
+        used = tracemalloc.get_traced_memory()[0] - begin
+        assert 0.9 * used < buffer.nbytes < 1.5 * used
+        begin = tracemalloc.get_traced_memory()[0] - used
+        buffer.max_bytes = 250_000
+        buffer.requeue()
+        assert all(pending.rank == BOOKS for pending in buffer) and not buffer.books.joined_batches
+        gc.collect()
+        used = tracemalloc.get_traced_memory()[0] - begin
+        assert 0.9 * used < buffer.nbytes < 1.5 * used
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("spooled", [4, 6])
+def test_the_lower_number_leaves_first_wherever_it_lies(spooled):
+    buffer = SendBuffer(1 << 20)
+    buffer.add(5, batch(5))
+    outgoing = buffer.send_next(Spooled(spooled, 3, b"message"))
+    assert outgoing is not None and outgoing.spooled == (spooled == 4)
