@@ -13,12 +13,13 @@ import numpy as np
 from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.evidence import Evidence
-from latentwatch.collector.http.app import Asgi, make_app
+from latentwatch.collector.http.app import make_app
 from latentwatch.collector.metrics_families import ProcessFacts
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.names import Severity
 from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.file import Feature, Limit
+from starlette.types import ASGIApp
 
 from tests.support.drift import random_baseline
 from tests.support.streams import Piece, Tokens, hello, probe, received, sparse, step_batch, watchlist
@@ -36,7 +37,7 @@ def app_of(
     *,
     evidence: Evidence | None = None,
     process: Callable[[], ProcessFacts] = lambda: ProcessFacts(1.0, 2, 3.0),
-) -> Asgi:
+) -> ASGIApp:
     """The HTTP side of a core without state on a disk."""
 
     async def forget(name: str) -> bool:
