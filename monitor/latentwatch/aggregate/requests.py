@@ -29,6 +29,8 @@ from latentwatch.step.batch import StepBatch, owns_rows
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 _FOUND = np.dtype([("slot", "<i8"), ("exceedance", EXCEEDANCE)])
+_NOTHING_FOUND = np.empty(0, _FOUND)
+_NONE, _NO_SLOTS = np.empty(0, EXCEEDANCE), np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,14 @@ class RequestStates:
         rows = Rows.of(batch.segments_S[owner_S], slot_S[owner_S])
         peak_F = np.full(table.features, NOTHING, np.uint64)
         if not owner_S.any():
-            fired_F, none = np.zeros(table.features, np.int64), np.empty(0, _FOUND)
-            return StepView(fired_F, values(peak_F, -np.inf), none["exceedance"], none["slot"], rows)
+            return StepView(np.zeros(table.features, np.int64), values(peak_F, -np.inf), _NONE, _NO_SLOTS, rows)
         fired_F, sparse = self._sparse(batch.fires_N, rows, peak_F)
         found = [sparse]
         if len(table.dense_P):
             found.append(self._dense(batch.dense_RP, rows, peak_F))
         found += [self._roll(i, batch, rows, peak_F) for i in range(len(self._rolling))]
-        first = self._first(np.concatenate(found))
-        first["exceedance"]["seconds"] = now
-        return StepView(fired_F, values(peak_F, -np.inf), first["exceedance"].copy(), first["slot"], rows)
+        exceedances, slots = self._first([some for some in found if len(some)], now)
+        return StepView(fired_F, values(peak_F, -np.inf), exceedances, slots, rows)
 
     def features_of(self, slots: Array) -> RequestFeatures:
         """Everything known of the requests in these slots."""
@@ -226,7 +226,7 @@ class RequestStates:
             rows.slot[order], rows.position[order], rows.phase_bit[order], score_RG[order]
         )
         if step is None:
-            return np.empty(0, _FOUND)
+            return _NOTHING_FOUND
         _keep_largest(self._special, step.slot_U, self.table.special_F[group.features], step.packed_UG)
         peak_F[group.features] = step.packed_UG.max(axis=0)
         return _found(
@@ -246,17 +246,19 @@ class RequestStates:
         score_RG[fires["row"], column_F[fires["feature"]]] = np.clip(fires["act"], -FLOAT16_MAX, FLOAT16_MAX)
         return score_RG
 
-    def _first(self, found: Array) -> Array:
-        """The earliest exceedance of each slot and feature that has had none yet, now marked."""
+    def _first(self, parts: Sequence[Array], now: float) -> tuple[Array, Array]:
+        """The earliest exceedance of each slot and feature that has had none yet, now marked; and the slots."""
+        if not parts:
+            return _NONE, _NO_SLOTS
+        found = np.concatenate(parts)
         found = found[~self._exceeded[found["slot"], found["exceedance"]["feature"]]]
-        if not len(found):
-            return found
         key = found["slot"] * self.table.features + found["exceedance"]["feature"]
         order = np.lexsort((found["exceedance"]["position"], key))
         found, key = found[order], key[order]
-        found = found[np.append(True, key[1:] != key[:-1])]
+        found = found[np.append(True, key[1:] != key[:-1])[: len(key)]]
         self._exceeded[found["slot"], found["exceedance"]["feature"]] = True
-        return found
+        found["exceedance"]["seconds"] = now
+        return found["exceedance"].copy(), found["slot"]
 
 
 @dataclass(frozen=True)
@@ -303,9 +305,10 @@ def _keep_largest(state_KC: Array, slot_S: Array, columns: Array, packed_SC: Arr
 
 
 def _found(slot: Array, feature: Array, position: Array, value: Array, bit: Array) -> Array:
+    if not len(slot):
+        return _NOTHING_FOUND
     found = np.zeros(len(slot), _FOUND)
-    if len(slot):
-        found["slot"], exceedances = slot, found["exceedance"]
-        exceedances["feature"], exceedances["position"], exceedances["value"] = feature, position, value
-        exceedances["phase"] = np.where(bit == 1, Phase.PROMPT, Phase.OUTPUT)
+    found["slot"], exceedances = slot, found["exceedance"]
+    exceedances["feature"], exceedances["position"], exceedances["value"] = feature, position, value
+    exceedances["phase"] = np.where(bit == 1, Phase.PROMPT, Phase.OUTPUT)
     return found

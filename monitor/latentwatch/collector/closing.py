@@ -112,12 +112,11 @@ class Closing:
     ) -> None:
         """Apply what the end says, and make the books balance: tokens that no message told of were lost."""
         state = self._state
-        request.info = replace(
-            request.info,
-            request_id=request.info.request_id or bounded(event.request_id),
-            prompt_tokens=event.prompt_tokens,
-        )
-        state.index.add(request)
+        if request.info.prompt_tokens != event.prompt_tokens:
+            request.info = replace(request.info, prompt_tokens=event.prompt_tokens)
+        if not request.info.request_id:
+            request.info = replace(request.info, request_id=bounded(event.request_id))
+            state.index.add(request)
         missing = event.total_tokens - int(accounted.sum())
         if not request.info.opening_seen or missing == 0:
             return

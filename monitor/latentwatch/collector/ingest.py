@@ -13,7 +13,6 @@ What it promises:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -25,7 +24,7 @@ from latentwatch.collector.closing import Closing
 from latentwatch.collector.federation.merge import ReportMerge
 from latentwatch.collector.listener import Eviction, Step, StepListener
 from latentwatch.collector.replicas import Boot
-from latentwatch.collector.requests import TrackedRequest
+from latentwatch.collector.requests import TrackedRequest, bounded
 from latentwatch.collector.state import CollectorState
 from latentwatch.errors import StreamRefused
 from latentwatch.facts import RequestInfo
@@ -182,8 +181,10 @@ class Ingest:
         placed = slot_S >= 0
         state.slots.account(segments[placed], slot_S[placed], now)
         view = state.statistics.update(batch, np.where(placed, slot_S, state.scratch), now)
-        tracked = view.exceeding_slots != state.scratch
-        exceedances, slots = view.exceedances[tracked], view.exceeding_slots[tracked]
+        exceedances, slots = view.exceedances, view.exceeding_slots
+        if not placed.all():
+            tracked = slots != state.scratch
+            exceedances, slots = exceedances[tracked], slots[tracked]
         step = Step(name, batch, view, exceedances, slots, state.slots.requests, now)
         for listener in self._listeners:
             listener.step(step)
@@ -202,38 +203,39 @@ class Ingest:
 
     def _open(self, boot: Boot, opened: tuple[RequestOpened, ...], handles_S: Array, now: float) -> None:
         """Give slots to the requests of a step; those that no message opened here are noted as such."""
+        state = self._state
         slots = boot.handles.find(np.array([event.handle for event in opened], np.int64)).tolist()
-        fresh = {event.handle: event for event, slot in zip(opened, slots, strict=True) if slot < 0}
+        new: dict[int, RequestInfo] = {}
         for event, slot in zip(opened, slots, strict=True):
-            if slot >= 0:
-                self._apply_opening(self._state.slots.request(slot), event)
-        unknown = handles_S[boot.handles.find(handles_S) < 0].tolist()
-        for handle, request in self._admit(boot, list(dict.fromkeys((*fresh, *unknown))), now).items():
-            if request is None:
-                self._state.totals.requests_evicted += handle in fresh
-            elif handle in fresh:
-                request.info = replace(request.info, opening_seen=True)
-                self._apply_opening(request, fresh[handle])
+            if slot < 0:
+                new[event.handle] = _opened(boot.hello, event, now)
+                continue
+            request = state.slots.request(slot)
+            opened_seconds, opening_seen = request.info.opened_seconds, request.info.opening_seen
+            request.info = _opened(boot.hello, event, opened_seconds, opening_seen=opening_seen)
+            state.index.add(request)
+        for handle in handles_S[boot.handles.find(handles_S) < 0].tolist():
+            if handle not in new:
+                new[handle] = RequestInfo("", boot.hello.replica, boot.hello.model_name, boot.hello.engine, now)
+        self._admit(boot, new, now)
 
-    def _apply_opening(self, request: TrackedRequest, event: RequestOpened) -> None:
-        request.apply_opening(event)
-        self._state.index.add(request)
+    def _admit(self, boot: Boot, new: dict[int, RequestInfo], now: float) -> None:
+        """Give new requests slots. Args: new: by handle; the later ones get none where all are taken by running ones.
 
-    def _admit(self, boot: Boot, handles: list[int], now: float) -> dict[int, TrackedRequest | None]:
-        """Give new requests slots; None for those that found all taken by requests that run."""
-        state, hello, slots = self._state, boot.hello, list[int]()
-        admitted: dict[int, TrackedRequest | None] = dict.fromkeys(handles)
-        for handle in handles:
+        One that gets no slot is counted where its opening was seen: without, its every step would count it again.
+        """
+        state, slots = self._state, list[int]()
+        for info in new.values():
             if state.slots.full() and not self._evict(now):
                 break
             state.last_serial += 1
-            info = RequestInfo("", hello.replica, hello.model_name, hello.engine, now)
             request = TrackedRequest(state.last_serial, info, boot.handles)
             slots.append(state.slots.claim(request, now))
-            admitted[handle] = request
+            state.index.add(request)
+        handles = list(new)
+        state.totals.requests_evicted += sum(new[handle].opening_seen for handle in handles[len(slots) :])
         state.statistics.clear(np.array(slots, np.int64))
         boot.handles.add(handles[: len(slots)], slots)
-        return admitted
 
     def _evict(self, now: float) -> bool:
         """Free the slot of the request that was quiet longest; False when even that one runs."""
@@ -250,6 +252,21 @@ class Ingest:
         state.index.forget(request)
         state.totals.requests_evicted += 1
         return True
+
+
+def _opened(hello: Hello, event: RequestOpened, opened_seconds: float, *, opening_seen: bool = True) -> RequestInfo:
+    """Who a request is, from what its engine said at the opening. Client text is cut."""
+    return RequestInfo(
+        bounded(event.request_id),
+        hello.replica,
+        hello.model_name,
+        hello.engine,
+        opened_seconds,
+        opening_seen,
+        bounded(event.adapter),
+        bounded(event.traceparent),
+        event.prompt_tokens,
+    )
 
 
 def _token_counts(segments_S: Array) -> Array:

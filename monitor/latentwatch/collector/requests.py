@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, cast
 
 import numpy as np
@@ -17,7 +17,6 @@ from latentwatch.aggregate.requests import RequestFeatures
 from latentwatch.arrays import Array, axes, check
 from latentwatch.facts import FEATURE_STAT, FeatureSummary, RequestInfo, RequestProgress
 from latentwatch.names import Outcome, Phase, TokenState, response_id
-from latentwatch.step.batch import RequestOpened
 
 MAX_ID_CHARACTERS: Final = 256
 """Of a request id, adapter or traceparent. vLLM's own ids are below 60; the rest is the client's X-Request-Id."""
@@ -86,16 +85,6 @@ class TrackedRequest:
     info: RequestInfo
     handles: HandleMap | None = None
     """Of the boot that it runs in; None for one that runs at another collector."""
-
-    def apply_opening(self, opened: RequestOpened) -> None:
-        """Apply what the engine said at the opening. Client text is cut to MAX_ID_CHARACTERS."""
-        self.info = replace(
-            self.info,
-            request_id=bounded(opened.request_id),
-            adapter=bounded(opened.adapter),
-            traceparent=bounded(opened.traceparent),
-            prompt_tokens=opened.prompt_tokens,
-        )
 
 
 @dataclass(frozen=True)
