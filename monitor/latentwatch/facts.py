@@ -161,6 +161,16 @@ class ShownExceedance:
 
 
 @dataclass(frozen=True)
+class ExceedanceView(ShownExceedance):
+    """An exceedance of a request that the collector still knows."""
+
+    peak: float
+    """The largest value of the statistic so far; final once the request is closed."""
+    tail_probability: float | None
+    """Share of the baseline's requests with at least `value`; None without a baseline."""
+
+
+@dataclass(frozen=True)
 class ShownFeature:
     """One feature of one request."""
 

@@ -18,7 +18,7 @@ from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.collector.replicas import Boot
 from latentwatch.collector.requests import summarise
 from latentwatch.collector.state import CollectorState, open_requests
-from latentwatch.facts import RequestProgress, shown_exceedance, shown_features, shown_request
+from latentwatch.facts import ExceedanceView, RequestProgress, shown_exceedance, shown_features, shown_request
 from latentwatch.names import trace_id
 
 
@@ -67,7 +67,7 @@ class Lookup:
         """The last windows over all models; see aggregate.window.WindowRing.recent."""
         return self._state.windows.recent(now)
 
-    def exceedances(self, limit: int) -> list[views.ExceedanceView]:
+    def exceedances(self, limit: int) -> list[ExceedanceView]:
         """The latest exceedances, newest first."""
         return [self._exceedance(listed) for listed in self._state.exceedances.latest(limit)]
 
@@ -110,7 +110,7 @@ class Lookup:
             features_left_out=summary.left_out,
         )
 
-    def _exceedance(self, listed: Listed) -> views.ExceedanceView:
+    def _exceedance(self, listed: Listed) -> ExceedanceView:
         state, exceedance, info = self._state, listed.exceedance, listed.request.info
         slot = state.slots.by_serial.get(listed.request.collector_serial)
         peak = listed.peak if slot is None else state.statistics.statistic(slot, exceedance.feature)
@@ -122,7 +122,7 @@ class Lookup:
             trace=trace_id(info.traceparent),
             model_name=info.model_name,
         )
-        return views.ExceedanceView(
+        return ExceedanceView(
             **shown,
             # An evicted request leaves no final peak; the exceedance is then the most that is known.
             peak=exceedance.value if math.isnan(peak) else peak,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.totals import EngineTotals, ForwardView, ModelTotals
 from latentwatch.drift.model import DriftView
-from latentwatch.facts import ShownExceedance, ShownFeature, ShownRequest
+from latentwatch.facts import ExceedanceView, ShownFeature, ShownRequest
 from latentwatch.names import Phase, Reason, Severity, TokenState
 from latentwatch.step.batch import EngineCounters
 
@@ -101,16 +101,6 @@ class Snapshot:
     drift: tuple[DriftView, ...]
     bounds: Bounds
     collector: CollectorTotals
-
-
-@dataclass(frozen=True)
-class ExceedanceView(ShownExceedance):
-    """An exceedance of a request that this collector knows."""
-
-    peak: float
-    """The largest value of the statistic so far; final once the request is closed."""
-    tail_probability: float | None
-    """Share of the baseline's requests with at least `value`; None without a baseline."""
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ from latentwatch.collector.http.responses import as_json, encoded
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
-from latentwatch.collector.snapshot import Anomaly, ExceedanceView, RequestView
+from latentwatch.collector.snapshot import Anomaly, RequestView
 from latentwatch.drift.model import Alarm, DriftView
 from latentwatch.export.prometheus import negotiate
+from latentwatch.facts import ExceedanceView
 from latentwatch.transport.credentials import Tokens
 from latentwatch.watchlist.file import MAX_FEATURES, Limit
 

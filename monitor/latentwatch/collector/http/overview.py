@@ -16,7 +16,8 @@ from latentwatch import __version__
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.collector.http.verdicts import Coverage, Engine, Verdict, is_anything_wrong, is_everything_seen
 from latentwatch.collector.lookup import Lookup
-from latentwatch.collector.snapshot import ExceedanceView, ReplicaView, Snapshot
+from latentwatch.collector.snapshot import ReplicaView, Snapshot
+from latentwatch.facts import ExceedanceView
 from latentwatch.names import Reason, Severity, TokenState
 from latentwatch.transport.report import TOKEN_SHAPE
 from latentwatch.watchlist.file import Feature

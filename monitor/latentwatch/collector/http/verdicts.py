@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from latentwatch.collector.snapshot import ExceedanceView
+from latentwatch.facts import ExceedanceView
 from latentwatch.names import Severity
 from latentwatch.watchlist.file import Feature
 

@@ -80,7 +80,7 @@ export interface EvidenceRequests {
   requests: StoredRequest[];
 }
 
-/** An exceedance of a request that this collector knows. */
+/** An exceedance of a request that the collector still knows. */
 export interface ExceedanceView {
   seconds: number;
   request_id: string;
