@@ -26,6 +26,7 @@ def an_exceedance(
     severity: str = "critical",
     value: float = 3.0,
     limit: float = 2.0,
+    position: int = 35,
 ) -> ExceedanceView:
     """As the collector's API tells one of an output token."""
     return ExceedanceView(
@@ -38,7 +39,7 @@ def an_exceedance(
         label=label,
         severity=Severity(severity),
         phase="output",
-        position=35,
+        position=position,
         value=value,
         limit=limit,
         peak=value,
