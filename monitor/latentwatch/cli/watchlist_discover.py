@@ -14,6 +14,8 @@ from latentwatch.errors import ConfigRefused
 if TYPE_CHECKING:
     from latentwatch.names import HookPoint
     from latentwatch.watchlist.activations import Recording
+    from latentwatch.watchlist.discover import Found
+    from latentwatch.watchlist.probing import Probe
 
 _RECORD = """Run a model over requests and write the residual stream at a hook point: what 'verify --activations' and
 the calibration of TopK gates read. Requests are lines of {"text": ...} or {"messages": [...]}."""
@@ -152,18 +154,20 @@ def _discover(args: argparse.Namespace) -> int:
     if not found:
         return 1
     path = args.sae if args.sae.startswith("hf:") else os.path.relpath(args.sae, args.out.resolve().parent)
-    features = [
-        {
-            "index": one.index,
-            "id": f"f{one.index}",
-            "label": f"tells {args.positive.stem} from {args.negative.stem}",
-            "severity": "info",
-            "evidence": one.evidence | {"measured_on": f"{args.positive.name} against {args.negative.name}"},
-        }
-        for one in found[: args.top]
-    ]
+    features = [_feature_of(one, args) for one in found[: args.top]]
     _write_yaml(args, args.out, {"format": args.format, "path": path, "features": features})
     return 0
+
+
+def _feature_of(found: Found, args: argparse.Namespace) -> dict[str, object]:
+    """Its entry in watchlist.yaml."""
+    return {
+        "index": found.index,
+        "id": f"f{found.index}",
+        "label": f"tells {args.positive.stem} from {args.negative.stem}",
+        "severity": "info",
+        "evidence": found.evidence | {"measured_on": f"{args.positive.name} against {args.negative.name}"},
+    }
 
 
 def _probe(args: argparse.Namespace) -> int:
@@ -180,9 +184,21 @@ def _probe(args: argparse.Namespace) -> int:
             f"at 0.1 % {figures['tpr_at_fpr_0_1pct']:.2f}"
         )
     probing.save(probe, args.out / "probe.safetensors", args.name, hook_point)
+    _write_yaml(
+        args,
+        args.out / "watchlist.yaml",
+        {"format": "linear_probe", "path": "probe.safetensors", "features": [_feature_of_probe(probe, args)]},
+    )
+    return 0
+
+
+def _feature_of_probe(probe: Probe, args: argparse.Namespace) -> dict[str, object]:
+    """Its entry in watchlist.yaml."""
+    from latentwatch.watchlist.probing import WINDOW_TOKENS
+
     best = probe.figures[probe.best]
-    window = {"window_tokens": probing.WINDOW_TOKENS} if probe.best == "rolling_mean" else {}
-    feature = {
+    window = {"window_tokens": WINDOW_TOKENS} if probe.best == "rolling_mean" else {}
+    return {
         "name": args.name,
         "id": args.name,
         "label": f"tells {args.positive.stem} from {args.negative.stem}",
@@ -200,12 +216,6 @@ def _probe(args: argparse.Namespace) -> int:
             "remarks": "The limit is at 1 % false positives of the held-out half; set it on your own traffic.",
         },
     }
-    _write_yaml(
-        args,
-        args.out / "watchlist.yaml",
-        {"format": "linear_probe", "path": "probe.safetensors", "features": [feature]},
-    )
-    return 0
 
 
 def _write_yaml(args: argparse.Namespace, path: Path, source: _Source) -> None:

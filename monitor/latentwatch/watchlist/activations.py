@@ -6,7 +6,8 @@ Legend: R requests, T their tokens one after another, D d_model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -107,30 +108,38 @@ def record(
     layers = network.get_decoder().layers
     if hook_point.layer >= len(layers):
         raise _refuse(f"model {model}", f"it has {len(layers)} layers, no {hook_point}", "Name a layer that it has.")
-    streamed: list[torch.Tensor] = []
-
-    def add(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, ...] | torch.Tensor) -> None:
-        streamed.append((output[0] if isinstance(output, tuple) else output).detach())
-
-    # A hook and not `hidden_states`: the last entry of those is behind the final norm.
-    handle = layers[hook_point.layer].register_forward_hook(add)
     streams, tokens = [], []
-    try:
-        with torch.inference_mode():
-            for done, request in enumerate(wanted):
-                ids = _token_ids(tokenizer, request)[:max_tokens]
-                if len(ids) <= skip_first:
-                    found = f"it has {len(ids)} tokens, of which the first {skip_first} are left out"
-                    raise _refuse(f"request {done + 1}", found, "Leave it out.")
-                streamed.clear()
-                network(input_ids=torch.tensor([ids], device=network.device))
-                streams.append(streamed[0][0, skip_first:].float().cpu().numpy())
-                tokens.append(tuple(tokenizer.decode([i]) for i in ids[skip_first:]))
-                progress(done + 1)
-    finally:
-        handle.remove()
+    with torch.inference_mode(), _outputs(layers[hook_point.layer]) as outputs:
+        for done, request in enumerate(wanted):
+            ids = _token_ids(tokenizer, request)[:max_tokens]
+            if len(ids) <= skip_first:
+                found = f"it has {len(ids)} tokens, of which the first {skip_first} are left out"
+                raise _refuse(f"request {done + 1}", found, "Leave it out.")
+            outputs.clear()
+            network(input_ids=torch.tensor([ids], device=network.device))
+            streams.append(outputs[0][0, skip_first:].float().cpu().numpy())
+            tokens.append(tuple(tokenizer.decode([i]) for i in ids[skip_first:]))
+            progress(done + 1)
     request_T = np.repeat(np.arange(len(streams)), [len(stream) for stream in streams])
     return Recording(np.concatenate(streams), request_T, tuple(tokens))
+
+
+@contextmanager
+def _outputs(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What the layer returns in each forward, until the context is left.
+
+    By a hook and not by `hidden_states`, of which the last entry is behind the final norm.
+    """
+    outputs: list[torch.Tensor] = []
+
+    def add(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, ...] | torch.Tensor) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    handle = layer.register_forward_hook(add)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def save(recording: Recording, path: Path, hook_point: HookPoint) -> None:

@@ -137,20 +137,9 @@ def _cards(
     index_K: Sequence[int],
     gates: Sequence[Mapping[str, object]],
 ) -> Iterator[Feature]:
-    about = source.about
     with _at(choice.where):
         lists = [labels.load(item.format, item.location) for item in choice.labels]
-    shared: dict[str, object] = {
-        "format": choice.format,
-        "path": choice.location.text,
-        "architecture": about.architecture,
-        "trained_on": about.hook or f"not stated; taken to be {hook_point}",
-        "sha256": {path.name: sha256_of(path) for path in source.files},
-        "options": {name: value for name, value in vars(choice.options).items() if value is not None},
-        **about.notes,
-    }
-    if choice.licence is not None:
-        shared["licence"] = choice.licence
+    shared = _provenance(choice, hook_point, source)
     for feature, index, gate in zip(choice.features, index_K, gates, strict=True):
         label = _label(feature, index, lists)
         with _at(feature.where):
@@ -158,15 +147,31 @@ def _cards(
                 id=feature.id,
                 label=label.text,
                 severity=feature.severity,
-                kind=about.kind,
-                gate=about.gate,
-                units=about.units,
+                kind=source.about.kind,
+                gate=source.about.gate,
+                units=source.about.units,
                 limit=feature.limit,
                 skip_first_positions=feature.skip_first_positions,
                 source={**shared, "index": index, **source.row_notes(index), **gate},
                 evidence={"label_source": label.source, **feature.evidence},
             )
         yield made
+
+
+def _provenance(choice: SourceChoice, hook_point: HookPoint, source: Source) -> dict[str, object]:
+    """What the cards of all features of a source say of it."""
+    shared: dict[str, object] = {
+        "format": choice.format,
+        "path": choice.location.text,
+        "architecture": source.about.architecture,
+        "trained_on": source.about.hook or f"not stated; taken to be {hook_point}",
+        "sha256": {path.name: sha256_of(path) for path in source.files},
+        "options": {name: value for name, value in vars(choice.options).items() if value is not None},
+        **source.about.notes,
+    }
+    if choice.licence is not None:
+        shared["licence"] = choice.licence
+    return shared
 
 
 def _label(feature: FeatureChoice, index: int, lists: Sequence[Mapping[int, Label]]) -> Label:

@@ -12,6 +12,7 @@ values: the rounding of w then cancels in the mean component of x, the largest b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -84,7 +85,7 @@ def input_scaled(rows: EncoderRows, scale: float) -> EncoderRows:
 
 
 def fold(rows: EncoderRows) -> tuple[U16, U16, F32]:
-    """Canonical (w_hi, w_lo, scale) of the rows, in the layout of `card.HookRows`.
+    """Canonical (w_hi, w_lo, scale) of the rows, in the layout of `file.HookRows`.
 
     Raises: WatchlistRefused: a gain that is not positive (a decoder row of zeros), or a value that float32 cannot hold.
     """
@@ -106,12 +107,17 @@ def fold(rows: EncoderRows) -> tuple[U16, U16, F32]:
         "colsum": w_KD.sum(axis=1),
         "norm": np.full(len(w_KD), float(NORMS.index(rows.norm))),
     }
+    return hi_KD, lo_KD, _as_float32(columns, dense=rows.dense)
+
+
+def _as_float32(columns: Mapping[str, F64], *, dense: bool) -> F32:
+    """The columns as rows of one array; only a dense row may hold an infinity."""
     with np.errstate(over="ignore"):
         scale = np.stack(list(columns.values())).astype(np.float32)
     for name, values in zip(columns, scale, strict=True):
-        if np.isnan(values).any() or np.isposinf(values).any() or (np.isneginf(values).any() and not rows.dense):
+        if np.isnan(values).any() or np.isposinf(values).any() or (np.isneginf(values).any() and not dense):
             raise _refuse(f"the folded {name} is not finite in float32", "Leave this feature out, or check its file.")
-    return hi_KD, lo_KD, scale
+    return scale
 
 
 def split_bf16(w_KD: F64) -> tuple[U16, U16]:

@@ -12,13 +12,13 @@ Legend: R requests, T tokens, F features, B permutations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from latentwatch.arrays import F32, F64, Array, Bool
+from latentwatch.arrays import F32, F64, I64, Array, Bool
 from latentwatch.errors import WatchlistRefused
 from latentwatch.watchlist import canonical, topk
 from latentwatch.watchlist.activations import Recording
@@ -88,14 +88,19 @@ def discover(
         return []
     second = _Test(score_RF[held_R][:, chosen], positive_R[held_R])
     q = np.maximum(p_F[chosen], second.adjusted(permutations, rng))
-    found = []
     passing = np.flatnonzero(q < PASS)
-    x_TD = recording.x_TD.astype(np.float64)
-    for some in np.array_split(passing, -(-len(passing) // DESCRIBED_AT_ONCE) or 1):
-        act_TK = canonical.authors(source.rows(chosen[some].tolist()), x_TD) if len(some) else np.empty((0, 0))
-        for column, i in enumerate(some):
-            found.append(_found(recording, act_TK[:, column], positive_R, int(chosen[i]), second, int(i), float(q[i])))
+    found = [
+        _found(recording, act_T, positive_R, int(chosen[i]), second, int(i), float(q[i]))
+        for i, act_T in zip(passing, _activations(source, recording, chosen[passing]), strict=True)
+    ]
     return sorted(found, key=lambda one: -one.auroc)
+
+
+def _activations(source: Source, recording: Recording, features: I64) -> Iterator[F64]:
+    """Of each feature on every token, some features at a time."""
+    x_TD = recording.x_TD.astype(np.float64)
+    for start in range(0, len(features), DESCRIBED_AT_ONCE):
+        yield from canonical.authors(source.rows(features[start : start + DESCRIBED_AT_ONCE].tolist()), x_TD).T
 
 
 def split(positive_R: Bool, groups: Sequence[str], rng: np.random.Generator) -> Bool:

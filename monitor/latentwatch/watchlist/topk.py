@@ -74,21 +74,10 @@ def calibrate(
     act_TK = canonical.authors(rows, x_TD)
     rank_TK = act_TK * _rank(rows)
     true_TK = (rank_TK >= kth_T[:, None]) & (rank_TK > 0)
-    if match == "l0":
-        threshold_K = np.full(len(index_K), l0_threshold)
-    else:
-        threshold_K = np.array(
-            [_rate_threshold(rank_TK[:, i], int(true_TK[:, i].sum()), kth_T) for i in range(len(index_K))]
-        )
+    threshold_K = np.full(len(index_K), l0_threshold) if match == "l0" else _rate_thresholds(rank_TK, true_TK, kth_T)
     gate_K = (threshold_K / _rank(rows) - rows.bias_K) / rows.gain_K
     passed_TK = rank_TK > threshold_K
-    shared: dict[str, object] = {
-        "match": match,
-        "k": k,
-        "tokens": len(x_TD),
-        "activations": activations.text,
-        "activations_sha256": sha256_of(activations.file()),
-    }
+    shared = {"match": match, "k": k, "tokens": len(x_TD)} | _named(activations)
     notes = tuple(
         shared | _quality(act_TK[:, i], true_TK[:, i], passed_TK[:, i], float(threshold_K[i]))
         for i in range(len(index_K))
@@ -127,6 +116,15 @@ def chunks(width: int) -> Iterator[range]:
 
 def _rank(rows: EncoderRows) -> F64:
     return np.ones(len(rows.gain_K)) if rows.rank_K is None else rows.rank_K
+
+
+def _named(activations: Location) -> dict[str, object]:
+    return {"activations": activations.text, "activations_sha256": sha256_of(activations.file())}
+
+
+def _rate_thresholds(rank_TK: F64, true_TK: Bool, kth_T: F64) -> F64:
+    fires_K = true_TK.sum(axis=0).tolist()
+    return np.array([_rate_threshold(rank_T, fires, kth_T) for rank_T, fires in zip(rank_TK.T, fires_K, strict=True)])
 
 
 def _rate_threshold(rank_T: F64, fires: int, kth_T: F64) -> float:

@@ -32,7 +32,7 @@ def sae(seed: int = 0) -> Source:
     def rows(index: range) -> canonical.EncoderRows:
         return canonical.relu(w[list(index)], b[list(index)])
 
-    return Source(About("standard", "sae", "activation", D, F), (), rows)
+    return Source(About("standard", D, F), (), rows)
 
 
 def recording(seed: int, positive_R: np.ndarray | None = None, feature: int = 7) -> activations.Recording:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ import torch
 from latentwatch.arrays import F32
 from latentwatch.demo.build.model import Progress
 from latentwatch.names import HookPoint
+
+if TYPE_CHECKING:
+    from sae_lens import BatchTopKTrainingSAE
+    from sae_lens.config import SAETrainerConfig
 
 WIDTH: Final = 1024
 K_ACTIVE: Final = 16
@@ -70,14 +74,24 @@ def train_sae(
     acts_ND: torch.Tensor, hook_point: HookPoint, folder: Path, plan: SaePlan, *, seed: int, progress: Progress
 ) -> None:
     """Train on bfloat16 [N, D] (no <bos> rows) and write the SAELens v6 folder (cfg.json, sae_weights.safetensors)."""
-    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(seed)
-    sae = BatchTopKTrainingSAE(
+    sae = _untrained(acts_ND.shape[1])
+    steps = plan.tokens // plan.batch_tokens
+    batches = _shuffled(acts_ND, plan.batch_tokens, seed, hook_point, steps, progress)
+    trainer = SAETrainer(_trainer_config(plan, steps), sae, batches)
+    trainer.fit()
+    sae.save_inference_model(folder)
+    _complete_config(folder / "cfg.json", hook_point)
+
+
+def _untrained(d_in: int) -> BatchTopKTrainingSAE:
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+
+    return BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
-            d_in=acts_ND.shape[1],
+            d_in=d_in,
             d_sae=WIDTH,
             k=K_ACTIVE,
             dtype="float32",
@@ -86,25 +100,22 @@ def train_sae(
             apply_b_dec_to_input=True,
         )
     )
-    steps = plan.tokens // plan.batch_tokens
-    trainer = SAETrainer(
-        SAETrainerConfig(
-            total_training_samples=steps * plan.batch_tokens,
-            train_batch_size_samples=plan.batch_tokens,
-            lr=plan.learning_rate,
-            lr_end=plan.learning_rate / 10,
-            lr_warm_up_steps=steps // 50,
-            lr_decay_steps=steps // 4,
-            dead_feature_window=200,
-            n_batches_for_norm_estimate=50,
-            device="cpu",
-        ),
-        sae,
-        _shuffled(acts_ND, plan.batch_tokens, seed, hook_point, steps, progress),
+
+
+def _trainer_config(plan: SaePlan, steps: int) -> SAETrainerConfig:
+    from sae_lens.config import SAETrainerConfig
+
+    return SAETrainerConfig(
+        total_training_samples=steps * plan.batch_tokens,
+        train_batch_size_samples=plan.batch_tokens,
+        lr=plan.learning_rate,
+        lr_end=plan.learning_rate / 10,
+        lr_warm_up_steps=steps // 50,
+        lr_decay_steps=steps // 4,
+        dead_feature_window=200,
+        n_batches_for_norm_estimate=50,
+        device="cpu",
     )
-    trainer.fit()
-    sae.save_inference_model(folder)
-    _complete_config(folder / "cfg.json", hook_point)
 
 
 def _shuffled(

@@ -160,12 +160,15 @@ class Run:
             ),
             Check("no critical exceedance outside", critical_outside == 0, f"{critical_outside} on ordinary requests"),
         ]
-        if not self.paging:
-            others = sorted({page.alert for page in self.pages if page.receiver == PAGER} - {PAGING_ALERT})
-            arrived = self.moments is not None and self.moments.page_at is not None
-            checks.append(Check("the page arrived", arrived, "at the webhook" if arrived else "no page at the webhook"))
-            checks.append(Check("no other page", not others, ", ".join(others) or "none"))
-        return checks
+        return checks if self.paging else checks + self._page_checks()
+
+    def _page_checks(self) -> list[Check]:
+        others = sorted({page.alert for page in self.pages if page.receiver == PAGER} - {PAGING_ALERT})
+        arrived = self.moments is not None and self.moments.page_at is not None
+        return [
+            Check("the page arrived", arrived, "at the webhook" if arrived else "no page at the webhook"),
+            Check("no other page", not others, ", ".join(others) or "none"),
+        ]
 
     @property
     def feared(self) -> int:
@@ -178,20 +181,10 @@ class Run:
 
     def as_json(self) -> dict[str, object]:
         """The content of demo-report.json. Times in seconds, null where a step was not shown or not reached."""
-        states = self.settled.states
         return {
             "passed": self.passed,
             "checks": [{"name": check.name, "held": check.passed, "text": check.text} for check in self.checks()],
-            "tokens": {
-                "engine": self.engine.fed,
-                **{state.name.lower(): states.get(state.name.lower(), 0) for state in TokenState},
-                "engine_prompt": self.engine.prompt,
-                "engine_output": self.engine.output,
-                "engine_finished_requests": self.engine.finished,
-                "reasons": {
-                    f"{state}:{reason}": count for (state, reason), count in self.settled.reasons.items() if count
-                },
-            },
+            "tokens": self._tokens_as_json(),
             "exceedances": {
                 "inside": len(self.inside),
                 "outside": len(self.outside),
@@ -206,6 +199,17 @@ class Run:
             "traffic_seconds": _rounded(self.settled.at - self.traffic_at),
             "started_at_unix_seconds": _rounded(self.started_at),
             "versions": dict(self.versions),
+        }
+
+    def _tokens_as_json(self) -> dict[str, object]:
+        states = self.settled.states
+        return {
+            "engine": self.engine.fed,
+            **{state.name.lower(): states.get(state.name.lower(), 0) for state in TokenState},
+            "engine_prompt": self.engine.prompt,
+            "engine_output": self.engine.output,
+            "engine_finished_requests": self.engine.finished,
+            "reasons": {f"{state}:{reason}": count for (state, reason), count in self.settled.reasons.items() if count},
         }
 
 

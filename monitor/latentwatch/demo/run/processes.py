@@ -101,12 +101,8 @@ class ProcessGroup:
                     process_group=self._guard.pid,
                 )
             except OSError as error:
-                raise ChildFailed(
-                    name,
-                    found=f"{argv[0]} cannot be started ({error.strerror})",
-                    instead="Check that it is installed.",
-                    log_tail="",
-                ) from error
+                found = f"{argv[0]} cannot be started ({error.strerror})"
+                raise ChildFailed(name, found=found, instead="Check that it is installed.", log_tail="") from error
         child = Child(name, process, log, grace_seconds)
         self._children.append(child)
         return child

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import httpx
 
@@ -85,24 +85,31 @@ class Launcher:
             return False
 
 
+class _Ports(NamedTuple):
+    collector: int
+    engine: int
+    prometheus: int
+    alertmanager: int
+
+
 async def start_all(
     launcher: Launcher, assets: commands.Assets, webhook: Webhook, scratch: Path, *, prometheus: bool
 ) -> Stack:
     """Start the collector, vLLM, and Alertmanager and Prometheus where wanted and installed. Raises ChildFailed."""
-    collector_port, engine_port, prometheus_port, alertmanager_port = free_ports(4)
+    ports = _Ports(*free_ports(4))
     socket = scratch / "collector.sock"
-    collector_url, engine_url = _url(collector_port), _url(engine_port)
+    collector_url, engine_url = _url(ports.collector), _url(ports.engine)
     first_start = not commands.cache_root().exists()
 
-    collector = launcher.start("collector", commands.collector(assets.watchlist, socket, collector_port))
+    collector = launcher.start("collector", commands.collector(assets.watchlist, socket, ports.collector))
     await launcher.ready(collector, f"{collector_url}/healthz", f"{collector_url}/ is the live page")
     # Longer than vLLM's own --shutdown-timeout, which lets the exporter hand over what it holds.
-    engine = launcher.start("vLLM", commands.engine(assets, socket, engine_port), grace_seconds=20.0)
+    engine = launcher.start("vLLM", commands.engine(assets, socket, ports.engine), grace_seconds=20.0)
     paging = why_no_paging(prometheus)
     if paging:
         launcher.terminal.done("paging", paging, mark="-", style="yellow")
     else:
-        await _start_paging(launcher, scratch, webhook, collector_port, engine_port, prometheus_port, alertmanager_port)
+        await _start_paging(launcher, scratch, webhook, ports)
     await launcher.ready(
         engine,
         f"{engine_url}/health",
@@ -112,7 +119,7 @@ async def start_all(
     )
     if paging:
         return Stack(collector_url, engine_url, paging=paging)
-    return Stack(collector_url, engine_url, _url(prometheus_port), _url(alertmanager_port))
+    return Stack(collector_url, engine_url, _url(ports.prometheus), _url(ports.alertmanager))
 
 
 def why_no_paging(wanted: bool) -> str:
@@ -129,34 +136,23 @@ def why_no_paging(wanted: bool) -> str:
     return ""
 
 
-async def _start_paging(
-    launcher: Launcher,
-    scratch: Path,
-    webhook: Webhook,
-    collector_port: int,
-    engine_port: int,
-    prometheus_port: int,
-    alertmanager_port: int,
-) -> None:
-    prometheus_program, alertmanager_program = (
-        commands.installed("prometheus"),
-        commands.installed("prometheus-alertmanager"),
-    )
-    assert prometheus_program and alertmanager_program
-    command = commands.alertmanager(alertmanager_program, scratch, alertmanager_port, webhook_port=webhook.port)
+async def _start_paging(launcher: Launcher, scratch: Path, webhook: Webhook, ports: _Ports) -> None:
+    programs = commands.installed("prometheus"), commands.installed("prometheus-alertmanager")
+    assert programs[0] and programs[1]
+    command = commands.alertmanager(programs[1], scratch, ports.alertmanager, webhook_port=webhook.port)
     alertmanager = launcher.start("Alertmanager", command)
-    await launcher.ready(alertmanager, f"{_url(alertmanager_port)}/-/ready", _url(alertmanager_port))
+    url = _url(ports.alertmanager)
+    await launcher.ready(alertmanager, f"{url}/-/ready", url)
     command = commands.prometheus(
-        prometheus_program,
+        programs[0],
         scratch,
-        prometheus_port,
-        scrape_ports={"latentwatch": collector_port, "vllm": engine_port},
-        alertmanager_port=alertmanager_port,
+        ports.prometheus,
+        scrape_ports={"latentwatch": ports.collector, "vllm": ports.engine},
+        alertmanager_port=ports.alertmanager,
     )
     prometheus = launcher.start("Prometheus", command)
-    await launcher.ready(
-        prometheus, f"{_url(prometheus_port)}/-/ready", f"{_url(prometheus_port)} evaluates the alert rules"
-    )
+    url = _url(ports.prometheus)
+    await launcher.ready(prometheus, f"{url}/-/ready", f"{url} evaluates the alert rules")
 
 
 def _url(port: int) -> str:

@@ -181,6 +181,25 @@ class _Chunk(TypedDict):
 
 async def ask(client: httpx.AsyncClient, url: str, model: str, request: Planned) -> Answer:
     """One chat completion. Raises AnswerFailed for any answer that is not a whole completion."""
+    call = client.stream(
+        "POST",
+        f"{url}/v1/chat/completions",
+        json=_body(model, request),
+        headers={"X-Request-Id": request.request_id},
+    )
+    sent_at = time.time()
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS), call as response:
+            if response.status_code != 200:
+                found = (await response.aread()).decode(errors="replace")
+                raise _no_answer(request, f"HTTP {response.status_code}: {found[:300]}")
+            chunks, token_times = await (_streamed(response) if request.stream else _whole(response))
+        return _answer(request.prompt, chunks, sent_at, token_times)
+    except (httpx.HTTPError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise _no_answer(request, f"{type(error).__name__}: {error}") from error
+
+
+def _body(model: str, request: Planned) -> dict[str, object]:
     body: dict[str, object] = {
         "model": model,
         "messages": [dict(message) for message in request.prompt.messages],
@@ -190,32 +209,24 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, request: Planned)
     }
     if request.stream:
         body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
-    sent_at = time.time()
-    try:
-        async with (
-            asyncio.timeout(ANSWER_TIMEOUT_SECONDS),
-            client.stream(
-                "POST", f"{url}/v1/chat/completions", json=body, headers={"X-Request-Id": request.request_id}
-            ) as response,
-        ):
-            if response.status_code != 200:
-                found = (await response.aread()).decode(errors="replace")
-                raise _no_answer(request, f"HTTP {response.status_code}: {found[:300]}")
-            parts, token_times = (
-                await _streamed(response) if request.stream else ([json.loads(await response.aread())], ())
-            )
-        return Answer(
-            response_id=parts[0]["id"],
-            prompt=request.prompt,
-            sent_at=sent_at,
-            finished_at=time.time(),
-            text="".join(_text(choice) for part in parts for choice in part["choices"]),
-            prompt_tokens=parts[-1]["usage"]["prompt_tokens"],
-            output_tokens=parts[-1]["usage"]["completion_tokens"],
-            token_times=token_times,
-        )
-    except (httpx.HTTPError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise _no_answer(request, f"{type(error).__name__}: {error}") from error
+    return body
+
+
+def _answer(prompt: Prompt, chunks: Sequence[_Chunk], sent_at: float, token_times: tuple[float, ...]) -> Answer:
+    return Answer(
+        response_id=chunks[0]["id"],
+        prompt=prompt,
+        sent_at=sent_at,
+        finished_at=time.time(),
+        text="".join(_text(choice) for chunk in chunks for choice in chunk["choices"]),
+        prompt_tokens=chunks[-1]["usage"]["prompt_tokens"],
+        output_tokens=chunks[-1]["usage"]["completion_tokens"],
+        token_times=token_times,
+    )
+
+
+async def _whole(response: httpx.Response) -> tuple[list[_Chunk], tuple[float, ...]]:
+    return [json.loads(await response.aread())], ()
 
 
 async def _streamed(response: httpx.Response) -> tuple[list[_Chunk], tuple[float, ...]]:

@@ -97,24 +97,7 @@ class Attachment:
         if not self._reports():
             return
         try:
-            watchlist = settings.load_watchlist(self._settings)
-            if isinstance(watchlist, Refusal):
-                raise watchlist
-            self._check_engine()
-            config = self._worker.vllm_config
-            encoder.check_model(config.model_config.hf_config, config.model_config.dtype, watchlist.model)
-            self._hooks = encoder.arm(
-                self._worker.model_runner.get_model(),
-                watchlist,
-                max_rows=config.scheduler_config.max_num_batched_tokens,
-                dtype=config.model_config.dtype,
-                device=self._worker.device,
-            )
-            logger.info(
-                "latentwatch: armed %d features at %s",
-                len(watchlist.features),
-                ", ".join(str(h.rows.hook_point) for h in self._hooks),
-            )
+            self._arm()
         except Refusal as refusal:
             self._disarm(refusal)
         self._ring = Ring.create(self._geometry())
@@ -125,6 +108,27 @@ class Attachment:
                 "latentwatch: %s is not set; nothing is exported. Set it to unix:///path or host:port.",
                 settings.COLLECTOR,
             )
+
+    def _arm(self) -> None:
+        """Raises: Refusal: the watchlist, the engine or the model is not one whose scores would be right."""
+        watchlist = settings.load_watchlist(self._settings)
+        if isinstance(watchlist, Refusal):
+            raise watchlist
+        self._check_engine()
+        config = self._worker.vllm_config
+        encoder.check_model(config.model_config.hf_config, config.model_config.dtype, watchlist.model)
+        self._hooks = encoder.arm(
+            self._worker.model_runner.get_model(),
+            watchlist,
+            max_rows=config.scheduler_config.max_num_batched_tokens,
+            dtype=config.model_config.dtype,
+            device=self._worker.device,
+        )
+        logger.info(
+            "latentwatch: armed %d features at %s",
+            len(watchlist.features),
+            ", ".join(str(h.rows.hook_point) for h in self._hooks),
+        )
 
     def _geometry(self) -> Geometry:
         scheduler = self._worker.vllm_config.scheduler_config

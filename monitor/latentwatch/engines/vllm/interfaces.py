@@ -1,7 +1,7 @@
-"""What is read of vLLM's own objects, which is the whole surface that another version of vLLM may break.
+"""What is read of vLLM's own objects, about which it promises nothing: a new version may change any of it.
 
-vLLM promises nothing about any of it. What stands here is there in every version that is supported; what may be missing
-is read with getattr and a default, where it is needed. Verified against vLLM 0.26, 0.32 and 0.33.
+What stands here is there in every version that is supported; what may be missing is read with getattr and a default,
+where it is needed. Verified against vLLM 0.26, 0.32 and 0.33.
 """
 
 from __future__ import annotations

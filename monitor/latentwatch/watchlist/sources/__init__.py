@@ -64,12 +64,12 @@ class About:
     """What a source says of itself."""
 
     architecture: str
-    kind: str
-    """"sae", "probe" or "direction", as on the card."""
-    units: str
     d_in: int
     width: int
     """Rows that can be selected."""
+    kind: str = "sae"
+    """"sae", "probe" or "direction", as on the card."""
+    units: str = "activation of the SAE as published"
     hook: str | None = None
     """The place in the model that it was trained on, in the source's own words; None if it does not say."""
     names: Mapping[str, int] = field(default_factory=dict)

@@ -32,17 +32,17 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     d_in = tensors.vector(f"b_dec{suffix}")
     tensors.expect(f"W_enc{suffix}", (width, d_in))
     threshold = f"threshold{suffix}" if cross else "activation_function.threshold"
+    if threshold in tensors.entries:
+        tensors.expect(threshold, (width,))
 
     def rows(index_K: Sequence[int]) -> EncoderRows:
         w_KD, bias_K = tensors.rows(f"W_enc{suffix}", index_K), tensors.rows(f"b_enc{suffix}", index_K)
         if threshold not in tensors.entries:
             return canonical.relu(w_KD, bias_K)
-        tensors.expect(threshold, (width,))
         return canonical.jumprelu(w_KD, bias_K, tensors.rows(threshold, index_K))
 
     about = About(
         architecture=("cross-layer" if cross else "per-layer") + " transcoder",
-        kind="sae",
         units="activation of the transcoder as published",
         d_in=d_in,
         width=width,

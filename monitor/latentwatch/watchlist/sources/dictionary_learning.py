@@ -7,6 +7,7 @@ Upstream truth: dictionary_learning/dictionary.py and trainers/{top_k,batch_top_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -27,11 +28,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     """Open a trainer's folder."""
     options.refuse_unused(location)
     trainer = location.config("config.json").section("trainer")
-    name = trainer.text("dict_class")
-    if name is None:
-        raise location.refuse("config.json names no trainer.dict_class", "Give a folder saved by dictionary_learning.")
-    if name not in _CLASSES:
-        raise refuse_architecture(location, name, "it is not a dictionary class with a linear row per feature")
+    name = _class_name(location, trainer)
     transposed, class_rows = _CLASSES[name]
     tensors = TorchFile(location.file("ae.pt"))
     width, d_in = _sizes(tensors, transposed)
@@ -39,13 +36,8 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     hook = _hook(trainer)
     if hook is None:
         refuse_other_layer(location, _layer(trainer), hook_point)
-
-    def rows(index_K: Sequence[int]) -> EncoderRows:
-        return class_rows(tensors, index_K)
-
     about = About(
         architecture=name,
-        kind="sae",
         units="activation times the decoder norm" if name == "AutoEncoder" else "activation of the SAE as published",
         d_in=d_in,
         width=width,
@@ -54,7 +46,17 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         k=int(tensors.scalar("k")) if name == "AutoEncoderTopK" else None,
     )
     decoder = Decoder(lambda index_K: _decoder(tensors, name, index_K), lambda: tensors.whole(_DECODER_BIAS[name]))
-    return Source(about, (location.file("config.json"), tensors.path), rows, decoder=decoder)
+    files = (location.file("config.json"), tensors.path)
+    return Source(about, files, functools.partial(class_rows, tensors), decoder=decoder)
+
+
+def _class_name(location: Location, trainer: Config) -> str:
+    name = trainer.text("dict_class")
+    if name is None:
+        raise location.refuse("config.json names no trainer.dict_class", "Give a folder saved by dictionary_learning.")
+    if name not in _CLASSES:
+        raise refuse_architecture(location, name, "it is not a dictionary class with a linear row per feature")
+    return name
 
 
 def _sizes(tensors: TorchFile, transposed: bool) -> tuple[int, int]:

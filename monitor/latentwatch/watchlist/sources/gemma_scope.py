@@ -34,8 +34,6 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     l0 = layer_in(location.text, r"average_l0_(\d+)")
     about = About(
         architecture="jumprelu",
-        kind="sae",
-        units="activation of the SAE as published",
         d_in=d_in,
         width=width,
         hook=hook,

@@ -6,6 +6,7 @@ Upstream truth: SAELens' gemma_3 loaders; the names are lower case in the files.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -49,16 +50,8 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     hook = config.text("hf_hook_point_in") or _hook(location)
     if hook is None:
         refuse_other_layer(location, layer_in(location.text, r"layer_(\d+)"), hook_point)
-
-    def rows(index_K: Sequence[int]) -> EncoderRows:
-        return canonical.jumprelu(
-            tensors.columns("w_enc", index_K), tensors.rows("b_enc", index_K), tensors.rows("threshold", index_K)
-        )
-
     about = About(
         architecture="jumprelu",
-        kind="sae",
-        units="activation of the SAE as published",
         d_in=d_in,
         width=width,
         hook=hook,
@@ -66,7 +59,13 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     )
     files = (location.file("config.json"), tensors.path) if configured else (tensors.path,)
     decoder = Decoder(lambda index_K: tensors.rows("w_dec", index_K), lambda: tensors.whole("b_dec"))
-    return Source(about, files, rows, decoder=decoder)
+    return Source(about, files, functools.partial(_rows, tensors), decoder=decoder)
+
+
+def _rows(tensors: SafetensorsFile, index_K: Sequence[int]) -> EncoderRows:
+    return canonical.jumprelu(
+        tensors.columns("w_enc", index_K), tensors.rows("b_enc", index_K), tensors.rows("threshold", index_K)
+    )
 
 
 def _sizes(tensors: SafetensorsFile) -> tuple[int, int]:

@@ -30,8 +30,6 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
 
     about = About(
         architecture="standard",
-        kind="sae",
-        units="activation of the SAE as published",
         d_in=d_in,
         width=width,
         hook=None if layer is None else f"blocks.{layer}.hook_resid_post",

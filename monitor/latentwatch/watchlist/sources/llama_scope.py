@@ -13,7 +13,8 @@ are f times these.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,13 @@ from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.location import Config, Location
 from latentwatch.watchlist.sources import About, Decoder, Source, SourceOptions, refuse_architecture
 from latentwatch.watchlist.tensors import SafetensorsFile
+
+
+class _Scales(NamedTuple):
+    """f of what is read and of what is written."""
+
+    read: float
+    written: float
 
 
 def open_source(location: Location, hook_point: HookPoint, options: SourceOptions) -> Source:  # noqa: ARG001
@@ -37,37 +45,54 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     width, d_in = tensors.matrix("encoder.weight")
     tensors.expect("encoder.bias", (width,))
     tensors.expect("decoder.weight", (d_in, width))
-    scale_in, scale_out = _scales(location, config, d_in)
-    include_norm = config.flag("sparsity_include_decoder_norm", True)
-    subtracts = config.flag("use_decoder_bias", True) and config.flag("apply_decoder_bias_to_pre_encoder", True)
-
-    def rows(index_K: Sequence[int]) -> EncoderRows:
-        factor_K = np.ones(len(index_K))
-        if include_norm:
-            factor_K = np.linalg.norm(tensors.columns("decoder.weight", index_K), axis=1) * scale_in / scale_out
-        bias_K = tensors.rows("encoder.bias", index_K) / scale_in
-        offset_D = tensors.whole("decoder.bias") / scale_out if subtracts else None
-        w_KD = tensors.rows("encoder.weight", index_K)
-        with np.errstate(divide="ignore"):  # a dead decoder column; fold() refuses its gain of zero
-            threshold_K = threshold / factor_K
-        return canonical.scaled(canonical.jumprelu(w_KD, bias_K, threshold_K, offset_D), factor_K)
-
+    scales = _scales(location, config, d_in)
     about = About(
         architecture="jumprelu",
-        kind="sae",
         units="activation as its authors' loader gives it, in units of the residual stream",
         d_in=d_in,
         width=width,
         hook=config.text("hook_point_in"),
         notes=config.noted("act_fn", "top_k"),
     )
+    files = (location.file("hyperparams.json"), tensors.path)
+    return Source(about, files, _encoder(tensors, config, threshold, scales), decoder=_decoder(tensors, config, scales))
 
-    def decoder_rows(index_K: Sequence[int]) -> F64:
+
+def _encoder(
+    tensors: SafetensorsFile, config: Config, threshold: float, scales: _Scales
+) -> Callable[[Sequence[int]], EncoderRows]:
+    include_norm = _includes_norm(config)
+    subtracts = config.flag("use_decoder_bias", True) and config.flag("apply_decoder_bias_to_pre_encoder", True)
+
+    def rows(index_K: Sequence[int]) -> EncoderRows:
+        factor_K = np.ones(len(index_K))
+        if include_norm:
+            norms_K = np.linalg.norm(tensors.columns("decoder.weight", index_K), axis=1)
+            factor_K = norms_K * scales.read / scales.written
+        bias_K = tensors.rows("encoder.bias", index_K) / scales.read
+        offset_D = tensors.whole("decoder.bias") / scales.written if subtracts else None
+        w_KD = tensors.rows("encoder.weight", index_K)
+        with np.errstate(divide="ignore"):  # a dead decoder column; fold() refuses its gain of zero
+            threshold_K = threshold / factor_K
+        return canonical.scaled(canonical.jumprelu(w_KD, bias_K, threshold_K, offset_D), factor_K)
+
+    return rows
+
+
+def _decoder(tensors: SafetensorsFile, config: Config, scales: _Scales) -> Decoder:
+    include_norm = _includes_norm(config)
+
+    def rows(index_K: Sequence[int]) -> F64:
         w_KD = tensors.columns("decoder.weight", index_K)
-        return w_KD / np.linalg.norm(w_KD, axis=1, keepdims=True) if include_norm else w_KD * scale_in / scale_out
+        if include_norm:
+            return np.asarray(w_KD / np.linalg.norm(w_KD, axis=1, keepdims=True))
+        return w_KD * scales.read / scales.written
 
-    decoder = Decoder(decoder_rows, lambda: tensors.whole("decoder.bias") / scale_out)
-    return Source(about, (location.file("hyperparams.json"), tensors.path), rows, decoder=decoder)
+    return Decoder(rows, lambda: tensors.whole("decoder.bias") / scales.written)
+
+
+def _includes_norm(config: Config) -> bool:
+    return config.flag("sparsity_include_decoder_norm", True)
 
 
 def _threshold(location: Location, config: Config) -> float:
@@ -83,11 +108,10 @@ def _threshold(location: Location, config: Config) -> float:
     return threshold
 
 
-def _scales(location: Location, config: Config, d_in: int) -> tuple[float, float]:
-    """f_in and f_out."""
+def _scales(location: Location, config: Config, d_in: int) -> _Scales:
     mode = config.text("norm_activation") or "none"
     if mode in ("none", "inference"):
-        return 1.0, 1.0
+        return _Scales(1.0, 1.0)
     norms = config.section("dataset_average_activation_norm")
     norm_in, norm_out = norms.number("in") or 0.0, norms.number("out") or 0.0
     if mode != "dataset-wise" or norm_in <= 0 or norm_out <= 0:
@@ -96,4 +120,4 @@ def _scales(location: Location, config: Config, d_in: int) -> tuple[float, float
             "Only 'dataset-wise' with its two norms can be folded into the rows.",
             "source_scale_missing",
         )
-    return math.sqrt(d_in) / norm_in, math.sqrt(d_in) / norm_out
+    return _Scales(math.sqrt(d_in) / norm_in, math.sqrt(d_in) / norm_out)

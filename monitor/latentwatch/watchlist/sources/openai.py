@@ -37,8 +37,6 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
 
     about = About(
         architecture=str(activation),
-        kind="sae",
-        units="activation of the SAE as published",
         d_in=d_in,
         width=width,
         hook=_hook(location),

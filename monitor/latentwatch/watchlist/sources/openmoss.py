@@ -71,19 +71,10 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     include_norm = config.flag("sparsity_include_decoder_norm", True)
 
     def rows(index_K: Sequence[int]) -> EncoderRows:
-        w_KD, bias_K = tensors.encoder(index_K)
-        norms_K = tensors.decoder_norms(index_K) if include_norm else np.ones(len(index_K))
-        if activation == "jumprelu":
-            with np.errstate(divide="ignore"):  # a dead decoder row: a threshold of infinity, which fold() refuses
-                threshold_K = tensors.threshold(index_K) / norms_K
-            built = canonical.jumprelu(w_KD, bias_K, threshold_K, norm=norm)
-        else:
-            built = canonical.relu(w_KD, bias_K, norm=norm, rank_K=norms_K)
-        return canonical.input_scaled(built, scale)
+        return canonical.input_scaled(_encoder_rows(tensors, index_K, activation, include_norm, norm), scale)
 
     about = About(
         architecture=activation,
-        kind="sae",
         units="activation of the SAE as published, for its normalised input",
         d_in=tensors.d_in,
         width=tensors.width,
@@ -94,6 +85,18 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     transcoder = config.text("hook_point_out") not in (None, config.text("hook_point_in"))
     decoder = None if transcoder else Decoder(tensors.decoder, tensors.decoder_bias, scale)
     return Source(about, (location.file("config.json"), tensors.file.path), rows, decoder=decoder)
+
+
+def _encoder_rows(
+    tensors: _Tensors, index_K: Sequence[int], activation: str, include_norm: bool, norm: str
+) -> EncoderRows:
+    w_KD, bias_K = tensors.encoder(index_K)
+    norms_K = tensors.decoder_norms(index_K) if include_norm else np.ones(len(index_K))
+    if activation != "jumprelu":
+        return canonical.relu(w_KD, bias_K, norm=norm, rank_K=norms_K)
+    with np.errstate(divide="ignore"):  # a dead decoder row: a threshold of infinity, which fold() refuses
+        threshold_K = tensors.threshold(index_K) / norms_K
+    return canonical.jumprelu(w_KD, bias_K, threshold_K, norm=norm)
 
 
 def _check(location: Location, config: Config) -> None:

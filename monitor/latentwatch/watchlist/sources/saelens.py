@@ -121,8 +121,6 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         noted["scaling_factor"] = "of the decoder; activations are before it, as in SAELens"
     about = About(
         architecture=config.architecture,
-        kind="sae",
-        units="activation of the SAE as published",
         d_in=config.d_in,
         width=config.width,
         hook=config.hook,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
-from latentwatch.watchlist.location import Location
+from latentwatch.watchlist.location import Config, Location
 from latentwatch.watchlist.sources import About, Decoder, Source, SourceOptions, refuse_architecture
 from latentwatch.watchlist.tensors import SafetensorsFile
 
@@ -23,14 +23,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     """Open the folder of one hookpoint."""
     options.refuse_unused(location)
     config = location.config("cfg.json")
-    activation = config.text("activation") or "topk"
-    if activation != "topk":
-        raise refuse_architecture(location, activation, "whether a feature fires depends on its group")
-    if config.flag("signed", False):
-        raise refuse_architecture(location, "signed topk", "it keeps the sign of the k largest magnitudes")
-    k = config.count("k")
-    if k is None:
-        raise config.refuse("k", "a whole number above zero")
+    k = _k(location, config)
     tensors = SafetensorsFile(location.file("sae.safetensors"))
     width, d_in = tensors.matrix("encoder.weight")
     tensors.expect("encoder.bias", (width,))
@@ -44,8 +37,6 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
 
     about = About(
         architecture="topk",
-        kind="sae",
-        units="activation of the SAE as published",
         d_in=d_in,
         width=width,
         hook=_hook(location, transcode),
@@ -53,6 +44,18 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     )
     decoder = Decoder(lambda index_K: tensors.rows("W_dec", index_K), lambda: tensors.whole("b_dec"))
     return Source(about, (location.file("cfg.json"), tensors.path), rows, decoder=None if transcode else decoder)
+
+
+def _k(location: Location, config: Config) -> int:
+    activation = config.text("activation") or "topk"
+    if activation != "topk":
+        raise refuse_architecture(location, activation, "whether a feature fires depends on its group")
+    if config.flag("signed", False):
+        raise refuse_architecture(location, "signed topk", "it keeps the sign of the k largest magnitudes")
+    k = config.count("k")
+    if k is None:
+        raise config.refuse("k", "a whole number above zero")
+    return k
 
 
 def _hook(location: Location, transcode: bool) -> str | None:
