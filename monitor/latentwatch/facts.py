@@ -81,6 +81,16 @@ class RequestProgress:
     total_tokens: int | None = None
     """As the engine reported them at the end."""
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether any of its tokens has a score."""
+        return bool(self.tokens[TokenState.SCORED] or self.tokens[TokenState.INHERITED])
+
+
+def is_whole(info: RequestInfo, progress: RequestProgress) -> bool:
+    """Whether a request ended, was seen from its beginning, and has scores: only then it counts among others."""
+    return progress.outcome is not None and info.opening_seen and progress.is_scored
+
 
 @dataclass(frozen=True)
 class FeatureSummary:

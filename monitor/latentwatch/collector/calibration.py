@@ -9,7 +9,8 @@ import numpy as np
 from latentwatch.collector.drift import Drift, DriftSettings
 from latentwatch.drift.baseline import Baseline
 from latentwatch.errors import BaselineRefused
-from latentwatch.evidence.archive import EndedRequest
+from latentwatch.evidence.records import Ended
+from latentwatch.facts import is_whole
 from latentwatch.watchlist.file import Watchlist
 
 _LAST_WINDOW_SECONDS = 3600.0
@@ -19,7 +20,7 @@ _LAST_WINDOW_SECONDS = 3600.0
 def of_evidence(
     watchlist: Watchlist,
     model_name: str,
-    ended: Iterable[EndedRequest],
+    ended: Iterable[Ended],
     settings: DriftSettings | None = None,
     what: str = "evidence",
 ) -> Baseline:
@@ -31,30 +32,22 @@ def of_evidence(
     drift.model_seen(model_name)
     requests = ordinary = 0
     now = 0.0
-    for request in ended:
-        now = request.closed_seconds
-        if not request.whole:
+    for end in ended:
+        now, info, rows = end.progress.closed_seconds, end.request.info, end.features.rows
+        if not is_whole(info, end.progress):
             continue
-        if request.features_left_out:
+        if end.features.left_out:
             raise _refuse(
                 what,
-                f"a request showed {request.features_left_out} features more than its summary keeps",
+                f"a request showed {end.features.left_out} features more than its summary keeps",
                 "Calibrate from the collector's address or a recording, which have them all.",
             )
         fired_F, value_F = np.zeros(features, np.int64), np.full(features, np.nan, np.float32)
-        fired_F[request.features["index"]] = request.features["fired"]
-        value_F[request.features["index"]] = request.features["statistic"]
-        drift.add(
-            model_name,
-            request.replica,
-            [request.adapter],
-            [request.request_id],
-            fired_F[None],
-            value_F[None],
-            now,
-        )
+        fired_F[rows["index"]] = rows["fired"]
+        value_F[rows["index"]] = rows["statistic"]
+        drift.add(model_name, info.replica, [info.adapter], [info.request_id], fired_F[None], value_F[None], now)
         requests += 1
-        ordinary += not request.exceeded_features
+        ordinary += not end.features.exceeded
     if not requests:
         instead = "Give the folder of the collector that it streams to, and the name that it is served under."
         raise _refuse(what, f"it holds no whole request of model {model_name!r}", instead)

@@ -14,7 +14,7 @@ import numpy as np
 from latentwatch.aggregate.requests import RequestFeatures
 from latentwatch.collector.requests import RequestSummary, Roster, SummariesState, TrackedRequest, bounded
 from latentwatch.facts import FEATURE_STAT
-from latentwatch.names import Outcome, TokenState
+from latentwatch.names import Outcome
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import RequestRow, joined
 
@@ -133,8 +133,3 @@ def features_of(rows: Sequence[RequestRow], features: int) -> RequestFeatures:
     for name, array_nF in made.columns().items():
         array_nF[at] = seen[name]
     return made
-
-
-def was_seen(row: RequestRow) -> bool:
-    """Whether any of its tokens has a score."""
-    return bool(row.progress.tokens[TokenState.SCORED] or row.progress.tokens[TokenState.INHERITED])

@@ -8,14 +8,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
 import numpy as np
 
-from latentwatch.arrays import Array
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import segment
-from latentwatch.evidence.records import FIRE_RECORD, row_record
+from latentwatch.evidence.records import FIRE_RECORD, Ended, RecordedRequest, row_record
 from latentwatch.evidence.segment import Watched, WatchedFeature
 from latentwatch.evidence.store import segments
 from latentwatch.facts import (
@@ -33,17 +32,8 @@ from latentwatch.facts import (
 )
 from latentwatch.names import Outcome, Phase, TokenState
 
-_REQUEST: Final = """
-SELECT key, request_id, response_id, trace_id, replica, model_name, engine, adapter, opened_seconds, opening_seen,
-  closed_seconds, outcome, prompt_tokens, output_tokens, total_tokens, scored, inherited, unseen, dropped,
-  exceeded_features, features, features_left_out, activations_lost
-FROM request WHERE key = ?
-"""
-_ENDED: Final = """
-SELECT request_id, replica, adapter, opening_seen AND scored + inherited > 0 AS whole, closed_seconds,
-  exceeded_features, features, features_left_out
-FROM request WHERE model_name = ? AND outcome IS NOT NULL ORDER BY closed_seconds
-"""
+_REQUEST: Final = "SELECT * FROM request WHERE key = ?"
+_ENDED: Final = "SELECT * FROM request WHERE model_name = ? AND outcome IS NOT NULL ORDER BY closed_seconds"
 _EXCEEDANCE: Final = """
 SELECT r.request_id, r.trace_id, r.model_name, e.feature, e.seconds, e.position, e.phase, e.value
 FROM exceedance e JOIN request r ON r.key = e.request
@@ -95,21 +85,6 @@ class StoredRequest(ShownRequest):
     """Activations before the first exceedance that were not kept."""
 
 
-class EndedRequest(NamedTuple):
-    """What is needed of a request that ended to count it among others."""
-
-    request_id: str
-    replica: str
-    adapter: str
-    whole: bool
-    """Seen from its beginning, and with scores."""
-    closed_seconds: float
-    exceeded_features: int
-    features: Array
-    """FEATURE_STAT."""
-    features_left_out: int
-
-
 class Archive:
     """A folder of evidence, read only."""
 
@@ -146,11 +121,11 @@ class Archive:
             for key in reader.all():
                 yield reader.request(key)
 
-    def ended(self, model_name: str) -> Iterator[EndedRequest]:
+    def ended(self, model_name: str) -> Iterator[Ended]:
         """Every request of this model that ended, in the order of their ends."""
         # A request that runs past midnight stays in its first segment, so segments overlap in time.
         each = (reader.ended(model_name) for reader in self._newest_first())
-        return heapq.merge(*each, key=lambda request: request.closed_seconds)
+        return heapq.merge(*each, key=lambda ended: ended.progress.closed_seconds)
 
     def watchlists(self) -> set[str]:
         """SHA-256 of every watchlist that something here was seen with."""
@@ -187,7 +162,7 @@ class _Reader:
         self._connection = connection
         self._watched = watched
         self._dense = np.array([f.number for f in watched.features if f.dense], np.int64)
-        self._number = {f.id: f.number for f in watched.features}
+        self._limits = [feature.limit for feature in watched.features]
 
     @classmethod
     def open(cls, path: Path) -> _Reader | None:
@@ -223,18 +198,10 @@ class _Reader:
     def find(self, name: str) -> list[int]:
         return segment.find(self._connection, name)
 
-    def ended(self, model_name: str) -> Iterator[EndedRequest]:
+    def ended(self, model_name: str) -> Iterator[Ended]:
         for row in self._connection.execute(_ENDED, (model_name,)):
-            yield EndedRequest(
-                request_id=row["request_id"],
-                replica=row["replica"],
-                adapter=row["adapter"],
-                whole=bool(row["whole"]),
-                closed_seconds=row["closed_seconds"],
-                exceeded_features=row["exceeded_features"],
-                features=segment.unpack(row["features"], FEATURE_STAT),
-                features_left_out=row["features_left_out"],
-            )
+            request = RecordedRequest(row["key"], _info(row))
+            yield Ended(request, _progress(row), _features(row), row["activations_lost"])
 
     def all(self) -> list[int]:
         return [key for (key,) in self._connection.execute("SELECT key FROM request ORDER BY key")]
@@ -264,16 +231,7 @@ class _Reader:
     def request(self, key: int) -> StoredRequest:
         row = self._connection.execute(_REQUEST, (key,)).fetchone()
         ended = row["outcome"] is not None
-        names = ("request_id", "replica", "model_name", "engine", "opened_seconds", "adapter", "prompt_tokens")
-        info = RequestInfo(**{name: row[name] for name in names}, opening_seen=bool(row["opening_seen"]))
-        progress = RequestProgress(
-            outcome=Outcome(row["outcome"]) if ended else None,
-            closed_seconds=row["closed_seconds"] or 0.0,
-            tokens=np.array([0, *(row[state.name.lower()] or 0 for state in TokenState)]),
-            output_tokens=row["output_tokens"],
-            total_tokens=row["total_tokens"],
-        )
-        shown = shown_request(info, progress, trace=row["trace_id"])
+        shown = shown_request(_info(row), _progress(row), trace=row["trace_id"])
         found = self._connection.execute(f"{_EXCEEDANCE} WHERE e.request = ? ORDER BY e.position", (key,))
         exceedances = tuple(self._exceedance(exceedance) for exceedance in found)
         return StoredRequest(
@@ -282,7 +240,7 @@ class _Reader:
             watchlist=self._watched.name,
             watchlist_sha256=self._watched.sha256,
             exceedances=exceedances,
-            features=self._summary(row) if ended else (),
+            features=shown_features(_features(row), self._watched.features, self._limits) if ended else (),
             features_left_out=row["features_left_out"] or 0,
             activations=tuple(self._activations(key, {exceedance.feature for exceedance in exceedances})),
             activations_lost=row["activations_lost"] or 0,
@@ -302,11 +260,6 @@ class _Reader:
                 model_name=row["model_name"],
             )
         )
-
-    def _summary(self, row: sqlite3.Row) -> tuple[ShownFeature, ...]:
-        rows = segment.unpack(row["features"], FEATURE_STAT)
-        summary = FeatureSummary(rows, row["exceeded_features"], row["features_left_out"])
-        return shown_features(summary, self._watched.features, [feature.limit for feature in self._watched.features])
 
     def _activations(self, key: int, exceeded: set[str]) -> Iterator[StoredActivations]:
         blobs = self._connection.execute("SELECT fires, rows FROM activations WHERE request = ? ORDER BY rowid", (key,))
@@ -337,3 +290,23 @@ class _Reader:
                 positions=positions.tolist(),
                 values=values[order].tolist(),
             )
+
+
+def _info(row: sqlite3.Row) -> RequestInfo:
+    names = ("request_id", "replica", "model_name", "engine", "opened_seconds", "adapter", "prompt_tokens")
+    return RequestInfo(**{name: row[name] for name in names}, opening_seen=bool(row["opening_seen"]))
+
+
+def _progress(row: sqlite3.Row) -> RequestProgress:
+    return RequestProgress(
+        outcome=None if row["outcome"] is None else Outcome(row["outcome"]),
+        closed_seconds=row["closed_seconds"] or 0.0,
+        tokens=np.array([0, *(row[state.name.lower()] or 0 for state in TokenState)]),
+        output_tokens=row["output_tokens"],
+        total_tokens=row["total_tokens"],
+    )
+
+
+def _features(row: sqlite3.Row) -> FeatureSummary:
+    rows = segment.unpack(row["features"], FEATURE_STAT)
+    return FeatureSummary(rows, row["exceeded_features"], row["features_left_out"])

@@ -18,10 +18,10 @@ from latentwatch.collector.evidence_buffer import watched
 from latentwatch.drift import baseline, canary
 from latentwatch.drift.baseline import Baseline, Fingerprint
 from latentwatch.errors import BaselineRefused, ConfigRefused, StreamRefused
-from latentwatch.evidence.archive import EndedRequest
+from latentwatch.evidence.records import Ended, RecordedRequest
 from latentwatch.evidence.store import Retention, Store
-from latentwatch.facts import FEATURE_STAT
-from latentwatch.names import TokenState
+from latentwatch.facts import FEATURE_STAT, FeatureSummary, RequestInfo, RequestProgress
+from latentwatch.names import Outcome, TokenState
 from latentwatch.transport import recording
 from latentwatch.transport.recording import RecordingSink
 from latentwatch.watchlist import file as watchlist_file
@@ -451,8 +451,10 @@ def test_evidence_that_is_not_of_every_request_makes_no_baseline(folder, tmp_pat
     assert main([*calibrate, "--watchlist", str(tmp_path / "o.safetensors")]) == 2
     assert built.sha256 in capsys.readouterr().err
     with pytest.raises(BaselineRefused, match="features more"):
-        row = EndedRequest("r", "pod", "", True, MONDAY, 0, np.empty(0, FEATURE_STAT), 7)
-        of_evidence(built, "toy", [row])
+        info = RequestInfo("r", "pod", "toy", "0", MONDAY, opening_seen=True)
+        progress = RequestProgress(Outcome.FINISHED, MONDAY, np.array([0, 9, 0, 0, 0]))
+        summary = FeatureSummary(np.empty(0, FEATURE_STAT), exceeded=0, left_out=7)
+        of_evidence(built, "toy", [Ended(RecordedRequest(1, info), progress, summary, activations_lost=0)])
 
 
 def _always_exceeded(rows):

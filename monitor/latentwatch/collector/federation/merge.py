@@ -14,11 +14,11 @@ from latentwatch.aggregate.histogram import NORM_EDGES, Histograms
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
 from latentwatch.collector.listener import RemoteRows, StepListener
-from latentwatch.collector.remote_requests import features_of, was_seen
+from latentwatch.collector.remote_requests import features_of
 from latentwatch.collector.replicas import Boot
 from latentwatch.collector.requests import RequestSummary, summarise
 from latentwatch.collector.state import CollectorState, ModelCounts
-from latentwatch.facts import FeatureSummary
+from latentwatch.facts import FeatureSummary, is_whole
 from latentwatch.names import Outcome
 from latentwatch.transport import report as reports
 from latentwatch.transport.hello import Hello
@@ -76,11 +76,7 @@ class ReportMerge:
         features = features_of(rows, len(state.features))
         summaries = summarise(features, state.table.limit_F, state.bounds.summary_features)
         requests = [self._add_row(forwarder, row, summaries[i], features.statistic_nF[i]) for i, row in enumerate(rows)]
-        whole = [
-            i
-            for i, row in enumerate(rows)
-            if row.progress.outcome is not None and row.info.opening_seen and was_seen(row)
-        ]
+        whole = [i for i, row in enumerate(rows) if is_whole(row.info, row.progress)]
         self._tell(RemoteRows(rows, requests, features, whole, now))
 
     def _add_row(
