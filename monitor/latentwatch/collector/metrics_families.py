@@ -14,42 +14,17 @@ from latentwatch.collector.federation.client import RelayFacts
 from latentwatch.collector.snapshot import TOKEN_SERIES, ModelTotals, ReplicaView, Snapshot
 from latentwatch.drift.detection import KINDS
 from latentwatch.drift.model import DriftView
+from latentwatch.errors import RefusalReason
 from latentwatch.evidence.records import KINDS as KINDS_OF_RECORD
 from latentwatch.evidence.writer import DROP_REASONS, NOTHING_WRITTEN, QUEUE_BYTES, WriterTotals
 from latentwatch.export import metrics
 from latentwatch.export.families import ExemplarLine, Family, LabelRows
 from latentwatch.export.metrics import ENGINE_COUNTERS, Metric
 from latentwatch.names import Outcome
-from latentwatch.transport import listener
 from latentwatch.transport.receiver import ReceiverFacts
 from latentwatch.watchlist.file import Feature, Watchlist
 
-REFUSALS: Final = (
-    "watchlist_mismatch",
-    "protocol_version",
-    "malformed_hello",
-    "hello_missing",
-    "hello_repeated",
-    "malformed_batch",
-    "unknown_boot",
-    "boot_changed",
-    "replica_name",
-    "too_many_replicas",
-    "too_many_models",
-    "too_many_streams",
-    "superseded",
-    "collector_error",
-    "unauthenticated",
-    "replica_identity",
-    "message_too_large",
-    "replayed",
-    "stream_idle",
-    "replica_twice",
-    "forwards_twice",
-    *listener.REFUSALS,
-    "http_unauthenticated",
-    "http_slow",
-)
+REFUSALS: Final = tuple(reason for reason in RefusalReason if reason.counted)
 """Reasons that have a series at 0 from the start, so that increase() sees the first one."""
 
 
@@ -238,7 +213,7 @@ class Families:
 
     def _collector(self, snapshot: Snapshot) -> Iterator[Family]:
         totals = snapshot.collector
-        refused = {**dict.fromkeys(REFUSALS, 0), **totals.streams_refused}
+        refused: dict[str, int] = {**dict.fromkeys(REFUSALS, 0), **totals.streams_refused}
         yield Family(metrics.STREAMS_REFUSED, tuple((reason,) for reason in refused), list(refused.values()))
         for metric, value in (
             (metrics.MESSAGES, totals.messages),

@@ -47,7 +47,7 @@ from latentwatch.collector.requests import (
     summarise,
 )
 from latentwatch.drift.limits import with_limits
-from latentwatch.errors import StreamRefused
+from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.evidence.records import Record
 from latentwatch.names import Outcome, Phase, Reason, TokenState, response_id, trace_id
 from latentwatch.step.batch import CROSSED_DTYPE, RequestClosed, RequestOpened, StepBatch
@@ -152,7 +152,7 @@ class Pipeline:
                 f"collector {hello.replica}",
                 found="this collector forwards to another one itself, and only what engines send here travels on",
                 instead="ReportOutbox to the gateway itself.",
-                reason="forwards_twice",
+                reason=RefusalReason.FORWARDS_TWICE,
             )
         boot, over = self._replicas.admit(hello, now)
         if hello.forwards:

@@ -27,7 +27,7 @@ from latentwatch.collector.pipeline import Pipeline
 from latentwatch.collector.pseudonyms import Pseudonyms, PseudonymSink
 from latentwatch.collector.telemetry import Telemetry, TelemetrySettings
 from latentwatch.drift.canary import canary_prompt
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
@@ -115,7 +115,7 @@ class Service:
                     "--request-id-key-file with --route",
                     found="a hashed id does not tell its route",
                     instead="Give one of them.",
-                    reason="request_id_key",
+                    reason=RefusalReason.REQUEST_ID_KEY,
                 )
             canary_key = settings.drift.canary_key
             self.pipeline.pseudonyms = Pseudonyms.read(

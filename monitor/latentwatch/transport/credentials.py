@@ -18,7 +18,7 @@ from typing import Any, Final
 import grpc
 
 from latentwatch import secrets
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.log_limit import LogLimit
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,9 @@ TOKEN_FILE: Final = "LATENTWATCH_COLLECTOR_TOKEN_FILE"  # noqa: S105, the name o
 class Tokens:
     """The bearer tokens that are accepted, one a file: two files while one is rotated out."""
 
-    def __init__(self, files: Sequence[Path], what: str = "token file", reason: str = secrets.TOKEN_UNUSABLE) -> None:
+    def __init__(
+        self, files: Sequence[Path], what: str = "token file", reason: RefusalReason = RefusalReason.TOKEN_UNUSABLE
+    ) -> None:
         """Raises: ConfigRefused, for this reason."""
         self._files = tuple(files)
         self._what = what
@@ -149,5 +151,5 @@ def _unusable(path: Path, error: OSError) -> ConfigRefused:
         f"TLS with {path}",
         found=f"{type(error).__name__}: {error}",
         instead="Give PEM files that this process can read: a certificate with its chain, its key, the authorities.",
-        reason="tls_unusable",
+        reason=RefusalReason.TLS_UNUSABLE,
     )

@@ -29,7 +29,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from latentwatch.errors import ConfigRefused, StreamRefused
+from latentwatch.errors import ConfigRefused, RefusalReason, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address, cannot_listen
@@ -71,7 +71,9 @@ _SETTLE_SECONDS: Final = 1.0
 _LOG_AGAIN_SECONDS: Final = 10.0
 """Between two lines on streams refused for one reason: every engine of a fleet tries again each few seconds."""
 
-_FULL: Final = frozenset({"too_many_replicas", "too_many_models", "too_many_streams"})
+_FULL: Final = frozenset(
+    {RefusalReason.TOO_MANY_REPLICAS, RefusalReason.TOO_MANY_MODELS, RefusalReason.TOO_MANY_STREAMS}
+)
 
 T = TypeVar("T")
 
@@ -258,7 +260,7 @@ class Receiver:
         self._handlers.add(task)
         task.add_done_callback(self._handlers.discard)
         if self._tokens is not None and not self._tokens.accept(_authorization(context)):
-            self._on_refused("unauthenticated")
+            self._on_refused(RefusalReason.UNAUTHENTICATED)
             await context.abort(
                 grpc.StatusCode.UNAUTHENTICATED,
                 "stream: it shows no token that this collector knows. Set LATENTWATCH_COLLECTOR_TOKEN_FILE.",
@@ -311,7 +313,7 @@ class Receiver:
                 f"stream of replica {hello.replica!r}",
                 found=f"{len(self._streams)} streams are open, which is this collector's bound",
                 instead="Run another collector, or raise the bound on streams.",
-                reason="too_many_streams",
+                reason=RefusalReason.TOO_MANY_STREAMS,
             )
         if (older := self._streams.pop(key, None)) is not None:
             older.end(_superseded(hello))
@@ -417,7 +419,7 @@ class Receiver:
                 f"stream of replica {replica!r}",
                 found=f"its certificate stands for {', '.join(sorted(names)) or 'no name'}",
                 instead="Give the engine a certificate whose DNS or URI name is LATENTWATCH_REPLICA.",
-                reason="replica_identity",
+                reason=RefusalReason.REPLICA_IDENTITY,
             )
 
 
@@ -437,7 +439,7 @@ async def _end_when_idle(stream: _Stream) -> None:
             f"stream of replica {stream.hello.replica!r}",
             found=f"it sent no whole message for {_IDLE_SECONDS:g} s",
             instead="An engine sends a heartbeat every few seconds; look at its exporter's log.",
-            reason="stream_idle",
+            reason=RefusalReason.STREAM_IDLE,
         )
     )
 
@@ -476,7 +478,7 @@ def _make_room(target: Address, path: Path) -> None:
         f"listening on {target}",
         found=found,
         instead="Stop the other collector, or give this one another path.",
-        reason="socket_in_use",
+        reason=RefusalReason.SOCKET_IN_USE,
     )
 
 
@@ -500,7 +502,7 @@ def _too_large(hello: Hello, length: int) -> StreamRefused:
         f"stream of replica {hello.replica!r}",
         found=f"it sent a message of {length} bytes, this collector takes {codec.MAX_MESSAGE_BYTES}",
         instead="Run the same latentwatch version in the engine and in the collector.",
-        reason="message_too_large",
+        reason=RefusalReason.MESSAGE_TOO_LARGE,
     )
 
 
@@ -509,7 +511,7 @@ def _replayed(hello: Hello, sequence: int, held: int) -> StreamRefused:
         f"stream of replica {hello.replica!r}",
         found=f"it sent batch {sequence}, and was told that everything up to {held} is held",
         instead="An engine sends nothing twice after it was told; if this is one, report it as a bug.",
-        reason="replayed",
+        reason=RefusalReason.REPLAYED,
     )
 
 
@@ -518,7 +520,7 @@ def _hello_missing(found: str) -> StreamRefused:
         "stream",
         found=found,
         instead="Say who you are first: the first message of a stream is a Hello.",
-        reason="hello_missing",
+        reason=RefusalReason.HELLO_MISSING,
     )
 
 
@@ -527,7 +529,7 @@ def _hello_repeated(hello: Hello) -> StreamRefused:
         f"stream of replica {hello.replica!r}",
         found="it said hello twice",
         instead="Open one stream for each engine boot.",
-        reason="hello_repeated",
+        reason=RefusalReason.HELLO_REPEATED,
     )
 
 
@@ -537,7 +539,7 @@ def _not_announced(hello: Hello) -> StreamRefused:
         f"stream of replica {hello.replica!r}",
         found=f"its hello says that it {said}, and it sends {sends}",
         instead="An engine sends batches, a collector with --forward-to sends reports; open a stream for each.",
-        reason="malformed_batch",
+        reason=RefusalReason.MALFORMED_BATCH,
     )
 
 
@@ -546,7 +548,7 @@ def _superseded(hello: Hello) -> StreamRefused:
         f"stream of replica {hello.replica!r}",
         found="a newer stream of the same engine boot took its place",
         instead="If two engines run, give each a replica name of its own.",
-        reason="superseded",
+        reason=RefusalReason.SUPERSEDED,
     )
 
 
@@ -555,5 +557,5 @@ def _collector_error(hello: Hello, error: Exception) -> StreamRefused:
         f"stream of replica {hello.replica!r}",
         found=f"the collector failed on it with {type(error).__name__}",
         instead="Read the collector's log and report the error there as a bug.",
-        reason="collector_error",
+        reason=RefusalReason.COLLECTOR_ERROR,
     )

@@ -32,7 +32,7 @@ from typing import Any, Final
 
 import grpc
 
-from latentwatch.errors import ConfigRefused, StreamRefused
+from latentwatch.errors import ConfigRefused, RefusalReason, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.names import Severity
 from latentwatch.step.batch import StepBatch
@@ -63,7 +63,7 @@ _NEEDS_A_PERSON: Final = frozenset(
     }
 )
 """Ways for a stream to end that trying again at once does not mend."""
-_BLAMES_A_BATCH: Final = frozenset({"malformed_batch", "collector_error"})
+_BLAMES_A_BATCH: Final = frozenset({RefusalReason.MALFORMED_BATCH, RefusalReason.COLLECTOR_ERROR})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from latentwatch import storage
-from latentwatch.errors import StateRefused
+from latentwatch.errors import RefusalReason, StateRefused
 
 FORMAT: Final = 2
 """Raised with every change of what a state holds, or of how a journal is replayed."""
@@ -64,7 +64,7 @@ def read(path: Path, header: Mapping[str, Any]) -> State:
             f"state {path}",
             found=f"it cannot be read: {error}",
             instead="Restore the file, or remove its folder to begin again at zero.",
-            reason="state_damaged",
+            reason=RefusalReason.STATE_DAMAGED,
         ) from error
     for name, value in header.items():
         if found.get(name) != value:
@@ -72,6 +72,6 @@ def read(path: Path, header: Mapping[str, Any]) -> State:
                 f"state {path}",
                 found=f"its {name} is {found.get(name)!r}, this collector's is {value!r}",
                 instead="Start with what the state was made by, or give another --state folder.",
-                reason="state_header",
+                reason=RefusalReason.STATE_HEADER,
             )
     return dict(state)

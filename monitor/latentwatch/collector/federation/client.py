@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import grpc
 
-from latentwatch.errors import ConfigRefused, StreamRefused
+from latentwatch.errors import ConfigRefused, RefusalReason, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
@@ -166,7 +166,7 @@ class ReportClient:
                     f"stream to {self._target}",
                     found=f"the gateway ended it with {(await call.code()).name} {await call.details()}",
                     instead="Look at the gateway's log.",
-                    reason="ended",
+                    reason=RefusalReason.ENDED,
                 )
         reply = codec.decode_reply(data)
         if isinstance(reply, StreamRefused):
