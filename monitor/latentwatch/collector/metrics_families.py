@@ -21,7 +21,7 @@ from latentwatch.export import metrics
 from latentwatch.export.families import ExemplarLine, Family, LabelRows
 from latentwatch.export.metrics import ENGINE_COUNTERS, Metric
 from latentwatch.names import Outcome
-from latentwatch.transport.receiver import ReceiverFacts
+from latentwatch.transport.servicer import ReceiverFacts
 from latentwatch.watchlist.file import Feature, Watchlist
 
 REFUSALS: Final = tuple(reason for reason in RefusalReason if reason.counted)
@@ -238,7 +238,7 @@ class Families:
         receiver, bounds = process.receiver, snapshot.bounds
         rows = (
             ("streams", receiver.streams, receiver.max_streams),
-            ("merge_queue_messages", receiver.turns.waiting, receiver.max_streams),
+            ("merge_queue_messages", receiver.queue.waiting, receiver.max_streams),
             ("replicas", len(snapshot.replicas) + len(snapshot.forwarders), bounds.replicas),
             ("models", len(snapshot.models), bounds.models),
             ("open_requests", snapshot.collector.open_requests, bounds.open_requests),
@@ -247,7 +247,7 @@ class Families:
         stages = tuple((stage,) for stage, _, _ in rows)
         yield Family(metrics.STAGE_DEPTH, stages, [depth for _, depth, _ in rows])
         yield Family(metrics.STAGE_CAPACITY, stages, [capacity for _, _, capacity in rows])
-        yield Family(metrics.MERGE_QUEUE_OLDEST, ((),), [receiver.turns.oldest_seconds])
+        yield Family(metrics.MERGE_QUEUE_OLDEST, ((),), [receiver.queue.oldest_seconds])
 
     def _forwarding(self, snapshot: Snapshot, relay: RelayFacts) -> Iterator[Family]:
         """To a gateway, where there is one, and from every sidecar that forwards here."""

@@ -177,7 +177,7 @@ def test_batches_carried_but_not_acknowledged_are_sent_again(make, address):
     for step in range(1, 26):
         one.offer(batch(step))
     eventually(lambda: len(first.batches) == 25 and one.stats().acked == 20)
-    server.receiver._write_ack = no_ack  # a polite stop gives a last ack, a kill does not
+    server.receiver.servicer._write_ack = no_ack  # a polite stop gives a last ack, a kill does not
     server.stop()
     second = FakeSink()
     with ServerThread(second, address):
@@ -313,7 +313,7 @@ def test_books_that_a_collector_may_hold_in_part_are_not_joined(make, address):
         for step in range(1, 21):
             one.offer(batch(step))
         eventually(lambda: len(sink.batches) == 20)
-        server.receiver._write_ack = no_ack
+        server.receiver.servicer._write_ack = no_ack
         server.stop()
     offered = 20 + 400
     one._buffer.max_bytes = 25_000
