@@ -113,22 +113,26 @@ class Credentials:
         )
         return cls(authority, certificate, key, token)
 
-    def channel(self, target: str, options: Sequence[tuple[str, Any]]) -> Any:
+    def channel(self, target: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
         """A channel by the files as they are now. Raises ConfigRefused, "tls_unusable"."""
-        return self._channel(grpc, target, options)
+        tls = self._tls()
+        return grpc.secure_channel(target, tls, options) if tls else grpc.insecure_channel(target, options)
 
-    def aio_channel(self, target: str, options: Sequence[tuple[str, Any]]) -> Any:
+    def aio_channel(self, target: str, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
         """The same for an event loop."""
-        return self._channel(grpc.aio, target, options)
+        tls = self._tls()
+        return grpc.aio.secure_channel(target, tls, options) if tls else grpc.aio.insecure_channel(target, options)
 
-    def _channel(self, api: Any, target: str, options: Sequence[tuple[str, Any]]) -> Any:
+    def _tls(self) -> grpc.ChannelCredentials | None:
         if self.authority is None:
-            return api.insecure_channel(target, options=options)
+            return None
         try:
-            read = [path and path.read_bytes() for path in (self.authority, self.key, self.certificate)]
+            authority, key, certificate = (
+                path.read_bytes() if path else None for path in (self.authority, self.key, self.certificate)
+            )
         except OSError as error:
             raise _unusable(self.authority, error) from error
-        return api.secure_channel(target, grpc.ssl_channel_credentials(*read), options=options)
+        return grpc.ssl_channel_credentials(authority, key, certificate)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each stream carries beside its messages. Raises ConfigRefused, "token_unusable"."""

@@ -7,7 +7,7 @@ it has threads and starves the rest, health checks included, without an error (m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -85,8 +85,8 @@ class Receiver:
         """For the TCP addresses."""
         self._sockets = UnixSockets()
         self._bound_port: int | None = None
-        self._server: Any = None
-        self._health: Any = None
+        self._server: grpc.aio.Server | None = None
+        self._health = health_aio.HealthServicer()
 
     @property
     def bound_port(self) -> int | None:
@@ -114,11 +114,10 @@ class Receiver:
         Raises: ConfigRefused, "port_in_use", "socket_in_use" or "address_unusable". Nothing is left bound then.
         """
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        handler = grpc.stream_stream_rpc_method_handler(self.servicer.serve)
+        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self.servicer.serve)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(codec.SERVICE, {codec.METHOD.rpartition("/")[2]: handler}),)
         )
-        self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
             for target in self._targets:

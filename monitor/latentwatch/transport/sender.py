@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import grpc
 
@@ -196,7 +196,7 @@ class Sender:
         self._welcomed = False
         self._owed_since = 0.0
         self._stalled = False
-        self._call: Any = None
+        self._call: grpc.RpcContext | None = None
         self._closing = False
         self._drain_until = -math.inf
         self._thread: threading.Thread | None = None
@@ -323,7 +323,7 @@ class Sender:
         refusal: StreamRefused | None = None
         stays = False
         error = "the collector ended the stream"
-        channel: Any = None
+        channel: grpc.Channel | None = None
         try:
             channel = self._credentials.channel(str(self._target), CHANNEL_OPTIONS)
             metadata = self._credentials.metadata()
@@ -333,7 +333,8 @@ class Sender:
                 self._stream += 1
                 self._stalled = False
                 self._owed_since = self._clock()
-                call = self._call = channel.stream_stream(codec.METHOD)(self._requests(self._stream), metadata=metadata)
+                method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(codec.METHOD)
+                call = self._call = method(self._requests(self._stream), metadata=metadata)
             for data in call:
                 reply = codec.decode_reply(data)
                 if isinstance(reply, StreamRefused):
@@ -440,7 +441,8 @@ class Sender:
                     left = self._owed_since + self._reply_timeout_seconds - self._clock()
                     if left <= 0:
                         self._stalled = True
-                        self._call.cancel()
+                        if self._call is not None:
+                            self._call.cancel()
                         return None
                     self._lock.wait(left)
 

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
 
 import grpc
 
@@ -53,7 +53,8 @@ _FULL: Final = frozenset(
     {RefusalReason.TOO_MANY_REPLICAS, RefusalReason.TOO_MANY_MODELS, RefusalReason.TOO_MANY_STREAMS}
 )
 
-Context: TypeAlias = Any
+if TYPE_CHECKING:
+    Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 T = TypeVar("T")
 
 
@@ -178,10 +179,10 @@ class Servicer:
     async def _welcome(self, context: Context) -> _Stream | None:
         """Read the hello and welcome the stream; None when the peer left. Raises StreamRefused."""
         try:
-            data = await asyncio.wait_for(context.read(), _HELLO_SECONDS)
+            data = await asyncio.wait_for(_next_message(context), _HELLO_SECONDS)
         except TimeoutError:
             raise hello_missing(f"the stream said nothing for {_HELLO_SECONDS:g} s") from None
-        if data is grpc.aio.EOF:
+        if data is None:
             return None
         hello = first_message(data)
         self._check_identity(hello.replica, context.peer())
@@ -214,7 +215,7 @@ class Servicer:
     async def _read(self, stream: _Stream, context: Context) -> StreamRefused | None:
         """Hand every batch to the Sink until the peer has no more, or one is refused; returns that refusal."""
         loop = asyncio.get_running_loop()
-        while (data := await context.read()) is not grpc.aio.EOF and not stream.ended.done():
+        while (data := await _next_message(context)) is not None and not stream.ended.done():
             stream.state.heard(time.monotonic())
             try:
                 merge = functools.partial(self._merge, stream, context.peer(), data)
@@ -287,8 +288,15 @@ class Servicer:
             )
 
 
+async def _next_message(context: Context) -> bytes | None:
+    """None at the end, for which gRPC has a mark that is no message."""
+    data: object = await context.read()
+    return data if isinstance(data, bytes) else None
+
+
 def _authorization(context: Context) -> str:
-    return next((value for key, value in context.invocation_metadata() or () if key == "authorization"), "")
+    metadata = context.invocation_metadata() or ()
+    return next((value for key, value in metadata if key == "authorization" and isinstance(value, str)), "")
 
 
 async def _end_when_idle(stream: _Stream) -> None:
