@@ -45,7 +45,7 @@ from latentwatch.transport.hello import Hello
 from latentwatch.transport.send_buffer import Drop, Outgoing, SendBuffer, tokens_of
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
 from latentwatch.transport.spool import Spool
-from latentwatch.transport.spool_segments import Spooled
+from latentwatch.transport.spooled import Spooled
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from latentwatch.transport import codec
 from latentwatch.transport.send_buffer import BOOKS, Drop, SendBuffer, tokens_of
 from latentwatch.transport.shed_priority import ShedPriority
 from latentwatch.transport.sink import ReceivedBatch
-from latentwatch.transport.spool_segments import Spooled
+from latentwatch.transport.spooled import Spooled
 
 from tests.support.wire import batch
 
