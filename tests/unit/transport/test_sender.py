@@ -530,11 +530,12 @@ def test_a_grpc_server_that_is_no_collector_is_tried_slowly_and_named(make, addr
     sink = FakeSink()
     with ServerThread(sink, address):
         one = make(address, backoff=replace(FAST, refused_seconds=60.0))
+        begun, new_stream = [], one._new_stream
+        one._new_stream = lambda: begun.append(new_stream()) or begun[-1]
         one.start()
         eventually(lambda: "UNIMPLEMENTED" in one.stats().last_error)
         time.sleep(0.2)
-        with one._lock:
-            assert one._stream == 2, "one stream that began and ended"
+        assert [stream.ended for stream in begun] == [True], "one stream that began and ended"
 
 
 COLLECTOR = """
