@@ -75,7 +75,7 @@ def test_every_field_of_the_proto_has_its_number_and_type_in_the_code():
     ],
 )
 def test_a_message_has_the_fields_of_the_value_it_carries(message, values, only_on_the_wire):
-    """codec.py copies these by name: a field on one side only would be lost or refused in every batch."""
+    """The codec copies these by name: a field on one side only would be lost or refused in every batch."""
     wire = {field.name for field in message.DESCRIPTOR.fields}
     assert wire - only_on_the_wire == {field.name for field in fields(values)}
 

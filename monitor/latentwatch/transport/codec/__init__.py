@@ -68,7 +68,7 @@ def fits_a_message(batch: StepBatch) -> bool:
 def encode_batch(sequence: int, batch: StepBatch) -> bytes:
     """One batch as a stream message, at most MAX_MESSAGE_BYTES if the receiver is to take it.
 
-    Raises: StreamRefused, reason "malformed_batch": a column has another dtype or shape than step.py says, or a
+    Raises: StreamRefused, reason "malformed_batch": a column has another dtype or shape than step.batch says, or a
             value does not fit its field.
     """
     return pb.StreamRequest(batch=batch_message(sequence, batch)).SerializeToString()
