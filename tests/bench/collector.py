@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 from latentwatch import __version__
+from latentwatch.collector.core import Core
 from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.collector.metrics_families import Families, ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.export.prometheus import render
 from latentwatch.names import Outcome, Phase, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
@@ -191,16 +191,16 @@ def latency(
 
 def exposition_seconds(features: int) -> float:
     """Median processor time of one /metrics page of one model after traffic."""
-    pipeline = Pipeline(watchlist(features_of(features)))
+    core = Core(watchlist(features_of(features)))
     who, load = hello(), Load(features)
-    pipeline.hello(who, 1000.0)
+    core.ingest.hello(who, 1000.0)
     for sequence in range(1, 2 * LIFE_STEPS):
-        pipeline.observe(who, ReceivedBatch(sequence, load.next(), b""), 1000.0)
-    families = Families(pipeline.watchlist)
+        core.ingest.observe(who, ReceivedBatch(sequence, load.next(), b""), 1000.0)
+    families = Families(core.watchlist)
     times = []
     for _ in range(21):
         began = time.process_time()
-        render(families.of(pipeline.snapshot(1000.0), ProcessFacts(0.0, 0, 0.0)), open_metrics=False)
+        render(families.of(core.lookup.snapshot(1000.0), ProcessFacts(0.0, 0, 0.0)), open_metrics=False)
         times.append(time.process_time() - began)
     return float(np.median(times))
 
@@ -235,20 +235,20 @@ def measure(features: int, seconds: float) -> dict[str, Any]:
 def forwarded(features: int, seconds: float) -> dict[str, Any]:
     """Request rows that a gateway takes per second of processor time, decoding and journal included."""
     with tempfile.TemporaryDirectory(prefix="lw") as name:
-        sidecar, who, load = Pipeline(watchlist(features_of(features))), hello(), Load(features, life_steps=LIFE_STEPS)
-        sidecar.forward_from("f" * 32)
-        sidecar.hello(who, 1000.0)
+        sidecar = Core(watchlist(features_of(features)), forward_boot_id="f" * 32)
+        who, load = hello(), Load(features, life_steps=LIFE_STEPS)
+        sidecar.ingest.hello(who, 1000.0)
         forwarder = hello(replica="sidecar", engine="", model_name="", forwards=True)
-        gateway = DurableSink(Pipeline(watchlist(features_of(features))), Path(name), 1000.0)
+        gateway = DurableSink(Core(watchlist(features_of(features))), Path(name), 1000.0)
         gateway.hello(forwarder, 1000.0)
         rows, sequence, size, used = 0, 0, 0, 0.0
         while used < seconds:
             for _ in range(LIFE_STEPS):
                 sequence += 1
-                sidecar.observe(who, ReceivedBatch(sequence, load.next(), b""), 1000.0 + sequence)
-            sidecar.tick(1000.0 + sequence)
-            assert sidecar.forward is not None
-            for number, report in list(sidecar.forward.reports):
+                sidecar.ingest.observe(who, ReceivedBatch(sequence, load.next(), b""), 1000.0 + sequence)
+            sidecar.ingest.tick(1000.0 + sequence)
+            assert sidecar.outbox is not None
+            for number, report in list(sidecar.outbox.reports):
                 message = codec.encode_report(number, report)
                 began = time.process_time()
                 decoded = codec.decode_request(message)
@@ -257,24 +257,24 @@ def forwarded(features: int, seconds: float) -> dict[str, Any]:
                 gateway.commit()
                 used += time.process_time() - began
                 rows, size = rows + len(report.requests), size + len(message)
-                sidecar.acknowledged(number)
+                sidecar.ingest.acknowledged(number)
         gateway.close(1000.0 + sequence)
     return {"features": features, "requests_per_second_per_core": round(rows / used), "bytes_per_request": size // rows}
 
 
 def fill(replicas: int, features: int) -> None:
     """Child process: a collector's state with everything that it may hold in use; prints its resident MiB."""
-    pipeline = Pipeline(watchlist(features_of(features)))
+    core = Core(watchlist(features_of(features)))
     loads = [(hello(replica=f"pod-{i}/0", engine=str(i)), Load(features, i, life_steps=4)) for i in range(replicas)]
     for who, _ in loads:
-        pipeline.hello(who, 1000.0)
-    bounds = pipeline.bounds
+        core.ingest.hello(who, 1000.0)
+    bounds = core.bounds
     waves = -(-(bounds.closed_requests + bounds.flagged_requests) // bounds.open_requests)
     for sequence in range(1, 4 * waves + 3):
         for who, load in loads:
-            pipeline.observe(who, ReceivedBatch(sequence, load.next(), b""), 1000.0)
+            core.ingest.observe(who, ReceivedBatch(sequence, load.next(), b""), 1000.0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    opened = sum(engine.open_requests for engine in pipeline.snapshot(1000.0).engines)
+    opened = sum(engine.open_requests for engine in core.lookup.snapshot(1000.0).engines)
     mib = pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
     print(json.dumps({"replicas": replicas, "features": features, "open_requests": opened, "resident_mib": round(mib)}))
 

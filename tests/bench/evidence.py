@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from latentwatch.collector.service import SWITCH_SECONDS
 from latentwatch.evidence import store as stores
 from latentwatch.evidence.archive import Archive
 from latentwatch.evidence.audit import Audit
-from latentwatch.evidence.records import Ended, Exceedance, Record, Request
+from latentwatch.evidence.records import Ended, Exceeded, Record, RecordedRequest
 from latentwatch.evidence.store import Retention, Store
 from latentwatch.evidence.writer import QUEUE_BYTES, Writer
+from latentwatch.facts import Exceedance, RequestInfo, RequestProgress
 from latentwatch.names import Outcome, Phase
 
 from tests.support.evidence import one_request
@@ -42,20 +44,20 @@ LOOK_UPS_A_SECOND = 100
 ASKED_A_SECOND = 25_000
 """The pace: what is asked for and a quarter more, since pauses are only ever too long."""
 REQUESTS_A_STEP = 100
+TOKENS = np.array([0, 50, 0, 0, 0])
 SUMMARY = next(record for record in one_request(1) if isinstance(record, Ended)).features
 
 
 def request_records(number: int, now: float) -> list[Record]:
     """What a request hands over: its exceedances, then its end."""
-    request = Request(number, request_id(number), "pod-0/0", "toy", "0", "", "", now, True)
-    crossed: list[Record] = [
-        Exceedance(request, (number * 7 + i * 13) % FEATURES, now, 20 + i, Phase.OUTPUT, 4.5 + i)
+    info = RequestInfo(request_id(number), "pod-0/0", "toy", "0", now, opening_seen=True, prompt_tokens=20)
+    request = RecordedRequest(number, info)
+    exceeded: list[Record] = [
+        Exceeded(request, Exceedance((number * 7 + i * 13) % FEATURES, Phase.OUTPUT, 20 + i, 4.5 + i, now))
         for i in range(A_REQUEST)
     ]
-    return [
-        *crossed,
-        Ended(request, now, Outcome.FINISHED, 20, 31, 50, (50, 0, 0, 0), A_REQUEST, SUMMARY, 0, 0),
-    ]
+    progress = RequestProgress(Outcome.FINISHED, now, TOKENS, 31, 50)
+    return [*exceeded, Ended(request, progress, replace(SUMMARY, exceeded=A_REQUEST), activations_lost=0)]
 
 
 def request_id(number: int) -> str:

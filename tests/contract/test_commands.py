@@ -192,9 +192,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 def ordinary(service: Service) -> None:
     """A thousand requests in ten windows."""
-    rng, who = np.random.default_rng(0), hello(watchlist_sha256=service.pipeline.watchlist.sha256)
+    rng, who = np.random.default_rng(0), hello(watchlist_sha256=service.core.watchlist.sha256)
     now = time.time() - 700
-    service.pipeline.hello(who, now)
+    service.core.ingest.hello(who, now)
     for window in range(10):
         made = []
         for i in range(100):
@@ -209,9 +209,9 @@ def ordinary(service: Service) -> None:
             opened=[request.opened() for request in made],
             closed=[request.closed() for request in made],
         )
-        service.pipeline.observe(who, received(window + 1, batch), now)
+        service.core.ingest.observe(who, received(window + 1, batch), now)
         now += 60
-        service.pipeline.drift.tick(now + 1)
+        service.core.drift.tick(now + 1)
 
 
 # -- and the commands

@@ -209,10 +209,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     async def greet() -> None:
         await gateway.start()
         await service.start()
-        service.pipeline.hello(who, time.time())
+        service.core.ingest.hello(who, time.time())
 
     async def step(sequence: int, batch: Any) -> None:
-        service.pipeline.observe(who, received(sequence, batch), time.time())
+        service.core.ingest.observe(who, received(sequence, batch), time.time())
 
     def feed() -> None:
         for sequence, batch in enumerate(traffic.steps(), start=1):

@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 import pytest
+from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.metrics_families import Families, ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.export.metrics import METRICS, Metric, sample_names
 from latentwatch.export.prometheus import render
 from latentwatch.names import Severity
@@ -29,27 +29,27 @@ FEATURES = (
 
 
 @pytest.fixture(scope="module")
-def made() -> Pipeline:
+def made() -> Core:
     """A collector with two models, two engines, every kind of feature, and something in every counter it can have."""
     drift = DriftSettings(dataclasses.replace(random_baseline(FEATURES, share=0.9), created_seconds=1e9))
-    pipeline = Pipeline(watchlist(FEATURES, hooks=2), drift=drift)
+    core = Core(watchlist(FEATURES, hooks=2), drift=drift)
     rng = np.random.default_rng(0)
     for i, model in enumerate(("toy", 'model "%d"')):
         who = hello(replica=f"pod-{i}/0", model_name=model)
-        pipeline.hello(who, 1000.0)
+        core.ingest.hello(who, 1000.0)
         requests = [tokens(rng, FEATURES, handle=h, total=30, prompt_tokens=10, hooks=2) for h in range(1, 6)]
         requests[0].request_id = 'chatcmpl-"evil\n\\id"-0123abcd'
         for sequence, batch in enumerate(Schedule.random(rng, requests, 9).batches(FEATURES, hooks=2), start=1):
-            pipeline.observe(who, received(sequence, batch), 1000.0 + sequence)
-    pipeline.hello(hello(replica="blind", armed=False, not_armed_reason="watchlist_width"), 1000.0)
-    pipeline.hello(hello(replica="sidecar", engine="", model_name="", forwards=True), 1000.0)
-    pipeline.refused("watchlist_mismatch")
-    pipeline.tick(1200.0)
-    return pipeline
+            core.ingest.observe(who, received(sequence, batch), 1000.0 + sequence)
+    core.ingest.hello(hello(replica="blind", armed=False, not_armed_reason="watchlist_width"), 1000.0)
+    core.ingest.hello(hello(replica="sidecar", engine="", model_name="", forwards=True), 1000.0)
+    core.ingest.refused("watchlist_mismatch")
+    core.ingest.tick(1200.0)
+    return core
 
 
-def page(made: Pipeline, *, open_metrics: bool) -> str:
-    families = Families(made.watchlist).of(made.snapshot(2000.0), ProcessFacts(900.0, 1 << 20, 1.5))
+def page(made: Core, *, open_metrics: bool) -> str:
+    families = Families(made.watchlist).of(made.lookup.snapshot(2000.0), ProcessFacts(900.0, 1 << 20, 1.5))
     return render(families, open_metrics=open_metrics).decode()
 
 
@@ -84,8 +84,7 @@ def test_every_metric_shows_at_least_one_sample_once_engines_stream(made):
     """But for those that only a collector with --forward-to has, which forwards and is forwarded to by none."""
     families = parse(page(made, open_metrics=True), open_metrics=True)
     silent = {name for name, family in families.items() if not family.samples}
-    forwards = Pipeline(watchlist(FEATURES))
-    forwards.forward_from("f" * 32)
+    forwards = Core(watchlist(FEATURES), forward_boot_id="f" * 32)
     shown = parse(page(forwards, open_metrics=True), open_metrics=True)
     assert silent == {name for name in shown if name.startswith("latentwatch_forward_")}
     assert all(shown[name].samples for name in silent)
@@ -139,9 +138,9 @@ def test_names_are_unique_down_to_their_samples():
 
 def test_every_feature_with_a_limit_has_its_exceedances_at_zero_before_the_first():
     """increase() over a series that is born at 1 is 0: the first exceedance would page nobody."""
-    pipeline = Pipeline(watchlist(FEATURES, hooks=2))
-    pipeline.hello(hello(), 1000.0)
-    families = parse(page(pipeline, open_metrics=False), open_metrics=False)
+    core = Core(watchlist(FEATURES, hooks=2))
+    core.ingest.hello(hello(), 1000.0)
+    families = parse(page(core, open_metrics=False), open_metrics=False)
     samples = families["latentwatch_exceedances"].samples
     assert [(s.labels["feature"], s.labels["severity"], s.value) for s in samples] == [
         ("jailbreak", "critical", 0.0),
@@ -157,19 +156,19 @@ def test_every_feature_with_a_limit_has_its_exceedances_at_zero_before_the_first
 def test_an_exceedance_leads_to_its_request_by_an_exemplar(made):
     samples = parse(page(made, open_metrics=True), open_metrics=True)["latentwatch_exceedances"].samples
     exemplars = [s.exemplar for s in samples if s.value and s.exemplar.labels]
-    assert exemplars and all(made.find(e.labels["request_id"]) for e in exemplars)
+    assert exemplars and all(made.lookup.find(e.labels["request_id"]) for e in exemplars)
     assert "#" not in re.sub(r"(?m)^# (HELP|TYPE) .*$", "", page(made, open_metrics=False))
 
 
 def test_a_request_id_too_long_for_an_exemplar_is_left_out_whole():
-    pipeline = Pipeline(watchlist(FEATURES, hooks=2))
-    pipeline.hello(hello(), 1000.0)
+    core = Core(watchlist(FEATURES, hooks=2))
+    core.ingest.hello(hello(), 1000.0)
     rng = np.random.default_rng(0)
     request = tokens(rng, FEATURES, handle=1, total=30, prompt_tokens=10, hooks=2, unseen_share=0)
     request.request_id = "x" * 200
     for batch in Schedule.one_step([request]).batches(FEATURES, hooks=2):
-        pipeline.observe(hello(), received(1, batch), 1000.0)
-    samples = parse(page(pipeline, open_metrics=True), open_metrics=True)["latentwatch_exceedances"].samples
+        core.ingest.observe(hello(), received(1, batch), 1000.0)
+    samples = parse(page(core, open_metrics=True), open_metrics=True)["latentwatch_exceedances"].samples
     assert [s.exemplar.labels for s in samples if s.value] == [{}] * 2
 
 
@@ -182,7 +181,9 @@ def test_histograms_of_signed_scores_have_buckets_around_the_limit_and_no_sum(ma
 
 def test_a_bound_on_the_samples_of_features_says_what_it_withheld_and_spares_the_rest(made):
     def shown(bound: int) -> tuple[int, int, int]:
-        families = list(Families(made.watchlist, bound).of(made.snapshot(2000.0), ProcessFacts(900.0, 1 << 20, 1.5)))
+        families = list(
+            Families(made.watchlist, bound).of(made.lookup.snapshot(2000.0), ProcessFacts(900.0, 1 << 20, 1.5))
+        )
         parse(render(families, open_metrics=True).decode(), open_metrics=True)
         (withheld,) = (f.values[0] for f in families if f.metric.name == "latentwatch_series_withheld")
         mine = sum(f.samples for f in families if "feature" in f.metric.labels)

@@ -95,18 +95,18 @@ class Fleet:
 
     async def _greet(self) -> None:
         now = time.time()
-        self.service.pipeline.hello(self._who, now)
-        self.service.pipeline.hello(self._silent, now - 300)
+        self.service.core.ingest.hello(self._who, now)
+        self.service.core.ingest.hello(self._silent, now - 300)
         blind = self._hello("pod-2/0", armed=False, not_armed_reason="watchlist_width", watchlist_sha256="")
-        self.service.pipeline.hello(blind, now)
+        self.service.core.ingest.hello(blind, now)
 
     async def _trouble(self) -> None:
-        pipeline = self.service.pipeline
+        core = self.service.core
         try:
-            pipeline.hello(self._hello("pod-3/0", watchlist_sha256="c" * 64), time.time())
+            core.ingest.hello(self._hello("pod-3/0", watchlist_sha256="c" * 64), time.time())
         except StreamRefused as refusal:
-            pipeline.refused(refusal.reason)
-        pipeline.refused("protocol_version")
+            core.ingest.refused(refusal.reason)
+        core.ingest.refused("protocol_version")
         # Half of the tokens dropped, an exceedance of each severity, 30 seconds late, with an end that tells of one
         # token fewer, while a second request runs that finds no room.
         handle, other = next(self._handles), next(self._handles)
@@ -120,15 +120,15 @@ class Fleet:
             RequestClosed(other, f"chatcmpl-{other}-0123abcd", 1, 1, 0, Outcome.ABORTED),
         )
         batch = step_batch([Piece(request, 0, 4)], FEATURES, time_unix_nano=late, opened=opened, closed=closed)
-        pipeline.observe(self._who, received(next(self._batches), batch), time.time())
+        core.ingest.observe(self._who, received(next(self._batches), batch), time.time())
 
     async def _health(self) -> None:
         """Very many tokens, all scored: the budget of days is made good in seconds."""
-        pipeline, now, count = self.service.pipeline, time.time(), 50_000
+        core, now, count = self.service.core, time.time(), 50_000
         if self._silent.replica == "pod-1/0":
             self._silent = self._hello("pod-1/0")
-            pipeline.hello(self._silent, now)
-            pipeline.hello(self._hello("pod-2/0"), now)
+            core.ingest.hello(self._silent, now)
+            core.ingest.hello(self._hello("pod-2/0"), now)
         handle = next(self._handles)
         name = f"chatcmpl-{handle}-0123abcd"
         batch = StepBatch(
@@ -140,7 +140,7 @@ class Fleet:
             opened=(RequestOpened(handle, name, count),),
             closed=(RequestClosed(handle, name, count, 1, count, Outcome.FINISHED),),
         )
-        pipeline.observe(self._who, received(next(self._batches), batch), now)
+        core.ingest.observe(self._who, received(next(self._batches), batch), now)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Sender, gRPC, receiver, pipeline and /metrics together: what was sent is what is shown."""
+"""Sender, gRPC, receiver, core and /metrics together: what was sent is what is shown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_token_that_a_sender_was_given_is_counted_across_a_restart_of_the_
         while sender.stats().acked < part[-1] + 1:
             assert time.monotonic() < deadline, sender.stats()
             time.sleep(0.02)
-        counted.append(service.pipeline.snapshot(time.time()))
+        counted.append(service.core.lookup.snapshot(time.time()))
         in_loop(service.stop())
     sender.close()
     totals = sum(int(s.engines[0].tokens.sum()) for s in counted)

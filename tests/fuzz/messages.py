@@ -1,8 +1,8 @@
-"""Broken messages against decoder, receiver and pipeline: `make fuzz` sends a million and writes results/fuzz.json.
+"""Broken messages against decoder, receiver and core: `make fuzz` sends a million and writes results/fuzz.json.
 
 Half are mutations of real messages (bits, cuts, splices, repeats, numbers at their edges), half come from the grammar:
 well-formed protobuf whose fields hold anything. Every tenth goes through a stream of the receiver, the others straight
-into decoder and pipeline. Each must be taken or refused with a reason, and at the end the collector's totals must be
+into decoder and core. Each must be taken or refused with a reason, and at the end the collector's totals must be
 those of the messages that it took.
 """
 
@@ -27,7 +27,7 @@ import grpc
 import numpy as np
 from latentwatch import __version__
 from latentwatch.collector.config import Bounds
-from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.core import Core
 from latentwatch.errors import StreamRefused
 from latentwatch.names import Reason, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, StepBatch
@@ -157,16 +157,15 @@ class Messages:
 
 def _reports(batches: list[StepBatch]) -> list[bytes]:
     """What a collector that took these batches tells its gateway."""
-    made = Pipeline(watchlist(FEATURES))
-    made.forward_from("f" * 32)
+    made = Core(watchlist(FEATURES), forward_boot_id="f" * 32)
     # Of an engine that does not stream to the gateway itself, or its reports would be refused for that alone.
     who = hello(replica="sidecar/0")
-    made.hello(who, 1000.0)
+    made.ingest.hello(who, 1000.0)
     for i, batch in enumerate(batches, start=1):
-        made.observe(who, received(i, batch), 1000.0)
-        made.tick(1000.0)
-    assert made.forward is not None
-    return [codec.encode_report(number, report) for number, report in made.forward.reports]
+        made.ingest.observe(who, received(i, batch), 1000.0)
+        made.ingest.tick(1000.0)
+    assert made.outbox is not None
+    return [codec.encode_report(number, report) for number, report in made.outbox.reports]
 
 
 class Context:
@@ -197,39 +196,44 @@ class Outcome:
     """Tokens of the messages that were taken, without those that they call lost."""
 
 
-class Witness(Pipeline):
-    """A pipeline that notes what it took, apart from its own books."""
+class Witness:
+    """A collector's sink that notes what it took, apart from the collector's own books."""
 
     def __init__(self) -> None:
-        super().__init__(watchlist(FEATURES), Bounds(closed_requests=200, flagged_requests=50))
+        self.core = Core(watchlist(FEATURES), Bounds(closed_requests=200, flagged_requests=50))
         self.seen = Outcome()
+        ingest = self.core.ingest
+        self.hello, self.goodbye, self.commit = ingest.hello, ingest.goodbye, ingest.commit
 
     def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
-        duplicates = self._duplicates
-        super().observe(hello, received, now)
-        if self._duplicates == duplicates:
+        duplicates = self._duplicates()
+        self.core.ingest.observe(hello, received, now)
+        if self._duplicates() == duplicates:
             segments = received.batch.segments_S
             self.seen.taken += 1
             self.seen.tokens += int(segments["count"][segments["reason"] != Reason.LOST].sum(dtype=np.int64))
 
     def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
-        duplicates = self._duplicates
-        super().merge(hello, received, now)
-        if self._duplicates == duplicates:
+        duplicates = self._duplicates()
+        self.core.ingest.merge(hello, received, now)
+        if self._duplicates() == duplicates:
             self.seen.taken += 1
             for engine in received.report.engines:
                 self.seen.tokens += int(engine.tokens.sum() - engine.tokens[:, Reason.LOST].sum())
 
+    def _duplicates(self) -> int:
+        return self.core._state.totals.duplicates
+
 
 def run(count: int, seed: int) -> Outcome:
     """Feed `count` messages. Raises whatever is no refusal, and AssertionError where the books are wrong."""
-    messages, pipeline = Messages(seed), Witness()
-    receiver = Receiver(pipeline, [], clock=lambda: 1000.0)
-    outcome, sequence = pipeline.seen, 0
+    messages, witness = Messages(seed), Witness()
+    receiver = Receiver(witness, [], clock=lambda: 1000.0)
+    outcome, sequence = witness.seen, 0
     who = hello()
     sidecar = hello(replica="sidecar", engine="", model_name="", forwards=True)
-    pipeline.hello(who, 1000.0)
-    pipeline.hello(sidecar, 1000.0)
+    witness.hello(who, 1000.0)
+    witness.hello(sidecar, 1000.0)
     loop = asyncio.new_event_loop()
     with contextlib.closing(loop):
         for i in range(count):
@@ -241,17 +245,17 @@ def run(count: int, seed: int) -> Outcome:
             try:
                 request = codec.decode_request(data)
                 if isinstance(request, Hello):
-                    pipeline.hello(request, 1000.0)
-                    pipeline.goodbye(request, 1000.0)
+                    witness.hello(request, 1000.0)
+                    witness.goodbye(request, 1000.0)
                 elif isinstance(request, ReceivedReport):
                     sequence += 1
-                    pipeline.merge(sidecar, replace(request, sequence=sequence), 1000.0)
+                    witness.merge(sidecar, replace(request, sequence=sequence), 1000.0)
                 else:
                     sequence += 1
-                    pipeline.observe(who, replace(request, sequence=sequence), 1000.0)
+                    witness.observe(who, replace(request, sequence=sequence), 1000.0)
             except StreamRefused as refused:
                 outcome.refused[refused.reason] += 1
-    snapshot = pipeline.snapshot(1000.0)
+    snapshot = witness.core.lookup.snapshot(1000.0)
     lost = sum(int(engine.tokens[:, Reason.LOST].sum()) for engine in snapshot.engines)
     counted = sum(int(engine.tokens.sum()) for engine in snapshot.engines)
     assert counted - lost == outcome.tokens, (counted, lost, outcome.tokens)
@@ -309,7 +313,7 @@ def write(seed: int, total: Outcome, refused: Counter[str], memory: list[float],
         "seconds": round(seconds),
     }
     result = {
-        "what": "broken messages against decoder, receiver and pipeline; none crashed, the books were right after each",
+        "what": "broken messages against decoder, receiver and core; none crashed, the books were right after each",
         "date": datetime.date.today().isoformat(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores shared with other work",
         "versions": {"latentwatch": __version__, "python": platform.python_version()},

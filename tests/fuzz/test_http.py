@@ -10,20 +10,19 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from latentwatch import secrets
+from latentwatch.collector.core import Core
 from latentwatch.collector.evidence import EvidenceSettings
 from latentwatch.collector.http import app as http_app
-from latentwatch.collector.metrics_families import ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.evidence.store import Retention
 from latentwatch.evidence.vault import write_key
 from starlette.routing import Route
 
-from tests.support.collectors import FEATURES, collector, exceed
+from tests.support.collectors import FEATURES, app_of, collector, exceed
 from tests.support.streams import watchlist
 
 
 def application() -> Any:
-    return http_app.make_app(Pipeline(watchlist(FEATURES)), clock=time.time, process=lambda: ProcessFacts(0.0, 0, 0.0))
+    return app_of(Core(watchlist(FEATURES)), time.time())
 
 
 DOCUMENT = schemathesis.openapi.from_asgi("/openapi.json", application())

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from latentwatch.collector.core import Core
 from latentwatch.collector.http import app
-from latentwatch.collector.metrics_families import ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
 from starlette.testclient import TestClient
 
+from tests.support.collectors import app_of
 from tests.support.streams import sparse, watchlist
 
 STATIC: Final = Path(app.__file__).parent / "static"
@@ -32,8 +32,8 @@ _SCALARS: Final = {"string": "string", "integer": "number", "number": "number", 
 
 def document() -> dict[str, Any]:
     """The collector's OpenAPI document."""
-    pipeline = Pipeline(watchlist([sparse("feature")]))
-    made = app.make_app(pipeline, clock=lambda: 0.0, process=lambda: ProcessFacts(0.0, 0, 0.0))
+    core = Core(watchlist([sparse("feature")]))
+    made = app_of(core, 0.0)
     return dict(TestClient(made).get("/openapi.json").json())
 
 

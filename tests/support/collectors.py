@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.evidence import Evidence
+from latentwatch.collector.http.app import make_app
+from latentwatch.collector.metrics_families import ProcessFacts
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.names import Severity
 from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.file import Feature, Limit
+from starlette.types import ASGIApp
 
 from tests.support.drift import random_baseline
 from tests.support.streams import Piece, Tokens, hello, probe, received, sparse, step_batch, watchlist
@@ -23,6 +29,25 @@ FEATURES = (
     sparse("jailbreak", limit=Limit("max", 1.0), severity=Severity.CRITICAL, label="Complying <b>with</b> a jailbreak"),
     probe("deceive", limit=Limit("max", 9.0)),
 )
+
+
+def app_of(
+    core: Core,
+    now: float,
+    *,
+    evidence: Evidence | None = None,
+    process: Callable[[], ProcessFacts] = lambda: ProcessFacts(1.0, 2, 3.0),
+) -> ASGIApp:
+    """The HTTP side of a core without state on a disk."""
+
+    async def forget(name: str) -> bool:
+        core.forget(name)
+        return True
+
+    def facts() -> ProcessFacts:
+        return replace(process(), evidence=evidence.facts()) if evidence else process()
+
+    return make_app(core.lookup, clock=lambda: now, process=facts, forget=forget, evidence=evidence)
 
 
 @contextlib.contextmanager
@@ -41,7 +66,7 @@ def collector(folder: Path, features: Sequence[Feature] = FEATURES, **settings: 
 def exceed(service: Service, request_id: str = "chatcmpl-1-0123abcd", features: Sequence[Feature] = FEATURES) -> None:
     """One engine, and a request of four tokens, the third above the first feature's limit with 5.0. Its drift window
     closes."""
-    who = hello(watchlist_sha256=service.pipeline.watchlist.sha256)
+    who = hello(watchlist_sha256=service.core.watchlist.sha256)
     act = np.zeros((4, len(features)), np.float32)
     act[2, 0] = 5.0
     request = Tokens(1, 2, act, np.ones(4, int), np.ones((4, 1), np.float32), request_id=request_id)
@@ -52,6 +77,6 @@ def exceed(service: Service, request_id: str = "chatcmpl-1-0123abcd", features: 
         opened=[request.opened()],
         closed=[request.closed()],
     )
-    service.pipeline.hello(who, time.time())
-    service.pipeline.observe(who, received(1, batch), time.time())
-    service.pipeline.drift.tick(time.time() + 60)
+    service.core.ingest.hello(who, time.time())
+    service.core.ingest.observe(who, received(1, batch), time.time())
+    service.core.drift.tick(time.time() + 60)

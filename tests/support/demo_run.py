@@ -5,15 +5,46 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from latentwatch.demo.run.outcome import PAGER, PAGING_ALERT, Exceedance, Run
+from latentwatch.demo.run.outcome import PAGER, PAGING_ALERT, Run
 from latentwatch.demo.run.traffic import Answer, Prompt
 from latentwatch.demo.run.watch import EngineTokens, Sample
 from latentwatch.demo.run.webhook import Page
+from latentwatch.facts import ExceedanceView
 from latentwatch.names import Severity
 from latentwatch.watchlist.file import Feature, Limit
 
 BEGAN = 1_700_000_000.0
 LABELS = ("Deceiving the user", "Complying with a jailbreak", "Seeking power or resources")
+
+
+def an_exceedance(
+    seconds: float,
+    response_id: str,
+    feature: str,
+    label: str,
+    *,
+    severity: str = "critical",
+    value: float = 3.0,
+    limit: float = 2.0,
+    position: int = 35,
+) -> ExceedanceView:
+    """As the collector's API tells one of an output token."""
+    return ExceedanceView(
+        seconds=seconds,
+        request_id=f"{response_id}-0123abcd",
+        response_id=response_id,
+        trace_id="",
+        model_name="m",
+        feature=feature,
+        label=label,
+        severity=Severity(severity),
+        phase="output",
+        position=position,
+        value=value,
+        limit=limit,
+        peak=value,
+        tail_probability=None,
+    )
 
 
 def features() -> list[Feature]:
@@ -49,21 +80,10 @@ def a_run(*, seed: int = 0, paging: str = "") -> Run:
         if feared and scores[answer.response_id][f"probe.{hot}"] > 2.0:
             value = scores[answer.response_id][f"probe.{hot}"]
             exceedances.append(
-                Exceedance(
-                    sent + 0.3,
-                    answer.response_id,
-                    f"probe.{hot}",
-                    LABELS[hot],
-                    "critical",
-                    "output",
-                    35,
-                    value,
-                    2.0,
-                    value,
-                )
+                an_exceedance(sent + 0.3, answer.response_id, f"probe.{hot}", LABELS[hot], value=value, limit=2.0)
             )
     samples = _samples(answers, exceedances, watched, rng)
-    first = min(exceedances, key=lambda exceedance: exceedance.at)
+    first = min(exceedances, key=lambda exceedance: exceedance.seconds)
     labels = {"alertname": PAGING_ALERT, "severity": "critical", "feature": first.feature}
     texts = {"summary": f"demo: {first.label} went over its critical limit", "description": "1 request(s) to model m"}
     return Run(
@@ -76,14 +96,14 @@ def a_run(*, seed: int = 0, paging: str = "") -> Run:
         scores=scores,
         features=watched,
         engine=EngineTokens(prompt=6000, output=4000, finished=200),
-        pages=[] if paging else [Page(first.at + 2.0, PAGER, "firing", first.at + 1.0, labels, texts)],
+        pages=[] if paging else [Page(first.seconds + 2.0, PAGER, "firing", first.seconds + 1.0, labels, texts)],
         paging=paging,
         versions={"latentwatch": "0.1.0", "python": "3.11"},
     )
 
 
 def _samples(
-    answers: list[Answer], exceedances: list[Exceedance], watched: list[Feature], rng: np.random.Generator
+    answers: list[Answer], exceedances: list[ExceedanceView], watched: list[Feature], rng: np.random.Generator
 ) -> list[Sample]:
     """Four readings a second; the last one holds every token."""
     fired: Counter[str] = Counter()
@@ -94,7 +114,7 @@ def _samples(
             if not feature.dense:
                 inside = BEGAN + 18 < at < BEGAN + 26
                 fired[feature.id] += int(rng.poisson(6 if i % 4 == 0 and inside else 0.4))
-        exceeded = Counter((e.feature, e.severity) for e in exceedances if e.at <= at)
+        exceeded = Counter((e.feature, e.severity) for e in exceedances if e.seconds <= at)
         states = {"scored": 45 * done, "inherited": 4 * done, "unseen": 0, "dropped": 0}
         samples.append(Sample(at, states, {}, dict(fired), dict(exceeded)))
     return samples

@@ -1,4 +1,4 @@
-"""A pipeline that writes evidence into a folder, and records made by hand."""
+"""A core that writes evidence into a folder, and records made by hand."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from latentwatch.collector.evidence_buffer import Keep, watched
-from latentwatch.collector.pipeline import Pipeline
-from latentwatch.evidence.records import FIRE_RECORD, Activations, Ended, Exceedance, Record, Request, row_record
+from latentwatch.collector.core import Core
+from latentwatch.collector.evidence_buffer import EvidenceScope, watched
+from latentwatch.evidence.records import FIRE_RECORD, Activations, Ended, Exceeded, Record, RecordedRequest, row_record
 from latentwatch.evidence.store import Retention, Store
+from latentwatch.facts import FEATURE_STAT, Exceedance, FeatureSummary, RequestInfo, RequestProgress
 from latentwatch.names import Outcome, Phase
-from latentwatch.step.batch import FEATURE_DTYPE
 from latentwatch.watchlist.file import Limit
 
 from tests.support.streams import Schedule, Tokens, hello, probe, received, sparse, watchlist
@@ -35,15 +35,16 @@ def store(folder: Path, retention: Retention | None = None) -> Iterator[Store]:
         made.close()
 
 
-def records(requests: Sequence[Tokens], *, keep: Keep = "exceeded", schedule: Schedule | None = None) -> list[Record]:
-    """What a pipeline hands over of these requests."""
+def records(
+    requests: Sequence[Tokens], *, scope: EvidenceScope = "exceeded", schedule: Schedule | None = None
+) -> list[Record]:
+    """What a collector hands over of these requests."""
     found: list[Record] = []
-    pipeline = Pipeline(watchlist(FEATURES))
-    pipeline.record_to([found.extend], keep)
-    pipeline.hello(hello(), NOW)
+    core = Core(watchlist(FEATURES), evidence=[found.extend], evidence_scope=scope)
+    core.ingest.hello(hello(), NOW)
     batches = (schedule or Schedule.one_step(requests)).batches(FEATURES)
     for sequence, batch in enumerate(batches, start=1):
-        pipeline.observe(hello(), received(sequence, batch), NOW + sequence)
+        core.ingest.observe(hello(), received(sequence, batch), NOW + sequence)
     return found
 
 
@@ -52,38 +53,23 @@ def one_request(
 ) -> list[Record]:
     """A request by itself, with random activations."""
     rng = np.random.default_rng(number)
-    request = Request(
-        key=number,
-        request_id=request_id or f"chatcmpl-made-{number:012d}-0123abcd",
-        replica="pod-0/0",
-        model_name="toy",
-        engine="0",
-        adapter="",
-        traceparent="",
-        opened_seconds=seconds,
-        opening_seen=True,
-    )
+    named = request_id or f"chatcmpl-made-{number:012d}-0123abcd"
+    info = RequestInfo(named, "pod-0/0", "toy", "0", seconds, opening_seen=True, prompt_tokens=10)
+    request = RecordedRequest(number, info)
     fires, rows = np.zeros(activations, FIRE_RECORD), np.zeros(activations, row_record(2))
     fires["position"] = rows["position"] = np.arange(activations)
     fires["value"], rows["score"] = rng.random(activations), rng.normal(0, 1, (activations, 2))
-    crossed: list[Record] = [
-        Exceedance(request, feature % 2 * 2, seconds + feature, feature, Phase.OUTPUT, 5.0 + feature)
+    exceeded: list[Record] = [
+        Exceeded(request, Exceedance(feature % 2 * 2, Phase.OUTPUT, feature, 5.0 + feature, seconds + feature))
         for feature in range(exceedances)
     ]
     return [
-        *crossed,
+        *exceeded,
         Activations(request, fires, rows),
         Ended(
             request,
-            seconds + 9,
-            Outcome.FINISHED,
-            10,
-            41,
-            50,
-            (50, 0, 0, 0),
-            exceedances,
-            np.zeros(1, FEATURE_DTYPE),
-            0,
-            0,
+            RequestProgress(Outcome.FINISHED, seconds + 9, np.array([0, 50, 0, 0, 0]), 41, 50),
+            FeatureSummary(np.zeros(1, FEATURE_STAT), exceedances, 0),
+            activations_lost=0,
         ),
     ]

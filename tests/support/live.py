@@ -141,12 +141,12 @@ async def run(args: argparse.Namespace) -> None:
 
 async def feed(service: Service, watched: Watchlist, args: argparse.Namespace) -> None:
     """Six minutes of traffic as fast as it goes, with times in the past, and then live."""
-    pipeline = service.pipeline
+    core = service.core
     who = hello(replica="llama-7d9f-x2k4/0", model_name="llama-3.1-8b", watchlist_sha256=watched.sha256)
-    pipeline.hello(who, time.time())
+    core.ingest.hello(who, time.time())
     if args.scenario == "blind":
         text = "watchlist toy: rows of width 8 for a model of d_model 4096. Use a source trained on this model."
-        pipeline.hello(_blind(who, text), time.time())
+        core.ingest.hello(_blind(who, text), time.time())
     traffic = Traffic(watched, args.running)
     start = time.time()
     for i, batch in enumerate(traffic.steps(), start=1):
@@ -154,13 +154,13 @@ async def feed(service: Service, watched: Watchlist, args: argparse.Namespace) -
         traffic.incident = args.scenario == "incident" and 60 < past < 100
         traffic.cached_share = 0.3 if args.scenario == "gaps" else 0.0
         now = start - past if past > 0 else time.time()
-        pipeline.observe(who, received(i, batch), now)
+        core.ingest.observe(who, received(i, batch), now)
         if past <= 0:
             await asyncio.sleep(0.05)
         if time.time() - start > args.seconds:
             return
         if past <= 0 and args.scenario == "away":
-            pipeline.goodbye(who, now)
+            core.ingest.goodbye(who, now)
             return
 
 

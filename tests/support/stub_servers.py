@@ -24,6 +24,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.support.demo_run import an_exceedance
+
 PROMPT_TOKENS, OUTPUT_TOKENS = 10, 5
 MODEL = "latentwatch-demo"
 
@@ -42,9 +44,9 @@ class Collector:
         row = {"feature": "probe.0", "statistic": value, "limit": 2.0}
         self.requests.append({"response_id": answer["id"], "features": [row]})
         if over:
-            about = {"label": "Deceiving", "severity": "critical", "phase": "output", "position": PROMPT_TOKENS + 2}
-            scores = {"feature": "probe.0", "value": value, "limit": 2.0, "peak": value}
-            self.exceedances.insert(0, {"seconds": time.time(), "response_id": answer["id"], **about, **scores})
+            at = PROMPT_TOKENS + 2
+            told = an_exceedance(time.time(), answer["id"], "probe.0", "Deceiving", value=value, position=at)
+            self.exceedances.insert(0, vars(told))
         return Response()
 
     async def metrics(self, _: Request) -> Response:

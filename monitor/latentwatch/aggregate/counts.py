@@ -10,13 +10,13 @@ A group is a (replica, adapter). Sums over replicas give the traffic of an adapt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
 from latentwatch.aggregate.features import FeatureTable
-from latentwatch.arrays import Array
+from latentwatch.arrays import Array, axes
 from latentwatch.names import Severity
 from latentwatch.watchlist.file import Feature
 
@@ -73,11 +73,11 @@ class Layout:
 class RequestCounts:
     """The requests of one window. Merging is associative and commutative; `empty` is its neutral element."""
 
-    levels_GFB: Array
+    levels_GFB: Array = field(metadata=axes("G", "F", "B", dtype=np.int64))
     """Requests by the number of levels that their score is above, int64."""
-    cells_FC: Array
+    cells_FC: Array = field(metadata=axes("F", "C", dtype=np.int64))
     """Requests by the cell of their value, int64; a sparse feature that did not fire has none."""
-    coactive_PP: Array
+    coactive_PP: Array = field(metadata=axes("P", "P", dtype=np.int64))
     """Requests in which both features fired, int64; the diagonal has those in which the one fired."""
 
     @classmethod

@@ -7,13 +7,13 @@ A value on a bound belongs to the bucket below it, as `le` says.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from latentwatch.arrays import F64, I64, Array, Bool
+from latentwatch.arrays import F64, I64, Array, Bool, axes
 
 ACTIVATION_EDGES: Final = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Half decades: SAE activations run from hundredths (small models) to hundreds (Gemma Scope)."""
@@ -38,11 +38,11 @@ def limit_edges(limit: float | None) -> tuple[float, ...]:
 class Histograms:
     """F classic histograms over bounds of their own, with equal bucket counts."""
 
-    edges_FB: F64
+    edges_FB: F64 = field(metadata=axes("F", "B"))
     """Ascending along B, finite."""
-    counts_FB: I64
-    """[F, B+1], values per bucket (not cumulative)."""
-    sum_F: F64
+    counts_FB: I64 = field(metadata=axes("F", "B+1", dtype=np.int64))
+    """Values per bucket (not cumulative)."""
+    sum_F: F64 = field(metadata=axes("F"))
 
     def __post_init__(self) -> None:
         self._shared = bool((self.edges_FB == self.edges_FB[:1]).all())
@@ -76,16 +76,6 @@ class Histograms:
         """The same counts, free of later ones."""
         return Histograms(self.edges_FB, self.counts_FB.copy(), self.sum_F.copy())
 
-    def state(self) -> dict[str, Any]:
-        """The counts, for `restore` of a histogram over the same bounds; copies."""
-        return {"edges": self.edges_FB, "counts": self.counts_FB.copy(), "sum": self.sum_F.copy()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. Raises ValueError when its bounds are others."""
-        if not np.array_equal(state["edges"], self.edges_FB):
-            raise ValueError("a histogram's bounds are not those of the state")
-        self.counts_FB[:], self.sum_F[:] = state["counts"], state["sum"]
-
     def _buckets(self, values_NF: F64) -> npt.NDArray[np.intp]:
         """Index of the bucket of each value, 0..B."""
         if self._shared:
@@ -99,6 +89,14 @@ class Histograms:
         return np.cumsum(self.counts_FB, axis=1)
 
 
+@dataclass(frozen=True)
+class ScalarHistogramState:
+    """The counts of a ScalarHistogram."""
+
+    counts: list[int]
+    sum: float
+
+
 class ScalarHistogram:
     """One histogram fed by single values, without the cost of array calls per value."""
 
@@ -106,6 +104,16 @@ class ScalarHistogram:
         self.edges = edges
         self.counts = [0] * (len(edges) + 1)
         self.sum = 0.0
+
+    def state(self) -> ScalarHistogramState:
+        """The counts; copies."""
+        return ScalarHistogramState(list(self.counts), self.sum)
+
+    def restore(self, state: ScalarHistogramState) -> None:
+        """Go on from `state`. Raises ValueError where it has other buckets."""
+        if len(state.counts) != len(self.counts):
+            raise ValueError(f"a histogram of {len(self.counts)} buckets, the state has {len(state.counts)}")
+        self.counts, self.sum = list(state.counts), state.sum
 
     def observe(self, value: float) -> None:
         """Count one finite value."""

@@ -5,7 +5,7 @@ statistic of their own (see FeatureTable.special_F).
 
 Guarantee: what is known of a request after its last token does not depend on how its tokens were cut into steps nor on
 which other requests shared those steps, as long as its positions arrive in order. Maxima and counts do not even need
-the order; rolling means and "first crossing" do.
+the order; rolling means and the first exceedance do.
 
 Memory: K * (13 F + 8 L + 2 W per rolling feature) bytes; the operating system backs only the slots that were used.
 """
@@ -13,23 +13,24 @@ Memory: K * (13 F + 8 L + 2 W per rolling feature) bytes; the operating system b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from latentwatch.aggregate.features import FeatureTable, phase_bit
 from latentwatch.aggregate.packed_max import NOTHING, pack, positions, values
-from latentwatch.aggregate.rolling import RollingMeans
-from latentwatch.arrays import Array
+from latentwatch.aggregate.rolling import RollingMeans, RollingState
+from latentwatch.arrays import Array, axes, check
+from latentwatch.facts import EXCEEDANCE
 from latentwatch.names import Phase
 from latentwatch.step.batch import StepBatch, owns_rows
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
-CROSSING_DTYPE = np.dtype([("slot", "<i8"), ("feature", "<i8"), ("position", "<i8"), ("value", "<f8"), ("phase", "u1")])
-"""The first token at which a request's statistic for a feature went above the limit, and the statistic there."""
+_FOUND = np.dtype([("slot", "<i8"), ("exceedance", EXCEEDANCE)])
+_NOTHING_FOUND = np.empty(0, _FOUND)
+_NONE, _NO_SLOTS = np.empty(0, EXCEEDANCE), np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ class StepView:
     """Tokens on which each feature fired, int64; dense features 0. Positions that the feature skips do not count."""
     peak_F: Array
     """Largest value of each feature's statistic in this step, float32; -inf where there was none."""
-    crossings: Array
-    """CROSSING_DTYPE, at most one per slot and feature in the whole life of a request."""
+    exceedances: Array
+    """EXCEEDANCE, at most one per slot and feature in the whole life of a request."""
+    exceeding_slots: Array
+    """The slot of each one."""
     rows: Rows
     """Where the step's rows belong."""
 
@@ -68,7 +71,7 @@ class RequestFeatures:
         return RequestFeatures(**{name: array_nF[requests] for name, array_nF in vars(self).items()})
 
     def columns(self) -> dict[str, Array]:
-        """The arrays themselves, by their names in step.FEATURE_DTYPE: all of them but its `index`."""
+        """The arrays themselves, by their names in FEATURE_STAT: all of them but its `index`."""
         return {
             "max": self.max_nF,
             "position": self.max_position_nF,
@@ -77,6 +80,17 @@ class RequestFeatures:
             "fired": self.fired_nF,
             "exceeded": self.exceeded_nF,
         }
+
+
+@dataclass(frozen=True)
+class StatisticsState:
+    """What is in some slots of a RequestStates."""
+
+    max: Array = field(metadata=axes("slots", "features", dtype=np.uint64))
+    special: Array = field(metadata=axes("slots", "specials", dtype=np.uint64))
+    fired: Array = field(metadata=axes("slots", "features", dtype=np.uint32))
+    exceeded: Array = field(metadata=axes("slots", "features", dtype=bool))
+    rolling: list[RollingState]
 
 
 class RequestStates:
@@ -105,39 +119,43 @@ class RequestStates:
         for rolling in self._rolling:
             rolling.clear(slots)
 
-    def state(self, slots: Array) -> dict[str, Any]:
-        """What these slots hold, for `restore`; copies."""
-        rolling = [means.state(slots) for means in self._rolling]
-        return {"rolling": rolling} | {name: array[slots] for name, array in self._arrays().items()}
+    def state(self, slots: Array) -> StatisticsState:
+        """What is in these slots; copies."""
+        return StatisticsState(
+            self._max[slots],
+            self._special[slots],
+            self._fired[slots],
+            self._exceeded[slots],
+            [means.state(slots) for means in self._rolling],
+        )
 
-    def restore(self, slots: Array, state: dict[str, Any]) -> None:
-        """Put what `state` told of as many slots into these."""
-        for name, array in self._arrays().items():
-            array[slots] = state[name]
-        for means, held in zip(self._rolling, state["rolling"], strict=True):
-            means.restore(slots, held)
+    def restore(self, slots: Array, state: StatisticsState) -> None:
+        """Put `state` of as many slots into these. Raises ValueError where it does not fit."""
+        check(state, slots=len(slots), features=self.table.features, specials=self.table.specials)
+        self._max[slots], self._special[slots] = state.max, state.special
+        self._fired[slots], self._exceeded[slots] = state.fired, state.exceeded
+        for means, of_group in zip(self._rolling, state.rolling, strict=True):
+            means.restore(slots, of_group)
 
-    def _arrays(self) -> dict[str, Array]:
-        return {"max": self._max, "special": self._special, "fired": self._fired, "exceeded": self._exceeded}
-
-    def update(self, batch: StepBatch, slot_S: Array) -> StepView:
-        """Take the scores of one validated step.
+    def update(self, batch: StepBatch, slot_S: Array, now: float) -> StepView:
+        """Merge the scores of one validated step.
 
         Args: slot_S: the slot of each segment's request, [S]; segments without rows may carry anything.
+              now: what exceedances say of their time.
         """
         table = self.table
         owner_S = owns_rows(batch.segments_S)
         rows = Rows.of(batch.segments_S[owner_S], slot_S[owner_S])
         peak_F = np.full(table.features, NOTHING, np.uint64)
         if not owner_S.any():
-            fired_F, none = np.zeros(table.features, np.int64), np.empty(0, CROSSING_DTYPE)
-            return StepView(fired_F, values(peak_F, -np.inf), none, rows)
-        fired_F, crossings = self._sparse(batch.fires_N, rows, peak_F)
-        found = [crossings]
+            return StepView(np.zeros(table.features, np.int64), values(peak_F, -np.inf), _NONE, _NO_SLOTS, rows)
+        fired_F, sparse = self._sparse(batch.fires_N, rows, peak_F)
+        found = [sparse]
         if len(table.dense_P):
             found.append(self._dense(batch.dense_RP, rows, peak_F))
         found += [self._roll(i, batch, rows, peak_F) for i in range(len(self._rolling))]
-        return StepView(fired_F, values(peak_F, -np.inf), self._first(np.concatenate(found)), rows)
+        exceedances, slots = self._first([some for some in found if len(some)], now)
+        return StepView(fired_F, values(peak_F, -np.inf), exceedances, slots, rows)
 
     def features_of(self, slots: Array) -> RequestFeatures:
         """Everything known of the requests in these slots."""
@@ -181,8 +199,8 @@ class RequestStates:
             in_statistic = in_phase & ~self._rolling_F[feature]
         np.maximum.at(peak_F, feature[in_statistic], packed[in_statistic])
         over = np.flatnonzero((act > table.token_limit_F[feature]) & in_statistic)
-        crossings = _crossings(slot[over], feature[over], position[over], act[over], rows.phase_bit[row[over]])
-        return np.bincount(feature, minlength=F).astype(np.int64), crossings
+        found = _found(slot[over], feature[over], position[over], act[over], rows.phase_bit[row[over]])
+        return np.bincount(feature, minlength=F).astype(np.int64), found
 
     def _dense(self, score_RP: Array, rows: Rows, peak_F: Array) -> Array:
         table, P = self.table, self.table.dense_P
@@ -199,7 +217,7 @@ class RequestStates:
         row, column = np.nonzero((score_RP > table.token_limit_F[P]) & (packed_RP != NOTHING))
         in_phase = (rows.phase_bit[row] & table.phases_F[P[column]]) != 0
         row, column = row[in_phase], column[in_phase]
-        return _crossings(rows.slot[row], P[column], rows.position[row], score_RP[row, column], rows.phase_bit[row])
+        return _found(rows.slot[row], P[column], rows.position[row], score_RP[row, column], rows.phase_bit[row])
 
     def _roll(self, index: int, batch: StepBatch, rows: Rows, peak_F: Array) -> Array:
         group, order = self.table.rolling[index], rows.by_position
@@ -208,10 +226,10 @@ class RequestStates:
             rows.slot[order], rows.position[order], rows.phase_bit[order], score_RG[order]
         )
         if step is None:
-            return np.empty(0, CROSSING_DTYPE)
+            return _NOTHING_FOUND
         _keep_largest(self._special, step.slot_U, self.table.special_F[group.features], step.packed_UG)
         peak_F[group.features] = step.packed_UG.max(axis=0)
-        return _crossings(
+        return _found(
             step.over_slot, group.features[step.over_feature], step.over_position, step.over_value, step.over_phase_bit
         )
 
@@ -228,17 +246,19 @@ class RequestStates:
         score_RG[fires["row"], column_F[fires["feature"]]] = np.clip(fires["act"], -FLOAT16_MAX, FLOAT16_MAX)
         return score_RG
 
-    def _first(self, found: Array) -> Array:
-        """The earliest crossing of each slot and feature that has had none yet, now marked."""
-        found = found[~self._exceeded[found["slot"], found["feature"]]]
-        if not len(found):
-            return found
-        key = found["slot"] * self.table.features + found["feature"]
-        found = found[np.lexsort((found["position"], key))]
-        key = found["slot"] * self.table.features + found["feature"]
-        found = found[np.append(True, key[1:] != key[:-1])]
-        self._exceeded[found["slot"], found["feature"]] = True
-        return found
+    def _first(self, parts: Sequence[Array], now: float) -> tuple[Array, Array]:
+        """The earliest exceedance of each slot and feature that has had none yet, now marked; and the slots."""
+        if not parts:
+            return _NONE, _NO_SLOTS
+        found = np.concatenate(parts)
+        found = found[~self._exceeded[found["slot"], found["exceedance"]["feature"]]]
+        key = found["slot"] * self.table.features + found["exceedance"]["feature"]
+        order = np.lexsort((found["exceedance"]["position"], key))
+        found, key = found[order], key[order]
+        found = found[np.append(True, key[1:] != key[:-1])[: len(key)]]
+        self._exceeded[found["slot"], found["exceedance"]["feature"]] = True
+        found["exceedance"]["seconds"] = now
+        return found["exceedance"].copy(), found["slot"]
 
 
 @dataclass(frozen=True)
@@ -284,9 +304,11 @@ def _keep_largest(state_KC: Array, slot_S: Array, columns: Array, packed_SC: Arr
     np.maximum.at(state_KC.reshape(-1), key_SC.ravel(), packed_SC.ravel())
 
 
-def _crossings(slot: Array, feature: Array, position: Array, value: Array, bit: Array) -> Array:
-    crossings = np.empty(len(slot), CROSSING_DTYPE)
-    crossings["slot"], crossings["feature"] = slot, feature
-    crossings["position"], crossings["value"] = position, value
-    crossings["phase"] = np.where(bit == 1, Phase.PROMPT, Phase.OUTPUT)
-    return crossings
+def _found(slot: Array, feature: Array, position: Array, value: Array, bit: Array) -> Array:
+    if not len(slot):
+        return _NOTHING_FOUND
+    found = np.zeros(len(slot), _FOUND)
+    found["slot"], exceedances = slot, found["exceedance"]
+    exceedances["feature"], exceedances["position"], exceedances["value"] = feature, position, value
+    exceedances["phase"] = np.where(bit == 1, Phase.PROMPT, Phase.OUTPUT)
+    return found

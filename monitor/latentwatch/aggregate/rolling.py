@@ -11,13 +11,13 @@ below 2**29 / R in size, e.g. 8192 rows of any float16 at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from latentwatch.aggregate.features import RollingGroup
 from latentwatch.aggregate.packed_max import NOTHING, pack
-from latentwatch.arrays import Array
+from latentwatch.arrays import Array, axes, check
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,16 @@ class RollingStep:
     over_position: Array
     over_value: Array
     over_phase_bit: Array
+
+
+@dataclass(frozen=True)
+class RollingState:
+    """What is in some slots of a RollingMeans."""
+
+    last: Array = field(metadata=axes("slots", "window", "features", dtype=np.float16))
+    sum: Array = field(metadata=axes("slots", "features"))
+    next_position: Array = field(metadata=axes("slots", dtype=np.int64))
+    length: Array = field(metadata=axes("slots", dtype=np.int64))
 
 
 class RollingMeans:
@@ -52,17 +62,16 @@ class RollingMeans:
         self._next_position[slots] = -1
         self._length[slots] = 0
 
-    def state(self, slots: Array) -> dict[str, Array]:
-        """What these slots hold, for `restore`; copies."""
-        return {name: array[slots] for name, array in self._arrays().items()}
+    def state(self, slots: Array) -> RollingState:
+        """What is in these slots; copies."""
+        return RollingState(self._last[slots], self._sum[slots], self._next_position[slots], self._length[slots])
 
-    def restore(self, slots: Array, state: dict[str, Array]) -> None:
-        """Put what `state` told of as many slots into these."""
-        for name, array in self._arrays().items():
-            array[slots] = state[name]
-
-    def _arrays(self) -> dict[str, Array]:
-        return {"last": self._last, "sum": self._sum, "next_position": self._next_position, "length": self._length}
+    def restore(self, slots: Array, state: RollingState) -> None:
+        """Put `state` of as many slots into these. Raises ValueError where it does not fit."""
+        _, W, G = self._last.shape
+        check(state, slots=len(slots), window=W, features=G)
+        self._last[slots], self._sum[slots] = state.last, state.sum
+        self._next_position[slots], self._length[slots] = state.next_position, state.length
 
     def update(self, slot_R: Array, position_R: Array, phase_bit_R: Array, score_RG: Array) -> RollingStep | None:
         """Take the rows of one step, ordered by slot and then by position; None where none of them counts.

@@ -8,12 +8,11 @@ into the newest one, so a clock that steps back cannot reopen or reorder windows
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from latentwatch.arrays import Array
+from latentwatch.arrays import Array, axes, check
 from latentwatch.names import TokenState
 
 
@@ -28,7 +27,7 @@ class FeatureWindow:
     peak_F: Array
     """Largest value of each feature's statistic, float32; -inf where there was none."""
     exceedances_F: Array
-    """Requests that crossed the feature's limit in this window, int64."""
+    """Requests that went above the feature's limit in this window, int64."""
 
     @classmethod
     def empty(cls, features: int) -> FeatureWindow:
@@ -50,58 +49,63 @@ class FeatureWindow:
         )
 
 
+@dataclass(frozen=True)
+class WindowRingState:
+    """Every window of a ring, in the order of their numbers modulo M."""
+
+    number: int
+    """Of the newest one."""
+    tokens_by_state: Array = field(metadata=axes("windows", "states", dtype=np.int64))
+    fired_F: Array = field(metadata=axes("windows", "features", dtype=np.int64))
+    peak_F: Array = field(metadata=axes("windows", "features", dtype=np.float32))
+    exceedances_F: Array = field(metadata=axes("windows", "features", dtype=np.int64))
+
+
 class WindowRing:
     """The last M windows, oldest first. Memory is M * 20 F bytes, whatever happens."""
 
     def __init__(self, features: int, windows: int, window_seconds: float) -> None:
         self.window_seconds = window_seconds
         self._number = 0
-        self._tokens = np.zeros((windows, len(TokenState) + 1), np.int64)
-        self._fired = np.zeros((windows, features), np.int64)
-        self._peak = np.full((windows, features), -np.inf, np.float32)
-        self._exceedances = np.zeros((windows, features), np.int64)
+        empty = FeatureWindow.empty(features)
+        # Each array with a leading axis M.
+        self._windows = FeatureWindow(*(np.repeat(array[None], windows, axis=0) for array in vars(empty).values()))
 
     def add(self, window: FeatureWindow, now: float) -> None:
         """Merge totals into the window that holds `now`."""
-        i = self._advance(now)
-        self._tokens[i] += window.tokens_by_state
-        self._fired[i] += window.fired_F
-        np.maximum(self._peak[i], window.peak_F, out=self._peak[i])
-        self._exceedances[i] += window.exceedances_F
+        i, windows = self._advance(now), self._windows
+        windows.tokens_by_state[i] += window.tokens_by_state
+        windows.fired_F[i] += window.fired_F
+        np.maximum(windows.peak_F[i], window.peak_F, out=windows.peak_F[i])
+        windows.exceedances_F[i] += window.exceedances_F
 
     def recent(self, now: float) -> tuple[float, FeatureWindow]:
         """The end of the newest window as a time, and all M windows: each array with a leading axis M, oldest first."""
-        newest = self._advance(now)
-        order = (np.arange(len(self._tokens)) + newest + 1) % len(self._tokens)
-        window = FeatureWindow(self._tokens[order], self._fired[order], self._peak[order], self._exceedances[order])
-        return (self._number + 1) * self.window_seconds, window
+        newest, windows = self._advance(now), len(self._windows.peak_F)
+        order = (np.arange(windows) + newest + 1) % windows
+        return (self._number + 1) * self.window_seconds, FeatureWindow(
+            *(a[order] for a in vars(self._windows).values())
+        )
 
-    def state(self) -> dict[str, Any]:
-        """The windows, for `restore` of a ring of the same size; copies."""
-        return {"number": self._number} | {name: array.copy() for name, array in self._arrays().items()}
+    def state(self) -> WindowRingState:
+        """The windows; copies."""
+        return WindowRingState(self._number, *(array.copy() for array in vars(self._windows).values()))
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        self._number = state["number"]
-        for name, array in self._arrays().items():
-            array[:] = state[name]
-
-    def _arrays(self) -> dict[str, Array]:
-        return {
-            "tokens": self._tokens,
-            "fired": self._fired,
-            "peak": self._peak,
-            "exceedances": self._exceedances,
-        }
+    def restore(self, state: WindowRingState) -> None:
+        """Go on from `state` of a ring of the same size. Raises ValueError where it is another."""
+        windows, features = self._windows.peak_F.shape
+        check(state, windows=windows, features=features, states=len(TokenState) + 1)
+        self._number = state.number
+        self._windows = FeatureWindow(
+            state.tokens_by_state.copy(), state.fired_F.copy(), state.peak_F.copy(), state.exceedances_F.copy()
+        )
 
     def _advance(self, now: float) -> int:
         """Index of the window of `now`, with every window that was skipped emptied."""
-        windows, number = len(self._tokens), int(now // self.window_seconds)
+        windows, number = len(self._windows.peak_F), int(now // self.window_seconds)
         if number > self._number:
             passed = np.arange(max(self._number + 1, number - windows + 1), number + 1) % windows
-            self._tokens[passed] = 0
-            self._fired[passed] = 0
-            self._peak[passed] = -np.inf
-            self._exceedances[passed] = 0
+            for name, array in vars(self._windows).items():
+                array[passed] = -np.inf if name == "peak_F" else 0
             self._number = number
         return self._number % windows

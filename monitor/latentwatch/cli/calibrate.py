@@ -200,13 +200,13 @@ def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, settings: 
 
 
 def _of_recording(path: Path, watchlist: Watchlist, model_name: str, settings: DriftSettings) -> Baseline:
-    from latentwatch.collector.pipeline import Pipeline
+    from latentwatch.collector.core import Core
     from latentwatch.collector.replay import replay
     from latentwatch.transport import recording
 
-    pipeline = Pipeline(watchlist, drift=settings)
-    done = replay(pipeline, recording.read(path))
-    observed = pipeline.drift.observed(model_name, done.last_seconds)
+    core = Core(watchlist, drift=settings)
+    done = replay(core, recording.read(path))
+    observed = core.drift.observed(model_name, done.last_seconds)
     if observed is None:
         raise BaselineRefused(
             f"recording {path}",

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _announce(listen: Sequence[str], service: Service) -> None:
-    watchlist = service.pipeline.watchlist
+    watchlist = service.core.watchlist
     print(f"latentwatch collector: {len(watchlist.features)} features of {watchlist.name!r} ({watchlist.sha256[:12]})")
     print(f"  page     {service.http_url}/")
     print(f"  metrics  {service.http_url}/metrics")
@@ -103,7 +103,7 @@ def _evidence(config: CollectorConfig) -> EvidenceSettings | None:
     return EvidenceSettings(
         folder=config.evidence,
         retention=Retention(config.evidence_days, max_bytes, config.evidence_content_hours),
-        keep=config.evidence_keep,
+        scope=config.evidence_keep,
         token_file=config.evidence_token,
         key_file=config.evidence_key,
     )

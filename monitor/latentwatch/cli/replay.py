@@ -25,20 +25,19 @@ def run(args: argparse.Namespace) -> int:
     """Replay and print."""
     import datetime
 
-    from latentwatch.collector.pipeline import Pipeline
+    from latentwatch.collector.core import Core
     from latentwatch.collector.replay import replay
     from latentwatch.transport import recording
     from latentwatch.watchlist import file as watchlist_file
 
-    pipeline = Pipeline(
-        watchlist_file.read(args.watchlist), drift=options.drift_settings(args.baseline, args.canary_key, args.route)
-    )
-    done = replay(pipeline, recording.read(args.recording))
-    snapshot = pipeline.snapshot(done.last_seconds)
+    drift = options.drift_settings(args.baseline, args.canary_key, args.route)
+    core = Core(watchlist_file.read(args.watchlist), drift=drift)
+    done = replay(core, recording.read(args.recording))
+    snapshot = core.lookup.snapshot(done.last_seconds)
     ended = sum(sum(engine.requests.values()) for engine in snapshot.engines)
     exceeded = {
         feature.id: sum(int(model.exceedances_F[i]) for model in snapshot.models)
-        for i, feature in enumerate(pipeline.features)
+        for i, feature in enumerate(core.lookup.features)
     }
     print(
         f"{done.batches} batches, {ended} ended requests, {(done.last_seconds - done.first_seconds) / 60:.1f} minutes"
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     for feature, count in sorted(exceeded.items(), key=lambda item: -item[1]):
         if count:
             print(f"  {count} requests above the limit of {feature}")
-    for view in pipeline.drift.views():
+    for view in core.drift.views():
         print(f"{view.model_name}: {view.windows} windows compared" + (f", {view.reason}" if view.reason else ""))
     for seconds, model_name, alarm in done.alarms:
         at = datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

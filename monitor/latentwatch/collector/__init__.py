@@ -1,1 +1,1 @@
-"""The collector: one pipeline without I/O or clock (`pipeline`), and the process around it (`service`, `web`)."""
+"""The collector: its logic without I/O or clock (`core`), and the process around it (`service`, `http`)."""

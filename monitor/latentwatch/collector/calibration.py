@@ -28,7 +28,7 @@ def of_evidence(
     Raises BaselineRefused "baseline_source" where the store does not hold all requests with all their features.
     """
     drift, features = Drift(watchlist, settings or DriftSettings()), len(watchlist.features)
-    drift.meet(model_name)
+    drift.model_seen(model_name)
     requests = ordinary = 0
     now = 0.0
     for request in ended:
@@ -44,7 +44,7 @@ def of_evidence(
         fired_F, value_F = np.zeros(features, np.int64), np.full(features, np.nan, np.float32)
         fired_F[request.features["index"]] = request.features["fired"]
         value_F[request.features["index"]] = request.features["statistic"]
-        drift.add_rows(
+        drift.add(
             model_name,
             request.replica,
             [request.adapter],

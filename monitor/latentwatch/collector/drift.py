@@ -16,13 +16,13 @@ import numpy.typing as npt
 from latentwatch.aggregate.counts import Layout
 from latentwatch.aggregate.features import FeatureTable
 from latentwatch.aggregate.requests import RequestFeatures
-from latentwatch.collector.durability.checkpoint import State
-from latentwatch.collector.requests import OpenRequest
+from latentwatch.collector.listener import Ends, RemoteRows, StepListener
+from latentwatch.collector.requests import RequestSummary
 from latentwatch.drift.baseline import Baseline, Fingerprint
 from latentwatch.drift.canary import canary_prompt
 from latentwatch.drift.detection import Budget
 from latentwatch.drift.limits import tail_probability
-from latentwatch.drift.model import DriftView, ModelDrift
+from latentwatch.drift.model import DriftView, ModelDrift, ModelDriftState
 from latentwatch.errors import BaselineRefused
 from latentwatch.watchlist.file import Watchlist
 
@@ -44,7 +44,7 @@ class DriftSettings:
     of its own, within each adapter. None where ids say nothing of routes."""
 
 
-class Drift:
+class Drift(StepListener):
     """The detectors of every model that this collector sees."""
 
     def __init__(self, watchlist: Watchlist, settings: DriftSettings) -> None:
@@ -63,24 +63,40 @@ class Drift:
         baseline = self._settings.baseline
         return tail_probability(baseline.observed, feature, value) if baseline else None
 
-    def meet(self, model_name: str) -> None:
-        """A model streams here: it has series from now on."""
+    def model_seen(self, model_name: str) -> None:
+        """It has series from now on."""
         if model_name not in self._models:
             self._models[model_name] = self._new(model_name)
 
-    def add(self, requests: Sequence[OpenRequest], features: RequestFeatures, now: float) -> None:
-        """Take n requests that ended, of one replica, each seen from its beginning."""
-        self.add_rows(
+    def ended(self, ends: Ends) -> None:
+        """See StepListener."""
+        if ends.whole:
+            self._add(ends.requests, ends.features, ends.whole, ends.seconds)
+
+    def remote(self, remote: RemoteRows) -> None:
+        """See StepListener."""
+        places: dict[tuple[str, str], list[int]] = {}
+        for i in remote.whole:
+            info = remote.rows[i].info
+            places.setdefault((info.model_name, info.replica), []).append(i)
+        for some in places.values():
+            self._add(remote.requests, remote.features, some, remote.seconds)
+
+    def _add(
+        self, ended: Sequence[RequestSummary], features: RequestFeatures, places: Sequence[int], now: float
+    ) -> None:
+        requests = [ended[i].request.info for i in places]
+        self.add(
             requests[0].model_name,
             requests[0].replica,
             [request.adapter for request in requests],
             [request.request_id for request in requests],
-            features.fired_nF,
-            features.statistic_nF,
+            features.fired_nF[places],
+            features.statistic_nF[places],
             now,
         )
 
-    def add_rows(
+    def add(
         self,
         model_name: str,
         replica: str,
@@ -90,7 +106,10 @@ class Drift:
         value_nF: Array,
         now: float,
     ) -> None:
-        """The same as columns. Args: value_nF: the statistic, NaN for none."""
+        """Take n requests of one replica that ended, each seen from its beginning.
+
+        Args: value_nF: the statistic, NaN for none.
+        """
         model = self._models[model_name]
         prompts = [canary_prompt(self._settings.canary_key, request_id) for request_id in request_ids]
         for i, prompt in enumerate(prompts):
@@ -135,15 +154,15 @@ class Drift:
             created_seconds=now,
         )
 
-    def state(self) -> State:
-        """Everything that the next request or reading depends on; copies."""
-        return {name: model.snapshot() for name, model in self._models.items()}
+    def state(self) -> dict[str, ModelDriftState]:
+        """Everything that the next request or reading depends on, by model name; copies."""
+        return {name: model.state() for name, model in self._models.items()}
 
-    def restore(self, state: State) -> None:
-        """Go on from `state`. Detectors of another baseline begin anew, what was observed is kept."""
-        for name, held in state.items():
-            self.meet(name)
-            self._models[name].restore(held)
+    def restore(self, state: dict[str, ModelDriftState]) -> None:
+        """Go on from `state`. Detectors of another baseline begin anew, what was observed stays."""
+        for name, of_model in state.items():
+            self.model_seen(name)
+            self._models[name].restore(of_model)
 
     def _stratum(self, adapter: str, request_id: str) -> str:
         """Whose rates a request is compared with."""

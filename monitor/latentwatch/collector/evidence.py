@@ -11,21 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from latentwatch.collector.evidence_buffer import Keep, watched
-from latentwatch.collector.metrics_families import EvidenceFacts
-from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.evidence_buffer import EvidenceScope, watched
+from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence import sealed as sealed_contents
 from latentwatch.evidence import store
-from latentwatch.evidence.archive import Archive, StoredExceedance, StoredRequest, Wanted
+from latentwatch.evidence.archive import Archive, StoredRequest, Wanted
 from latentwatch.evidence.audit import Audit
 from latentwatch.evidence.segment import Erased
 from latentwatch.evidence.store import Retention, Store
 from latentwatch.evidence.vault import Content, Vault
-from latentwatch.evidence.writer import Writer
+from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
+from latentwatch.facts import ShownExceedance
 from latentwatch.transport.credentials import Tokens
+from latentwatch.watchlist.file import Watchlist
 
 T = TypeVar("T")
+
+Forget = Callable[[str], Awaitable[bool]]
+"""Has the rest of the collector forget a request; returns whether nothing of it is left there."""
 
 
 @dataclass(frozen=True)
@@ -34,26 +38,43 @@ class EvidenceSettings:
 
     folder: Path
     retention: Retention = field(default_factory=Retention)
-    keep: Keep = "exceeded"
+    scope: EvidenceScope = "exceeded"
     token_file: Path | None = None
     """Holds the bearer token for deleting, and for what was said, over HTTP; None allows neither."""
     key_file: Path | None = None
     """Holds the key of what was said; None keeps none of it. See vault.Vault."""
 
 
+@dataclass(frozen=True)
+class EvidenceFacts:
+    """What became of the evidence; as it stands, for a collector that writes none down."""
+
+    writer: WriterTotals = NOTHING_WRITTEN
+    folder_bytes: int = 0
+
+
 class Evidence:
     """The evidence of one collector. Its coroutines run in the collector's loop, its work in two threads."""
 
-    def __init__(self, settings: EvidenceSettings, pipeline: Pipeline, clock: Callable[[], float]) -> None:
-        """Raises: ConfigRefused: the folder or the token file cannot be used."""
+    def __init__(
+        self,
+        settings: EvidenceSettings,
+        watchlist: Watchlist,
+        clock: Callable[[], float],
+        pseudonyms: Pseudonyms | None = None,
+    ) -> None:
+        """
+        Args:   watchlist: with every limit that counts.   pseudonyms: those of the ids that are written down.
+        Raises: ConfigRefused: the folder or the token file cannot be used.
+        """
         self._folder = settings.folder
-        self._pipeline = pipeline
+        self._pseudonyms = pseudonyms
         self._clock = clock
         files = [settings.token_file] if settings.token_file else []
         self.tokens = Tokens(files, "--evidence-token", RefusalReason.EVIDENCE_TOKEN) if files else None
         """Who may delete, and put and get what was said, over HTTP; None: nobody."""
         self.vault = Vault.read(settings.key_file) if settings.key_file else None
-        self._store = Store(settings.folder, watched(pipeline.watchlist), settings.retention)
+        self._store = Store(settings.folder, watched(watchlist), settings.retention)
         try:
             self._audit = Audit(settings.folder)
             self._audit.prune(clock())
@@ -69,13 +90,6 @@ class Evidence:
         self._reading = ThreadPoolExecutor(1, "evidence-read")
         self._writer = Writer(self._store, clock=clock)
         self.put = self._writer.put
-        self.forget: Callable[[str], Awaitable[bool]] = self._forget_in_memory
-        """Has the rest of the collector forget a request; returns whether nothing of it is left there."""
-
-    def is_open(self, name: str) -> bool:
-        """Whether a request with this id still runs, so that more of it will be written."""
-        views = map(self._pipeline.request, self._pipeline.find(name))
-        return any(view.outcome == "open" for view in views if view)
 
     async def find(self, name: str, actor: str) -> list[StoredRequest]:
         """See Archive.find."""
@@ -88,29 +102,25 @@ class Evidence:
 
         return await self._read(work)
 
-    async def exceedances(self, wanted: Wanted, limit: int, actor: str) -> list[StoredExceedance]:
+    async def exceedances(self, wanted: Wanted, limit: int, actor: str) -> list[ShownExceedance]:
         """See Archive.exceedances."""
         subject = " ".join(f"{name}={value}" for name, value in vars(wanted).items() if value is not None)
 
-        def work() -> list[StoredExceedance]:
+        def work() -> list[ShownExceedance]:
             found = self._archive.exceedances(wanted, limit)
             self._audit.add(self._clock(), actor, "query", len(found), subject=subject)
             return found
 
         return await self._read(work)
 
-    async def erase(self, name: str, actor: str) -> Erased:
+    async def erase(self, name: str, actor: str, forget: Forget) -> Erased:
         """See store.erase, after everything that was recorded before; and the collector itself forgets the request."""
         held = await asyncio.wrap_future(self._writer.run(lambda: self._held(name)))
         erased = await asyncio.wrap_future(self._writer.run(lambda: store.erase(self._folder, held)))
-        if not await self.forget(held):
+        if not await forget(held):
             erased = dataclasses.replace(erased, clean=False)
         await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=held))
         return erased
-
-    async def _forget_in_memory(self, name: str) -> bool:
-        self._pipeline.forget(name)
-        return True
 
     async def attach(self, name: str, vault: Vault, content: Content, actor: str) -> int:
         """See Store.attach; after everything that was recorded before."""
@@ -151,10 +161,9 @@ class Evidence:
 
     def _held(self, name: str) -> str:
         """What a request is kept under that somebody asks for by this name."""
-        pseudonyms = self._pipeline.pseudonyms
-        if pseudonyms is None:
+        if self._pseudonyms is None:
             return name
-        hashed, *others = pseudonyms.candidates(name)
+        hashed, *others = self._pseudonyms.candidates(name)
         return next((held for held in (hashed, *others) if store.find(self._folder, held)), hashed)
 
     async def _read(self, work: Callable[[], T]) -> T:

@@ -1,31 +1,37 @@
 """From steps to evidence records: keeps the latest activations of every open request, and lets them go unless a limit
 was exceeded. No I/O, no clock, no thread.
 
-Shape legend: K request slots, N fired activations or crossings, R rows, P dense features, S slots that are full.
+Shape legend: K request slots, N fired activations, R rows, P dense features, S slots that are full.
 
-What it promises of a request that exceeded a limit: the crossing, every activation from then on, and those before it as
-far as they fit into its slot. What did not fit is counted in its end record. With `keep="all"` the other requests are
-recorded too, with what fits into the slot.
+What it promises of a request that exceeded a limit: the exceedance, every activation from then on, and those before it
+as far as they fit into its slot. What did not fit is counted in its end record. With `scope="all"` the other requests
+are recorded too, with what fits into the slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from latentwatch.aggregate.requests import StepView
-from latentwatch.collector.requests import ClosedRequest, OpenRequest
-from latentwatch.evidence.records import FIRE_RECORD, Activations, Ended, Exceedance, Record, Request, row_record
+from latentwatch.arrays import Array
+from latentwatch.collector.listener import Ends, Eviction, RemoteRows, Step, StepListener
+from latentwatch.collector.requests import TrackedRequest
+from latentwatch.evidence.records import (
+    FIRE_RECORD,
+    Activations,
+    Ended,
+    Exceeded,
+    Record,
+    RecordedRequest,
+    row_record,
+)
 from latentwatch.evidence.segment import Watched, WatchedFeature
-from latentwatch.names import Phase, TokenState
-from latentwatch.step.batch import StepBatch
+from latentwatch.facts import Exceedance
 from latentwatch.watchlist.file import Watchlist
 
-Array = npt.NDArray[Any]
-Keep = Literal["exceeded", "all"]
+EvidenceScope = Literal["exceeded", "all"]
 
 SLOT_BYTES: Final = 16 << 10
 """Per open request, for sparse activations and for dense scores each: 1,638 activations, at 2.5 a token some 650
@@ -34,28 +40,30 @@ _SERIAL_BITS: Final = 22
 """What 63 bits leave beside milliseconds since the epoch."""
 
 
-class EvidenceBuffer:
-    """Watches a pipeline's slots and hands records to every sink."""
+class EvidenceBuffer(StepListener):
+    """Watches a collector's slots and hands records to every sink."""
 
     def __init__(
         self,
         watchlist: Watchlist,
         slots: int,
         sinks: Sequence[Callable[[Sequence[Record]], None]],
-        keep: Keep,
+        scope: EvidenceScope,
     ) -> None:
-        """Args: slots: how many `step` may name."""
+        """Args: slots: how many `step` may name; the last one is of requests that found none."""
         self._sinks = tuple(sinks)
-        self._keep = keep
+        self._scope = scope
         self._flagged = np.zeros(slots, bool)
         dense = row_record(sum(feature.dense for feature in watchlist.features))
         self._fires = _Slots(FIRE_RECORD, slots)
         self._rows = _Slots(dense, slots)
 
-    def step(self, batch: StepBatch, view: StepView, crossings: Array, requests_K: Array, now: float) -> None:
-        """Take a step. Args: crossings: those of requests with a slot. requests_K: OpenRequest by slot."""
-        self._exceeded(crossings, requests_K, now)
-        rows = view.rows
+    def step(self, step: Step) -> None:
+        """See StepListener."""
+        batch, rows, requests_K = step.batch, step.view.rows, step.requests_K
+        if len(step.exceedances):
+            self._flagged[step.exceeding_slots] = True
+            self._sink_exceedances(step.exceedances, requests_K[step.exceeding_slots])
         fires = np.empty(len(batch.fires_N), FIRE_RECORD)
         at = batch.fires_N["row"]
         fires["position"], fires["feature"], fires["value"] = (
@@ -68,47 +76,45 @@ class EvidenceBuffer:
             scores = np.empty(len(batch.dense_RP), self._rows.dtype)
             scores["position"], scores["score"] = rows.position, batch.dense_RP
             self._add(self._rows, rows.slot, scores, requests_K)
+        self._clear(len(self._flagged) - 1)
 
-    def close(self, slot: int, closed: ClosedRequest) -> None:
-        """A request ended; its slot is free for another one."""
-        # A collector that was started again knows from its state what was exceeded before.
-        if self._flagged[slot] or closed.features.exceeded or self._keep == "all":
-            request = _request(closed.open)
-            self._sink(
-                (
-                    Activations(request, self._fires.take(slot), self._rows.take(slot)),
-                    _ended(request, closed, int(self._fires.lost_K[slot] + self._rows.lost_K[slot])),
+    def ended(self, ends: Ends) -> None:
+        """See StepListener."""
+        for slot, summary in zip(ends.slots, ends.requests, strict=True):
+            # A collector that was started again knows from its state what was exceeded before.
+            if self._flagged[slot] or summary.features.exceeded or self._scope == "all":
+                lost = int(self._fires.lost_K[slot] + self._rows.lost_K[slot])
+                request = _recorded(summary.request)
+                self._sink(
+                    (
+                        Activations(request, self._fires.pop(slot), self._rows.pop(slot)),
+                        Ended(request, summary.progress, summary.features, lost),
+                    )
                 )
-            )
-        self.clear(slot)
+            self._clear(slot)
 
-    def elsewhere(self, crossings: Array, latest: ClosedRequest, *, ended: bool) -> None:
-        """A request of another collector, which has its activations, crossed limits (CROSSED_DTYPE) or ended."""
-        request = _request(latest.open)
-        if len(crossings):
-            self._sink(
-                [
-                    Exceedance(request, feature, seconds, position, Phase(phase), value)
-                    for feature, phase, position, value, seconds in crossings.tolist()
-                ]
-            )
-        if ended and (latest.features.exceeded or self._keep == "all"):
-            self._sink((_ended(request, latest, 0),))
+    def evicted(self, eviction: Eviction) -> None:
+        """See StepListener."""
+        self._clear(eviction.slot)
 
-    def clear(self, slot: int) -> None:
-        """A request was let go without an end."""
+    def remote(self, remote: RemoteRows) -> None:
+        """See StepListener. Another collector has the activations of these requests."""
+        for row, latest in zip(remote.rows, remote.requests, strict=True):
+            if len(row.exceedances):
+                self._sink_exceedances(row.exceedances, [latest.request] * len(row.exceedances))
+            if row.progress.outcome is not None and (latest.features.exceeded or self._scope == "all"):
+                self._sink((Ended(_recorded(latest.request), latest.progress, latest.features, 0),))
+
+    def _clear(self, slot: int) -> None:
         self._flagged[slot] = False
         self._fires.clear(slot)
         self._rows.clear(slot)
 
-    def _exceeded(self, crossings: Array, requests_K: Array, now: float) -> None:
-        if not len(crossings):
-            return
-        self._flagged[crossings["slot"]] = True
+    def _sink_exceedances(self, exceedances: Array, requests: Iterable[TrackedRequest]) -> None:
         self._sink(
             [
-                Exceedance(_request(requests_K[slot]), feature, now, position, Phase(phase), value)
-                for slot, feature, position, value, phase in crossings.tolist()
+                Exceeded(_recorded(request), Exceedance.of(exceedance))
+                for request, exceedance in zip(requests, exceedances, strict=True)
             ]
         )
 
@@ -119,46 +125,17 @@ class EvidenceBuffer:
     def _add(self, slots: _Slots, slot_N: Array, records_N: Array, requests_K: Array) -> None:
         for slot, overflow in slots.add(slot_N, records_N):
             if not self._flagged[slot]:
-                slots.keep_latest(slot, overflow)
+                slots.append_latest(slot, overflow)
                 continue
-            whole = np.concatenate([slots.take(slot), overflow])
+            whole = np.concatenate([slots.pop(slot), overflow])
             parts = (whole, self._rows.none) if slots is self._fires else (self._fires.none, whole)
-            self._sink((Activations(_request(requests_K[slot]), *parts),))
+            self._sink((Activations(_recorded(requests_K[slot]), *parts),))
 
 
-def _key(request: OpenRequest) -> int:
-    """Unique and rising with time; the same after the collector was started again from its state."""
-    return int(request.opened_seconds * 1000) << _SERIAL_BITS | request.serial % (1 << _SERIAL_BITS)
-
-
-def _request(request: OpenRequest) -> Request:
-    return Request(
-        key=_key(request),
-        request_id=request.request_id,
-        replica=request.replica,
-        model_name=request.model_name,
-        engine=request.engine,
-        adapter=request.adapter,
-        traceparent=request.traceparent,
-        opened_seconds=request.opened_seconds,
-        opening_seen=request.opening_seen,
-    )
-
-
-def _ended(request: Request, closed: ClosedRequest, activations_lost: int) -> Ended:
-    return Ended(
-        request=request,
-        closed_seconds=closed.closed_seconds,
-        outcome=closed.outcome,
-        prompt_tokens=closed.open.prompt_tokens,
-        output_tokens=closed.output_tokens,
-        total_tokens=closed.total_tokens,
-        tokens=tuple(closed.tokens[list(TokenState)].tolist()),
-        exceeded_features=closed.features.exceeded,
-        features=closed.features.rows,
-        features_left_out=closed.features.left_out,
-        activations_lost=activations_lost,
-    )
+def _recorded(request: TrackedRequest) -> RecordedRequest:
+    """Its key is unique and rises with time; the same after the collector was started again from its state."""
+    serial = request.collector_serial % (1 << _SERIAL_BITS)
+    return RecordedRequest(int(request.info.opened_seconds * 1000) << _SERIAL_BITS | serial, request.info)
 
 
 class _Slots:
@@ -188,7 +165,7 @@ class _Slots:
         over = np.flatnonzero(~fits_S)
         return [(int(slot_S[i]), records_N[first[i] : first[i] + count_S[i]]) for i in over]
 
-    def keep_latest(self, slot: int, overflow: Array) -> None:
+    def append_latest(self, slot: int, overflow: Array) -> None:
         """Append records that do not fit, and let the oldest go: half of the slot, so that this is rare."""
         whole = np.concatenate([self._records[slot, : self._length_K[slot]], overflow])
         kept = whole[-(self._capacity // 2) :]
@@ -196,7 +173,7 @@ class _Slots:
         self._records[slot, : len(kept)] = kept
         self._length_K[slot] = len(kept)
 
-    def take(self, slot: int) -> Array:
+    def pop(self, slot: int) -> Array:
         """The records of a slot, which is empty then."""
         taken: Array = self._records[slot, : self._length_K[slot]].copy()
         self._length_K[slot] = 0

@@ -1,87 +1,102 @@
-"""Exceedance events in a bounded ring of columns, so that a storm of them costs arrays and not objects."""
+"""Exceedances in a bounded ring of columns, so that a storm of them costs arrays and not objects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-from latentwatch.collector.requests import OpenRequest, Roster
+from latentwatch.arrays import Array, axes, check
+from latentwatch.collector.requests import Roster, TrackedRequest
+from latentwatch.facts import EXCEEDANCE, Exceedance
 
-Array = npt.NDArray[Any]
 
-EVENT_DTYPE = np.dtype(
-    [
-        ("feature", "<i4"),
-        ("phase", "u1"),
-        ("position", "<i8"),
-        ("value", "<f8"),
-        ("peak", "<f8"),  # NaN while the request is open: its running state knows
-        ("seconds", "<f8"),
-    ]
-)
+@dataclass(frozen=True)
+class Listed:
+    """An exceedance, whose it is, and the largest value of its statistic by the request's end."""
+
+    exceedance: Exceedance
+    request: TrackedRequest
+    peak: float
+    """NaN while the request is open: its running state knows."""
+
+
+@dataclass(frozen=True)
+class ExceedanceRingState:
+    """What is in an ExceedanceRing."""
+
+    added: int
+    exceedances: Array = field(metadata=axes("n", dtype=EXCEEDANCE))
+    peaks: Array = field(metadata=axes("n"))
+    serials: Array = field(metadata=axes("n", dtype=np.int64))
 
 
 class ExceedanceRing:
-    """The latest events and the requests that they are of; the oldest go first and are counted."""
+    """The latest exceedances and the requests that they are of; the oldest go first and are counted."""
 
     def __init__(self, capacity: int) -> None:
-        self._events = np.zeros(capacity, EVENT_DTYPE)
+        self._exceedances = np.zeros(capacity, EXCEEDANCE)
+        self._peaks = np.full(capacity, np.nan)
         self._requests = np.empty(capacity, object)
         self._serials = np.zeros(capacity, np.int64)
         self._added = 0
 
     @property
     def evicted(self) -> int:
-        """Events that are no longer held."""
-        return max(0, self._added - len(self._events))
+        """Exceedances that were let go."""
+        return max(0, self._added - len(self._exceedances))
 
-    def add(self, events: Array, requests: Array) -> None:
-        """Append events in the order of their arrival, each with its OpenRequest."""
-        capacity = len(self._events)
-        first = self._added + max(0, len(events) - capacity)
-        kept, requests = events[-capacity:], requests[-capacity:]
-        places = (first + np.arange(len(kept))) % capacity
-        self._events[places], self._requests[places] = kept, requests
-        self._serials[places] = [request.serial for request in requests]
-        self._added += len(events)
+    def add(self, exceedances: Array, requests: Array) -> None:
+        """Append EXCEEDANCE in the order of their arrival, each with its TrackedRequest."""
+        capacity = len(self._exceedances)
+        first = self._added + max(0, len(exceedances) - capacity)
+        latest, requests = exceedances[-capacity:], requests[-capacity:]
+        places = (first + np.arange(len(latest))) % capacity
+        self._exceedances[places], self._requests[places], self._peaks[places] = latest, requests, np.nan
+        self._serials[places] = [request.collector_serial for request in requests]
+        self._added += len(exceedances)
 
-    def latest(self, limit: int) -> Iterator[tuple[Array, OpenRequest]]:
-        """The latest events, newest first."""
-        count = min(limit, self._added, len(self._events))
-        for place in ((self._added - 1 - np.arange(count)) % len(self._events)).tolist():
-            yield self._events[place], self._requests[place]
+    def latest(self, limit: int) -> Iterator[Listed]:
+        """The latest ones, newest first."""
+        capacity = len(self._exceedances)
+        count = min(limit, self._added, capacity)
+        for place in ((self._added - 1 - np.arange(count)) % capacity).tolist():
+            yield Listed(Exceedance.of(self._exceedances[place]), self._requests[place], float(self._peaks[place]))
 
-    def of_requests(self, limit: int) -> list[list[tuple[Array, OpenRequest]]]:
-        """All that is held of the latest requests, a list each; the one with the latest event first."""
-        found: dict[int, list[tuple[Array, OpenRequest]]] = {}
-        for event, request in self.latest(len(self._events)):
-            if request.serial in found:
-                found[request.serial].append((event, request))
+    def of_requests(self, limit: int) -> list[list[Listed]]:
+        """All that is known of the latest requests, a list each; the one with the latest exceedance first."""
+        found: dict[int, list[Listed]] = {}
+        for listed in self.latest(len(self._exceedances)):
+            serial = listed.request.collector_serial
+            if serial in found:
+                found[serial].append(listed)
             elif len(found) < limit:
-                found[request.serial] = [(event, request)]
+                found[serial] = [listed]
         return list(found.values())
 
-    def requests(self) -> Iterator[OpenRequest]:
-        """The request of every event that is held."""
-        yield from self._requests[: min(self._added, len(self._events))]
-
-    def state(self, roster: Roster) -> dict[str, Any]:
-        """What is held, for `restore` of a ring of the same capacity; copies. Its requests go to the roster."""
-        held = min(self._added, len(self._events))
-        roster.add(*self._requests[:held])
-        return {"added": self._added, "events": self._events[:held].copy(), "serials": self._serials[:held].copy()}
-
-    def restore(self, state: dict[str, Any], roster: Roster) -> None:
-        """Go on from `state`, with the requests that the roster knows."""
-        held = len(state["events"])
-        self._added = state["added"]
-        self._events[:held], self._serials[:held] = state["events"], state["serials"]
-        self._requests[:held] = [roster.request(serial) for serial in state["serials"].tolist()]
+    def requests(self) -> Iterator[TrackedRequest]:
+        """The request of every exceedance."""
+        yield from self._requests[: min(self._added, len(self._exceedances))]
 
     def settle(self, serial: int, peak_F: Array) -> None:
         """Write the final peaks of a request that closed."""
-        held = np.flatnonzero(self._serials == serial)
-        self._events["peak"][held] = peak_F[self._events["feature"][held]]
+        places = np.flatnonzero(self._serials == serial)
+        self._peaks[places] = peak_F[self._exceedances["feature"][places]]
+
+    def state(self, roster: Roster) -> ExceedanceRingState:
+        """What is in the ring; copies. Its requests go to the roster."""
+        count = min(self._added, len(self._exceedances))
+        roster.add(*self._requests[:count])
+        return ExceedanceRingState(
+            self._added, self._exceedances[:count].copy(), self._peaks[:count].copy(), self._serials[:count].copy()
+        )
+
+    def restore(self, state: ExceedanceRingState, roster: Roster) -> None:
+        """Go on from `state` of a ring of the same capacity. Raises ValueError where it does not fit."""
+        check(state, n=min(state.added, len(self._exceedances)))
+        count = len(state.exceedances)
+        self._added = state.added
+        self._exceedances[:count], self._peaks[:count] = state.exceedances, state.peaks
+        self._serials[:count] = state.serials
+        self._requests[:count] = [roster.request(serial) for serial in state.serials.tolist()]

@@ -10,13 +10,17 @@ import numpy as np
 
 from latentwatch import __version__
 from latentwatch.collector.config import Bounds
+from latentwatch.collector.durability.facts import StateFacts
+from latentwatch.collector.evidence import EvidenceFacts
 from latentwatch.collector.federation.client import RelayFacts
-from latentwatch.collector.snapshot import TOKEN_SERIES, ModelTotals, ReplicaView, Snapshot
+from latentwatch.collector.snapshot import TOKEN_SERIES, ReplicaView, Snapshot
+from latentwatch.collector.telemetry import OtlpFacts
+from latentwatch.collector.totals import ModelTotals
 from latentwatch.drift.detection import KINDS
 from latentwatch.drift.model import DriftView
 from latentwatch.errors import RefusalReason
 from latentwatch.evidence.records import KINDS as KINDS_OF_RECORD
-from latentwatch.evidence.writer import DROP_REASONS, NOTHING_WRITTEN, QUEUE_BYTES, WriterTotals
+from latentwatch.evidence.writer import DROP_REASONS, QUEUE_BYTES
 from latentwatch.export import metrics
 from latentwatch.export.families import ExemplarLine, Family, LabelRows
 from latentwatch.export.metrics import ENGINE_COUNTERS, Metric
@@ -29,45 +33,15 @@ REFUSALS: Final = tuple(reason for reason in RefusalReason if reason.counted)
 
 
 @dataclass(frozen=True)
-class StateFacts:
-    """How well the state is kept on a disk; as it stands, for a collector that keeps it in memory only."""
-
-    durable: bool = False
-    """What is acknowledged from now on survives the death of this process."""
-    checkpoint_seconds: float = 0.0
-    """When the newest checkpoint was taken, seconds since the Unix epoch; 0 for never."""
-    journal_bytes: int = 0
-    write_failures: int = 0
-    resumed_events: int = 0
-    """Events that were read back from the journal at the start."""
-
-
-@dataclass(frozen=True)
-class EvidenceFacts:
-    """What became of the evidence; as it stands, for a collector that writes none down."""
-
-    writer: WriterTotals = NOTHING_WRITTEN
-    folder_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class OtlpFacts:
-    """What was sent over OTLP; as it stands, for a collector that sends nothing."""
-
-    events: WriterTotals = NOTHING_WRITTEN
-    failed_metrics: int = 0
-
-
-@dataclass(frozen=True)
 class ProcessFacts:
     """What the operating system says of this process."""
 
     start_seconds: float
     resident_bytes: int
     cpu_seconds: float
-    state: StateFacts = StateFacts()
-    evidence: EvidenceFacts = EvidenceFacts()
-    otlp: OtlpFacts = OtlpFacts()
+    state: StateFacts = field(default_factory=StateFacts)
+    evidence: EvidenceFacts = field(default_factory=EvidenceFacts)
+    otlp: OtlpFacts = field(default_factory=OtlpFacts)
     relay: RelayFacts = field(default_factory=RelayFacts)
     receiver: ReceiverFacts = field(default_factory=ReceiverFacts)
 
@@ -264,7 +238,7 @@ class Families:
             (metrics.FORWARD_CAPACITY, forward.capacity_bytes if forward else 0),
         ):
             yield Family(metric, here, [value] * len(here))
-        shed = (("request", forward.shed_requests), ("crossing", forward.shed_crossings)) if forward else ()
+        shed = (("request", forward.shed_requests), ("crossing", forward.shed_exceedances)) if forward else ()
         yield Family(metrics.FORWARD_SHED, tuple((kind,) for kind, _ in shed), [count for _, count in shed])
         rows = tuple((sidecar.collector,) for sidecar in snapshot.forwarders)
         yield Family(metrics.FORWARDER_CONNECTED, rows, [int(f.connected) for f in snapshot.forwarders])
@@ -272,7 +246,7 @@ class Families:
         yield Family(
             metrics.FORWARDER_SHED,
             tuple((f.collector, kind) for f in snapshot.forwarders for kind in ("request", "crossing")),
-            [count for f in snapshot.forwarders for count in (f.shed_requests, f.shed_crossings)],
+            [count for f in snapshot.forwarders for count in (f.shed_requests, f.shed_exceedances)],
         )
 
     def _evidence(self, facts: EvidenceFacts) -> Iterator[Family]:

@@ -28,20 +28,20 @@ _HASHED: Final = re.compile(r"hmac-[0-9a-f]{32}")
 class Pseudonyms:
     """Ids under one key."""
 
-    def __init__(self, key: bytes, keep: Callable[[str], bool]) -> None:
-        """Args: keep: which engine request ids stay as they are, since they are ours and of no client."""
+    def __init__(self, key: bytes, exempt: Callable[[str], bool]) -> None:
+        """Args: exempt: which engine request ids stay as they are, since they are ours and of no client."""
         self._key = key
-        self._keep = keep
+        self._exempt = exempt
 
     @classmethod
-    def read(cls, path: Path, keep: Callable[[str], bool]) -> Pseudonyms:
+    def read(cls, path: Path, exempt: Callable[[str], bool]) -> Pseudonyms:
         """With the key in a file. Raises ConfigRefused, "request_id_key"."""
         instead = f"Write at least {secrets.MIN_KEY_BYTES} random bytes there, e.g. of openssl rand -hex 32."
-        return cls(secrets.read_key(path, "--request-id-key-file", RefusalReason.REQUEST_ID_KEY, instead), keep)
+        return cls(secrets.read_key(path, "--request-id-key-file", RefusalReason.REQUEST_ID_KEY, instead), exempt)
 
     def of(self, request_id: str) -> str:
         """What stands for an engine request id. A hash, from a sidecar that has a key too, stands for itself."""
-        if not request_id or _HASHED.fullmatch(request_id) or self._keep(request_id):
+        if not request_id or _HASHED.fullmatch(request_id) or self._exempt(request_id):
             return request_id
         return self._hash(response_id(request_id))
 
@@ -79,7 +79,10 @@ class PseudonymSink:
     def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
         """See Sink."""
         if received.report.requests:
-            rows = tuple(replace(row, request_id=self._of(row.request_id)) for row in received.report.requests)
+            rows = tuple(
+                replace(row, info=replace(row.info, request_id=self._of(row.info.request_id)))
+                for row in received.report.requests
+            )
             report = replace(received.report, requests=rows)
             received = ReceivedReport(received.sequence, report, codec.encode_report(received.sequence, report))
         self._sink.merge(hello, received, now)

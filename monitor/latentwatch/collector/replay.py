@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.core import Core
 from latentwatch.drift.model import Alarm
 from latentwatch.transport.recording import Recorded
 
@@ -21,18 +21,18 @@ class Replayed:
     """The end of the window, model and alarm, when each first came up."""
 
 
-def replay(pipeline: Pipeline, recorded: Iterable[Recorded]) -> Replayed:
-    """Give a pipeline everything, with the times at which it was recorded.
+def replay(core: Core, recorded: Iterable[Recorded]) -> Replayed:
+    """Give a collector everything, with the times at which it was recorded.
 
-    Raises: StreamRefused: the recording is damaged, or is of another watchlist than the pipeline's.
+    Raises: StreamRefused: the recording is damaged, or is of another watchlist than the collector's.
     """
     done, greeted, windows = Replayed(), set(), 0
     known: set[tuple[str, str, str]] = set()
 
     def look(now: float) -> None:
         nonlocal windows
-        pipeline.tick(now)
-        views = pipeline.drift.views()
+        core.ingest.tick(now)
+        views = core.drift.views()
         if (count := sum(view.windows for view in views)) == windows:
             return
         windows = count
@@ -51,8 +51,8 @@ def replay(pipeline: Pipeline, recorded: Iterable[Recorded]) -> Replayed:
             done.last_seconds = item.seconds
         if item.hello not in greeted:
             greeted.add(item.hello)
-            pipeline.hello(item.hello, item.seconds)
-        pipeline.observe(item.hello, item.received, item.seconds)
+            core.ingest.hello(item.hello, item.seconds)
+        core.ingest.observe(item.hello, item.received, item.seconds)
         done.batches += 1
     # The last window ends behind the recording.
     look(done.last_seconds + 3600.0)

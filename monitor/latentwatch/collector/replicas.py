@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, fields
+from typing import Final
 
 from latentwatch.collector.config import Bounds
-from latentwatch.collector.requests import HandleMap
+from latentwatch.collector.requests import HandleMap, HandleMapState
 from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.step.batch import EngineCounters
 from latentwatch.transport.hello import Hello
@@ -17,8 +17,6 @@ from latentwatch.transport.report import Report
 _LABEL_BYTES: Final = {"replica": 253, "boot_id": 64, "engine": 64, "model_name": 253}
 """253 is the longest DNS name, which a pod's name is."""
 _TEXT_CHARACTERS: Final = 512
-_REMOTE: Final = ("forwarded_by", "remote_open_requests", "shed_requests", "shed_crossings")
-"""Fields of a Boot that forwarding gives a meaning."""
 
 
 @dataclass
@@ -37,7 +35,37 @@ class Boot:
     """Open requests, as `forwarded_by` counts them."""
     shed_requests: int = 0
     """Of a collector that forwards: rows that it gave up since its boot."""
-    shed_crossings: int = 0
+    shed_exceedances: int = 0
+
+
+@dataclass(frozen=True)
+class BootState:
+    """A Boot, field by field."""
+
+    hello: Hello
+    handles: HandleMapState
+    high_sequence: int
+    streams: int
+    last_seen_seconds: float
+    counters: EngineCounters
+    forwarded_by: str
+    remote_open_requests: int
+    shed_requests: int
+    shed_exceedances: int
+
+
+_SAME: Final = tuple(field.name for field in fields(BootState) if field.name != "handles")
+
+
+@dataclass(frozen=True)
+class ReplicasState:
+    """Everything that a Replicas remembers."""
+
+    engines: list[tuple[str, str]]
+    """Model names and engines that were counted."""
+    marks: list[tuple[str, str, int]]
+    """Replica, boot id and highest sequence of boots that were let go."""
+    boots: list[BootState]
 
 
 @dataclass
@@ -190,43 +218,27 @@ class Replicas:
         for boot in self._boots():
             boot.streams = 0
 
-    def state(self) -> dict[str, Any]:
-        """Every boot and mark, for `restore`."""
-        return {
-            "engines": sorted(self._engines),
-            "marks": [[*key, sequence] for key, sequence in self._marks.items()],
-            "boots": [
-                {
-                    "hello": asdict(boot.hello),
-                    "handles": boot.handles.state(),
-                    "high_sequence": boot.high_sequence,
-                    "streams": boot.streams,
-                    "last_seen_seconds": boot.last_seen_seconds,
-                    "counters": asdict(boot.counters),
-                    **{name: getattr(boot, name) for name in _REMOTE},
-                }
+    def state(self) -> ReplicasState:
+        """Every boot and mark."""
+        return ReplicasState(
+            engines=sorted(self._engines),
+            marks=[(*key, sequence) for key, sequence in self._marks.items()],
+            boots=[
+                BootState(**{name: getattr(boot, name) for name in _SAME}, handles=boot.handles.state())
                 for boot in self._boots()
             ],
-        }
+        )
 
-    def restore(self, state: dict[str, Any]) -> dict[int, HandleMap]:
+    def restore(self, state: ReplicasState) -> dict[int, HandleMap]:
         """Go on from `state`. Returns the handles of each boot by the slots in them."""
         by_slot: dict[int, HandleMap] = {}
-        self._engines = {(model, engine) for model, engine in state["engines"]}
-        self._marks.update(((replica, boot_id), sequence) for replica, boot_id, sequence in state["marks"])
-        for row in state["boots"]:
-            hello = Hello(**row["hello"])
-            boot = Boot(
-                hello,
-                high_sequence=row["high_sequence"],
-                streams=row["streams"],
-                last_seen_seconds=row["last_seen_seconds"],
-                counters=EngineCounters(**row["counters"]),
-                **{name: row[name] for name in _REMOTE},
-            )
-            boot.handles.restore(row["handles"])
+        self._engines = set(state.engines)
+        self._marks.update(((replica, boot_id), sequence) for replica, boot_id, sequence in state.marks)
+        for boot_state in state.boots:
+            boot = Boot(**{name: getattr(boot_state, name) for name in _SAME})
+            boot.handles.restore(boot_state.handles)
             by_slot.update(dict.fromkeys(boot.handles.slots.tolist(), boot.handles))
-            self.known.setdefault(hello.replica, Replica()).boots[hello.boot_id] = boot
+            self.known.setdefault(boot.hello.replica, Replica()).boots[boot.hello.boot_id] = boot
         return by_slot
 
     def _boots(self) -> Iterator[Boot]:
@@ -279,7 +291,7 @@ class Replicas:
 def _counted(report: Report) -> set[tuple[str, str]]:
     """Every model name and engine that a report has counts or requests of."""
     counts = {(delta.model_name, delta.engine) for delta in report.engines}
-    return counts | {(row.model_name, row.engine) for row in report.requests}
+    return counts | {(row.info.model_name, row.info.engine) for row in report.requests}
 
 
 def _check_same_engine(first: Hello, again: Hello) -> None:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Final, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch.aggregate.requests import RequestFeatures
-from latentwatch.collector.snapshot import rank
+from latentwatch.arrays import Array, axes, check
+from latentwatch.facts import FEATURE_STAT, FeatureSummary, RequestInfo, RequestProgress
 from latentwatch.names import Outcome, Phase, TokenState, response_id
-from latentwatch.step.batch import FEATURE_DTYPE, RequestOpened
-
-Array = npt.NDArray[Any]
 
 MAX_ID_CHARACTERS: Final = 256
 """Of a request id, adapter or traceparent. vLLM's own ids are below 60; the rest is the client's X-Request-Id."""
@@ -62,90 +59,79 @@ class HandleMap:
         kept = ~np.isin(self._slots, slots)
         self._handles, self._slots = self._handles[kept], self._slots[kept]
 
-    def state(self) -> dict[str, Array]:
-        """The handles and their slots, for `restore`. The arrays are never written again."""
-        return {"handles": self._handles, "slots": self._slots}
+    def state(self) -> HandleMapState:
+        """The handles and their slots. The arrays are never written again."""
+        return HandleMapState(self._handles, self._slots)
 
-    def restore(self, state: dict[str, Array]) -> None:
-        """Go on from `state`."""
-        self._handles, self._slots = state["handles"], state["slots"]
-
-
-@dataclass
-class OpenRequest:
-    """What is known of an open request beside its statistics."""
-
-    serial: int
-    handle: int
-    handles: HandleMap
-    """Of the boot that it runs in."""
-    replica: str
-    model_name: str
-    engine: str
-    opened_seconds: float
-    opening_seen: bool = False
-    request_id: str = ""
-    adapter: str = ""
-    traceparent: str = ""
-    prompt_tokens: int | None = None
-
-    def learn(self, opened: RequestOpened) -> None:
-        """Take over what the engine said at the opening. Client text is cut to MAX_ID_CHARACTERS."""
-        self.request_id = bounded(opened.request_id)
-        self.adapter = bounded(opened.adapter)
-        self.traceparent = bounded(opened.traceparent)
-        self.prompt_tokens = opened.prompt_tokens
-
-
-class Roster:
-    """Requests by serial number while a state is taken or put back: many parts of it point to one request."""
-
-    _FIELDS: Final = tuple(field.name for field in fields(OpenRequest) if field.name != "handles")
-
-    def __init__(self) -> None:
-        self._requests: dict[int, OpenRequest] = {}
-
-    def add(self, *requests: OpenRequest) -> None:
-        """Note requests that a state points to."""
-        self._requests.update((request.serial, request) for request in requests)
-
-    def request(self, serial: int) -> OpenRequest:
-        """The request with this number. Raises KeyError."""
-        return self._requests[serial]
-
-    def state(self) -> list[list[Any]]:
-        """Every request noted, a row each; whose handles it belongs to is the boots' to say."""
-        return [[getattr(request, name) for name in self._FIELDS] for request in self._requests.values()]
-
-    @classmethod
-    def of(cls, state: list[list[Any]]) -> Roster:
-        """The requests of `state`, each with handles of its own until `Slots.restore` gives it its boot's."""
-        roster = cls()
-        for row in state:
-            roster.add(OpenRequest(handles=HandleMap(), **dict(zip(cls._FIELDS, row, strict=True))))
-        return roster
+    def restore(self, state: HandleMapState) -> None:
+        """Go on from `state`. Raises ValueError where it does not fit together."""
+        check(state)
+        self._handles, self._slots = state.handles, state.slots
 
 
 @dataclass(frozen=True)
-class FeatureSummary:
-    """The features of one request that showed anything, at most Bounds.summary_features, the most abnormal first."""
+class HandleMapState:
+    """A HandleMap, by handle."""
 
-    rows: Array
-    """FEATURE_DTYPE."""
-    exceeded: int
-    """Features above their limit, those left out included."""
-    left_out: int
+    handles: Array = field(metadata=axes("n", dtype=np.int64))
+    slots: Array = field(metadata=axes("n", dtype=np.int64))
+
+
+@dataclass
+class TrackedRequest:
+    """A request as long as anything here points to it."""
+
+    collector_serial: int
+    info: RequestInfo
+    handles: HandleMap | None = None
+    """Of the boot that it runs in; None for one that runs at another collector."""
+
+
+@dataclass(frozen=True)
+class TrackedRequestState:
+    """A TrackedRequest; whose handles it belongs to is the boots' to say."""
+
+    collector_serial: int
+    info: RequestInfo
+
+
+class Roster:
+    """Requests by serial while a state is made or restored: many parts of it point to one request."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, TrackedRequest] = {}
+
+    def add(self, *requests: TrackedRequest) -> None:
+        """Add requests that a state points to."""
+        self._requests.update((request.collector_serial, request) for request in requests)
+
+    def request(self, serial: int) -> TrackedRequest:
+        """The request with this serial. Raises ValueError where the state points to one that is not in it."""
+        if serial not in self._requests:
+            raise ValueError(f"it points to request {serial}, which is not in it")
+        return self._requests[serial]
+
+    def state(self) -> list[TrackedRequestState]:
+        """Every request."""
+        return [TrackedRequestState(serial, request.info) for serial, request in self._requests.items()]
+
+    @classmethod
+    def of(cls, state: list[TrackedRequestState]) -> Roster:
+        """The requests of `state`, without handles until `Slots.restore` gives them their boot's."""
+        roster = cls()
+        roster.add(*(TrackedRequest(request.collector_serial, request.info) for request in state))
+        return roster
 
 
 def summarise(features: RequestFeatures, limit_F: Array, most: int) -> list[FeatureSummary]:
-    """Summaries of n requests."""
+    """Summaries of n requests, of at most so many features each."""
     n, F = features.max_nF.shape
     seen_nF = features.max_position_nF >= 0
-    kept_nk = rank(features.statistic_nF, limit_F, features.exceeded_nF, seen_nF)[:, :most]
-    rows_nk = np.empty(kept_nk.shape, FEATURE_DTYPE)
-    rows_nk["index"] = kept_nk
+    shown_nk = rank(features.statistic_nF, limit_F, features.exceeded_nF, seen_nF)[:, :most]
+    rows_nk = np.empty(shown_nk.shape, FEATURE_STAT)
+    rows_nk["index"] = shown_nk
     for name, column_nF in features.columns().items():
-        rows_nk[name] = np.take_along_axis(column_nF, kept_nk, axis=1)
+        rows_nk[name] = np.take_along_axis(column_nF, shown_nk, axis=1)
     shown_n = seen_nF.sum(axis=1).tolist()
     exceeded_n = features.exceeded_nF.sum(axis=1).tolist()
     return [
@@ -154,51 +140,99 @@ def summarise(features: RequestFeatures, limit_F: Array, most: int) -> list[Feat
     ]
 
 
-@dataclass(frozen=True)
-class ClosedRequest:
-    """A request that ended."""
+def rank(statistic_nF: Array, limit_F: Array, exceeded_nF: Array, seen_nF: Array) -> Array:
+    """Order of the features of n requests, most abnormal first, as indices [n, F].
 
-    open: OpenRequest
-    outcome: Outcome
-    closed_seconds: float
-    output_tokens: int | None
-    total_tokens: int | None
-    tokens: Array
-    """Accounted tokens by TokenState value."""
+    Exceeded ones, then by nearness to the limit, then those without a limit by size, then those that were seen without
+    a value of their statistic, then the others.
+
+    Args: statistic_nF: NaN for none. limit_F: +inf for none. exceeded_nF, seen_nF: bool.
+    """
+    has_limit = np.isfinite(limit_F)
+    limit = np.where(has_limit, limit_F, 0.0)
+    # Nearness is squeezed into -1..1 and size into -3..-1, so that one sort key holds both.
+    nearness = (statistic_nF - limit) / np.maximum(np.abs(limit), 1e-6)
+    key_nF = np.where(has_limit, nearness / (1 + np.abs(nearness)), statistic_nF / (1 + np.abs(statistic_nF)) - 2)
+    none_nF = np.where(seen_nF, 4.0, 5.0)
+    order: Array = np.argsort(np.where(np.isnan(key_nF), none_nF, -key_nF - 4 * exceeded_nF), axis=1, kind="stable")
+    return order
+
+
+@dataclass(frozen=True)
+class RequestSummary:
+    """What remains of a request after its end, or is known of one that goes on at another collector."""
+
+    request: TrackedRequest
+    progress: RequestProgress
     features: FeatureSummary
 
 
-def summaries_state(closed: Sequence[ClosedRequest], roster: Roster) -> dict[str, Any]:
-    """Summaries as columns, for `restored_summaries`; copies. Their openings go to the roster."""
-    roster.add(*(request.open for request in closed))
-    return {
-        "serial": [request.open.serial for request in closed],
-        "outcome": [int(request.outcome) for request in closed],
-        "closed_seconds": [request.closed_seconds for request in closed],
-        "output_tokens": [request.output_tokens for request in closed],
-        "total_tokens": [request.total_tokens for request in closed],
-        "tokens": np.array([request.tokens for request in closed], np.int64),
-        "exceeded": [request.features.exceeded for request in closed],
-        "left_out": [request.features.left_out for request in closed],
-        "features": [len(request.features.rows) for request in closed],
-        "rows": np.concatenate([np.empty(0, FEATURE_DTYPE), *(request.features.rows for request in closed)]),
-    }
+@dataclass(frozen=True)
+class SummariesState:
+    """n RequestSummary as columns; -1 stands for tokens that the engine did not report."""
 
+    serials: Array = field(metadata=axes("n", dtype=np.int64))
+    outcomes: Array = field(metadata=axes("n", dtype=np.uint8))
+    """0 while it is open."""
+    closed_seconds: Array = field(metadata=axes("n"))
+    output_tokens: Array = field(metadata=axes("n", dtype=np.int64))
+    total_tokens: Array = field(metadata=axes("n", dtype=np.int64))
+    tokens: Array = field(metadata=axes("n", "states", dtype=np.int64))
+    exceeded: Array = field(metadata=axes("n", dtype=np.int64))
+    left_out: Array = field(metadata=axes("n", dtype=np.int64))
+    feature_counts: Array = field(metadata=axes("n", dtype=np.int64))
+    rows: Array = field(metadata=axes("features", dtype=FEATURE_STAT))
 
-def restored_summaries(state: dict[str, Any], roster: Roster) -> Iterator[ClosedRequest]:
-    """The summaries of `summaries_state`, of requests that the roster knows."""
-    ends = np.cumsum(state["features"], dtype=np.int64).tolist()
-    for i, serial in enumerate(state["serial"]):
-        rows = state["rows"][ends[i] - state["features"][i] : ends[i]].copy()
-        yield ClosedRequest(
-            open=roster.request(serial),
-            outcome=Outcome(state["outcome"][i]),
-            closed_seconds=state["closed_seconds"][i],
-            output_tokens=state["output_tokens"][i],
-            total_tokens=state["total_tokens"][i],
-            tokens=state["tokens"][i],
-            features=FeatureSummary(rows, state["exceeded"][i], state["left_out"][i]),
+    @classmethod
+    def of(cls, summaries: Sequence[RequestSummary], roster: Roster) -> SummariesState:
+        """Copies. Their requests go to the roster."""
+        roster.add(*(summary.request for summary in summaries))
+        n = len(summaries)
+
+        def column(of: Callable[[RequestSummary], int | float | None], dtype: type = np.int64) -> Array:
+            values = (of(summary) for summary in summaries)
+            return np.fromiter((-1 if value is None else value for value in values), dtype, n)
+
+        return cls(
+            serials=column(lambda s: s.request.collector_serial),
+            outcomes=column(lambda s: s.progress.outcome or 0, np.uint8),
+            closed_seconds=column(lambda s: s.progress.closed_seconds, np.float64),
+            output_tokens=column(lambda s: s.progress.output_tokens),
+            total_tokens=column(lambda s: s.progress.total_tokens),
+            tokens=np.array([s.progress.tokens for s in summaries], np.int64).reshape(n, len(TokenState) + 1),
+            exceeded=column(lambda s: s.features.exceeded),
+            left_out=column(lambda s: s.features.left_out),
+            feature_counts=column(lambda s: len(s.features.rows)),
+            rows=np.concatenate([np.empty(0, FEATURE_STAT), *(s.features.rows for s in summaries)]),
         )
+
+    def summaries(self, roster: Roster) -> Iterator[RequestSummary]:
+        """Each of them again, of requests that the roster knows. Raises ValueError where they do not fit together."""
+        check(self, states=len(TokenState) + 1)
+        ends = np.cumsum(self.feature_counts, dtype=np.int64)
+        if (self.feature_counts < 0).any() or (ends[-1] if len(ends) else 0) != len(self.rows):
+            raise ValueError(f"summaries have {len(self.rows)} features, not as many as they count")
+        for i, rows in enumerate(np.split(self.rows, ends[:-1]) if len(ends) else ()):
+            output, total = int(self.output_tokens[i]), int(self.total_tokens[i])
+            progress = RequestProgress(
+                outcome=Outcome(int(self.outcomes[i])) if self.outcomes[i] else None,
+                closed_seconds=float(self.closed_seconds[i]),
+                tokens=self.tokens[i],
+                output_tokens=output if output >= 0 else None,
+                total_tokens=total if total >= 0 else None,
+            )
+            features = FeatureSummary(rows.copy(), int(self.exceeded[i]), int(self.left_out[i]))
+            yield RequestSummary(roster.request(int(self.serials[i])), progress, features)
+
+
+@dataclass(frozen=True)
+class RequestIndexState:
+    """The closed requests of a RequestIndex, oldest first."""
+
+    evicted: int
+    flagged: int
+    """How many of them, from the first, are kept for their exceedance."""
+    summaries: SummariesState
 
 
 class RequestIndex:
@@ -211,38 +245,38 @@ class RequestIndex:
     def __init__(self, closed_bound: int, flagged_bound: int) -> None:
         self._closed_bound, self._flagged_bound = closed_bound, flagged_bound
         self._serials: dict[str, dict[int, None]] = {}
-        self._closed: OrderedDict[int, ClosedRequest] = OrderedDict()
-        self._flagged: OrderedDict[int, ClosedRequest] = OrderedDict()
+        self._closed: OrderedDict[int, RequestSummary] = OrderedDict()
+        self._flagged: OrderedDict[int, RequestSummary] = OrderedDict()
         self.evicted = 0
 
-    def named(self, serial: int, request_id: str) -> None:
+    def add(self, request: TrackedRequest) -> None:
         """Make a request findable by the engine's id and by the response id."""
-        for name in {request_id, response_id(request_id)} - {""}:
-            self._serials.setdefault(name, {})[serial] = None
+        for name in _names(request):
+            self._serials.setdefault(name, {})[request.collector_serial] = None
 
-    def forget(self, serial: int, request_id: str) -> None:
-        """Undo `named`."""
-        for name in {request_id, response_id(request_id)} - {""}:
+    def forget(self, request: TrackedRequest) -> None:
+        """Undo `add`."""
+        for name in _names(request):
             serials = self._serials.get(name, {})
-            serials.pop(serial, None)
+            serials.pop(request.collector_serial, None)
             if not serials:
                 self._serials.pop(name, None)
 
-    def closed(self) -> Iterator[OpenRequest]:
-        """Every closed request that is held."""
-        return (request.open for request in itertools.chain(self._closed.values(), self._flagged.values()))
+    def closed(self) -> Iterator[TrackedRequest]:
+        """Every closed request that is in the index."""
+        return (summary.request for summary in itertools.chain(self._closed.values(), self._flagged.values()))
 
-    def drop(self, request: OpenRequest) -> None:
+    def drop(self, request: TrackedRequest) -> None:
         """Let go of a closed request before its time."""
-        self.forget(request.serial, request.request_id)
-        self._closed.pop(request.serial, None)
-        self._flagged.pop(request.serial, None)
+        self.forget(request)
+        self._closed.pop(request.collector_serial, None)
+        self._flagged.pop(request.collector_serial, None)
 
     def find(self, name: str) -> tuple[int, ...]:
         """Serial numbers of the requests with this id, oldest first."""
         return tuple(self._serials.get(bounded(name), ()))
 
-    def closed_request(self, serial: int) -> ClosedRequest | None:
+    def closed_request(self, serial: int) -> RequestSummary | None:
         """The summary of a closed request, None when it is open or gone."""
         return self._closed.get(serial) or self._flagged.get(serial)
 
@@ -250,20 +284,20 @@ class RequestIndex:
         """Serial numbers of the requests that ended last, latest first."""
         return list(itertools.islice(itertools.chain(reversed(self._closed), reversed(self._flagged)), max(0, count)))
 
-    def state(self, roster: Roster) -> dict[str, Any]:
-        """The closed requests, oldest first, for `restore`; copies. Their openings go to the roster."""
+    def state(self, roster: Roster) -> RequestIndexState:
+        """The closed requests; copies. Their openings go to the roster."""
         closed = [*self._flagged.values(), *self._closed.values()]
-        return {"evicted": self.evicted, "flagged": len(self._flagged), **summaries_state(closed, roster)}
+        return RequestIndexState(self.evicted, len(self._flagged), SummariesState.of(closed, roster))
 
-    def restore(self, state: dict[str, Any], roster: Roster) -> None:
-        """Go on from `state`, with the requests that the roster knows; the caller names them."""
-        self.evicted = state["evicted"]
-        for i, closed in enumerate(restored_summaries(state, roster)):
-            (self._flagged if i < state["flagged"] else self._closed)[closed.open.serial] = closed
+    def restore(self, state: RequestIndexState, roster: Roster) -> None:
+        """Go on from `state`, with the requests that the roster knows; the caller adds their names."""
+        self.evicted = state.evicted
+        for i, summary in enumerate(state.summaries.summaries(roster)):
+            (self._flagged if i < state.flagged else self._closed)[summary.request.collector_serial] = summary
 
-    def close(self, request: ClosedRequest) -> None:
-        """Keep a closed request, and let go of the oldest one beyond the bounds."""
-        self._closed[request.open.serial] = request
+    def close(self, summary: RequestSummary) -> None:
+        """Store a closed request, and let go of the oldest one beyond the bounds."""
+        self._closed[summary.request.collector_serial] = summary
         if len(self._closed) <= self._closed_bound:
             return
         serial, oldest = self._closed.popitem(last=False)
@@ -271,9 +305,25 @@ class RequestIndex:
             self._flagged[serial] = oldest
             if len(self._flagged) <= self._flagged_bound:
                 return
-            serial, oldest = self._flagged.popitem(last=False)
-        self.forget(serial, oldest.open.request_id)
+            _, oldest = self._flagged.popitem(last=False)
+        self.forget(oldest.request)
         self.evicted += 1
+
+
+def _names(request: TrackedRequest) -> set[str]:
+    return {request.info.request_id, response_id(request.info.request_id)} - {""}
+
+
+@dataclass(frozen=True)
+class SlotsState:
+    """Who sits where; n of K slots are taken."""
+
+    slots: Array = field(metadata=axes("n", dtype=np.int64))
+    serials: Array = field(metadata=axes("n", dtype=np.int64))
+    accounted: Array = field(metadata=axes("n", "states", "phases", dtype=np.int64))
+    touched: Array = field(metadata=axes("K"))
+    free: Array = field(metadata=axes("free", dtype=np.int64))
+    """In the order in which they will be given out, from the last on."""
 
 
 class Slots:
@@ -283,13 +333,13 @@ class Slots:
         self._free = list(range(count - 1, -1, -1))
         self._touched = np.zeros(count)
         self.requests = np.empty(count, object)
-        """OpenRequest by slot, None where it is free."""
+        """TrackedRequest by slot, None where it is free."""
         self.accounted = np.zeros((count, len(TokenState) + 1, len(Phase) + 1), np.int64)
         self.by_serial: dict[int, int] = {}
 
-    def request(self, slot: int) -> OpenRequest:
+    def request(self, slot: int) -> TrackedRequest:
         """Who sits there; the slot must be taken."""
-        return cast(OpenRequest, self.requests[slot])
+        return cast(TrackedRequest, self.requests[slot])
 
     def full(self) -> bool:
         """Whether the next claim needs a slot to be given up first."""
@@ -300,20 +350,20 @@ class Slots:
         slot = int(np.argmin(self._touched))
         return slot, float(self._touched[slot])
 
-    def claim(self, request: OpenRequest, now: float) -> int:
+    def claim(self, request: TrackedRequest, now: float) -> int:
         """Give a request a slot. There must be a free one."""
         slot = self._free.pop()
         self.requests[slot] = request
-        self.by_serial[request.serial] = slot
+        self.by_serial[request.collector_serial] = slot
         self.accounted[slot] = 0
         self._touched[slot] = now
         return slot
 
-    def release(self, slot: int) -> OpenRequest:
+    def release(self, slot: int) -> TrackedRequest:
         """Take a slot back."""
         request = self.request(slot)
         self.requests[slot] = None
-        del self.by_serial[request.serial]
+        del self.by_serial[request.collector_serial]
         self._free.append(slot)
         return request
 
@@ -329,32 +379,39 @@ class Slots:
         """The clock jumped by so much: what was quiet before is as quiet now."""
         self._touched += seconds
 
-    def state(self, roster: Roster) -> dict[str, Any]:
-        """Who sits where, for `restore` of as many slots; copies. The requests go to the roster."""
-        slots = self.taken
+    def state(self, roster: Roster) -> SlotsState:
+        """Who sits where; copies. The requests go to the roster."""
+        slots = self.occupied
         roster.add(*self.requests[slots])
-        return {
-            "slots": slots,
-            "serials": [request.serial for request in self.requests[slots]],
-            "accounted": self.accounted[slots],
-            "touched": self._touched.copy(),
-            "free": np.array(self._free, np.int64),
-        }
+        return SlotsState(
+            slots=slots,
+            serials=np.array([request.collector_serial for request in self.requests[slots]], np.int64),
+            accounted=self.accounted[slots],
+            touched=self._touched.copy(),
+            free=np.array(self._free, np.int64),
+        )
 
-    def restore(self, state: dict[str, Any], roster: Roster, handles: Mapping[int, HandleMap]) -> None:
-        """Go on from `state`. `handles`: by slot, those of the boot that its request runs in."""
-        slots = state["slots"]
-        self._touched[:] = state["touched"]
-        self._free = state["free"].tolist()
-        self.accounted[slots] = state["accounted"]
-        for slot, serial in zip(slots.tolist(), state["serials"], strict=True):
+    def restore(self, state: SlotsState, roster: Roster, handles: Mapping[int, HandleMap]) -> None:
+        """Go on from `state` of as many slots. Raises ValueError where it does not fit together.
+
+        Args: handles: by slot, those of the boot that its request runs in.
+        """
+        K, states, phases = self.accounted.shape
+        check(state, K=K, states=states, phases=phases)
+        slots = state.slots.tolist()
+        if sorted([*slots, *state.free.tolist()]) != list(range(K)) or handles.keys() != set(slots):
+            raise ValueError(f"its requests, free slots and handles are not those of {K} slots")
+        self._touched[:] = state.touched
+        self._free = state.free.tolist()
+        self.accounted[state.slots] = state.accounted
+        for slot, serial in zip(slots, state.serials.tolist(), strict=True):
             request = roster.request(serial)
             request.handles = handles[slot]
             self.requests[slot] = request
             self.by_serial[serial] = slot
 
     @property
-    def taken(self) -> Array:
+    def occupied(self) -> Array:
         """Every slot with a request in it, ascending."""
         return np.array(sorted(self.by_serial.values()), np.int64)
 

@@ -1,4 +1,4 @@
-"""The collector's process: reads the watchlist, binds the addresses, joins receiver, pipeline and web in one loop."""
+"""The collector's process: reads the watchlist, binds the addresses, joins receiver, core and web in one loop."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from pathlib import Path
 
 from latentwatch import __version__
 from latentwatch.collector.config import Bounds
+from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.durability.facts import StateFacts
 from latentwatch.collector.durability.journal import DurableSink
-from latentwatch.collector.evidence import Evidence, EvidenceSettings
+from latentwatch.collector.evidence import Evidence, EvidenceFacts, EvidenceSettings
 from latentwatch.collector.evidence_buffer import watched
 from latentwatch.collector.federation.client import RelayFacts, ReportClient
+from latentwatch.collector.federation.outbox import ReportOutbox
 from latentwatch.collector.http.app import make_app
 from latentwatch.collector.http.server import HttpServer
-from latentwatch.collector.metrics_families import EvidenceFacts, Families, OtlpFacts, ProcessFacts, StateFacts
-from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.ingest import Ingest
+from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.pseudonyms import Pseudonyms, PseudonymSink
-from latentwatch.collector.telemetry import Telemetry, TelemetrySettings
+from latentwatch.collector.telemetry import OtlpFacts, Telemetry, TelemetrySettings
 from latentwatch.drift.canary import canary_prompt
+from latentwatch.drift.limits import with_limits
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
-from latentwatch.transport.sink import Sink
 from latentwatch.watchlist import file as watchlist_file
 
 log = logging.getLogger(__name__)
@@ -88,60 +91,129 @@ class CollectorSettings:
     """None serves plain HTTP."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a collector consists of, beside its HTTP server."""
+
+    core: Core
+    sink: Ingest | DurableSink
+    """What changes the core."""
+    receiver: Receiver
+    durable: DurableSink | None = None
+    evidence: Evidence | None = None
+    telemetry: Telemetry | None = None
+    report_client: ReportClient | None = None
+    start_seconds: float = field(default_factory=time.time)
+
+    async def forget(self, name: str) -> bool:
+        """Have core and state forget a request; whether nothing of it is left there."""
+        if self.durable is not None:
+            return await self.durable.forget(name, time.time())
+        self.core.forget(name)
+        return True
+
+    def process(self) -> ProcessFacts:
+        """What the operating system and the parts say."""
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return ProcessFacts(
+            self.start_seconds,
+            resident_pages * os.sysconf("SC_PAGE_SIZE"),
+            time.process_time(),
+            self.durable.facts if self.durable is not None else StateFacts(),
+            self.evidence.facts() if self.evidence is not None else EvidenceFacts(),
+            self.telemetry.facts() if self.telemetry is not None else OtlpFacts(),
+            self.report_client.facts if self.report_client is not None else RelayFacts(),
+            self.receiver.facts,
+        )
+
+
+def wire(settings: CollectorSettings) -> Parts:
+    """Every part, each given what it needs.
+
+    Raises: WatchlistRefused, BaselineRefused, StateRefused, ConfigRefused "target_invalid", "tls_unusable",
+            "token_unusable" or "request_id_key".
+    """
+    watchlist = watchlist_file.read(settings.watchlist)
+    limited = with_limits(watchlist, settings.drift.baseline)
+    pseudonyms = _pseudonyms(settings)
+    telemetry = Telemetry(settings.otlp, watched(limited), time.time) if settings.otlp else None
+    evidence = Evidence(settings.evidence, limited, time.time, pseudonyms) if settings.evidence else None
+    core = Core(
+        watchlist,
+        settings.bounds,
+        settings.drift,
+        evidence=[part.put for part in (evidence, telemetry) if part is not None],
+        evidence_scope=settings.evidence.scope if settings.evidence else "exceeded",
+        forward_boot_id=uuid.uuid4().hex if settings.forward else "",
+        pseudonyms=pseudonyms,
+    )
+    # What its journal tells again may not have been written down before: evidence hears it again.
+    durable = DurableSink(core, settings.state, time.time()) if settings.state else None
+    sink = durable or core.ingest
+    receiver = Receiver(
+        PseudonymSink(sink, pseudonyms) if pseudonyms else sink,
+        settings.listen,
+        clock=time.time,
+        on_refused=sink.refused,
+        tls=settings.tls,
+        tokens=Tokens(settings.token_files) if settings.token_files else None,
+    )
+    report_client = None
+    if settings.forward is not None and core.outbox is not None:
+        report_client = _report_client(settings.forward, watchlist.sha256, core.outbox, sink.acknowledged)
+    return Parts(core, sink, receiver, durable, evidence, telemetry, report_client)
+
+
+def _pseudonyms(settings: CollectorSettings) -> Pseudonyms | None:
+    if settings.request_id_key_file is None:
+        return None
+    if settings.drift.route is not None:
+        raise ConfigRefused(
+            "--request-id-key-file with --route",
+            found="a hashed id does not tell its route",
+            instead="Give one of them.",
+            reason=RefusalReason.REQUEST_ID_KEY,
+        )
+    canary_key = settings.drift.canary_key
+    return Pseudonyms.read(settings.request_id_key_file, exempt=lambda id: canary_prompt(canary_key, id) is not None)
+
+
+def _report_client(
+    settings: ForwardSettings, watchlist_sha256: str, outbox: ReportOutbox, acknowledged: Callable[[int], None]
+) -> ReportClient:
+    hello = Hello(
+        replica=settings.name,
+        boot_id=outbox.boot_id,
+        engine="",
+        model_name="",
+        watchlist_sha256=watchlist_sha256,
+        armed=True,
+        not_armed_reason="",
+        not_armed_text="",
+        plugin_version=__version__,
+        engine_version="",
+        forwards=True,
+    )
+    return ReportClient(settings.target, hello, lambda: outbox.reports, acknowledged, credentials=settings.credentials)
+
+
 class Service:
     """A collector that runs in the caller's loop."""
 
     def __init__(self, settings: CollectorSettings) -> None:
-        """Raises: WatchlistRefused, BaselineRefused, StateRefused, ConfigRefused "target_invalid", "tls_unusable",
-        "token_unusable" or "request_id_key".
-        """
-        self._start_seconds = time.time()
-        self.pipeline = Pipeline(watchlist_file.read(settings.watchlist), settings.bounds, settings.drift)
-        self.telemetry = (
-            Telemetry(settings.otlp, watched(self.pipeline.watchlist), time.time) if settings.otlp else None
-        )
-        self.evidence = Evidence(settings.evidence, self.pipeline, time.time) if settings.evidence else None
-        if sinks := [part.put for part in (self.evidence, self.telemetry) if part is not None]:
-            # Before the state is resumed: what the journal tells again may not have been written down before.
-            self.pipeline.record_to(sinks, settings.evidence.keep if settings.evidence else "exceeded")
-        if settings.forward is not None:
-            self.pipeline.forward_from(uuid.uuid4().hex)
-        self._durable = DurableSink(self.pipeline, settings.state, time.time()) if settings.state else None
-        self._sink = self._durable or self.pipeline
-        accepting: Sink = self._sink
-        if settings.request_id_key_file is not None:
-            if settings.drift.route is not None:
-                raise ConfigRefused(
-                    "--request-id-key-file with --route",
-                    found="a hashed id does not tell its route",
-                    instead="Give one of them.",
-                    reason=RefusalReason.REQUEST_ID_KEY,
-                )
-            canary_key = settings.drift.canary_key
-            self.pipeline.pseudonyms = Pseudonyms.read(
-                settings.request_id_key_file, keep=lambda id: canary_prompt(canary_key, id) is not None
-            )
-            accepting = PseudonymSink(self._sink, self.pipeline.pseudonyms)
-        if self.evidence and (durable := self._durable):
-            self.evidence.forget = lambda name: durable.forget(name, time.time())
-        self.receiver = Receiver(
-            accepting,
-            settings.listen,
-            clock=time.time,
-            on_refused=self._sink.refused,
-            tls=settings.tls,
-            tokens=Tokens(settings.token_files) if settings.token_files else None,
-        )
-        self._relay = self._make_relay(settings.forward) if settings.forward else None
+        """Raises: as `wire`."""
+        self._parts = parts = wire(settings)
+        self.core, self.receiver = parts.core, parts.receiver
         app = make_app(
-            self.pipeline,
+            parts.core.lookup,
             clock=time.time,
-            process=self._process,
-            evidence=self.evidence,
+            process=parts.process,
+            forget=parts.forget,
+            evidence=parts.evidence,
             readers=Tokens(settings.http_token_files) if settings.http_token_files else None,
-            on_refused=self._sink.refused,
+            on_refused=parts.sink.refused,
         )
-        self._http = HttpServer(settings.http, app, tls=settings.http_tls, on_refused=self._sink.refused)
+        self._http = HttpServer(settings.http, app, tls=settings.http_tls, on_refused=parts.sink.refused)
         self._guarded = bool(settings.http_token_files)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -168,12 +240,13 @@ class Service:
             asyncio.create_task(self._http.serve(), name="http"),
             asyncio.create_task(self._tick(), name="tick"),
         ]
-        if self._relay is not None:
-            self._tasks.append(asyncio.create_task(self._relay.run(), name="forward"))
-        if self.telemetry is not None and self.telemetry.pushes:
-            families = Families(self.pipeline.watchlist)
-            push = self.telemetry.push(
-                lambda: families.of(self.pipeline.snapshot(time.time()), self._process()), self._start_seconds
+        parts, core = self._parts, self.core
+        if parts.report_client is not None:
+            self._tasks.append(asyncio.create_task(parts.report_client.run(), name="forward"))
+        if parts.telemetry is not None and parts.telemetry.pushes:
+            families = Families(core.watchlist)
+            push = parts.telemetry.push(
+                lambda: families.of(core.lookup.snapshot(time.time()), parts.process()), parts.start_seconds
             )
             self._tasks.append(asyncio.create_task(push, name="otlp metrics"))
         while not self._http.started and not self._tasks[0].done():
@@ -189,25 +262,26 @@ class Service:
 
     async def stop(self) -> None:
         """Acknowledge what is held, end the streams, close the sockets."""
+        parts = self._parts
         await self.receiver.stop(_STOP_SECONDS)
-        if self._relay is not None:
-            self._sink.tick(time.time())
-            self._relay.news()
-            if not await self._relay.drain(_STOP_SECONDS):
+        if parts.report_client is not None:
+            parts.sink.tick(time.time())
+            parts.report_client.news()
+            if not await parts.report_client.drain(_STOP_SECONDS):
                 log.warning("the gateway was not told of everything; with --state it is when this collector starts")
         self._http.stop()
         http, *others = self._tasks
         for task in others:
             task.cancel()
         await asyncio.wait((http, *others))
-        if self._durable is not None:
-            self._durable.close(time.time())
-        for part in (self.evidence, self.telemetry):
+        if parts.durable is not None:
+            parts.durable.close(time.time())
+        for part in (parts.evidence, parts.telemetry):
             if part is not None:
                 await asyncio.to_thread(part.close)
 
     async def _tick(self) -> None:
-        offset = time.time() - time.monotonic()
+        parts, offset = self._parts, time.time() - time.monotonic()
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             now = time.time()
@@ -215,50 +289,13 @@ class Service:
             if abs(jump) > _JUMP_SECONDS:
                 # A clock that was set would otherwise end every open request, or keep each for ever.
                 log.warning("the clock was set by %+.1f s", jump)
-                self._sink.shift_clock(jump)
+                parts.sink.shift_clock(jump)
                 offset += jump
-            self._sink.tick(now)
-            if self._relay is not None:
-                self._relay.news()
-            if self._durable is not None:
-                await self._durable.maintain(now)
-
-    def _make_relay(self, settings: ForwardSettings) -> ReportClient:
-        forward = self.pipeline.forward
-        assert forward is not None
-        hello = Hello(
-            replica=settings.name,
-            boot_id=forward.boot_id,
-            engine="",
-            model_name="",
-            watchlist_sha256=self.pipeline.watchlist.sha256,
-            armed=True,
-            not_armed_reason="",
-            not_armed_text="",
-            plugin_version=__version__,
-            engine_version="",
-            forwards=True,
-        )
-        return ReportClient(
-            settings.target,
-            hello,
-            lambda: forward.reports,
-            self._sink.acknowledged,
-            credentials=settings.credentials,
-        )
-
-    def _process(self) -> ProcessFacts:
-        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return ProcessFacts(
-            self._start_seconds,
-            resident_pages * os.sysconf("SC_PAGE_SIZE"),
-            time.process_time(),
-            self._durable.facts if self._durable is not None else StateFacts(),
-            self.evidence.facts() if self.evidence is not None else EvidenceFacts(),
-            self.telemetry.facts() if self.telemetry is not None else OtlpFacts(),
-            self._relay.facts if self._relay is not None else RelayFacts(),
-            self.receiver.facts,
-        )
+            parts.sink.tick(now)
+            if parts.report_client is not None:
+                parts.report_client.news()
+            if parts.durable is not None:
+                await parts.durable.maintain(now)
 
 
 async def serve(settings: CollectorSettings, *, started: Callable[[Service], None]) -> None:

@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from latentwatch.collector.metrics_families import OtlpFacts
 from latentwatch.errors import ConfigRefused, RefusalReason
-from latentwatch.evidence.records import Exceedance, Record
+from latentwatch.evidence.records import Exceeded, Record
 from latentwatch.evidence.segment import Watched
-from latentwatch.evidence.writer import Writer
+from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
 from latentwatch.export.families import Family
 
 if TYPE_CHECKING:
@@ -49,6 +48,14 @@ class TelemetrySettings:
             )
 
 
+@dataclass(frozen=True)
+class OtlpFacts:
+    """What was sent over OTLP; as it stands, for a collector that sends nothing."""
+
+    events: WriterTotals = NOTHING_WRITTEN
+    failed_metrics: int = 0
+
+
 class Telemetry:
     """What a collector sends over OTLP."""
 
@@ -80,7 +87,7 @@ class Telemetry:
 
     def put(self, records: Sequence[Record]) -> None:
         """Queue the events of these records."""
-        self._events.put([record for record in records if isinstance(record, Exceedance)])
+        self._events.put([record for record in records if isinstance(record, Exceeded)])
 
     def facts(self) -> OtlpFacts:
         """Counts for /metrics."""

@@ -9,13 +9,13 @@ whole watchlist, one false page in `Budget.seconds_per_page` on average, and few
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
 from latentwatch.aggregate.counts import Layout, RequestCounts
-from latentwatch.arrays import Array
+from latentwatch.arrays import Array, axes, check, described
 from latentwatch.drift.detectors import (
     binomial_llr,
     cusum,
@@ -59,57 +59,54 @@ class Budget:
 class DetectorState:
     """What the detectors remember. `since` are Unix seconds of the last window at which a change had not begun."""
 
-    rate_KF: Array
-    shape_KF: Array
-    replica_2DF: Array
-    pair_PP: Array
-    canary_F: Array
-    rate_walk_2F: Array
-    rate_since_2F: Array
-    active_2F: Array
+    rate_KF: Array = field(metadata=axes("rates", "F"))
+    shape_KF: Array = field(metadata=axes("shapes", "F"))
+    replica_2DF: Array = field(metadata=axes("2", "D", "F"))
+    pair_PP: Array = field(metadata=axes("P", "P"))
+    canary_F: Array = field(metadata=axes("F"))
+    rate_walk_2F: Array = field(metadata=axes("2", "F"))
+    rate_since_2F: Array = field(metadata=axes("2", "F"))
+    active_2F: Array = field(metadata=axes("2", "F"))
     """Active requests since `rate_since_2F`."""
-    expected_2F: Array
+    expected_2F: Array = field(metadata=axes("2", "F"))
     """Those that the baseline expects for the same traffic."""
-    shape_walk_KF: Array
-    shape_since_KF: Array
-    replica_walk_2DF: Array
-    replica_since_2DF: Array
-    pair_walk_PP: Array
-    pair_since_PP: Array
-    canary_walk_F: Array
-    canary_since_F: Array
-    recent_2F: Array
+    shape_walk_KF: Array = field(metadata=axes("shapes", "F"))
+    shape_since_KF: Array = field(metadata=axes("shapes", "F"))
+    replica_walk_2DF: Array = field(metadata=axes("2", "D", "F"))
+    replica_since_2DF: Array = field(metadata=axes("2", "D", "F"))
+    pair_walk_PP: Array = field(metadata=axes("P", "P"))
+    pair_since_PP: Array = field(metadata=axes("P", "P"))
+    canary_walk_F: Array = field(metadata=axes("F"))
+    canary_since_F: Array = field(metadata=axes("F"))
+    recent_2F: Array = field(metadata=axes("2", "F"))
     """Active requests and expected ones of the last hundred windows or so, fading."""
-    windows: Array
-    """Windows with requests, int64 [1]."""
+    windows: Array = field(metadata=axes("1", dtype=np.int64))
+    """Windows with requests."""
 
     @classmethod
     def empty(cls, layout: Layout, replicas: int) -> DetectorState:
         """Nothing has happened."""
-        F, P = layout.features, len(layout.pairs_P)
-        shapes = {"K": _RATES, "F": F, "P": P, "D": replicas, "2": 2}
-        made = {}
-        for field in fields(cls):
-            axes = field.name.rsplit("_", 1)[1] if "_" in field.name else ""
-            shape = tuple(shapes[axis] for axis in axes)
-            if field.name.startswith("shape"):
-                shape = (_SHAPES, F)
-            made[field.name] = np.zeros(shape)
-        made["windows"] = np.zeros(1, np.int64)
-        return cls(**made)
+        lengths = _lengths(layout, replicas)
+        return cls(**{name: np.zeros([lengths[a] for a in names], dtype) for name, names, dtype in described(cls)})
+
+    def check(self, layout: Layout) -> None:
+        """Raise ValueError where this is the state of detectors over other features."""
+        check(self, **_lengths(layout, self.replica_2DF.shape[1]))
 
     def grow(self, replicas: int) -> None:
         """Make room for more replicas; new ones begin at nothing."""
-        for field in fields(self):
-            if field.name.endswith("_2DF"):
-                array = getattr(self, field.name)
-                wider = np.zeros((2, replicas, array.shape[2]))
+        for name, names, dtype in described(type(self)):
+            if "D" in names:
+                array = getattr(self, name)
+                wider = np.zeros((2, replicas, array.shape[2]), dtype)
                 wider[:, : array.shape[1]] = array
-                setattr(self, field.name, wider)
+                setattr(self, name, wider)
 
-    def arrays(self) -> dict[str, Array]:
-        """Every array by its name, for a checkpoint."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+def _lengths(layout: Layout, replicas: int) -> dict[str, int]:
+    """Of each axis of a DetectorState."""
+    P = len(layout.pairs_P)
+    return {"rates": _RATES, "shapes": _SHAPES, "F": layout.features, "P": P, "D": replicas, "2": 2, "1": 1}
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,16 @@ Shape legend: n requests, F features, G groups (replica, adapter).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 
-from latentwatch.aggregate.counts import Layout, RequestCounts
-from latentwatch.arrays import Array
+from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts
+from latentwatch.arrays import Array, check
 from latentwatch.drift.detection import (
     KINDS,
     RISE,
@@ -38,8 +39,6 @@ _GROUPS: Final = 256
 _TOP: Final = 3
 """Requests named with an alarm."""
 _TOP_SECONDS: Final = 3600.0
-
-Kind = Literal["rate", "shape", "replica", "coactivation", "canary"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,33 @@ class DriftView:
     """The strongest first."""
 
 
+@dataclass(frozen=True)
+class TopPlace:
+    """Where a request stands among those that showed much."""
+
+    feature: int
+    place: int
+    request: TopRequest
+
+
+@dataclass(frozen=True)
+class ModelDriftState:
+    """Everything that a ModelDrift remembers."""
+
+    baseline_sha256: str
+    """What the detectors compared with."""
+    detectors: DetectorState
+    observed: TrafficSums
+    counts: RequestCounts
+    groups: list[tuple[str, str]]
+    waiting_requests: int
+    requests: int
+    excluded_windows: int
+    window: float
+    top: list[TopPlace]
+    top_turn_seconds: float
+
+
 class ModelDrift:
     """Everything about drift of one model."""
 
@@ -122,7 +148,7 @@ class ModelDrift:
         """`reason` says why there is no reference."""
         self.model_name = model_name
         self.observed = TrafficSums.empty(layout)
-        self.state = DetectorState.empty(layout, 1)
+        self._detectors = DetectorState.empty(layout, 1)
         self._features, self._layout, self._budget = features, layout, budget
         self._reference, self._reason = reference, reason
         self._sha256, self._created_seconds = baseline_sha256, baseline_created_seconds
@@ -156,7 +182,7 @@ class ModelDrift:
         """Take one run of a canary prompt; it counts for nothing else."""
         value_F = np.where(np.isfinite(value_F), value_F, 0.0)
         if self._reference is not None:
-            update_canary(self.state, self._reference, prompt, value_F, now)
+            update_canary(self._detectors, self._reference, prompt, value_F, now)
             self._evidence = None
         if not self._alarming():
             self.observed.add_canary(prompt, value_F)
@@ -186,7 +212,7 @@ class ModelDrift:
             reason=self._reason,
             baseline_sha256=self._sha256,
             baseline_created_seconds=self._created_seconds,
-            windows=int(self.state.windows[0]),
+            windows=int(self._detectors.windows[0]),
             requests=self._requests,
             excluded_windows=self._excluded_windows,
             log10_evalue=shown.log10_evalue if shown else {},
@@ -196,38 +222,49 @@ class ModelDrift:
             alarms=self._alarms(shown) if shown else [],
         )
 
-    def snapshot(self) -> dict[str, Any]:
-        """Everything that later calls depend on, as plain values and copies of arrays."""
+    def state(self) -> ModelDriftState:
+        """Everything that later calls depend on; copies."""
         self._flush()
-        return {
-            "baseline": self._sha256,
-            "detectors": {name: array.copy() for name, array in self.state.arrays().items()},
-            "observed": self.observed.snapshot(),
-            "counts": {name: array.copy() for name, array in vars(self._counts).items()},
-            "groups": [[*group] for group in self._groups],
-            "rows": [self._row_count, self._requests, self._excluded_windows],
-            "window": None if self._window == -math.inf else self._window,
-            "top": [
-                [feature, place, *vars(self._top_FT[feature, place]).values()]
+        return ModelDriftState(
+            baseline_sha256=self._sha256,
+            detectors=copy.deepcopy(self._detectors),
+            observed=copy.deepcopy(self.observed),
+            counts=copy.deepcopy(self._counts),
+            groups=list(self._groups),
+            waiting_requests=self._row_count,
+            requests=self._requests,
+            excluded_windows=self._excluded_windows,
+            window=self._window,
+            top=[
+                TopPlace(feature, place, self._top_FT[feature, place])
                 for feature, place in np.argwhere(np.isfinite(self._top_value_FT)).tolist()
             ],
-            "top_turn": None if self._top_turn_seconds == -math.inf else self._top_turn_seconds,
-        }
+            top_turn_seconds=self._top_turn_seconds,
+        )
 
-    def restore(self, held: dict[str, Any]) -> None:
-        """Go on from `snapshot`. Detectors that compared with another baseline begin anew."""
-        for replica, adapter in held["groups"]:
+    def restore(self, state: ModelDriftState) -> None:
+        """Go on from `state`. Detectors that compared with another baseline begin anew.
+
+        Raises ValueError where it is of other features.
+        """
+        state.detectors.check(self._layout)
+        state.observed.check(self._layout)
+        check(state.counts, F=self._layout.features, B=self._layout.levels_FL.shape[1] + 1, C=CELLS)
+        for replica, adapter in state.groups:
             self._group(replica, adapter)
-        if held["baseline"] == self._sha256:
-            self.state = DetectorState(**{name: array.copy() for name, array in held["detectors"].items()})
-        self.observed.restore(held["observed"])
-        self._counts = RequestCounts(**{name: array.copy() for name, array in held["counts"].items()})
-        self._row_count, self._requests, self._excluded_windows = held["rows"]
-        self._window = -math.inf if held["window"] is None else held["window"]
-        for feature, place, *request in held["top"]:
-            self._top_FT[feature, place] = TopRequest(*request)
-            self._top_value_FT[feature, place] = request[1]
-        self._top_turn_seconds = -math.inf if held["top_turn"] is None else held["top_turn"]
+        if len(state.counts.levels_GFB) < len(self._groups):
+            raise ValueError(f"counts of {len(state.counts.levels_GFB)} groups, but there are {len(self._groups)}")
+        if state.baseline_sha256 == self._sha256:
+            if state.detectors.replica_2DF.shape[1] < len(self._replicas):
+                raise ValueError(f"detectors of fewer than {len(self._replicas)} replicas")
+            self._detectors = copy.deepcopy(state.detectors)
+        self.observed, self._counts = copy.deepcopy(state.observed), copy.deepcopy(state.counts)
+        self._row_count, self._requests = state.waiting_requests, state.requests
+        self._excluded_windows, self._window = state.excluded_windows, state.window
+        for top in state.top:
+            self._top_FT[top.feature, top.place] = top.request
+            self._top_value_FT[top.feature, top.place] = top.request.value
+        self._top_turn_seconds = state.top_turn_seconds
         self._evidence = None
 
     def _group(self, replica: str, adapter: str) -> int:
@@ -238,8 +275,8 @@ class ModelDrift:
             return _GROUPS - 1
         if replica not in self._replicas:
             self._replicas.append(replica)
-            if len(self._replicas) > self.state.replica_2DF.shape[1]:
-                self.state.grow(2 * len(self._replicas))
+            if len(self._replicas) > self._detectors.replica_2DF.shape[1]:
+                self._detectors.grow(2 * len(self._replicas))
         group = self._groups[replica, adapter] = len(self._groups)
         if group >= len(self._counts.levels_GFB):
             self._flush()
@@ -271,7 +308,7 @@ class ModelDrift:
             strata = [self._stratum(adapter) for _, adapter in groups]
             replicas = [self._replicas.index(replica) for replica, _ in groups]
             window = Window(counts, np.array(replicas), np.array(strata), end_seconds)
-            update(self.state, self._reference, self._layout, window, self._budget)
+            update(self._detectors, self._reference, self._layout, window, self._budget)
             self._evidence = None
         if self._alarming():
             # What may be an attack is never learnt as normal.
@@ -288,7 +325,7 @@ class ModelDrift:
 
     def _evidence_now(self) -> Readings | None:
         if self._evidence is None and self._reference is not None:
-            self._evidence = evidence(self.state, self._layout, self._reference, self._budget)
+            self._evidence = evidence(self._detectors, self._layout, self._reference, self._budget)
         return self._evidence
 
     def _alarming(self) -> bool:
@@ -320,7 +357,7 @@ class ModelDrift:
         assert self._reference is not None
         held = np.flatnonzero(np.isfinite(self._top_value_FT[feature]))
         top = sorted((self._top_FT[feature, t] for t in held.tolist()), key=lambda request: -request.value)
-        has_canary = bool((self._reference.canary_N >= 2).any() and self.state.canary_F.any())
+        has_canary = bool((self._reference.canary_N >= 2).any() and self._detectors.canary_F.any())
         moved = bool(shown.alarms["canary"].any()) if has_canary else None
         partner = int(shown.partner_F[feature])
         alarm = Alarm(

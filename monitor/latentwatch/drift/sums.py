@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts, above
-from latentwatch.arrays import Array
+from latentwatch.arrays import Array, axes, check
 
 HOURS: Final = 168
 SCALES: Final = (1, 4, 16)
@@ -24,7 +24,7 @@ TAIL: Final = 256
 """Largest values kept per feature: the request limit at a false-positive rate of 1 in 1,000 needs 100 of 100,000."""
 CANARIES: Final = 64
 STRATA: Final = 8
-_NOT_KEPT: Final = ("hour_FB", "hour_stamp", "blocks", "strata")
+_NOT_STORED: Final = ("hour_FB", "hour_stamp", "blocks", "strata")
 _MONDAY_SECONDS: Final = 4 * 86400
 """1970-01-05 was a Monday."""
 
@@ -38,34 +38,34 @@ def hour_of_week(seconds: float) -> int:
 class TrafficSums:
     """Sums over windows. `merge` is associative and commutative; `empty` is its neutral element."""
 
-    hour_levels_HFB: Array
+    hour_levels_HFB: Array = field(metadata=axes("H", "F", "B", dtype=np.int64))
     """Requests by hour of the week and score bucket, int64."""
-    hour_square_HFL: Array
+    hour_square_HFL: Array = field(metadata=axes("H", "F", "L"))
     """Sum over completed hours of a^2 / n, with a of n requests above the level."""
-    hour_count_H: Array
+    hour_count_H: Array = field(metadata=axes("H", dtype=np.int64))
     """Completed hours with requests, int64."""
-    difference_ZFL: Array
+    difference_ZFL: Array = field(metadata=axes("Z", "F", "L"))
     """Sum over neighbouring blocks of (a/n - a'/n')^2 / (1/n + 1/n'): free of whatever moves slowly."""
-    differences_Z: Array
+    differences_Z: Array = field(metadata=axes("Z", dtype=np.int64))
     """Terms in it, int64."""
-    strata_SFB: Array
+    strata_SFB: Array = field(metadata=axes("S", "F", "B", dtype=np.int64))
     """Requests by adapter and score bucket, int64."""
-    hour_strata_HS: Array
+    hour_strata_HS: Array = field(metadata=axes("H", "S", dtype=np.int64))
     """Requests by hour of the week and adapter, int64: without it an adapter's hours would count twice."""
-    cells_FC: Array
-    tail_FK: Array
+    cells_FC: Array = field(metadata=axes("F", "C", dtype=np.int64))
+    tail_FK: Array = field(metadata=axes("F", "K", dtype=np.float32))
     """The largest values, descending, -inf where there are fewer."""
-    coactive_PP: Array
-    canary_N: Array
+    coactive_PP: Array = field(metadata=axes("P", "P", dtype=np.int64))
+    canary_N: Array = field(metadata=axes("N", dtype=np.int64))
     """Runs of each canary prompt, int64."""
-    canary_sum_NF: Array
+    canary_sum_NF: Array = field(metadata=axes("N", "F"))
     """Of its values, 0 where a feature did not fire."""
-    canary_square_NF: Array
-    totals: Array
+    canary_square_NF: Array = field(metadata=axes("N", "F"))
+    totals: Array = field(metadata=axes("4"))
     """Requests, windows, first and last time as Unix seconds (inf and -inf before any), float64 [4]."""
-    hour_FB: Array = field(repr=False)
+    hour_FB: Array = field(repr=False, metadata=axes("F", "B", dtype=np.int64))
     """The hour that is not over yet."""
-    blocks: list[_Partial] = field(repr=False)
+    blocks: list[Block] = field(repr=False)
     """Per scale, the block that is not full and the one before it; not merged."""
     hour_stamp: int = 0
     strata: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class TrafficSums:
             canary_square_NF=np.zeros((CANARIES, F)),
             totals=np.array([0, 0, np.inf, -np.inf]),
             hour_FB=np.zeros((F, L + 1), np.int64),
-            blocks=[_Partial.empty(F, L) for _ in SCALES],
+            blocks=[Block.empty(F, L) for _ in SCALES],
         )
 
     @property
@@ -121,7 +121,7 @@ class TrafficSums:
     def arrays(self) -> dict[str, Array]:
         """What a file keeps: the sums. The hour that is not over is finished, blocks that are not full are left out."""
         self.finish_hour()
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_KEPT}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_STORED}
 
     @classmethod
     def from_arrays(cls, layout: Layout, arrays: Mapping[str, Array], strata: tuple[str, ...]) -> TrafficSums:
@@ -139,24 +139,15 @@ class TrafficSums:
         observed.strata = strata
         return observed
 
-    def snapshot(self) -> dict[str, Any]:
-        """Everything, the parts that are not over included; copies."""
-        return {
-            "sums": {f.name: getattr(self, f.name).copy() for f in fields(self) if f.name not in _NOT_KEPT},
-            "hour": [self.hour_FB.copy(), self.hour_stamp],
-            "blocks": [block.snapshot() for block in self.blocks],
-            "strata": list(self.strata),
-        }
-
-    def restore(self, held: Mapping[str, Any]) -> None:
-        """Go on from `snapshot`."""
-        for name, array in held["sums"].items():
-            setattr(self, name, array.copy())
-        hour_FB, self.hour_stamp = held["hour"]
-        self.hour_FB = hour_FB.copy()
-        for block, values in zip(self.blocks, held["blocks"], strict=True):
-            block.restore(values)
-        self.strata = tuple(held["strata"])
+    def check(self, layout: Layout) -> None:
+        """Raise ValueError where these are sums over other features."""
+        F, L = layout.levels_FL.shape
+        lengths = {"F": F, "L": L, "B": L + 1, "P": len(layout.pairs_P)}
+        check(self, **lengths, H=HOURS, Z=len(SCALES), S=STRATA, C=CELLS, K=TAIL, N=CANARIES, **{"4": 4})
+        if len(self.blocks) != len(SCALES) or len(self.strata) > STRATA:
+            raise ValueError(f"{len(self.blocks)} blocks and {len(self.strata)} strata")
+        for block in self.blocks:
+            check(block, F=F, L=L)
 
     def stratum(self, adapter: str) -> int:
         """Index of an adapter's stratum; adapters beyond the bound share the last one."""
@@ -267,31 +258,24 @@ class TrafficSums:
 
 
 @dataclass
-class _Partial:
+class Block:
     """Windows of a block that is not over, and the counts of the block before it."""
 
-    above_FL: Array
-    requests_F: Array
-    previous_above_FL: Array
-    previous_requests_F: Array
+    above_FL: Array = field(metadata=axes("F", "L"))
+    requests_F: Array = field(metadata=axes("F", dtype=np.int64))
+    previous_above_FL: Array = field(metadata=axes("F", "L"))
+    previous_requests_F: Array = field(metadata=axes("F", dtype=np.int64))
     windows: int = 0
     has_previous: bool = False
 
     @classmethod
-    def empty(cls, features: int, levels: int) -> _Partial:
+    def empty(cls, features: int, levels: int) -> Block:
         return cls(
             np.zeros((features, levels), np.float64),
             np.zeros(features, np.int64),
             np.zeros((features, levels), np.float64),
             np.zeros(features, np.int64),
         )
-
-    def snapshot(self) -> dict[str, Any]:
-        return {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in vars(self).items()}
-
-    def restore(self, held: Mapping[str, Any]) -> None:
-        for name, value in held.items():
-            setattr(self, name, value.copy() if isinstance(value, np.ndarray) else value)
 
     def add(self, above_FL: Array, requests_F: Array) -> None:
         self.above_FL += above_FL

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
@@ -18,8 +18,20 @@ from latentwatch.evidence import segment
 from latentwatch.evidence.records import FIRE_RECORD, row_record
 from latentwatch.evidence.segment import Watched, WatchedFeature
 from latentwatch.evidence.store import segments
+from latentwatch.facts import (
+    FEATURE_STAT,
+    Exceedance,
+    FeatureSummary,
+    RequestInfo,
+    RequestProgress,
+    ShownExceedance,
+    ShownFeature,
+    ShownRequest,
+    shown_exceedance,
+    shown_features,
+    shown_request,
+)
 from latentwatch.names import Outcome, Phase, TokenState
-from latentwatch.step.batch import FEATURE_DTYPE
 
 _REQUEST: Final = """
 SELECT key, request_id, response_id, trace_id, replica, model_name, engine, adapter, opened_seconds, opening_seen,
@@ -28,12 +40,12 @@ SELECT key, request_id, response_id, trace_id, replica, model_name, engine, adap
 FROM request WHERE key = ?
 """
 _ENDED: Final = """
-SELECT request_id, replica, adapter, opening_seen AND scored + inherited > 0, closed_seconds, exceeded_features,
-  features, features_left_out
+SELECT request_id, replica, adapter, opening_seen AND scored + inherited > 0 AS whole, closed_seconds,
+  exceeded_features, features, features_left_out
 FROM request WHERE model_name = ? AND outcome IS NOT NULL ORDER BY closed_seconds
 """
 _EXCEEDANCE: Final = """
-SELECT r.request_id, r.response_id, r.trace_id, r.model_name, e.feature, e.seconds, e.position, e.phase, e.value
+SELECT r.request_id, r.trace_id, r.model_name, e.feature, e.seconds, e.position, e.phase, e.value
 FROM exceedance e JOIN request r ON r.key = e.request
 """
 _CLOCK_TICK_NS: Final = 100_000_000
@@ -52,40 +64,6 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class StoredExceedance:
-    """The first time that a request's statistic for a feature went above its limit."""
-
-    seconds: float
-    request_id: str
-    response_id: str
-    trace_id: str
-    model_name: str
-    feature: str
-    label: str
-    severity: str
-    phase: str
-    position: int
-    value: float
-    limit: float
-
-
-@dataclass(frozen=True)
-class StoredFeature:
-    """One feature in the summary of a request that ended."""
-
-    feature: str
-    label: str
-    severity: str
-    units: str
-    max: float
-    position: int
-    fired_tokens: int
-    statistic: float | None
-    limit: float | None
-    exceeded: bool
-
-
-@dataclass(frozen=True)
 class StoredActivations:
     """What is kept of one feature over the positions of a request, by position."""
 
@@ -101,31 +79,14 @@ class StoredActivations:
 
 
 @dataclass(frozen=True)
-class StoredRequest:
-    """One request, as the evidence knows it."""
+class StoredRequest(ShownRequest):
+    """One request, as the evidence knows it. Its tokens are empty until it ended."""
 
     key: int
-    request_id: str
-    response_id: str
-    trace_id: str
-    replica: str
-    model_name: str
-    engine: str
-    adapter: str
     watchlist: str
     watchlist_sha256: str
-    outcome: str
-    """"open" until it ended."""
-    opened_seconds: float
-    closed_seconds: float | None
-    opening_seen: bool
-    prompt_tokens: int | None
-    output_tokens: int | None
-    total_tokens: int | None
-    tokens: Mapping[str, int]
-    """By state: scored, inherited, unseen, dropped; empty until it ended."""
-    exceedances: tuple[StoredExceedance, ...]
-    features: tuple[StoredFeature, ...]
+    exceedances: tuple[ShownExceedance, ...]
+    features: tuple[ShownFeature, ...]
     """Of a request that ended: exceeded ones first, then by closeness to the limit."""
     features_left_out: int
     activations: tuple[StoredActivations, ...]
@@ -145,7 +106,7 @@ class EndedRequest(NamedTuple):
     closed_seconds: float
     exceeded_features: int
     features: Array
-    """step.FEATURE_DTYPE."""
+    """FEATURE_STAT."""
     features_left_out: int
 
 
@@ -171,9 +132,9 @@ class Archive:
         """Requests whose engine request id, response id or trace id this is, newest first."""
         return [reader.request(key) for reader in self._newest_first() for key in reader.find(name)]
 
-    def exceedances(self, wanted: Wanted, limit: int) -> list[StoredExceedance]:
+    def exceedances(self, wanted: Wanted, limit: int) -> list[ShownExceedance]:
         """The latest exceedances of this kind, newest first."""
-        found: list[StoredExceedance] = []
+        found: list[ShownExceedance] = []
         for reader in self._newest_first():
             found += reader.exceedances(wanted, limit)
         # A request that runs past midnight stays in its first segment, so segments overlap in time.
@@ -265,20 +226,20 @@ class _Reader:
     def ended(self, model_name: str) -> Iterator[EndedRequest]:
         for row in self._connection.execute(_ENDED, (model_name,)):
             yield EndedRequest(
-                request_id=row[0],
-                replica=row[1],
-                adapter=row[2],
-                whole=bool(row[3]),
-                closed_seconds=row[4],
-                exceeded_features=row[5],
-                features=segment.unpack(row[6], FEATURE_DTYPE),
-                features_left_out=row[7],
+                request_id=row["request_id"],
+                replica=row["replica"],
+                adapter=row["adapter"],
+                whole=bool(row["whole"]),
+                closed_seconds=row["closed_seconds"],
+                exceeded_features=row["exceeded_features"],
+                features=segment.unpack(row["features"], FEATURE_STAT),
+                features_left_out=row["features_left_out"],
             )
 
     def all(self) -> list[int]:
         return [key for (key,) in self._connection.execute("SELECT key FROM request ORDER BY key")]
 
-    def exceedances(self, wanted: Wanted, limit: int) -> list[StoredExceedance]:
+    def exceedances(self, wanted: Wanted, limit: int) -> list[ShownExceedance]:
         where, values = ["1"], list[Any]()
         if wanted.feature is not None or wanted.severity is not None:
             numbers = [
@@ -302,72 +263,50 @@ class _Reader:
 
     def request(self, key: int) -> StoredRequest:
         row = self._connection.execute(_REQUEST, (key,)).fetchone()
-        ended = row[11] is not None
-        features = segment.unpack(row[20], FEATURE_DTYPE).tolist() if ended else []
-        exceedances = self._connection.execute(f"{_EXCEEDANCE} WHERE e.request = ? ORDER BY e.position", (key,))
-        found = tuple(self._exceedance(exceedance) for exceedance in exceedances)
+        ended = row["outcome"] is not None
+        names = ("request_id", "replica", "model_name", "engine", "opened_seconds", "adapter", "prompt_tokens")
+        info = RequestInfo(**{name: row[name] for name in names}, opening_seen=bool(row["opening_seen"]))
+        progress = RequestProgress(
+            outcome=Outcome(row["outcome"]) if ended else None,
+            closed_seconds=row["closed_seconds"] or 0.0,
+            tokens=np.array([0, *(row[state.name.lower()] or 0 for state in TokenState)]),
+            output_tokens=row["output_tokens"],
+            total_tokens=row["total_tokens"],
+        )
+        shown = shown_request(info, progress, trace=row["trace_id"])
+        found = self._connection.execute(f"{_EXCEEDANCE} WHERE e.request = ? ORDER BY e.position", (key,))
+        exceedances = tuple(self._exceedance(exceedance) for exceedance in found)
         return StoredRequest(
+            **shown if ended else shown | {"tokens": {}},
             key=key,
-            request_id=row[1],
-            response_id=row[2],
-            trace_id=row[3],
-            replica=row[4],
-            model_name=row[5],
-            engine=row[6],
-            adapter=row[7],
             watchlist=self._watched.name,
             watchlist_sha256=self._watched.sha256,
-            outcome=Outcome(row[11]).name.lower() if ended else "open",
-            opened_seconds=row[8],
-            closed_seconds=row[10],
-            opening_seen=bool(row[9]),
-            prompt_tokens=row[12],
-            output_tokens=row[13],
-            total_tokens=row[14],
-            tokens={state.name.lower(): count for state, count in zip(TokenState, row[15:19], strict=True)}
-            if ended
-            else {},
-            exceedances=found,
-            features=tuple(self._summary(feature) for feature in features),
-            features_left_out=row[21] or 0,
-            activations=tuple(self._activations(key, {exceedance.feature for exceedance in found})),
-            activations_lost=row[22] or 0,
+            exceedances=exceedances,
+            features=self._summary(row) if ended else (),
+            features_left_out=row["features_left_out"] or 0,
+            activations=tuple(self._activations(key, {exceedance.feature for exceedance in exceedances})),
+            activations_lost=row["activations_lost"] or 0,
         )
 
-    def _exceedance(self, row: Sequence[Any]) -> StoredExceedance:
-        request_id, response_id, trace_id, model_name, number, seconds, position, phase, value = row
-        feature = self._watched.features[number]
-        return StoredExceedance(
-            seconds=seconds,
-            request_id=request_id,
-            response_id=response_id,
-            trace_id=trace_id,
-            model_name=model_name,
-            feature=feature.id,
-            label=feature.label,
-            severity=feature.severity,
-            phase=Phase(phase).name.lower(),
-            position=position,
-            value=value,
-            # Only a feature with a limit exceeds one.
-            limit=cast(float, feature.limit),
+    def _exceedance(self, row: sqlite3.Row) -> ShownExceedance:
+        feature = self._watched.features[row["feature"]]
+        found = Exceedance(row["feature"], Phase(row["phase"]), row["position"], row["value"], row["seconds"])
+        return ShownExceedance(
+            **shown_exceedance(
+                found,
+                feature,
+                # Only a feature with a limit exceeds one.
+                cast(float, feature.limit),
+                request_id=row["request_id"],
+                trace=row["trace_id"],
+                model_name=row["model_name"],
+            )
         )
 
-    def _summary(self, row: Sequence[Any]) -> StoredFeature:
-        number, largest, position, statistic, statistic_position, fired, exceeded = row
-        feature = self._watched.features[number]
-        return StoredFeature(
-            feature=feature.id,
-            label=feature.label,
-            severity=feature.severity,
-            units=feature.units,
-            max=largest,
-            position=position,
-            fired_tokens=fired,
-            statistic=statistic if statistic_position >= 0 else None,
-            limit=feature.limit,
-            exceeded=exceeded,
-        )
+    def _summary(self, row: sqlite3.Row) -> tuple[ShownFeature, ...]:
+        rows = segment.unpack(row["features"], FEATURE_STAT)
+        summary = FeatureSummary(rows, row["exceeded_features"], row["features_left_out"])
+        return shown_features(summary, self._watched.features, [feature.limit for feature in self._watched.features])
 
     def _activations(self, key: int, exceeded: set[str]) -> Iterator[StoredActivations]:
         blobs = self._connection.execute("SELECT fires, rows FROM activations WHERE request = ? ORDER BY rowid", (key,))

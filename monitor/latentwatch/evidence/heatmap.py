@@ -14,7 +14,8 @@ from importlib import resources
 from string import Template
 from typing import Final
 
-from latentwatch.evidence.archive import StoredActivations, StoredExceedance, StoredRequest
+from latentwatch.evidence.archive import StoredActivations, StoredRequest
+from latentwatch.facts import ShownExceedance
 
 FEATURES_SHOWN: Final = 8
 _STRONGEST_SHOWN: Final = 12
@@ -118,7 +119,7 @@ def _facts(request: StoredRequest) -> Iterator[tuple[str, str]]:
         yield "not kept", f"{request.activations_lost} activations before the first exceedance"
 
 
-def _exceedance(exceedance: StoredExceedance) -> str:
+def _exceedance(exceedance: ShownExceedance) -> str:
     return (
         f"{exceedance.feature} ({exceedance.label}), {exceedance.severity}: {exceedance.value:.4g} over "
         f"{exceedance.limit:g} at position {exceedance.position}, {exceedance.phase}"

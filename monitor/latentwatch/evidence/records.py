@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from latentwatch.arrays import Array, Dtype
-from latentwatch.names import Outcome, Phase
+from latentwatch.facts import Exceedance, FeatureSummary, RequestInfo, RequestProgress
 
 FIRE_RECORD: Final = np.dtype([("position", "<i4"), ("feature", "<u2"), ("value", "<f4")])
 """One sparse activation of a request."""
@@ -21,37 +21,25 @@ def row_record(dense_features: int) -> Dtype:
     return np.dtype([("position", "<i4"), ("score", "<f2", (dense_features,))])
 
 
-class Request(NamedTuple):
+class RecordedRequest(NamedTuple):
     """A request, as far as it is known when it exceeds a limit or ends."""
 
     key: int
     """Unique over all collectors that ever wrote to the folder; rises with time."""
-    request_id: str
-    replica: str
-    model_name: str
-    engine: str
-    adapter: str
-    traceparent: str
-    opened_seconds: float
-    opening_seen: bool
+    info: RequestInfo
 
 
-class Exceedance(NamedTuple):
-    """The first token at which a request's statistic for a feature went above its limit."""
+class Exceeded(NamedTuple):
+    """A request exceeded a limit."""
 
-    request: Request
-    feature: int
-    """Index in the watchlist."""
-    seconds: float
-    position: int
-    phase: Phase
-    value: float
+    request: RecordedRequest
+    exceedance: Exceedance
 
 
 class Activations(NamedTuple):
     """A stretch of a request's activations."""
 
-    request: Request
+    request: RecordedRequest
     fires_N: Array
     """FIRE_RECORD."""
     rows_R: Array
@@ -61,23 +49,14 @@ class Activations(NamedTuple):
 class Ended(NamedTuple):
     """How a request ended; replaces what was written of the request before."""
 
-    request: Request
-    closed_seconds: float
-    outcome: Outcome
-    prompt_tokens: int | None
-    output_tokens: int | None
-    total_tokens: int | None
-    tokens: tuple[int, int, int, int]
-    """Scored, inherited, unseen, dropped."""
-    exceeded_features: int
-    features: Array
-    """step.FEATURE_DTYPE, the most abnormal first."""
-    features_left_out: int
+    request: RecordedRequest
+    progress: RequestProgress
+    features: FeatureSummary
     activations_lost: int
     """Sparse activations and dense rows before the first exceedance that were let go, because they did not fit."""
 
 
-Record = Exceedance | Activations | Ended
+Record = Exceeded | Activations | Ended
 
 
 def kind(record: Record) -> str:
@@ -90,12 +69,12 @@ def size_bytes(record: Record) -> int:
     if isinstance(record, Activations):
         return _OBJECT_BYTES + record.fires_N.nbytes + record.rows_R.nbytes
     if isinstance(record, Ended):
-        return 2 * _OBJECT_BYTES + int(record.features.nbytes)
+        return 2 * _OBJECT_BYTES + int(record.features.rows.nbytes)
     return _OBJECT_BYTES
 
 
 _KINDS: Final[dict[type, str]] = {
-    Exceedance: "exceedance",
+    Exceeded: "exceedance",
     Activations: "activations",
     Ended: "request_end",
 }

@@ -22,8 +22,8 @@ import numpy as np
 
 from latentwatch.arrays import Array, Dtype
 from latentwatch.errors import ConfigRefused, RefusalReason
-from latentwatch.evidence.records import Activations, Ended, Exceedance, Record, Request
-from latentwatch.names import response_id, trace_id
+from latentwatch.evidence.records import Activations, Ended, Exceeded, Record, RecordedRequest
+from latentwatch.names import TokenState, response_id, trace_id
 
 FORMAT: Final = 1
 BUSY_SECONDS = 10.0
@@ -132,6 +132,7 @@ def connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> sqlite3.Connection:
         uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=256
     )
     connection.execute("PRAGMA secure_delete = ON")
+    connection.row_factory = sqlite3.Row
     return connection
 
 
@@ -213,8 +214,10 @@ class Segment:
         exceedances, activations, ends = [], [], []
         for record in records:
             match record:
-                case Exceedance(request, feature, seconds, position, phase, value):
-                    exceedances.append((request.key, feature, seconds, position, phase, value))
+                case Exceeded(request, found):
+                    exceedances.append(
+                        (request.key, found.feature, found.seconds, found.position, found.phase, found.value)
+                    )
                 case Activations(request, fires_N, rows_R):
                     activations.append((request.key, pack(fires_N), pack(rows_R)))
                 case Ended():
@@ -322,32 +325,34 @@ class _transaction:  # noqa: N801
         self._connection.execute("COMMIT" if kind is None else "ROLLBACK")
 
 
-def _request_row(request: Request) -> tuple[object, ...]:
+def _request_row(request: RecordedRequest) -> tuple[object, ...]:
+    info = request.info
     return (
         request.key,
-        request.request_id,
-        response_id(request.request_id),
-        trace_id(request.traceparent),
-        request.replica,
-        request.model_name,
-        request.engine,
-        request.adapter,
-        request.opened_seconds,
-        request.opening_seen,
+        info.request_id,
+        response_id(info.request_id),
+        trace_id(info.traceparent),
+        info.replica,
+        info.model_name,
+        info.engine,
+        info.adapter,
+        info.opened_seconds,
+        info.opening_seen,
     )
 
 
 def _end_row(end: Ended) -> tuple[object, ...]:
+    progress = end.progress
     return (
         *_request_row(end.request),
-        end.closed_seconds,
-        end.outcome,
-        end.prompt_tokens,
-        end.output_tokens,
-        end.total_tokens,
-        *end.tokens,
-        end.exceeded_features,
-        pack(end.features),
-        end.features_left_out,
+        progress.closed_seconds,
+        progress.outcome,
+        end.request.info.prompt_tokens,
+        progress.output_tokens,
+        progress.total_tokens,
+        *progress.tokens[list(TokenState)].tolist(),
+        end.features.exceeded,
+        pack(end.features.rows),
+        end.features.left_out,
         end.activations_lost,
     )

@@ -22,7 +22,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from latentwatch import __version__
-from latentwatch.evidence.records import Exceedance, Record
+from latentwatch.evidence.records import Exceeded, Record
 from latentwatch.evidence.segment import Watched
 from latentwatch.names import response_id
 
@@ -54,7 +54,7 @@ class EventSender:
 
     def write(self, records: Sequence[Record], now: float) -> None:
         """Send the events of these records. Raises: ConnectionError: the receiver did not take them in time."""
-        made = [self._event(record, now) for record in records if isinstance(record, Exceedance)]
+        made = [self._event(record, now) for record in records if isinstance(record, Exceeded)]
         if made and self._exporter.export(made) is not LogRecordExportResult.SUCCESS:
             raise ConnectionError(f"{len(made)} events were not taken by the OTLP receiver")
 
@@ -65,8 +65,9 @@ class EventSender:
         """Close the channel."""
         self._exporter.shutdown()
 
-    def _event(self, exceedance: Exceedance, now: float) -> ReadableLogRecord:
-        request, feature = exceedance.request, self._watched.features[exceedance.feature]
+    def _event(self, exceeded: Exceeded, now: float) -> ReadableLogRecord:
+        request, exceedance = exceeded.request.info, exceeded.exceedance
+        feature = self._watched.features[exceedance.feature]
         phase = exceedance.phase.name.lower()
         record = LogRecord(
             timestamp=int(exceedance.seconds * 1e9),

@@ -38,29 +38,6 @@ FIRE_DTYPE = np.dtype(
     ]
 )
 
-FEATURE_DTYPE = np.dtype(
-    [
-        ("index", "<i2"),
-        ("max", "<f4"),
-        ("position", "<i4"),
-        ("statistic", "<f4"),  # NaN for none
-        ("statistic_position", "<i4"),  # -1 for none
-        ("fired", "<i4"),
-        ("exceeded", "?"),
-    ]
-)
-"""One feature of a request. Evidence files and reports hold it: a change is a new format there."""
-CROSSED_DTYPE = np.dtype(
-    [
-        ("feature", "<u2"),
-        ("phase", "u1"),
-        ("position", "<i4"),
-        ("value", "<f8"),  # the statistic at the crossing
-        ("seconds", "<f8"),  # since the Unix epoch
-    ]
-)
-"""The first token at which a request's statistic for a feature went above the limit, as reports hold it."""
-
 
 @dataclass(frozen=True)
 class RequestOpened:

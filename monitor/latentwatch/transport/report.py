@@ -3,7 +3,7 @@
 Shape legend: F features of the watchlist, H hook points, B+1 buckets of a histogram (those of aggregate.histogram).
 
 Counts are differences, so that reports add: the sum of a collector's reports is what the collector shows. Requests
-travel as rows, one each: maxima, counts and crossings per feature, and no token of theirs.
+travel as rows, one each: maxima, counts and exceedances per feature, and no token of theirs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from latentwatch.errors import RefusalReason, StreamRefused
+from latentwatch.facts import EXCEEDANCE, FEATURE_STAT, RequestInfo, RequestProgress
 from latentwatch.names import Outcome, Phase, Reason, TokenState
-from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE, EngineCounters
+from latentwatch.step.batch import EngineCounters
 from latentwatch.transport.hello import Hello
 
 Array = npt.NDArray[Any]
@@ -67,36 +68,21 @@ class ModelDelta:
 
 @dataclass(frozen=True)
 class RequestRow:
-    """One request as it ended, or as it is while it goes on, where it crossed a limit since the last report."""
+    """One request as it ended, or as it is while it goes on, where it exceeded a limit since the last report."""
 
     number: int
     """Unique per boot of the forwarding collector."""
-    replica: str
-    model_name: str
-    engine: str
-    request_id: str
-    adapter: str
-    traceparent: str
-    opened_seconds: float
-    opening_seen: bool
-    outcome: Outcome | None
-    """None while it is open."""
-    closed_seconds: float
-    """Of an open request, when it was looked at."""
-    prompt_tokens: int | None
-    output_tokens: int | None
-    total_tokens: int | None
-    tokens: Array
-    """Accounted tokens by TokenState value, int64."""
+    info: RequestInfo
+    progress: RequestProgress
     features: Array
-    """FEATURE_DTYPE, every feature that was seen, by index."""
-    crossings: Array = field(default_factory=lambda: np.empty(0, CROSSED_DTYPE))
-    """CROSSED_DTYPE, those since the row before."""
+    """FEATURE_STAT, every feature that was seen, by index."""
+    exceedances: Array = field(default_factory=lambda: np.empty(0, EXCEEDANCE))
+    """EXCEEDANCE, those since the row before."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a collector counted since its last report, and requests that ended or crossed a limit since."""
+    """What a collector counted since its last report, and requests that ended or exceeded a limit since."""
 
     time_unix_nano: int
     replicas: tuple[ReplicaState, ...] = ()
@@ -105,12 +91,12 @@ class Report:
     requests: tuple[RequestRow, ...] = ()
     shed_requests: int = 0
     """Rows given up since the collector's boot, because the gateway was away or slow."""
-    shed_crossings: int = 0
+    shed_exceedances: int = 0
 
     @property
     def replica_names(self) -> set[str]:
         """Every engine process that it speaks for."""
-        return {state.hello.replica for state in self.replicas} | {row.replica for row in self.requests}
+        return {state.hello.replica for state in self.replicas} | {row.info.replica for row in self.requests}
 
 
 def validate(report: Report, *, features: int, hook_points: int, statistic_buckets: int, norm_buckets: int) -> None:
@@ -151,30 +137,30 @@ def joined(arrays: Iterable[Array], dtype: np.dtype[Any]) -> Array:
 
 def _fit(rows: tuple[RequestRow, ...], features: int) -> bool:
     """Whether `_wrong_rows` has nothing to say, looked at in all rows at once."""
-    seen = joined((row.features for row in rows), FEATURE_DTYPE)
-    crossed = joined((row.crossings for row in rows), CROSSED_DTYPE)
+    seen = joined((row.features for row in rows), FEATURE_STAT)
+    exceedances = joined((row.exceedances for row in rows), EXCEEDANCE)
     last = np.cumsum([len(row.features) for row in rows], dtype=np.int64) - 1
     ascending = np.diff(seen["index"]) > 0
     ascending[last[(last >= 0) & (last < len(ascending))]] = True
     return bool(
-        all(len(row.tokens) == len(TokenState) + 1 for row in rows)
+        all(len(row.progress.tokens) == len(TokenState) + 1 for row in rows)
         and ascending.all()
         and ((seen["index"] >= 0) & (seen["index"] < features)).all()
         and np.isfinite(seen["max"]).all()
         and not np.isinf(seen["statistic"]).any()
         and ((seen["position"] >= 0) & (seen["fired"] >= 0)).all()
-        and ((crossed["feature"] < features) & np.isin(crossed["phase"], list(Phase))).all()
-        and np.isfinite(crossed["value"]).all()
-        and np.isfinite(crossed["seconds"]).all()
-        and np.isfinite([(row.opened_seconds, row.closed_seconds) for row in rows]).all()
+        and ((exceedances["feature"] < features) & np.isin(exceedances["phase"], list(Phase))).all()
+        and np.isfinite(exceedances["value"]).all()
+        and np.isfinite(exceedances["seconds"]).all()
+        and np.isfinite([(row.info.opened_seconds, row.progress.closed_seconds) for row in rows]).all()
     )
 
 
 def _wrong_rows(rows: tuple[RequestRow, ...], features: int) -> Iterator[str]:
     for row in rows:
-        index, crossed = row.features["index"], row.crossings
-        if len(row.tokens) != len(TokenState) + 1:
-            yield f"request {row.number} has {len(row.tokens)} token counts"
+        index, exceedances = row.features["index"], row.exceedances
+        if len(row.progress.tokens) != len(TokenState) + 1:
+            yield f"request {row.number} has {len(row.progress.tokens)} token counts"
         if len(index) and (index[0] < 0 or index[-1] >= features or (np.diff(index) <= 0).any()):
             yield f"features of request {row.number} are not ascending or beyond the watchlist"
         if not np.isfinite(row.features["max"]).all() or (row.features["position"] < 0).any():
@@ -183,11 +169,11 @@ def _wrong_rows(rows: tuple[RequestRow, ...], features: int) -> Iterator[str]:
             yield f"request {row.number} has an infinite statistic"
         if (row.features["fired"] < 0).any():
             yield f"request {row.number} has a feature that fired less than never"
-        if (crossed["feature"] >= features).any() or not np.isin(crossed["phase"], list(Phase)).all():
-            yield f"a crossing of request {row.number} names no feature or no phase"
-        if not (np.isfinite(crossed["value"]).all() and np.isfinite(crossed["seconds"]).all()):
-            yield f"a crossing of request {row.number} is no finite number"
-        if not np.isfinite([row.opened_seconds, row.closed_seconds]).all():
+        if (exceedances["feature"] >= features).any() or not np.isin(exceedances["phase"], list(Phase)).all():
+            yield f"an exceedance of request {row.number} names no feature or no phase"
+        if not (np.isfinite(exceedances["value"]).all() and np.isfinite(exceedances["seconds"]).all()):
+            yield f"an exceedance of request {row.number} is no finite number"
+        if not np.isfinite([row.info.opened_seconds, row.progress.closed_seconds]).all():
             yield f"a time of request {row.number} is no finite number"
 
 

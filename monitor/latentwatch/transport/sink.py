@@ -30,7 +30,7 @@ class ReceivedReport:
 
 
 class Sink(Protocol):
-    """Takes what a receiver accepted; the collector's pipeline implements it. No I/O, no clock."""
+    """Takes what a receiver accepted; collector.ingest implements it. No I/O, no clock."""
 
     def hello(self, hello: Hello, now: float) -> int:
         """Accept a stream and return the highest sequence already held for its (replica, boot_id), 0 for none.

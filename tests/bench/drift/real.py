@@ -100,7 +100,7 @@ class Scorer:
                 slots = np.arange(min(PER_STEP, len(traces.dialogues) - first))
                 states.clear(slots)
                 batch = self._step(traces, first + slots)
-                states.update(batch, batch.segments_S["handle"].astype(np.int64) - first)
+                states.update(batch, batch.segments_S["handle"].astype(np.int64) - first, 0.0)
                 shown = states.features_of(slots)
                 fired.append(shown.fired_nF)
                 value.append(shown.statistic_nF)

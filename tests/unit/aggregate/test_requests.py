@@ -40,7 +40,7 @@ class Reference:
     def __init__(self, feature: Feature, request: Tokens, column: int) -> None:
         self.max, self.max_position, self.fired = math.nan, -1, 0
         self.statistic, self.statistic_position = math.nan, -1
-        self.crossing: tuple[int, float] | None = None
+        self.exceedance: tuple[int, float] | None = None
         limit = feature.limit
         window: list[float] = []
         for position in range(request.total):
@@ -66,27 +66,27 @@ class Reference:
     def _take(self, value: float, position: int, limit: Limit | None) -> None:
         if not np.float32(value) <= np.float32(self.statistic):
             self.statistic, self.statistic_position = value, position
-        if limit and value > limit.value and self.crossing is None:
-            self.crossing = (position, value)
+        if limit and value > limit.value and self.exceedance is None:
+            self.exceedance = (position, value)
 
 
 def run(batches: Sequence[StepBatch], handles: Sequence[int], slots: int = 16):
-    """States after the batches, and every crossing by (handle, feature). Slots are given backwards."""
+    """States after the batches, and every exceedance by (handle, feature). Slots are given backwards."""
     states = RequestStates(FeatureTable.of(FEATURES), slots)
     slot_of = {handle: slots - 1 - i for i, handle in enumerate(handles)}
-    crossings: dict[tuple[int, int], tuple[int, float, int]] = {}
+    exceedances: dict[tuple[int, int], tuple[int, float, int]] = {}
     fired = np.zeros(len(FEATURES), np.int64)
     peak = np.full(len(FEATURES), -np.inf, np.float32)
     for batch in batches:
         slot_S = np.array([slot_of[int(h)] for h in batch.segments_S["handle"]], np.int64)
-        view = states.update(batch, slot_S)
+        view = states.update(batch, slot_S, 1000.0)
         fired += view.fired_F
         peak = np.maximum(peak, view.peak_F)
-        for c in view.crossings:
-            key = (handles[slots - 1 - int(c["slot"])], int(c["feature"]))
-            assert key not in crossings, "a request crosses a feature's limit once"
-            crossings[key] = (int(c["position"]), float(c["value"]), int(c["phase"]))
-    return {h: features_of(states, slot_of[h]) for h in handles}, crossings, fired, peak
+        for slot, c in zip(view.exceeding_slots, view.exceedances, strict=True):
+            key = (handles[slots - 1 - int(slot)], int(c["feature"]))
+            assert key not in exceedances, "a request exceeds a feature's limit once"
+            exceedances[key] = (int(c["position"]), float(c["value"]), int(c["phase"]))
+    return {h: features_of(states, slot_of[h]) for h in handles}, exceedances, fired, peak
 
 
 def features_of(states: RequestStates, slot: int) -> dict[str, np.ndarray]:
@@ -111,11 +111,11 @@ def test_statistics_do_not_depend_on_how_the_scheduler_cut_and_mixed_the_steps(s
     """vLLM cuts by load; if a statistic moved with the cuts, load would read as behaviour."""
     requests = make_requests(seed, lengths)
     handles = [r.handle for r in requests]
-    whole, whole_crossings, whole_fired, whole_peak = run(Schedule.one_step(requests).batches(FEATURES), handles)
-    cut, cut_crossings, cut_fired, cut_peak = run(
+    whole, whole_exceedances, whole_fired, whole_peak = run(Schedule.one_step(requests).batches(FEATURES), handles)
+    cut, cut_exceedances, cut_fired, cut_peak = run(
         Schedule.random(np.random.default_rng(seed), requests, longest).batches(FEATURES), handles
     )
-    assert cut_crossings == whole_crossings
+    assert cut_exceedances == whole_exceedances
     np.testing.assert_array_equal(cut_fired, whole_fired)
     np.testing.assert_array_equal(cut_peak, whole_peak)
     for handle in handles:
@@ -128,7 +128,7 @@ def test_statistics_do_not_depend_on_how_the_scheduler_cut_and_mixed_the_steps(s
 def test_statistics_equal_a_walk_over_the_tokens(seed, lengths, longest):
     requests = make_requests(seed, lengths)
     schedule = Schedule.random(np.random.default_rng(seed), requests, longest)
-    got, crossings, fired, _ = run(schedule.batches(FEATURES), [r.handle for r in requests])
+    got, exceedances, fired, _ = run(schedule.batches(FEATURES), [r.handle for r in requests])
     expected_fired = np.zeros(len(FEATURES), np.int64)
     for request in requests:
         for i, feature in enumerate(FEATURES):
@@ -140,13 +140,13 @@ def test_statistics_equal_a_walk_over_the_tokens(seed, lengths, longest):
             np.testing.assert_equal(float(found["max"][i]), expected.max, where)
             assert int(found["statistic_position"][i]) == expected.statistic_position, where
             np.testing.assert_equal(found["statistic"][i], np.float32(expected.statistic), where)
-            assert bool(found["exceeded"][i]) == (expected.crossing is not None), where
-            crossing = crossings.get((request.handle, i))
-            if expected.crossing is None:
-                assert crossing is None, where
+            assert bool(found["exceeded"][i]) == (expected.exceedance is not None), where
+            exceedance = exceedances.get((request.handle, i))
+            if expected.exceedance is None:
+                assert exceedance is None, where
             else:
-                phase = Phase.PROMPT if expected.crossing[0] < request.prompt_tokens else Phase.OUTPUT
-                assert crossing == (*expected.crossing, phase), where
+                phase = Phase.PROMPT if expected.exceedance[0] < request.prompt_tokens else Phase.OUTPUT
+                assert exceedance == (*expected.exceedance, phase), where
     np.testing.assert_array_equal(fired, expected_fired)
 
 
@@ -157,7 +157,7 @@ def test_a_cleared_slot_shows_nothing_of_its_earlier_request():
     for request in (first, second):
         states.clear(slot)
         batch = step_batch([Piece(request, 0, request.total)], FEATURES)
-        states.update(batch, np.zeros(len(batch.segments_S), np.int64))
+        states.update(batch, np.zeros(len(batch.segments_S), np.int64), 1000.0)
     alone, *_ = run([step_batch([Piece(second, 0, second.total)], FEATURES)], [second.handle])
     for name, expected in alone[second.handle].items():
         np.testing.assert_array_equal(features_of(states, 0)[name], expected, name)
@@ -169,10 +169,10 @@ def test_a_rolling_mean_has_no_value_before_its_window_is_full():
     request = tokens(rng, features, handle=1, total=8, prompt_tokens=8, unseen_share=0)
     request.state_T[:] = TokenState.SCORED
     states = RequestStates(FeatureTable.of(features), 1)
-    before = states.update(step_batch([Piece(request, 0, 7)], features), np.zeros(1, np.int64))
-    assert not len(before.crossings) and math.isnan(states.statistic(0, 0))
-    after = states.update(step_batch([Piece(request, 7, 8)], features), np.zeros(1, np.int64))
-    assert [int(c["position"]) for c in after.crossings] == [7]
+    before = states.update(step_batch([Piece(request, 0, 7)], features), np.zeros(1, np.int64), 1000.0)
+    assert not len(before.exceedances) and math.isnan(states.statistic(0, 0))
+    after = states.update(step_batch([Piece(request, 7, 8)], features), np.zeros(1, np.int64), 1000.0)
+    assert [int(c["position"]) for c in after.exceedances] == [7]
 
 
 def test_sums_stay_exact_over_the_largest_scores_that_float16_holds():
@@ -185,7 +185,9 @@ def test_sums_stay_exact_over_the_largest_scores_that_float16_holds():
     request.act_TF[-2:] = tiny
     states = RequestStates(FeatureTable.of(features), 1)
     for start in range(0, total, 1000):
-        states.update(step_batch([Piece(request, start, min(total, start + 1000))], features), np.zeros(1, np.int64))
+        states.update(
+            step_batch([Piece(request, start, min(total, start + 1000))], features), np.zeros(1, np.int64), 1000.0
+        )
     assert states._rolling[0]._sum[0, 0] == 2 * tiny
 
 
@@ -193,6 +195,6 @@ def test_sums_stay_exact_over_the_largest_scores_that_float16_holds():
 def test_a_step_without_scores_changes_nothing(rows):
     request = make_requests(1, [(rows, 1)])[0]
     request.state_T[:] = 3
-    got, crossings, fired, peak = run([step_batch([Piece(request, 0, rows)], FEATURES)], [request.handle])
-    assert not crossings and not fired.any() and np.isneginf(peak).all()
+    got, exceedances, fired, peak = run([step_batch([Piece(request, 0, rows)], FEATURES)], [request.handle])
+    assert not exceedances and not fired.any() and np.isneginf(peak).all()
     assert np.isnan(got[request.handle]["max"]).all()

@@ -280,7 +280,7 @@ def test_options_become_the_collectors_settings():
     assert made.tls and made.tls.protocol == "h2" and made.tls.client_authority == Path("ca")
     assert made.http_tls and made.http_tls.protocol == "http/1.1"
     assert made.forward and (made.forward.target, made.forward.name) == ("gateway:9090", "pod-0")
-    assert made.evidence and made.evidence.retention.max_bytes == 1 << 29 and made.evidence.keep == "all"
+    assert made.evidence and made.evidence.retention.max_bytes == 1 << 29 and made.evidence.scope == "all"
     assert made.otlp and (made.otlp.endpoint, made.otlp.metrics_seconds) == ("http://127.0.0.1:4317", 15.0)
     assert made.token_files == (Path("t1"), Path("t2")) and made.http_token_files == (Path("h1"),)
     assert made.drift.route and made.drift.route.pattern == "^(.*?)-"

@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 from latentwatch import secrets
 from latentwatch.cli import main
+from latentwatch.collector.core import Core
 from latentwatch.collector.evidence import Evidence, EvidenceSettings
-from latentwatch.collector.http.app import make_app
-from latentwatch.collector.metrics_families import ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import sealed
 from latentwatch.evidence.audit import Audit
 from latentwatch.evidence.vault import write_key
 from prometheus_client.openmetrics import parser
 
+from tests.support.collectors import app_of
 from tests.support.evidence import FEATURES, NOW
 from tests.support.streams import Schedule, Tokens, hello, received, tokens, watchlist
 
@@ -52,18 +51,15 @@ def token_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def made(tmp_path, token_file):
     """A collector that saw three requests, of which the last still runs."""
-    pipeline = Pipeline(watchlist(FEATURES))
     write_key(tmp_path / "key")
     settings = EvidenceSettings(tmp_path / "evidence", token_file=token_file, key_file=tmp_path / "key")
-    evidence = Evidence(settings, pipeline, lambda: NOW)
-    pipeline.record_to([evidence.put], "exceeded")
-    pipeline.hello(hello(), NOW)
+    evidence = Evidence(settings, watchlist(FEATURES), lambda: NOW)
+    core = Core(watchlist(FEATURES), evidence=[evidence.put])
+    core.ingest.hello(hello(), NOW)
     for sequence, batch in enumerate(Schedule.one_step(seen()).batches(FEATURES), start=1):
-        pipeline.observe(hello(), received(sequence, batch), NOW)
+        core.ingest.observe(hello(), received(sequence, batch), NOW)
     evidence._writer.run(lambda: None).result(10)
-    process = lambda: ProcessFacts(1.0, 2, 3.0, evidence=evidence.facts())  # noqa: E731
-    app = make_app(pipeline, clock=lambda: NOW, process=process, evidence=evidence)
-    yield Client(app), tmp_path / "evidence"
+    yield Client(app_of(core, NOW, evidence=evidence)), tmp_path / "evidence"
     evidence.close()
 
 
@@ -173,9 +169,9 @@ def test_content_that_does_not_fit_together_is_refused(made, said):
 
 
 def test_without_a_key_nothing_that_was_said_is_kept(tmp_path, token_file):
-    pipeline = Pipeline(watchlist(FEATURES))
-    evidence = Evidence(EvidenceSettings(tmp_path / "e", token_file=token_file), pipeline, lambda: NOW)
-    client = Client(make_app(pipeline, clock=lambda: NOW, process=lambda: ProcessFacts(1, 2, 3), evidence=evidence))
+    core = Core(watchlist(FEATURES))
+    evidence = Evidence(EvidenceSettings(tmp_path / "e", token_file=token_file), watchlist(FEATURES), lambda: NOW)
+    client = Client(app_of(core, NOW, evidence=evidence))
     answer = client("PUT", "/v1/evidence/content/x", json={"token_ids": [1]}, headers=TRUSTED)
     assert answer.status_code == 403 and "--evidence-key" in answer.json()["detail"]
     evidence.close()
@@ -206,15 +202,15 @@ def test_what_cannot_be_audited_is_not_read(made):
 
 
 def test_without_evidence_the_routes_say_how_to_turn_it_on():
-    client = Client(make_app(Pipeline(watchlist(FEATURES)), clock=lambda: NOW, process=lambda: ProcessFacts(1, 2, 3)))
+    client = Client(app_of(Core(watchlist(FEATURES)), NOW))
     answer = client("GET", "/v1/evidence/exceedances")
     assert answer.status_code == 404 and "--evidence DIR" in answer.json()["detail"]
 
 
 def test_without_a_token_file_nothing_is_deleted_over_http(tmp_path):
-    pipeline = Pipeline(watchlist(FEATURES))
-    evidence = Evidence(EvidenceSettings(tmp_path / "e"), pipeline, lambda: NOW)
-    client = Client(make_app(pipeline, clock=lambda: NOW, process=lambda: ProcessFacts(1, 2, 3), evidence=evidence))
+    core = Core(watchlist(FEATURES))
+    evidence = Evidence(EvidenceSettings(tmp_path / "e"), watchlist(FEATURES), lambda: NOW)
+    client = Client(app_of(core, NOW, evidence=evidence))
     answer = client("DELETE", "/v1/evidence/requests/x", headers={"authorization": "Bearer "})
     assert answer.status_code == 403 and "--evidence-token" in answer.json()["detail"]
     evidence.close()
@@ -226,22 +222,20 @@ def test_a_weak_or_open_token_file_is_refused(tmp_path, content, mode):
     path.write_text(content)
     path.chmod(mode)
     with pytest.raises(ConfigRefused) as refused:
-        Evidence(EvidenceSettings(tmp_path / "e", token_file=path), Pipeline(watchlist(FEATURES)), lambda: NOW)
+        Evidence(EvidenceSettings(tmp_path / "e", token_file=path), watchlist(FEATURES), lambda: NOW)
     assert refused.value.reason == "evidence_token"
 
 
 def test_a_collector_that_went_on_from_its_state_writes_nothing_twice(tmp_path):
     """The journal tells the same batches again; the same request has the same key."""
     for _ in range(2):
-        pipeline = Pipeline(watchlist(FEATURES))
-        evidence = Evidence(EvidenceSettings(tmp_path), pipeline, lambda: NOW)
-        pipeline.record_to([evidence.put], "exceeded")
-        pipeline.hello(hello(), NOW)
+        evidence = Evidence(EvidenceSettings(tmp_path), watchlist(FEATURES), lambda: NOW)
+        core = Core(watchlist(FEATURES), evidence=[evidence.put])
+        core.ingest.hello(hello(), NOW)
         for sequence, batch in enumerate(Schedule.one_step(seen()[:2]).batches(FEATURES), start=1):
-            pipeline.observe(hello(), received(sequence, batch), NOW)
+            core.ingest.observe(hello(), received(sequence, batch), NOW)
         evidence.close()
-    pipeline = Pipeline(watchlist(FEATURES))
-    evidence = Evidence(EvidenceSettings(tmp_path), pipeline, lambda: NOW)
+    evidence = Evidence(EvidenceSettings(tmp_path), watchlist(FEATURES), lambda: NOW)
     (one,) = asyncio.run(evidence.find("chatcmpl-1", "test"))
     evidence.close()
     assert all(len(a.positions) == len(set(a.positions)) for a in one.activations)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from latentwatch import secrets
+from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.evidence import EvidenceSettings
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.collector.pseudonyms import Pseudonyms, PseudonymSink
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.drift.canary import canary_id, canary_prompt
@@ -71,7 +71,7 @@ def test_the_clear_id_is_in_no_file_and_no_answer_and_finds_the_request(tmp_path
         "request_id_key_file": key_file(tmp_path),
     }
     with collector(tmp_path, **settings) as service:
-        who, batch = exceeding(service.pipeline.watchlist.sha256)
+        who, batch = exceeding(service.core.watchlist.sha256)
         sender = Sender(f"unix://{tmp_path}/c.sock", who)
         sender.start()
         sender.offer(batch)
@@ -111,25 +111,27 @@ def test_the_clear_id_is_in_no_file_and_no_answer_and_finds_the_request(tmp_path
 
 def test_a_sidecars_hash_is_the_gateways_where_both_have_the_key():
     pseudonyms = Pseudonyms(KEY.encode(), lambda _: False)
-    sidecar, gateway = Pipeline(watchlist(FEATURES)), Pipeline(watchlist(FEATURES))
-    gateway.pseudonyms = pseudonyms
-    sidecar.forward_from("f" * 32)
+    sidecar = Core(watchlist(FEATURES), forward_boot_id="f" * 32)
+    gateway = Core(watchlist(FEATURES), pseudonyms=pseudonyms)
     who, batch = exceeding(sidecar.watchlist.sha256)
     forwarder = hello(replica="pod-0", engine="", model_name="", forwards=True)
-    sink, behind = PseudonymSink(sidecar, pseudonyms), PseudonymSink(gateway, pseudonyms)
+    sink, behind = PseudonymSink(sidecar.ingest, pseudonyms), PseudonymSink(gateway.ingest, pseudonyms)
     sink.hello(who, 1000.0)
     behind.hello(forwarder, 1000.0)
     sink.observe(who, received(1, batch), 1000.0)
-    sidecar.tick(1001.0)
-    assert sidecar.forward is not None
-    ((number, report),) = sidecar.forward.reports
+    sidecar.ingest.tick(1001.0)
+    assert sidecar.outbox is not None
+    ((number, report),) = sidecar.outbox.reports
     assert SECRET not in repr(report)
     behind.merge(forwarder, received_report(number, report), 1001.0)
-    (serial,) = gateway.find(RESPONSE_ID)
-    assert gateway.find(ENGINE_ID) == [serial]
-    clear = replace(report, requests=tuple(replace(row, request_id=ENGINE_ID, number=9) for row in report.requests))
+    (serial,) = gateway.lookup.find(RESPONSE_ID)
+    assert gateway.lookup.find(ENGINE_ID) == [serial]
+    clear = replace(
+        report,
+        requests=tuple(replace(row, info=replace(row.info, request_id=ENGINE_ID), number=9) for row in report.requests),
+    )
     behind.merge(forwarder, received_report(number + 1, clear), 1001.0)
-    assert len(gateway.find(RESPONSE_ID)) == 2, "a sidecar without the key: the gateway hashes"
+    assert len(gateway.lookup.find(RESPONSE_ID)) == 2, "a sidecar without the key: the gateway hashes"
 
 
 def test_a_canary_run_keeps_the_id_by_which_it_is_known():

@@ -132,7 +132,7 @@ def test_the_help_of_the_verb_ends_with_a_line_to_paste():
 
 
 def test_every_refused_stream_is_counted_once_whoever_refused_it(built):
-    """A sender with another watchlist (the pipeline refuses) and one that sends no hello (the receiver does)."""
+    """A sender with another watchlist (the core refuses) and one that sends no hello (the receiver does)."""
 
     async def scenario() -> dict[str, int]:
         service = Service(settings(built))
@@ -144,7 +144,7 @@ def test_every_refused_stream_is_counted_once_whoever_refused_it(built):
                 await stream.done_writing()
                 await stream.read()
                 stream.cancel()
-        refused = service.pipeline.snapshot(0).collector.streams_refused
+        refused = service.core.lookup.snapshot(0).collector.streams_refused
         await service.stop()
         return dict(refused)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -66,8 +67,7 @@ def test_no_damaged_byte_goes_unnoticed(made):
 
 def test_counts_that_cannot_be_are_refused_though_their_hash_is_right(made):
     for name, value in (("cells_FC", -1), ("hour_square_HFL", np.nan)):
-        observed = TrafficSums.empty(made.layout)
-        observed.restore(made.observed.snapshot())
+        observed = copy.deepcopy(made.observed)
         getattr(observed, name).reshape(-1)[0] = value
         with pytest.raises(BaselineRefused, match=name):
             baseline.parse(dataclasses.replace(made, observed=observed).to_bytes())

@@ -12,24 +12,23 @@ import pytest
 from latentwatch import secrets
 from latentwatch.cli import main
 from latentwatch.collector.calibration import of_evidence
+from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.evidence_buffer import watched
-from latentwatch.collector.http.app import make_app
-from latentwatch.collector.metrics_families import ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.drift import baseline, canary
 from latentwatch.drift.baseline import Baseline, Fingerprint
 from latentwatch.errors import BaselineRefused, ConfigRefused, StreamRefused
 from latentwatch.evidence.archive import EndedRequest
 from latentwatch.evidence.store import Retention, Store
+from latentwatch.facts import FEATURE_STAT
 from latentwatch.names import TokenState
-from latentwatch.step.batch import FEATURE_DTYPE
 from latentwatch.transport import recording
 from latentwatch.transport.recording import RecordingSink
 from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.file import Limit, Watchlist
 from starlette.testclient import TestClient
 
+from tests.support.collectors import app_of
 from tests.support.drift import random_baseline
 from tests.support.streams import Piece, Tokens, hello, probe, received, sparse, step_batch, watchlist
 
@@ -80,26 +79,26 @@ WATCHED = watchlist(FEATURES)
 @pytest.fixture(scope="module")
 def trusted() -> Baseline:
     """Fifty minutes of a collector without a baseline."""
-    pipeline = Pipeline(WATCHED)
-    minutes(Engine(pipeline, WATCHED), 0, 51)
-    (view,) = pipeline.drift.views()
+    core = Core(WATCHED)
+    minutes(Engine(core.ingest, WATCHED), 0, 51)
+    (view,) = core.drift.views()
     assert not view.armed and view.reason == "no_baseline"
-    observed = pipeline.drift.observed("toy", MONDAY + 3600)
+    observed = core.drift.observed("toy", MONDAY + 3600)
     assert observed is not None and observed.observed.requests == 2000, "the last window is not over"
     return observed
 
 
-def against(made: Baseline, **settings) -> Pipeline:
-    return Pipeline(WATCHED, drift=DriftSettings(made, **settings))
+def against(made: Baseline, **settings) -> Core:
+    return Core(WATCHED, drift=DriftSettings(made, **settings))
 
 
 def test_more_of_the_same_alarms_nothing_and_a_change_is_explained(trusted):
-    pipeline = against(trusted)
-    engine = Engine(pipeline, WATCHED, seed=1)
+    core = against(trusted)
+    engine = Engine(core.ingest, WATCHED, seed=1)
     minutes(engine, 60, 60)
-    assert pipeline.drift.views()[0].alarms == []
+    assert core.drift.views()[0].alarms == []
     minutes(engine, 120, 30, share=0.7)
-    (view,) = pipeline.drift.views()
+    (view,) = core.drift.views()
     alarms = {(alarm.feature, alarm.kind): alarm for alarm in view.alarms}
     found = alarms["a", "rate"]
     assert found.direction == "up" and found.rate_ratio_low <= 3.5 <= found.rate_ratio_high
@@ -110,11 +109,11 @@ def test_more_of_the_same_alarms_nothing_and_a_change_is_explained(trusted):
 
 
 def test_what_may_be_an_attack_is_never_among_what_is_calibrated_from(trusted):
-    pipeline = against(trusted)
-    engine = Engine(pipeline, WATCHED, seed=1)
+    core = against(trusted)
+    engine = Engine(core.ingest, WATCHED, seed=1)
     minutes(engine, 60, 20)
     minutes(engine, 80, 60, share=0.9)
-    observed = pipeline.drift.observed("toy", MONDAY)
+    observed = core.drift.observed("toy", MONDAY)
     assert observed is not None and observed.observed.requests <= 40 * 26
 
 
@@ -124,12 +123,12 @@ def test_a_canary_tells_the_model_from_its_input():
         for _ in range(4):
             trusted.observed.add_canary(prompt, np.array([1.0, 0.0, 0.5]))
     ids = [f"chatcmpl-{canary.canary_id(KEY, i % 8, f'{i:016x}')}-0123abcd" for i in range(40)]
-    pipeline = Pipeline(watched, drift=DriftSettings(trusted, canary_key=KEY))
-    engine = Engine(pipeline, watched)
+    core = Core(watched, drift=DriftSettings(trusted, canary_key=KEY))
+    engine = Engine(core.ingest, watched)
     engine.serve(MONDAY + 30, ids=ids)
     engine.serve(MONDAY + 60, requests=5)
     engine.serve(MONDAY + 200, requests=1)
-    (view,) = pipeline.drift.views()
+    (view,) = core.drift.views()
     assert view.requests == 5, "a canary run is no traffic"
     assert {alarm.kind for alarm in view.alarms} == {"canary"}
     assert all(alarm.canary_moved for alarm in view.alarms) and "The canary moved too" in view.alarms[0].text
@@ -139,13 +138,13 @@ def test_a_canary_that_stays_where_it_was_says_that_the_input_moved(trusted):
     rng, made = np.random.default_rng(0), copy.deepcopy(trusted)
     for _ in range(30):
         made.observed.add_canary(0, np.array([*np.exp(rng.normal(0, 0.5, 2)), rng.normal()]))
-    pipeline = Pipeline(WATCHED, drift=DriftSettings(made, canary_key=KEY))
-    engine = Engine(pipeline, WATCHED, seed=1)
+    core = Core(WATCHED, drift=DriftSettings(made, canary_key=KEY))
+    engine = Engine(core.ingest, WATCHED, seed=1)
     for minute in range(60, 90):
         engine.serve(MONDAY + 60 * minute + 20, share=0.8)
         ids = [f"chatcmpl-{canary.canary_id(KEY, 0, f'{minute:016x}')}-0123abcd"]
         engine.serve(MONDAY + 60 * minute + 30, share=1.0, ids=ids)
-    alarms = pipeline.drift.views()[0].alarms
+    alarms = core.drift.views()[0].alarms
     assert {alarm.kind for alarm in alarms} >= {"rate"} and "canary" not in {alarm.kind for alarm in alarms}
     assert all(alarm.canary_moved is False for alarm in alarms) and "the input changed" in alarms[0].text
 
@@ -165,78 +164,78 @@ def test_nobody_without_the_key_can_hide_among_the_canaries(request_id):
 
 
 def test_a_baseline_of_another_model_is_not_compared_with(trusted):
-    pipeline = against(trusted)
-    Engine(pipeline, WATCHED, model="other")
-    (view,) = pipeline.drift.views()
+    core = against(trusted)
+    Engine(core.ingest, WATCHED, model="other")
+    (view,) = core.drift.views()
     assert (view.armed, view.reason) == (False, "baseline_mismatch")
 
 
 def test_a_baseline_of_another_watchlist_is_refused_at_the_start(trusted):
     with pytest.raises(BaselineRefused, match="watchlist sha256"):
-        Pipeline(watchlist(FEATURES, sha256="cd" * 32), drift=DriftSettings(trusted))
+        Core(watchlist(FEATURES, sha256="cd" * 32), drift=DriftSettings(trusted))
 
 
 def test_minutes_without_traffic_are_no_evidence(trusted):
-    pipeline = against(trusted)
-    engine = Engine(pipeline, WATCHED, seed=2)
+    core = against(trusted)
+    engine = Engine(core.ingest, WATCHED, seed=2)
     minutes(engine, 60, 5)
-    before = pipeline.drift.views()[0]
+    before = core.drift.views()[0]
     for second in range(0, 6 * 3600, 30):
-        pipeline.tick(MONDAY + 70 * 60 + second)
-    after = pipeline.drift.views()[0]
+        core.ingest.tick(MONDAY + 70 * 60 + second)
+    after = core.drift.views()[0]
     assert after.windows == before.windows + 1 == 5
     engine.serve(MONDAY + 20 * 3600)
-    assert pipeline.drift.views()[0].alarms == []
+    assert core.drift.views()[0].alarms == []
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("column", ["dense_RP", "fires_N"])
 def test_a_batch_with_nan_or_infinite_scores_is_refused_and_drift_does_not_see_it(trusted, bad, column):
-    pipeline = against(trusted)
-    engine = Engine(pipeline, WATCHED, seed=2)
+    core = against(trusted)
+    engine = Engine(core.ingest, WATCHED, seed=2)
     minutes(engine, 60, 3)
-    before = pipeline.drift.views()[0].log10_evalue
+    before = core.drift.views()[0].log10_evalue
     act = np.ones((4, 3), np.float32)
     act[1, 2 if column == "dense_RP" else 0] = bad
     request = Tokens(10_000, 2, act, np.full(4, TokenState.SCORED), np.ones((4, 1), np.float32))
     batch = step_batch([Piece(request, 0, 4)], FEATURES, opened=[request.opened()], closed=[request.closed()])
     assert not np.isfinite(batch.dense_RP if column == "dense_RP" else batch.fires_N["act"]).all()
     with pytest.raises(StreamRefused, match="NaN or infinity"):
-        pipeline.observe(engine.hello, received(next(engine.sequence), batch), MONDAY + 63 * 60)
-    after = pipeline.drift.views()[0].log10_evalue
+        core.ingest.observe(engine.hello, received(next(engine.sequence), batch), MONDAY + 63 * 60)
+    after = core.drift.views()[0].log10_evalue
     assert all(np.array_equal(before[kind], after[kind]) for kind in before)
 
 
 def test_a_clock_that_steps_back_reopens_no_window(trusted):
-    pipeline = against(trusted)
-    engine = Engine(pipeline, WATCHED, seed=3)
+    core = against(trusted)
+    engine = Engine(core.ingest, WATCHED, seed=3)
     minutes(engine, 60, 5)
     minutes(engine, 10, 5)
     minutes(engine, 66, 2)
-    (view,) = pipeline.drift.views()
+    (view,) = core.drift.views()
     assert view.windows == 6 and view.requests == 11 * 40, "what came early counts into the window that was open"
 
 
 def test_a_request_that_began_before_the_collector_is_not_counted(trusted):
-    pipeline = against(trusted)
+    core = against(trusted)
     who = hello(watchlist_sha256=WATCHED.sha256)
-    pipeline.hello(who, MONDAY)
+    core.ingest.hello(who, MONDAY)
     request = Tokens(1, 2, np.ones((4, 3), np.float32), np.full(4, TokenState.SCORED), np.ones((4, 1), np.float32))
     batch = step_batch([Piece(request, 2, 4)], FEATURES, closed=[request.closed()])
-    pipeline.observe(who, received(1, batch), MONDAY + 5)
-    pipeline.tick(MONDAY + 120)
-    assert pipeline.drift.views()[0].requests == 0
+    core.ingest.observe(who, received(1, batch), MONDAY + 5)
+    core.ingest.tick(MONDAY + 120)
+    assert core.drift.views()[0].requests == 0
 
 
 def test_a_collector_that_restarts_goes_on_where_it_was(trusted):
     one = against(trusted)
-    engine = Engine(one, WATCHED, seed=4)
+    engine = Engine(one.ingest, WATCHED, seed=4)
     minutes(engine, 60, 10, share=0.5)
     engine.serve(MONDAY + 70 * 60 + 30, requests=7)
     other = against(trusted)
     other.restore(one.state())
-    for pipeline in (one, other):
-        engine.sink = pipeline
+    for core in (one, other):
+        engine.sink = core.ingest
         engine.rng = np.random.default_rng(9)
         engine.handle, engine.sequence = itertools.count(10_000), itertools.count(100)
         minutes(engine, 71, 10, share=0.5)
@@ -252,7 +251,7 @@ def test_a_collector_that_restarts_goes_on_where_it_was(trusted):
 
 def test_detectors_begin_anew_with_another_baseline_and_what_was_observed_stays(trusted):
     one = against(dataclasses.replace(trusted, sha256="one"))
-    engine = Engine(one, WATCHED, seed=4)
+    engine = Engine(one.ingest, WATCHED, seed=4)
     minutes(engine, 60, 5)
     minutes(engine, 65, 20, share=0.9)
     other = against(dataclasses.replace(trusted, sha256="other"))
@@ -262,40 +261,40 @@ def test_detectors_begin_anew_with_another_baseline_and_what_was_observed_stays(
 
 
 def test_replicas_and_adapters_beyond_the_bounds_are_still_counted(trusted):
-    pipeline = against(trusted)
+    core = against(trusted)
     for replica in range(40):
-        Engine(pipeline, WATCHED, replica=f"pod-{replica}/0", seed=replica).serve(MONDAY + 30, requests=3)
-    pipeline.tick(MONDAY + 120)
-    assert pipeline.drift.views()[0].requests == 120
+        Engine(core.ingest, WATCHED, replica=f"pod-{replica}/0", seed=replica).serve(MONDAY + 30, requests=3)
+    core.ingest.tick(MONDAY + 120)
+    assert core.drift.views()[0].requests == 120
 
 
 def test_routes_in_request_ids_have_rates_of_their_own():
     """A route that takes over is no drift where ids tell it, and is one where they do not."""
     told = DriftSettings(route=re.compile(r"route-(\w+)-"))
 
-    def traffic(pipeline: Pipeline, first: int, chat: int) -> Pipeline:
-        engine = Engine(pipeline, WATCHED, seed=first)
+    def traffic(core: Core, first: int, chat: int) -> Core:
+        engine = Engine(core.ingest, WATCHED, seed=first)
         for minute in range(first, first + 60):
             for name, share, requests in (("chat", 0.05, chat), ("code", 0.6, 50 - chat)):
                 ids = [f"chatcmpl-route-{name}-{minute:04d}{i:04d}-0123abcd" for i in range(requests)]
                 engine.serve(MONDAY + 60 * minute + 30, share=share, ids=ids)
-        pipeline.tick(MONDAY + 60 * (first + 61))
-        return pipeline
+        core.ingest.tick(MONDAY + 60 * (first + 61))
+        return core
 
     for settings, alarms in ((told, False), (DriftSettings(), True)):
-        calm = traffic(Pipeline(WATCHED, drift=settings), 0, chat=30).drift.observed("toy", MONDAY)
+        calm = traffic(Core(WATCHED, drift=settings), 0, chat=30).drift.observed("toy", MONDAY)
         assert calm is not None
         assert calm.observed.strata == (("chat", "code") if settings is told else ("",))
-        later = traffic(Pipeline(WATCHED, drift=dataclasses.replace(settings, baseline=calm)), 100, chat=10)
+        later = traffic(Core(WATCHED, drift=dataclasses.replace(settings, baseline=calm)), 100, chat=10)
         assert bool(later.drift.views()[0].alarms) == alarms
 
 
 def test_over_http_drift_is_explained_and_a_baseline_can_be_fetched(trusted):
-    pipeline = against(trusted)
-    engine = Engine(pipeline, WATCHED, seed=1)
+    core = against(trusted)
+    engine = Engine(core.ingest, WATCHED, seed=1)
     minutes(engine, 60, 40)
     minutes(engine, 100, 20, share=0.8)
-    app = make_app(pipeline, clock=lambda: MONDAY + 7200, process=lambda: ProcessFacts(1.0, 2, 3.0))
+    app = app_of(core, MONDAY + 7200)
     client = TestClient(app)
     (model,) = client.get("/v1/drift").json()["models"]
     assert model["armed"] and model["alarms"][0]["feature"] in ("a", "b")
@@ -310,15 +309,15 @@ def test_over_http_drift_is_explained_and_a_baseline_can_be_fetched(trusted):
 
 def test_limits_come_from_the_baseline_where_none_is_set_by_hand(trusted):
     made = dataclasses.replace(trusted, limit_fpr=0.01)
-    pipeline = against(made)
-    limits = [feature.limit for feature in pipeline.features]
+    core = against(made)
+    limits = [feature.limit for feature in core.lookup.features]
     assert limits[1] == FEATURES[1].limit and limits[0].value == made.observed.tail_FK[0, 19]
     assert (made.observed.tail_FK[2] > limits[2].value).sum() == 19
-    engine = Engine(pipeline, WATCHED, seed=6)
+    engine = Engine(core.ingest, WATCHED, seed=6)
     minutes(engine, 60, 50)
-    exceeded = int(pipeline.snapshot(MONDAY).models[0].exceedances_F[0])
+    exceeded = int(core.lookup.snapshot(MONDAY).models[0].exceedances_F[0])
     assert 8 <= exceeded <= 40, "about 1 % of 2,000 requests"
-    latest = pipeline.exceedances(1)[0]
+    latest = core.lookup.exceedances(1)[0]
     assert latest.tail_probability is not None and latest.tail_probability <= 0.01
 
 
@@ -383,21 +382,23 @@ def test_record_calibrate_show_replay(folder, tmp_path, capsys):
     assert "[rate] a fires in more requests" in shown and "2000 ended requests" in shown
 
 
-def kept(folder, keep: str, built: Watchlist) -> Pipeline:
-    """A pipeline after 30 minutes of traffic, some of it canary runs, with its evidence in the folder."""
-    evidence, pipeline = (
-        Store(folder, watched(built), Retention()),
-        Pipeline(built, drift=DriftSettings(canary_key=KEY)),
+def kept(folder, keep: str, built: Watchlist) -> Core:
+    """A core after 30 minutes of traffic, some of it canary runs, with its evidence in the folder."""
+    evidence = Store(folder, watched(built), Retention())
+    core = Core(
+        built,
+        drift=DriftSettings(canary_key=KEY),
+        evidence=[lambda records: evidence.write(records, MONDAY)],
+        evidence_scope=keep,
     )
-    pipeline.record_to([lambda records: evidence.write(records, MONDAY)], keep)
-    engines = [Engine(pipeline, built, replica=f"pod-{i}/0", seed=i) for i in range(2)]
+    engines = [Engine(core.ingest, built, replica=f"pod-{i}/0", seed=i) for i in range(2)]
     for minute in range(30):
         for engine in engines:
             engine.serve(MONDAY + 60 * minute + 30, requests=25)
         engines[0].serve(MONDAY + 60 * minute + 40, ids=[f"chatcmpl-{canary.canary_id(KEY, 3, f'{minute:016x}')}-0a"])
-    pipeline.tick(MONDAY + 7200)
+    core.ingest.tick(MONDAY + 7200)
     evidence.close()
-    return pipeline
+    return core
 
 
 def test_evidence_of_every_request_calibrates_as_its_collector_does(folder, tmp_path, capsys):
@@ -450,7 +451,7 @@ def test_evidence_that_is_not_of_every_request_makes_no_baseline(folder, tmp_pat
     assert main([*calibrate, "--watchlist", str(tmp_path / "o.safetensors")]) == 2
     assert built.sha256 in capsys.readouterr().err
     with pytest.raises(BaselineRefused, match="features more"):
-        row = EndedRequest("r", "pod", "", True, MONDAY, 0, np.empty(0, FEATURE_DTYPE), 7)
+        row = EndedRequest("r", "pod", "", True, MONDAY, 0, np.empty(0, FEATURE_STAT), 7)
         of_evidence(built, "toy", [row])
 
 

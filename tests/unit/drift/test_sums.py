@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from latentwatch.aggregate.counts import CELLS, RequestCounts, above, cell_values, cells_of
+from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts, above, cell_values, cells_of
 from latentwatch.drift.sums import HOURS, SCALES, TrafficSums, hour_of_week
 
 from tests.support.drift import layout_of, observe, rows
@@ -139,10 +139,8 @@ def test_the_largest_values_are_kept_exactly():
     assert np.array_equal(observed.tail_FK, -np.sort(-values, axis=0)[: observed.tail_FK.shape[1]].T)
 
 
-def test_what_a_snapshot_gives_is_gone_on_from_exactly():
-    observed, other = seen(1), TrafficSums.empty(LAYOUT)
-    other.restore(observed.snapshot())
-    for each in (observed, other):
-        observe(each, LAYOUT, *rows(np.random.default_rng(9), LAYOUT, 50, 0.2), end_seconds=1e9 + 60 * 100)
-    mine, theirs = observed.arrays(), other.arrays()
-    assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+def test_sums_over_other_features_are_refused_by_name():
+    seen(1).check(LAYOUT)
+    fewer = Layout(LAYOUT.sparse_F[1:], LAYOUT.levels_FL[1:], LAYOUT.pairs_P)
+    with pytest.raises(ValueError, match="hour_levels_HFB"):
+        seen(1).check(fewer)

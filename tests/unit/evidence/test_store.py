@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from latentwatch.collector.core import Core
 from latentwatch.collector.evidence_buffer import watched
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import segment
 from latentwatch.evidence import store as stores
@@ -34,7 +35,7 @@ def test_every_activation_of_a_request_is_found_again_however_the_steps_were_cut
     requests = random_requests(5)
     schedule = Schedule.random(np.random.default_rng(1), requests, longest)
     with store(tmp_path) as written:
-        written.write(records(requests, keep="all", schedule=schedule), NOW)
+        written.write(records(requests, scope="all", schedule=schedule), NOW)
     archive = Archive(tmp_path)
     for request in requests:
         (found,) = archive.find(request.request_id)
@@ -53,17 +54,16 @@ def test_every_activation_of_a_request_is_found_again_however_the_steps_were_cut
 def test_exceedances_are_those_that_the_collector_shows(tmp_path):
     requests = random_requests(8)
     found = []
-    pipeline = Pipeline(watchlist(FEATURES))
-    pipeline.record_to([found.extend], "exceeded")
-    pipeline.hello(hello(), NOW)
+    core = Core(watchlist(FEATURES), evidence=[found.extend])
+    core.ingest.hello(hello(), NOW)
     for sequence, batch in enumerate(Schedule.random(np.random.default_rng(2), requests, 9).batches(FEATURES), start=1):
-        pipeline.observe(hello(), received(sequence, batch), NOW + sequence)
+        core.ingest.observe(hello(), received(sequence, batch), NOW + sequence)
     with store(tmp_path) as written:
         written.write(found, NOW)
-    shown = {(e.request_id, e.feature, e.position, e.value, e.seconds, e.phase) for e in pipeline.exceedances(1000)}
+    shown = {(e.request_id, e.feature, e.position, e.value, e.seconds, e.phase) for e in core.lookup.exceedances(1000)}
     kept = Archive(tmp_path).exceedances(Wanted(), 1000)
     assert {(e.request_id, e.feature, e.position, e.value, e.seconds, e.phase) for e in kept} == shown and shown
-    summary = pipeline.request(pipeline.find(kept[0].request_id)[0])
+    summary = core.lookup.request(core.lookup.find(kept[0].request_id)[0])
     (stored,) = Archive(tmp_path).find(kept[0].request_id)
     assert [(f.feature, f.max, f.exceeded) for f in stored.features] == [
         (f.feature, f.max, f.exceeded) for f in summary.features
@@ -74,7 +74,7 @@ def test_a_request_that_exceeded_nothing_is_not_written_unless_all_are_kept():
     calm = random_requests(1)[0]
     calm.act_TF[:] = 0
     assert records([calm]) == []
-    assert [type(record).__name__ for record in records([calm], keep="all")] == ["Activations", "Ended"]
+    assert [type(record).__name__ for record in records([calm], scope="all")] == ["Activations", "Ended"]
 
 
 def test_what_does_not_fit_before_the_first_exceedance_is_counted_and_nothing_after_it_is_lost(tmp_path):
@@ -113,9 +113,9 @@ def test_queries_filter_by_feature_severity_model_and_time(tmp_path):
 
 
 def test_a_request_is_found_by_engine_id_response_id_and_trace_id(tmp_path):
-    traced = one_request(1)[0].request._replace(
-        request_id="chatcmpl-abc-0123abcd", traceparent=f"00-{'ab' * 16}-{'cd' * 8}-01"
-    )
+    request = one_request(1)[0].request
+    traceparent = f"00-{'ab' * 16}-{'cd' * 8}-01"
+    traced = request._replace(info=replace(request.info, request_id="chatcmpl-abc-0123abcd", traceparent=traceparent))
     with store(tmp_path) as written:
         written.write([record._replace(request=traced) for record in one_request(1)], NOW)
     archive = Archive(tmp_path)
@@ -185,10 +185,10 @@ def test_deleting_beside_a_reader_with_an_old_state_is_reported_as_not_clean(tmp
         reader = segment.connect(path, "ro")
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM request").fetchone()
-        erased = stores.erase(tmp_path, one_request(1)[0].request.request_id)
+        erased = stores.erase(tmp_path, one_request(1)[0].request.info.request_id)
         assert (erased.requests, erased.clean) == (1, False)
         reader.close()
-        assert stores.erase(tmp_path, one_request(2)[0].request.request_id).clean
+        assert stores.erase(tmp_path, one_request(2)[0].request.info.request_id).clean
 
 
 def test_a_request_stays_in_one_segment_when_the_day_changes_under_it(tmp_path):
@@ -198,7 +198,7 @@ def test_a_request_stays_in_one_segment_when_the_day_changes_under_it(tmp_path):
         written.write(one_request(2, seconds=NOW + DAY), NOW + DAY)
         written.write(rest, NOW + DAY)
         assert [path.name[:10] for path in stores.segments(tmp_path)] == ["2025-11-22", "2025-11-23"]
-        (found,) = Archive(tmp_path).find(first.request.request_id)
+        (found,) = Archive(tmp_path).find(first.request.info.request_id)
     assert found.outcome == "finished" and found.exceedances and found.activations
 
 
@@ -311,5 +311,5 @@ def test_an_end_without_its_beginning_is_kept_too(tmp_path):
     assert isinstance(ended, Ended)
     with store(tmp_path) as written:
         written.write([ended], NOW)
-    (found,) = Archive(tmp_path).find(ended.request.request_id)
-    assert found.outcome == "finished" and found.exceedances == ()
+    (found,) = Archive(tmp_path).find(ended.request.info.request_id)
+    assert found.outcome == "finished" and found.exceedances == () and found.duration_seconds == 9.0

@@ -7,13 +7,14 @@ import time
 from concurrent.futures import Future
 
 import pytest
-from latentwatch.evidence.records import Exceedance, Record, Request, size_bytes
+from latentwatch.evidence.records import Exceeded, Record, RecordedRequest, size_bytes
 from latentwatch.evidence.writer import Writer
+from latentwatch.facts import Exceedance, RequestInfo
 from latentwatch.names import Phase
 
 from tests.support.wire import eventually
 
-REQUEST = Request(1, "chatcmpl-1", "pod-0/0", "toy", "0", "", "", 1.0, True)
+REQUEST = RecordedRequest(1, RequestInfo("chatcmpl-1", "pod-0/0", "toy", "0", 1.0, True))
 
 
 class RecordTarget:
@@ -42,7 +43,7 @@ class RecordTarget:
 
 
 def exceedances(count: int) -> list[Exceedance]:
-    return [Exceedance(REQUEST, 0, 1.0, i, Phase.OUTPUT, 1.0) for i in range(count)]
+    return [Exceeded(REQUEST, Exceedance(0, Phase.OUTPUT, i, 1.0, 1.0)) for i in range(count)]
 
 
 def test_everything_is_written_in_order_and_closing_writes_the_rest():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from latentwatch.collector.core import Core
 from latentwatch.collector.evidence_buffer import watched
 from latentwatch.collector.metrics_families import Families, ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.collector.telemetry import Telemetry, TelemetrySettings
 from latentwatch.errors import ConfigRefused
@@ -27,7 +28,9 @@ TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
 
 
 def traced(number: int, **options):
-    return [r._replace(request=r.request._replace(traceparent=TRACEPARENT)) for r in one_request(number, **options)]
+    made = one_request(number, **options)
+    traced = made[0].request._replace(info=replace(made[0].request.info, traceparent=TRACEPARENT))
+    return [record._replace(request=traced) for record in made]
 
 
 def test_an_exceedance_is_an_evaluation_result_in_the_trace_of_its_request():
@@ -67,13 +70,13 @@ def test_events_that_no_receiver_takes_are_counted(monkeypatch):
 
 
 def test_the_metrics_over_otlp_are_those_of_the_table():
-    pipeline = Pipeline(watchlist(FEATURES))
-    pipeline.hello(hello(), NOW)
+    core = Core(watchlist(FEATURES))
+    core.ingest.hello(hello(), NOW)
     rng = np.random.default_rng(0)
     requests = [tokens(rng, FEATURES, handle=h, total=30, prompt_tokens=10) for h in range(1, 4)]
     for batch in Schedule.one_step(requests).batches(FEATURES):
-        pipeline.observe(hello(), received(1, batch), NOW)
-    families = list(Families(pipeline.watchlist).of(pipeline.snapshot(NOW), ProcessFacts(NOW - 9, 2, 3.0)))
+        core.ingest.observe(hello(), received(1, batch), NOW)
+    families = list(Families(core.watchlist).of(core.lookup.snapshot(NOW), ProcessFacts(NOW - 9, 2, 3.0)))
     with otlp_receiver() as receiver:
         sender = MetricSender(receiver.url)
         assert sender.send(families, start_seconds=NOW - 9, now=NOW)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latentwatch.collector.core import Core
 from latentwatch.collector.metrics_families import Families, ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.export.families import ExemplarLine, Family
 from latentwatch.export.metrics import Metric
 from latentwatch.export.prometheus import OPEN_METRICS, TEXT, negotiate, render
@@ -154,13 +154,13 @@ def test_a_scrape_of_1024_features_costs_the_loop_next_to_nothing():
     """Target 2 ms in the loop and 0.2 s in the thread, of one core each; the bounds leave room for a loaded machine."""
     limit = Limit("max", 5.0)
     features = [sparse(f"f{i}", limit=limit) if i % 16 else probe(f"p{i}", limit=limit) for i in range(1024)]
-    made = Pipeline(watchlist(features, hooks=4))
-    made.hello(hello(), 0.0)
+    made = Core(watchlist(features, hooks=4))
+    made.ingest.hello(hello(), 0.0)
     families = Families(made.watchlist)
     loop, thread = [], []
     for _ in range(5):
         start = time.process_time()
-        lazy = families.of(made.snapshot(0.0), ProcessFacts(0.0, 0, 0.0))
+        lazy = families.of(made.lookup.snapshot(0.0), ProcessFacts(0.0, 0, 0.0))
         handed_over = time.process_time()
         page = render(lazy, open_metrics=True)
         loop.append(handed_over - start)

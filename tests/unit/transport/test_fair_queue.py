@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from latentwatch.collector.config import Bounds
-from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.core import Core
 from latentwatch.transport import codec
 from latentwatch.transport.fair_queue import FairQueue, Flow
 from latentwatch.transport.sender import Sender
@@ -134,12 +134,12 @@ def refusal_of(address: str, *messages: bytes) -> tuple[Any, grpc.StatusCode, st
 
 
 def test_one_replica_too_many_is_refused_in_words_and_as_a_status_and_counted(tmp_path):
-    pipeline, address = Pipeline(watchlist([sparse("f")]), Bounds(replicas=1)), f"unix://{tmp_path}/c.sock"
-    pipeline.hello(stream_hello(), time.time())
+    core, address = Core(watchlist([sparse("f")]), Bounds(replicas=1)), f"unix://{tmp_path}/c.sock"
+    core.ingest.hello(stream_hello(), time.time())
     late = stream_hello(replica="pod-1/0", boot_id="1" * 32)
-    with ServerThread(pipeline, address, on_refused=pipeline.refused):
+    with ServerThread(core.ingest, address, on_refused=core.ingest.refused):
         said, code, details = refusal_of(address, codec.encode_hello(late, last_acked_sequence=0, time_unix_nano=0))
     assert said.reason == "too_many_replicas" and code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "this collector already knows 1 replicas, and its bound is 1" in details and "Start another" in details
-    assert pipeline.snapshot(0).collector.streams_refused["too_many_replicas"] == 1
-    assert [view.replica for view in pipeline.snapshot(0).replicas] == ["pod-0/0"]
+    assert core.lookup.snapshot(0).collector.streams_refused["too_many_replicas"] == 1
+    assert [view.replica for view in core.lookup.snapshot(0).replicas] == ["pod-0/0"]

@@ -1,8 +1,8 @@
 """A collector's state on a disk: what was acknowledged is still counted, once, after the process was killed.
 
 Two kinds of files, each pair with a number. `checkpoint-N.npz` is the whole state at one moment. `journal-N.log` is
-every event since then, with the time that the pipeline was given, in the order in which it took them. To resume is to
-read the newest checkpoint and to hand the pipeline the events of the journals after it: its result depends on nothing
+every event since then, with the time that the collector was given, in the order in which it took them. To resume is to
+read the newest checkpoint and to hand the collector the events of the journals after it: its result depends on nothing
 else. A new pair begins every minute or every 64 MiB, and the older one is removed once the new checkpoint is safe.
 
 What survives. Events are written (not synced) before they are acknowledged, so the death of the process costs nothing;
@@ -31,9 +31,11 @@ from typing import Final
 from filelock import BaseFileLock
 
 from latentwatch import storage
-from latentwatch.collector.durability import checkpoint
-from latentwatch.collector.metrics_families import StateFacts
-from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.core import Core
+from latentwatch.collector.core_state import CoreState
+from latentwatch.collector.durability import checkpoint, schema
+from latentwatch.collector.durability.facts import StateFacts
+from latentwatch.collector.ingest import Ingest
 from latentwatch.errors import Refusal, RefusalReason, StateRefused
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
@@ -49,30 +51,32 @@ _SYNC_SECONDS: Final = 1.0
 _WAIT_SECONDS: Final = 0.02
 
 _FRAMING: Final = storage.Framing()
-_EVENT: Final = struct.Struct("<cdI")  # kind, the pipeline's time, number of the stream's hello in this journal
+_EVENT: Final = struct.Struct("<cdI")  # kind, the collector's time, number of the stream's hello in this journal
 _HEADER, _NAME, _HELLO, _BATCH, _GOODBYE, _TICK, _REFUSED, _SHIFT = b"J", b"N", b"H", b"B", b"G", b"T", b"R", b"S"
 _HELD = b"A"
 
 
 class DurableSink:
-    """A `transport.sink.Sink` in front of a pipeline, which writes down whatever changes it.
+    """A `transport.sink.Sink` in front of a collector's core, which writes down whatever changes it.
 
     Every method is called from one event loop; only the bytes of a checkpoint are written in another thread.
     """
 
-    def __init__(self, pipeline: Pipeline, folder: Path, now: float) -> None:
+    def __init__(self, core: Core, folder: Path, now: float) -> None:
         """Resume from what the folder holds, or begin in it.
 
-        Args:   pipeline: has seen nothing yet.   now: seconds since the Unix epoch.
+        Args:   core: has seen nothing yet.   now: seconds since the Unix epoch.
         Raises: StateRefused: "state_in_use", "state_unusable", "state_header", "state_damaged" or "state_journal".
         """
-        self._pipeline = pipeline
+        self._core = core
+        self._ingest = core.ingest
         self._header = {
-            "format": checkpoint.FORMAT,
-            "watchlist_sha256": pipeline.watchlist.sha256,
-            "bounds": dataclasses.asdict(pipeline.bounds),
+            "format": schema.FORMAT,
+            "schema": schema.fingerprint(),
+            "watchlist_sha256": core.watchlist.sha256,
+            "bounds": dataclasses.asdict(core.bounds),
         }
-        self._folder = folder / f"{pipeline.watchlist.sha256[:16]}-{checkpoint.FORMAT}"
+        self._folder = folder / f"{core.watchlist.sha256[:16]}-{schema.FORMAT}"
         self._names: dict[Hello, int] = {}
         self._journal: storage.FramedLog | None = None
         """None after a failure, until a checkpoint succeeds."""
@@ -89,7 +93,7 @@ class DurableSink:
             raise _unusable(folder, error) from error
         try:
             self._resumed = self._resume()
-            pipeline.disconnect_all()
+            core.ingest.disconnect_all()
             self._keep(self._begin(now), self._number, now)
         except BaseException as error:
             self._lock.release()
@@ -100,20 +104,20 @@ class DurableSink:
     # -- Sink
 
     def hello(self, hello: Hello, now: float) -> int:
-        held = self._pipeline.hello(hello, now)
+        held = self._ingest.hello(hello, now)
         self._note(_HELLO, now, hello)
         return held
 
     def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
-        self._pipeline.observe(hello, received, now)
+        self._ingest.observe(hello, received, now)
         self._note(_BATCH, now, hello, received.message)
 
     def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
-        self._pipeline.merge(hello, received, now)
+        self._ingest.merge(hello, received, now)
         self._note(_BATCH, now, hello, received.message)
 
     def goodbye(self, hello: Hello, now: float) -> None:
-        self._pipeline.goodbye(hello, now)
+        self._ingest.goodbye(hello, now)
         self._note(_GOODBYE, now, hello)
 
     def commit(self) -> None:
@@ -124,27 +128,27 @@ class DurableSink:
             except OSError as error:
                 self._fail(error)
 
-    # -- the rest of what changes a pipeline
+    # -- the rest of what changes a collector
 
     def refused(self, reason: str) -> None:
-        """See Pipeline.refused."""
-        self._pipeline.refused(reason)
+        """See Ingest.refused."""
+        self._ingest.refused(reason)
         self._note(_REFUSED, 0.0, text=reason.encode())
 
     def tick(self, now: float) -> None:
-        """See Pipeline.tick; and what was noted is written, acknowledged or not."""
-        self._pipeline.tick(now)
+        """See Ingest.tick; and what was noted is written, acknowledged or not."""
+        self._ingest.tick(now)
         self._note(_TICK, now)
         self.commit()
 
     def acknowledged(self, number: int) -> None:
-        """See Pipeline.acknowledged."""
-        self._pipeline.acknowledged(number)
+        """See Ingest.acknowledged."""
+        self._ingest.acknowledged(number)
         self._note(_HELD, 0.0, text=struct.pack("<Q", number))
 
     def shift_clock(self, seconds: float) -> None:
-        """See Pipeline.shift_clock. Due times here move along."""
-        self._pipeline.shift_clock(seconds)
+        """See Ingest.shift_clock. Due times here move along."""
+        self._ingest.shift_clock(seconds)
         self._next_checkpoint += seconds
         self._next_sync += seconds
         self._note(_SHIFT, 0.0, text=struct.pack("<d", seconds))
@@ -178,13 +182,13 @@ class DurableSink:
                 self._fail(error)
 
     async def forget(self, name: str, now: float) -> bool:
-        """See Pipeline.forget; and have the files say nothing of it any more. Returns whether they do.
+        """See Core.forget; and have the files say nothing of it any more. Returns whether they do.
 
         A new checkpoint takes the place of the files that tell of it. Killed before that, it is all there again.
         """
         while self._writing:
             await asyncio.sleep(_WAIT_SECONDS)
-        self._pipeline.forget(name)
+        self._core.forget(name)
         await self._checkpoint(now)
         return self._whole
 
@@ -211,7 +215,7 @@ class DurableSink:
         finally:
             self._writing = False
 
-    def _begin(self, now: float) -> checkpoint.State:
+    def _begin(self, now: float) -> CoreState:
         """Begin the next journal; the state at its beginning. Raises OSError."""
         first = _FRAMING.pack(_EVENT.pack(_HEADER, now, self._whole))
         journal = storage.FramedLog(self._path("journal", self._number + 1), _FRAMING, first, replace=True)
@@ -221,9 +225,9 @@ class DurableSink:
         self._number += 1
         self._names.clear()
         self._next_checkpoint = now + _CHECKPOINT_SECONDS
-        return self._pipeline.state()
+        return self._core.state()
 
-    def _keep(self, state: checkpoint.State, number: int, now: float) -> None:
+    def _keep(self, state: CoreState, number: int, now: float) -> None:
         """Write a checkpoint, then remove what it replaces. Raises OSError."""
         checkpoint.write(self._path("checkpoint", number), self._header, state)
         self._checkpoint_seconds = now
@@ -264,7 +268,7 @@ class DurableSink:
     # -- resuming
 
     def _resume(self) -> int:
-        """Put the pipeline where the files end; the number of events that it was given again."""
+        """Put the collector where the files end; the number of events that it was given again."""
         numbers = self._numbers("checkpoint")
         if not numbers:
             return 0
@@ -287,14 +291,9 @@ class DurableSink:
     def _restore(self, path: Path) -> None:
         state = checkpoint.read(path, self._header)
         try:
-            self._pipeline.restore(state)
-        except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise StateRefused(
-                f"state {path}",
-                found=f"it does not fit this version: {type(error).__name__} {error}",
-                instead="Start the version that wrote it, or remove its folder to begin again at zero.",
-                reason=RefusalReason.STATE_DAMAGED,
-            ) from error
+            self._core.restore(state)
+        except (ValueError, IndexError) as error:
+            raise checkpoint.damaged(path, f"it does not hold together: {error}") from error
 
     def _replay(self, path: Path, records: list[bytes]) -> int:
         names: dict[int, Hello] = {}
@@ -305,7 +304,7 @@ class DurableSink:
                 if kind == _NAME:
                     names[name] = Hello(**json.loads(text))
                 else:
-                    self._again(kind, now, names.get(name), text)
+                    _repeat(self._ingest, kind, now, names.get(name), text)
         except (Refusal, KeyError, ValueError, TypeError, struct.error) as error:
             raise StateRefused(
                 f"state {path}",
@@ -315,33 +314,6 @@ class DurableSink:
             ) from error
         return len(records) - len(names)
 
-    def _again(self, kind: bytes, now: float, hello: Hello | None, text: bytes) -> None:
-        pipeline = self._pipeline
-        if kind == _TICK:
-            pipeline.tick(now)
-        elif kind == _REFUSED:
-            pipeline.refused(text.decode())
-        elif kind == _SHIFT:
-            pipeline.shift_clock(*struct.unpack("<d", text))
-        elif kind == _HELD:
-            pipeline.acknowledged(*struct.unpack("<Q", text))
-        elif hello is None:
-            raise ValueError(f"event {kind!r} of a stream without a hello")
-        elif kind == _HELLO:
-            pipeline.hello(hello, now)
-        elif kind == _GOODBYE:
-            pipeline.goodbye(hello, now)
-        elif kind == _BATCH:
-            received = codec.decode_request(text)
-            if isinstance(received, Hello):
-                raise ValueError("a hello where a batch was written")
-            if isinstance(received, ReceivedReport):
-                pipeline.merge(hello, received, now)
-                return
-            pipeline.observe(hello, received, now)
-        else:
-            raise ValueError(f"event of unknown kind {kind!r}")
-
     def _path(self, kind: str, number: int) -> Path:
         return self._folder / f"{kind}-{number:012d}.{'npz' if kind == 'checkpoint' else 'log'}"
 
@@ -349,6 +321,34 @@ class DurableSink:
         """Numbers of the files of one kind, ascending."""
         shape = re.compile(rf"{kind}-(\d+)\.(npz|log)")
         return sorted(int(match[1]) for path in self._folder.iterdir() if (match := shape.fullmatch(path.name)))
+
+
+def _repeat(ingest: Ingest, kind: bytes, now: float, hello: Hello | None, text: bytes) -> None:
+    """Give a collector an event of a journal. Raises ValueError, struct.error, Refusal."""
+    if kind == _TICK:
+        ingest.tick(now)
+    elif kind == _REFUSED:
+        ingest.refused(text.decode())
+    elif kind == _SHIFT:
+        ingest.shift_clock(*struct.unpack("<d", text))
+    elif kind == _HELD:
+        ingest.acknowledged(*struct.unpack("<Q", text))
+    elif hello is None:
+        raise ValueError(f"event {kind!r} of a stream without a hello")
+    elif kind == _HELLO:
+        ingest.hello(hello, now)
+    elif kind == _GOODBYE:
+        ingest.goodbye(hello, now)
+    elif kind == _BATCH:
+        received = codec.decode_request(text)
+        if isinstance(received, Hello):
+            raise ValueError("a hello where a batch was written")
+        if isinstance(received, ReceivedReport):
+            ingest.merge(hello, received, now)
+            return
+        ingest.observe(hello, received, now)
+    else:
+        raise ValueError(f"event of unknown kind {kind!r}")
 
 
 def _records(path: Path) -> tuple[list[bytes], int]:

@@ -2,8 +2,8 @@
 
 Everything but the text of /metrics is made in the caller's loop.
 
-Nothing here writes to the pipeline. Request ids are the client's text: they travel as JSON and the page sets them as
-text, never as markup; the Content-Security-Policy allows only this collector's own files.
+Nothing here changes the collector's state. Request ids are the client's text: they travel as JSON and the page sets
+them as text, never as markup; the Content-Security-Policy allows only this collector's own files.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentwatch import __version__
-from latentwatch.collector.evidence import Evidence
+from latentwatch.collector.evidence import Evidence, Forget
 from latentwatch.collector.http.auth import Access, challenge
 from latentwatch.collector.http.evidence_api import add_evidence
 from latentwatch.collector.http.metrics_page import Busy, MetricsPage
 from latentwatch.collector.http.overview import Overview, overview
 from latentwatch.collector.http.responses import as_json, encoded
+from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.metrics_families import Families, ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
-from latentwatch.collector.snapshot import Anomaly, Exceedance, RequestView
+from latentwatch.collector.snapshot import Anomaly, RequestView
 from latentwatch.drift.model import Alarm, DriftView
 from latentwatch.export.prometheus import negotiate
+from latentwatch.facts import ExceedanceView
 from latentwatch.transport.credentials import Tokens
 from latentwatch.watchlist.file import MAX_FEATURES, Limit
 
@@ -100,7 +101,7 @@ class Requests:
 class Exceedances:
     """Exceedances that this collector holds, newest first."""
 
-    exceedances: list[Exceedance]
+    exceedances: list[ExceedanceView]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,15 +149,20 @@ class Drifts:
 
 
 def make_app(
-    pipeline: Pipeline,
+    lookup: Lookup,
     *,
     clock: Callable[[], float],
     process: Callable[[], ProcessFacts],
+    forget: Forget,
     evidence: Evidence | None = None,
     readers: Tokens | None = None,
     on_refused: Callable[[str], None] = lambda _reason: None,
 ) -> ASGIApp:
-    """The ASGI application. `clock` gives seconds since the Unix epoch; see auth.Access for `readers`."""
+    """The ASGI application.
+
+    Args: clock: gives seconds since the Unix epoch.   forget: has the collector forget a request, beside its evidence.
+          readers: see auth.Access.
+    """
     app = FastAPI(
         title="latentwatch collector",
         version=__version__,
@@ -165,9 +171,9 @@ def make_app(
         docs_url=None,
         redoc_url=None,
     )
-    _add_operations(app, pipeline, clock, process)
-    _add_api(app, pipeline, clock)
-    add_evidence(app, evidence)
+    _add_operations(app, lookup, clock, process)
+    _add_api(app, lookup, clock)
+    add_evidence(app, lookup, evidence, forget)
     for file in files("latentwatch.collector.http").joinpath("static").iterdir():
         if media := _PAGE_MEDIA.get(PurePath(file.name).suffix):
             path = "/" if file.name == "index.html" else f"/{file.name}"
@@ -178,10 +184,10 @@ def make_app(
 
 
 def _add_operations(
-    app: FastAPI, pipeline: Pipeline, clock: Callable[[], float], process: Callable[[], ProcessFacts]
+    app: FastAPI, lookup: Lookup, clock: Callable[[], float], process: Callable[[], ProcessFacts]
 ) -> None:
-    families = Families(pipeline.watchlist, pipeline.bounds.feature_samples)
-    page = MetricsPage(lambda: families.of(pipeline.snapshot(clock()), process()))
+    families = Families(lookup.watchlist, lookup.bounds.feature_samples)
+    page = MetricsPage(lambda: families.of(lookup.snapshot(clock()), process()))
 
     @app.get(
         "/metrics",
@@ -200,11 +206,11 @@ def _add_operations(
     @app.get("/healthz", response_model=Health, tags=["operations"])
     async def healthz() -> Response:
         """Answers while the collector's loop runs, whether or not engines are connected."""
-        connected = sum(replica.connected for replica in pipeline.snapshot(clock()).replicas)
+        connected = sum(replica.connected for replica in lookup.snapshot(clock()).replicas)
         return as_json(Health("ok", __version__, connected))
 
 
-def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> None:
+def _add_api(app: FastAPI, lookup: Lookup, clock: Callable[[], float]) -> None:
     @app.get("/v1/overview", response_model=Overview, tags=["api"])
     async def get_overview(
         features: Annotated[int, Query(ge=0, le=MAX_FEATURES)] = 48,
@@ -216,28 +222,28 @@ def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> No
         `features` many of those that match `search`, from rank `first` on. An id finds its feature alone; any other
         text is looked for in ids, labels, hook points and severities.
         """
-        found = overview(pipeline, clock(), most_features=features, first_feature=first, search=search)
+        found = overview(lookup, clock(), most_features=features, first_feature=first, search=search)
         return as_json(found)
 
     @app.get("/v1/features", response_model=Features, tags=["api"])
     async def get_features() -> Response:
         """Every feature of the watchlist."""
-        return as_json(Features(pipeline.watchlist.name, pipeline.watchlist.sha256, _feature_totals(pipeline, clock())))
+        return as_json(Features(lookup.watchlist.name, lookup.watchlist.sha256, _feature_totals(lookup, clock())))
 
     @app.get("/v1/exceedances", response_model=Exceedances, tags=["api"])
     async def get_exceedances(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
         """Requests that went above a feature's limit."""
-        return as_json(Exceedances(pipeline.exceedances(limit)))
+        return as_json(Exceedances(lookup.exceedances(limit)))
 
     @app.get("/v1/anomalies", response_model=Anomalies, tags=["api"])
     async def get_anomalies(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
         """The same by request: one bad request is one event, with every feature that it exceeded."""
-        return as_json(Anomalies(pipeline.anomalies(limit)))
+        return as_json(Anomalies(lookup.anomalies(limit)))
 
     @app.get("/v1/drift", response_model=Drifts, tags=["api"])
     async def get_drift() -> Response:
         """Drift of each model against its baseline: which features, since when, by how much, and with what cause."""
-        return as_json(Drifts([_drift_of(pipeline, view) for view in pipeline.drift.views()]))
+        return as_json(Drifts([_drift_of(lookup, view) for view in lookup.drift.views()]))
 
     @app.get(
         "/v1/drift/observed",
@@ -247,7 +253,7 @@ def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> No
     )
     async def get_observed(model_name: Annotated[str, Query(max_length=253)]) -> Response:
         """What this collector has seen of a model outside alarms, as 'latentwatch calibrate' reads it."""
-        observed = pipeline.drift.observed(model_name, clock())
+        observed = lookup.drift.observed(model_name, clock())
         if observed is None:
             raise HTTPException(404, f"model {model_name!r} has not streamed to this collector")
         return Response(await asyncio.to_thread(observed.to_bytes), media_type="application/octet-stream")
@@ -255,7 +261,7 @@ def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> No
     @app.get("/v1/requests", response_model=Requests, tags=["api"])
     async def get_requests(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
         """Open requests, newest first, then ended ones, latest end first."""
-        return _requests(pipeline, pipeline.latest(limit))
+        return _requests(lookup, lookup.latest(limit))
 
     @app.get(
         "/v1/requests/{request_id:path}",
@@ -265,14 +271,14 @@ def _add_api(app: FastAPI, pipeline: Pipeline, clock: Callable[[], float]) -> No
     )
     async def get_request(request_id: Annotated[str, Path(max_length=4 * MAX_ID_CHARACTERS)]) -> Response:
         """The requests with this engine request id, or with this id of an OpenAI-compatible response."""
-        found = pipeline.find(request_id)
+        found = lookup.find(request_id)
         if not found:
             raise HTTPException(
                 404,
                 f"request {request_id[:MAX_ID_CHARACTERS]!r}: this collector does not hold it. It keeps the last "
-                f"{pipeline.bounds.closed_requests} that ended; another collector may have it.",
+                f"{lookup.bounds.closed_requests} that ended; another collector may have it.",
             )
-        return _requests(pipeline, found)
+        return _requests(lookup, found)
 
 
 def _add_file(app: FastAPI, path: str, content: bytes, media: str) -> None:
@@ -281,8 +287,8 @@ def _add_file(app: FastAPI, path: str, content: bytes, media: str) -> None:
         return Response(content, headers={"content-type": media})
 
 
-def _feature_totals(pipeline: Pipeline, now: float) -> list[FeatureTotals]:
-    models = pipeline.snapshot(now).models
+def _feature_totals(lookup: Lookup, now: float) -> list[FeatureTotals]:
+    models = lookup.snapshot(now).models
     return [
         FeatureTotals(
             **dataclasses.asdict(feature),
@@ -291,11 +297,11 @@ def _feature_totals(pipeline: Pipeline, now: float) -> list[FeatureTotals]:
             requests=sum(int(model.requests_F[i]) for model in models),
             exceedances=sum(int(model.exceedances_F[i]) for model in models),
         )
-        for i, (feature, point) in enumerate(zip(pipeline.features, pipeline.watchlist.hook_point_F, strict=True))
+        for i, (feature, point) in enumerate(zip(lookup.features, lookup.watchlist.hook_point_F, strict=True))
     ]
 
 
-def _drift_of(pipeline: Pipeline, view: DriftView) -> DriftOfModel:
+def _drift_of(lookup: Lookup, view: DriftView) -> DriftOfModel:
     by_kind = {kind: values.tolist() for kind, values in view.log10_evalue.items()}
     rows = [
         DriftOfFeature(
@@ -303,7 +309,7 @@ def _drift_of(pipeline: Pipeline, view: DriftView) -> DriftOfModel:
             float(view.rate_ratio_F[i]) if np.isfinite(view.rate_ratio_F[i]) else None,
             {kind: round(values[i], 3) for kind, values in by_kind.items()},
         )
-        for i, feature in enumerate(pipeline.features)
+        for i, feature in enumerate(lookup.features)
         if view.armed
     ]
     nearest = {row.feature: max(v - view.log10_limit[k] for k, v in row.log10_evalue.items()) for row in rows}
@@ -322,14 +328,14 @@ def _drift_of(pipeline: Pipeline, view: DriftView) -> DriftOfModel:
     )
 
 
-def _requests(pipeline: Pipeline, serials: list[int]) -> Response:
+def _requests(lookup: Lookup, serials: list[int]) -> Response:
     """`Requests`, piece by piece: a thousand summaries at once would keep the loop from the streams for a second."""
 
     async def pieces() -> AsyncIterator[bytes]:
         yield b'{"requests":['
         comma = b""
         for serial in serials:
-            if (view := pipeline.request(serial)) is not None:
+            if (view := lookup.request(serial)) is not None:
                 yield comma + encoded(view)
                 comma = b","
             await asyncio.sleep(0)

@@ -11,13 +11,15 @@ from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Respo
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-from latentwatch.collector.evidence import Evidence
+from latentwatch.collector.evidence import Evidence, Forget
 from latentwatch.collector.http.auth import BEARER, ERASE
 from latentwatch.collector.http.responses import as_json
+from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.errors import ConfigRefused
-from latentwatch.evidence.archive import StoredExceedance, StoredRequest, Wanted
+from latentwatch.evidence.archive import StoredRequest, Wanted
 from latentwatch.evidence.vault import Content, Vault
+from latentwatch.facts import ShownExceedance
 from latentwatch.names import Severity
 
 _OFF: Final = "This collector writes no evidence; start it with --evidence DIR."
@@ -40,7 +42,7 @@ Id = Annotated[str, Path(max_length=4 * MAX_ID_CHARACTERS, description="engine r
 class EvidenceExceedances:
     """Exceedances that are kept, newest first."""
 
-    exceedances: list[StoredExceedance]
+    exceedances: list[ShownExceedance]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +70,10 @@ def _kept(request: Request) -> Evidence:
     return evidence
 
 
-Kept = Annotated[Evidence, Depends(_kept)]
+Stored = Annotated[Evidence, Depends(_kept)]
 
 
-def _trusted(request: Request, evidence: Kept, _: Annotated[object, Security(BEARER)]) -> Evidence:
+def _trusted(request: Request, evidence: Stored, _: Annotated[object, Security(BEARER)]) -> Evidence:
     if evidence.tokens is None:
         raise HTTPException(403, "Start the collector with --evidence-token FILE, or use 'latentwatch evidence'.")
     if ERASE not in request.auth.scopes:
@@ -107,7 +109,7 @@ def _vault(evidence: Trusted) -> Vault:
 Sealing = Annotated[Vault, Depends(_vault)]
 
 
-def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
+def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget: Forget) -> None:
     """Add the routes; they say so where there is no evidence."""
     app.state.evidence = evidence
 
@@ -120,7 +122,7 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
     @app.get("/v1/evidence/exceedances", response_model=EvidenceExceedances, responses=_READ, tags=["evidence"])
     async def get_exceedances(
         request: Request,
-        evidence: Kept,
+        evidence: Stored,
         feature: Annotated[str | None, Query(max_length=64)] = None,
         severity: Severity | None = None,
         model_name: Annotated[str | None, Query(max_length=MAX_ID_CHARACTERS)] = None,
@@ -138,7 +140,7 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
         responses=_READ,
         tags=["evidence"],
     )
-    async def get_request(request: Request, evidence: Kept, request_id: Id) -> Response:
+    async def get_request(request: Request, evidence: Stored, request_id: Id) -> Response:
         """Requests with their exceedances, their summary and their activations by position."""
         if not (found := await evidence.find(request_id, _actor(request))):
             raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
@@ -155,9 +157,10 @@ def add_evidence(app: FastAPI, evidence: Evidence | None) -> None:
 
         Counts stay, and that some request went above a limit.
         """
-        if evidence.is_open(request_id):
+        views = map(lookup.request, lookup.find(request_id))
+        if any(view.outcome == "open" for view in views if view):
             raise HTTPException(409, "The request still runs and more of it would be written. Ask again once it ended.")
-        erased = await evidence.erase(request_id, _actor(request))
+        erased = await evidence.erase(request_id, _actor(request), forget)
         if not erased.requests:
             raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
         return as_json(EvidenceErased(erased.requests, erased.rows, erased.clean))

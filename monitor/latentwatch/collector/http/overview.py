@@ -15,9 +15,11 @@ import numpy.typing as npt
 from latentwatch import __version__
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.collector.http.verdicts import Coverage, Engine, Verdict, is_anything_wrong, is_everything_seen
-from latentwatch.collector.pipeline import Pipeline
-from latentwatch.collector.snapshot import Exceedance, ReplicaView, Snapshot
+from latentwatch.collector.lookup import Lookup
+from latentwatch.collector.snapshot import ReplicaView, Snapshot
+from latentwatch.facts import ExceedanceView
 from latentwatch.names import Reason, Severity, TokenState
+from latentwatch.transport.report import TOKEN_SHAPE
 from latentwatch.watchlist.file import Feature
 
 Array = npt.NDArray[Any]
@@ -77,57 +79,55 @@ class Overview:
     features_found: int
     """How many were asked for."""
     features_total: int
-    exceedances: list[Exceedance]
+    exceedances: list[ExceedanceView]
     """Newest first."""
     engines: list[Engine]
 
 
-def overview(
-    pipeline: Pipeline, now: float, *, most_features: int, first_feature: int = 0, search: str = ""
-) -> Overview:
+def overview(lookup: Lookup, now: float, *, most_features: int, first_feature: int = 0, search: str = "") -> Overview:
     """The state as the page shows it: of the features that match `search`, at most so many from this rank on.
 
     A feature's id matches that feature alone; any other text those that have it in id, label, hook point or severity.
     """
-    snapshot = pipeline.snapshot(now)
-    end, windows = pipeline.recent(now)
-    totals = sum((engine.tokens for engine in snapshot.engines), np.zeros((5, len(Reason), 3), np.int64))
+    snapshot = lookup.snapshot(now)
+    end, windows = lookup.recent(now)
+    totals = sum((engine.tokens for engine in snapshot.engines), np.zeros(TOKEN_SHAPE, np.int64))
     missed_M = windows.tokens_by_state[:, [TokenState.UNSEEN, TokenState.DROPPED]].sum(axis=1)
     seen_M = windows.tokens_by_state[:, [TokenState.SCORED, TokenState.INHERITED]].sum(axis=1)
-    coverage = _coverage(totals, seen_M, missed_M, pipeline.bounds.window_seconds)
+    coverage = _coverage(totals, seen_M, missed_M, lookup.bounds.window_seconds)
     engines = [_engine(replica, now) for replica in snapshot.replicas]
-    exceedances = pipeline.exceedances(EXCEEDANCES_SHOWN)
-    minutes = pipeline.bounds.windows * pipeline.bounds.window_seconds / 60
+    exceedances = lookup.exceedances(EXCEEDANCES_SHOWN)
+    minutes = lookup.bounds.windows * lookup.bounds.window_seconds / 60
     seen = is_everything_seen(coverage, engines, minutes)
-    found = _found(pipeline, windows, search.strip())
+    found = _found(lookup, windows, search.strip())
     return Overview(
         now=now,
         version=__version__,
-        watchlist=pipeline.watchlist.name,
-        watchlist_sha256=pipeline.watchlist.sha256,
-        watchlist_notes=pipeline.watchlist.notes,
+        watchlist=lookup.watchlist.name,
+        watchlist_sha256=lookup.watchlist.sha256,
+        watchlist_notes=lookup.watchlist.notes,
         wrong=is_anything_wrong(
-            _by_severity(pipeline.features, windows), exceedances, _drifting(pipeline, snapshot), seen, minutes
+            _by_severity(lookup.features, windows), exceedances, _drifting(lookup, snapshot), seen, minutes
         ),
         seen=seen,
         coverage=coverage,
         open_requests=sum(engine.open_requests for engine in snapshot.engines),
         requests=_outcomes(snapshot),
-        window_seconds=pipeline.bounds.window_seconds,
+        window_seconds=lookup.bounds.window_seconds,
         window_end=end,
         tokens_seen=seen_M.tolist(),
         tokens_missed=missed_M.tolist(),
-        features=_features(pipeline, snapshot, windows, seen_M, found[first_feature : first_feature + most_features]),
+        features=_features(lookup, snapshot, windows, seen_M, found[first_feature : first_feature + most_features]),
         features_found=len(found),
-        features_total=len(pipeline.features),
+        features_total=len(lookup.features),
         exceedances=exceedances,
         engines=engines,
     )
 
 
-def _drifting(pipeline: Pipeline, snapshot: Snapshot) -> list[Feature]:
+def _drifting(lookup: Lookup, snapshot: Snapshot) -> list[Feature]:
     """Features of which a detector of some model alarms, the strongest first."""
-    features = {feature.id: feature for feature in pipeline.features}
+    features = {feature.id: feature for feature in lookup.features}
     alarms = sorted(
         (alarm for model in snapshot.drift for alarm in model.alarms), key=lambda a: a.log10_limit - a.log10_evalue
     )
@@ -155,31 +155,31 @@ def _by_severity(features: Sequence[Feature], windows: FeatureWindow) -> dict[Se
     return counts
 
 
-def _found(pipeline: Pipeline, windows: FeatureWindow, text: str) -> list[int]:
+def _found(lookup: Lookup, windows: FeatureWindow, text: str) -> list[int]:
     """Numbers of the features that match, the most abnormal first."""
-    ranked = _by_abnormality(pipeline.features, windows.exceedances_F.sum(axis=0), windows.peak_F.max(axis=0))
+    ranked = _by_abnormality(lookup.features, windows.exceedances_F.sum(axis=0), windows.peak_F.max(axis=0))
     if not text:
         return ranked
-    if exact := [i for i in ranked if pipeline.features[i].id == text]:
+    if exact := [i for i in ranked if lookup.features[i].id == text]:
         return exact
     words = [
         f"{f.id} {f.label} {point} {f.severity}".lower()
-        for f, point in zip(pipeline.features, pipeline.watchlist.hook_point_F, strict=True)
+        for f, point in zip(lookup.features, lookup.watchlist.hook_point_F, strict=True)
     ]
     return [i for i in ranked if text.lower() in words[i]]
 
 
 def _features(
-    pipeline: Pipeline, snapshot: Snapshot, windows: FeatureWindow, seen_M: Array, wanted: Sequence[int]
+    lookup: Lookup, snapshot: Snapshot, windows: FeatureWindow, seen_M: Array, wanted: Sequence[int]
 ) -> list[FeatureSeries]:
-    points = pipeline.watchlist.hook_point_F
+    points = lookup.watchlist.hook_point_F
     exceeded_F = windows.exceedances_F.sum(axis=0)
     peak_F = windows.peak_F.max(axis=0)
     total_F = sum((model.exceedances_F for model in snapshot.models), np.zeros(len(points), np.int64))
     fired_F = windows.fired_F.sum(axis=0)
     made = []
     for i in wanted:
-        feature = pipeline.features[i]
+        feature = lookup.features[i]
         made.append(
             FeatureSeries(
                 feature=feature.id,

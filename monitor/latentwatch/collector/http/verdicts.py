@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from latentwatch.collector.snapshot import Exceedance
+from latentwatch.facts import ExceedanceView
 from latentwatch.names import Severity
 from latentwatch.watchlist.file import Feature
 
@@ -63,7 +63,7 @@ class Engine:
 
 def is_anything_wrong(
     exceeded: Mapping[Severity, int],
-    latest: Sequence[Exceedance],
+    latest: Sequence[ExceedanceView],
     drifting: Sequence[Feature],
     seen: Verdict,
     minutes: float,

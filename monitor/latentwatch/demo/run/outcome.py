@@ -12,28 +12,13 @@ from functools import cached_property
 from latentwatch.demo.run.traffic import Answer
 from latentwatch.demo.run.watch import EngineTokens, Sample
 from latentwatch.demo.run.webhook import Page
+from latentwatch.facts import ExceedanceView
 from latentwatch.names import TokenState
 from latentwatch.watchlist.file import Feature
 
 PAGING_ALERT = "LatentwatchCriticalExceedance"
 PAGER = "pager"
 """Receiver of pages in the sample Alertmanager configuration."""
-
-
-@dataclass(frozen=True)
-class Exceedance:
-    """One request over one feature's limit, as the collector's API tells it."""
-
-    at: float
-    response_id: str
-    feature: str
-    label: str
-    severity: str
-    phase: str
-    position: int
-    value: float
-    limit: float
-    peak: float
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,7 @@ class Run:
     incident_planned: tuple[float, float]
     """Begin and end of the incident phase in the plan."""
     answers: Sequence[Answer]
-    exceedances: Sequence[Exceedance]
+    exceedances: Sequence[ExceedanceView]
     samples: Sequence[Sample]
     """The collector's /metrics during the traffic, in order; the last one is the settled state."""
     scores: Mapping[str, Mapping[str, float]]
@@ -91,17 +76,17 @@ class Run:
             return self.incident_planned
         return min(answer.sent_at for answer in feared), max(answer.finished_at for answer in feared)
 
-    def is_inside(self, exceedance: Exceedance) -> bool:
+    def is_inside(self, exceedance: ExceedanceView) -> bool:
         """Whether a feared request caused it. Ordinary requests that run in the incident's window are outside."""
         answer = self.by_id.get(exceedance.response_id)
         return answer is not None and answer.prompt.feared
 
     @cached_property
-    def inside(self) -> Sequence[Exceedance]:
+    def inside(self) -> Sequence[ExceedanceView]:
         return [exceedance for exceedance in self.exceedances if self.is_inside(exceedance)]
 
     @cached_property
-    def outside(self) -> Sequence[Exceedance]:
+    def outside(self) -> Sequence[ExceedanceView]:
         return [exceedance for exceedance in self.exceedances if not self.is_inside(exceedance)]
 
     @cached_property

@@ -13,8 +13,9 @@ from typing import Final
 import numpy as np
 
 from latentwatch.demo.run import plots
-from latentwatch.demo.run.outcome import Exceedance, Run
+from latentwatch.demo.run.outcome import Run
 from latentwatch.demo.run.terminal import Terminal
+from latentwatch.facts import ExceedanceView
 from latentwatch.names import Severity, TokenState
 from latentwatch.watchlist.file import Feature
 
@@ -232,9 +233,9 @@ def _not_scored(run: Run) -> str:
 
 def _exceedance_table(run: Run) -> str:
     """One row per request, those that were not part of the incident first: they are the ones to look at."""
-    ordered = sorted(run.exceedances, key=lambda e: (e.response_id, e.severity != Severity.CRITICAL, e.at))
+    ordered = sorted(run.exceedances, key=lambda e: (e.response_id, e.severity != Severity.CRITICAL, e.seconds))
     by_request = [list(group) for _, group in groupby(ordered, key=lambda e: e.response_id)]
-    by_request.sort(key=lambda group: (run.is_inside(group[0]), min(e.at for e in group)))
+    by_request.sort(key=lambda group: (run.is_inside(group[0]), min(e.seconds for e in group)))
     rows = [_exceedance_row(run, group) for group in by_request[:MAX_ROWS]]
     if not rows:
         return _none("None.")
@@ -243,7 +244,7 @@ def _exceedance_table(run: Run) -> str:
     return _table(("at", "request", "what was said", "what went over its limit"), rows) + more
 
 
-def _exceedance_row(run: Run, group: Sequence[Exceedance]) -> tuple[str, ...]:
+def _exceedance_row(run: Run, group: Sequence[ExceedanceView]) -> tuple[str, ...]:
     answer = run.by_id.get(group[0].response_id)
     said = '<span class="muted">not one of the demo\'s requests</span>'
     about = "unknown request"
@@ -251,14 +252,14 @@ def _exceedance_row(run: Run, group: Sequence[Exceedance]) -> tuple[str, ...]:
         said = f'<p>{escape(answer.prompt.last_words)}</p><p class="answer">→ {escape(answer.text.strip())}</p>'
         about = f"{'feared' if answer.prompt.feared else 'ordinary'}: {answer.prompt.topic}"
     return (
-        f"{min(e.at for e in group) - run.traffic_at:.1f} s",
+        f"{min(e.seconds for e in group) - run.traffic_at:.1f} s",
         f'<code class="id">{escape(group[0].response_id)}</code><br><span class="muted">{escape(about)}</span>',
         f'<div class="said">{said}</div>',
         "".join(_exceeded(e) for e in group),
     )
 
 
-def _exceeded(e: Exceedance) -> str:
+def _exceeded(e: ExceedanceView) -> str:
     reached = f"{e.value:.2f} over {e.limit:.2f} at token {e.position} ({e.phase})"
     return f'<p>{_severity(e.severity, e.severity)} {escape(e.label)} <span class="muted">{escape(reached)}</span></p>'
 
@@ -299,7 +300,7 @@ def _none(text: str) -> str:
     return f'<p class="muted">{escape(text)}</p>'
 
 
-def _critical(exceedances: Sequence[Exceedance]) -> int:
+def _critical(exceedances: Sequence[ExceedanceView]) -> int:
     return sum(exceedance.severity == "critical" for exceedance in exceedances)
 
 

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +28,7 @@ import numpy as np
 
 from latentwatch import __version__
 from latentwatch.demo.run import commands, report
-from latentwatch.demo.run.outcome import PAGING_ALERT, Exceedance, Run
+from latentwatch.demo.run.outcome import PAGING_ALERT, Run
 from latentwatch.demo.run.processes import ChildFailed, ProcessGroup
 from latentwatch.demo.run.stack import TICK_SECONDS, Launcher, Stack, start_all
 from latentwatch.demo.run.terminal import Terminal
@@ -36,6 +36,7 @@ from latentwatch.demo.run.traffic import Answer, AnswerFailed, Phases, Planned, 
 from latentwatch.demo.run.watch import EngineTokens, Watch, read_engine
 from latentwatch.demo.run.webhook import Webhook
 from latentwatch.errors import ConfigRefused, RefusalReason
+from latentwatch.facts import ExceedanceView
 from latentwatch.watchlist import file as watchlist_file
 
 SEED: Final = 20
@@ -253,12 +254,10 @@ async def _page(launcher: Launcher, webhook: Webhook) -> None:
     launcher.terminal.done("page", f"none within {PAGE_SECONDS:.0f} s", mark="✗", style="red")
 
 
-async def _exceedances(launcher: Launcher, stack: Stack) -> list[Exceedance]:
+async def _exceedances(launcher: Launcher, stack: Stack) -> list[ExceedanceView]:
     """What the collector's API lists, oldest first."""
     listed = await launcher.json(f"{stack.collector_url}/v1/exceedances?limit={API_LIMIT}")
-    names = [field.name for field in fields(Exceedance) if field.name != "at"]
-    rows = reversed(listed["exceedances"])
-    return [Exceedance(at=row["seconds"], **{name: row[name] for name in names}) for row in rows]
+    return [ExceedanceView(**row) for row in reversed(listed["exceedances"])]
 
 
 async def _scores(launcher: Launcher, stack: Stack) -> dict[str, dict[str, float]]:

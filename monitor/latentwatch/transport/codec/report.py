@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Final
 
 import numpy as np
 
+from latentwatch.arrays import Array
+from latentwatch.facts import EXCEEDANCE, FEATURE_STAT, RequestInfo, RequestProgress
 from latentwatch.names import TokenState
-from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE, Array
 from latentwatch.transport._pb import latentwatch_pb2 as pb
 from latentwatch.transport.codec.fields import (
     NORM_DTYPE,
@@ -35,13 +37,10 @@ _MODEL_COLUMNS: Final = {
     "norm_sum": "norm_sum_H",
 }
 """Fields of a ModelDelta on the wire and their names here."""
+_ROW_INFO: Final = tuple(field.name for field in fields(RequestInfo))
+_ROW_PROGRESS: Final = ("closed_seconds", "output_tokens", "total_tokens")
+"""Fields of a RequestRow that are the same on the wire and in its `info` and `progress`."""
 _ROW_OPTIONAL: Final = ("prompt_tokens", "output_tokens", "total_tokens")
-_ROW_FIELDS: Final = tuple(
-    name
-    for name in pb.RequestRow.DESCRIPTOR.fields_by_name
-    if name not in ("outcome", "tokens", "features", "crossings")
-)
-"""Fields of a RequestRow that are the same on the wire and here."""
 
 
 def report_message(sequence: int, report: Report) -> pb.Report:
@@ -70,16 +69,18 @@ def report_message(sequence: int, report: Report) -> pb.Report:
             ],
             requests=[
                 pb.RequestRow(
-                    outcome=row.outcome or 0,
-                    tokens=row.tokens.tolist(),
-                    features=packed(what, "features", row.features, FEATURE_DTYPE, (len(row.features),)),
-                    crossings=packed(what, "crossings", row.crossings, CROSSED_DTYPE, (len(row.crossings),)),
-                    **{name: getattr(row, name) for name in _ROW_FIELDS},
+                    number=row.number,
+                    outcome=row.progress.outcome or 0,
+                    tokens=row.progress.tokens.tolist(),
+                    features=packed(what, "features", row.features, FEATURE_STAT, (len(row.features),)),
+                    crossings=packed(what, "crossings", row.exceedances, EXCEEDANCE, (len(row.exceedances),)),
+                    **{name: getattr(row.info, name) for name in _ROW_INFO},
+                    **{name: getattr(row.progress, name) for name in _ROW_PROGRESS},
                 )
                 for row in report.requests
             ],
             shed_requests=report.shed_requests,
-            shed_crossings=report.shed_crossings,
+            shed_crossings=report.shed_exceedances,
         )
     except (ValueError, TypeError) as error:
         raise malformed(what, f"a value does not fit its field: {error}") from error
@@ -125,19 +126,23 @@ def read_report(message: pb.Report) -> Report:
         models=tuple(_read_model(what, model) for model in message.models),
         requests=tuple(_read_row(what, row) for row in message.requests),
         shed_requests=message.shed_requests,
-        shed_crossings=message.shed_crossings,
+        shed_exceedances=message.shed_crossings,
     )
 
 
 def _read_row(what: str, row: pb.RequestRow) -> RequestRow:
-    same: dict[str, Any] = {name: getattr(row, name) for name in _ROW_FIELDS}
+    same: dict[str, Any] = {name: getattr(row, name) for name in (*_ROW_INFO, *_ROW_PROGRESS)}
     same |= dict.fromkeys((name for name in _ROW_OPTIONAL if not row.HasField(name)), None)
     return RequestRow(
-        outcome=outcome(what, row.outcome) if row.outcome else None,
-        tokens=_counts(what, "tokens", row.tokens, (len(TokenState) + 1,)),
-        features=records(what, "features", row.features, FEATURE_DTYPE),
-        crossings=records(what, "crossings", row.crossings, CROSSED_DTYPE),
-        **same,
+        number=row.number,
+        info=RequestInfo(**{name: same[name] for name in _ROW_INFO}),
+        progress=RequestProgress(
+            outcome=outcome(what, row.outcome) if row.outcome else None,
+            tokens=_counts(what, "tokens", row.tokens, (len(TokenState) + 1,)),
+            **{name: same[name] for name in _ROW_PROGRESS},
+        ),
+        features=records(what, "features", row.features, FEATURE_STAT),
+        exceedances=records(what, "crossings", row.crossings, EXCEEDANCE),
     )
 
 

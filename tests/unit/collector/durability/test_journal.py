@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import os
 import tempfile
@@ -16,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.collector.config import Bounds
+from latentwatch.collector.core import Core
 from latentwatch.collector.durability import checkpoint
 from latentwatch.collector.durability.journal import DurableSink
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.errors import StateRefused
 from latentwatch.names import Severity
 from latentwatch.step.batch import StepBatch
@@ -37,8 +38,8 @@ FEATURES = (
 SMALL = Bounds(open_requests=4, closed_requests=3, flagged_requests=2, exceedances=5, windows=4)
 
 
-def pipeline(sha256: str = "ab" * 32, bounds: Bounds = SMALL) -> Pipeline:
-    return Pipeline(watchlist(FEATURES, sha256=sha256), bounds)
+def core(sha256: str = "ab" * 32, bounds: Bounds = SMALL) -> Core:
+    return Core(watchlist(FEATURES, sha256=sha256), bounds)
 
 
 def batches(seed: int, requests: int = 6) -> list[StepBatch]:
@@ -53,16 +54,18 @@ def plain(value: Any) -> Any:
     """A state with its arrays as bytes, so that two can be compared to the bit."""
     if isinstance(value, np.ndarray):
         return (value.dtype.str, value.shape, value.tobytes())
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {key: plain(held) for key, held in value.items()}
     return [plain(held) for held in value] if isinstance(value, list | tuple) else value
 
 
-def same(one: Pipeline, other: Pipeline) -> None:
+def same(one: Core, other: Core) -> None:
     assert plain(one.state()) == plain(other.state())
-    for serial in one.latest(100):
-        assert repr(one.request(serial)) == repr(other.request(serial))
-    assert repr(one.exceedances(100)) == repr(other.exceedances(100))
+    for serial in one.lookup.latest(100):
+        assert repr(one.lookup.request(serial)) == repr(other.lookup.request(serial))
+    assert repr(one.lookup.exceedances(100)) == repr(other.lookup.exceedances(100))
 
 
 def run(sink: Any, steps: list[StepBatch], first: int = 1) -> None:
@@ -76,19 +79,19 @@ def run(sink: Any, steps: list[StepBatch], first: int = 1) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1))
-def test_a_pipeline_restored_from_a_file_goes_on_as_if_it_had_never_stopped(seed, share):
+def test_a_collector_restored_from_a_file_goes_on_as_if_it_had_never_stopped(seed, share):
     steps = batches(seed)
     cut = int(share * len(steps))
-    whole, second = pipeline(), pipeline()
-    whole.hello(hello(), 1000.0)
-    run(whole, steps[:cut])
+    whole, second = core(), core()
+    whole.ingest.hello(hello(), 1000.0)
+    run(whole.ingest, steps[:cut])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.npz"
         checkpoint.write(path, {"a": 1}, whole.state())
         second.restore(checkpoint.read(path, {"a": 1}))
     same(whole, second)
-    run(whole, steps[cut:], cut + 1)
-    run(second, steps[cut:], cut + 1)
+    run(whole.ingest, steps[cut:], cut + 1)
+    run(second.ingest, steps[cut:], cut + 1)
     same(whole, second)
 
 
@@ -97,11 +100,11 @@ def test_a_pipeline_restored_from_a_file_goes_on_as_if_it_had_never_stopped(seed
 def test_a_journal_that_ends_anywhere_resumes_at_a_whole_batch_and_the_sender_fills_in_the_rest(seed, data):
     """What a kill leaves: a checkpoint somewhere before, and a journal cut at any byte."""
     steps = batches(seed)
-    whole = pipeline()
-    whole.hello(hello(), 1000.0)
-    run(whole, steps)
+    whole = core()
+    whole.ingest.hello(hello(), 1000.0)
+    run(whole.ingest, steps)
     with tempfile.TemporaryDirectory() as folder:
-        first = DurableSink(pipeline(), Path(folder), 1000.0)
+        first = DurableSink(core(), Path(folder), 1000.0)
         first.hello(hello(), 1000.0)
         renewed = data.draw(st.integers(0, len(steps)))
         run(first, steps[:renewed])
@@ -112,14 +115,14 @@ def test_a_journal_that_ends_anywhere_resumes_at_a_whole_batch_and_the_sender_fi
         killed(first)
         path.write_bytes(torn)
 
-        second = pipeline()
+        second = core()
         sink = DurableSink(second, Path(folder), 1000.0)
-        assert second.snapshot(0).replicas[0].connected is False
+        assert second.lookup.snapshot(0).replicas[0].connected is False
         held = sink.hello(hello(), 1000.0)
         assert renewed <= held <= len(steps)
         for sequence, batch in enumerate(steps[held:], start=held + 1):
             sink.observe(hello(), received(sequence, batch), 1000.0 + sequence)
-        totals = [made.snapshot(0) for made in (whole, second)]
+        totals = [made.lookup.snapshot(0) for made in (whole, second)]
         assert np.array_equal(totals[0].engines[0].tokens, totals[1].engines[0].tokens)
         assert totals[0].engines[0].requests == totals[1].engines[0].requests
         assert np.array_equal(totals[0].models[0].fired_F, totals[1].models[0].fired_F)
@@ -136,7 +139,7 @@ def killed(sink: DurableSink) -> None:
 
 def test_the_journal_holds_what_was_received_to_the_byte(tmp_path):
     """Nothing is encoded again, so a field order or number format of another writer's does not matter."""
-    sink = DurableSink(pipeline(), tmp_path, 1000.0)
+    sink = DurableSink(core(), tmp_path, 1000.0)
     sink.hello(hello(), 1000.0)
     came = received(1, batches(0)[0])
     # The same fields with an empty column said first: a message as another protobuf library may write it.
@@ -147,41 +150,41 @@ def test_the_journal_holds_what_was_received_to_the_byte(tmp_path):
     (path,) = tmp_path.rglob("journal-*.log")
     assert padded.message in path.read_bytes()
     killed(sink)
-    again = pipeline()
+    again = core()
     assert DurableSink(again, tmp_path, 1002.0).hello(hello(), 1002.0) == 1
 
 
 def test_a_second_checkpoint_replaces_the_first_and_a_stop_leaves_no_journal_to_read(tmp_path):
     steps = batches(0)
-    sink = DurableSink(pipeline(), tmp_path, 1000.0)
+    sink = DurableSink(core(), tmp_path, 1000.0)
     sink.hello(hello(), 1000.0)
     run(sink, steps)
     asyncio.run(sink.maintain(9e9))
     assert len(list(tmp_path.rglob("checkpoint-*"))) == len(list(tmp_path.rglob("journal-*"))) == 1
     sink.close(2000.0)
-    made = pipeline()
+    made = core()
     again = DurableSink(made, tmp_path, 2000.0)
     assert again.facts.resumed_events == 0 and again.facts.durable
     assert again.hello(hello(), 2000.0) == len(steps)
-    assert made.snapshot(0).collector.messages == len(steps)
+    assert made.lookup.snapshot(0).collector.messages == len(steps)
 
 
 def test_a_request_that_is_deleted_is_in_no_file_and_does_not_come_back(tmp_path):
     """And what it added to counts stays."""
-    named, counts = b"chatcmpl-2-0123abcd", lambda p: [m.exceedances_F.tolist() for m in p.snapshot(0.0).models]
+    named, counts = b"chatcmpl-2-0123abcd", lambda p: [m.exceedances_F.tolist() for m in p.lookup.snapshot(0.0).models]
     roomy = Bounds(open_requests=8)
-    one = DurableSink(pipeline(bounds=roomy), tmp_path, 1000.0)
+    one = DurableSink(core(bounds=roomy), tmp_path, 1000.0)
     one.hello(hello(), 1000.0)
     run(one, batches(1))
-    before = counts(one._pipeline)
+    before = counts(one._core)
     asyncio.run(one._checkpoint(1100.0))
-    assert one._pipeline.find("chatcmpl-2") and held(tmp_path, named)
+    assert one._core.lookup.find("chatcmpl-2") and held(tmp_path, named)
     assert asyncio.run(one.forget("chatcmpl-2", 1101.0))
-    assert not one._pipeline.find("chatcmpl-2") and not held(tmp_path, named)
+    assert not one._core.lookup.find("chatcmpl-2") and not held(tmp_path, named)
     killed(one)
-    again = DurableSink(pipeline(bounds=roomy), tmp_path, 1102.0)
-    assert not again._pipeline.find("chatcmpl-2") and again._pipeline.find("chatcmpl-1")
-    assert counts(again._pipeline) == before
+    again = DurableSink(core(bounds=roomy), tmp_path, 1102.0)
+    assert not again._core.lookup.find("chatcmpl-2") and again._core.lookup.find("chatcmpl-1")
+    assert counts(again._core) == before
     again.close(1103.0)
 
 
@@ -195,7 +198,7 @@ def held(folder: Path, text: bytes) -> bool:
 
 def test_a_full_disk_stops_no_counting_and_a_later_checkpoint_makes_up_for_it(tmp_path, monkeypatch):
     steps = batches(1)
-    made = pipeline()
+    made = core()
     sink = DurableSink(made, tmp_path, 1000.0)
     sink.hello(hello(), 1000.0)
     run(sink, steps[:3])
@@ -209,70 +212,70 @@ def test_a_full_disk_stops_no_counting_and_a_later_checkpoint_makes_up_for_it(tm
         asyncio.run(sink.maintain(2000.0))
         assert not sink.facts.durable and sink.facts.write_failures == 2
     run(sink, steps[5:6], 6)
-    assert made.snapshot(0).collector.messages == 6
+    assert made.lookup.snapshot(0).collector.messages == 6
     asyncio.run(sink.maintain(3000.0))
     assert sink.facts.durable
     run(sink, steps[6:], 7)
     killed(sink)
-    second = pipeline()
+    second = core()
     assert DurableSink(second, tmp_path, 4000.0).hello(hello(), 4000.0) == len(steps)
-    second.goodbye(hello(), 1000.0)
-    assert np.array_equal(second.snapshot(0).engines[0].tokens, made.snapshot(0).engines[0].tokens)
+    second.ingest.goodbye(hello(), 1000.0)
+    assert np.array_equal(second.lookup.snapshot(0).engines[0].tokens, made.lookup.snapshot(0).engines[0].tokens)
 
 
 def test_each_watchlist_has_a_state_of_its_own(tmp_path):
-    sink = DurableSink(pipeline(), tmp_path, 1000.0)
+    sink = DurableSink(core(), tmp_path, 1000.0)
     sink.hello(hello(), 1000.0)
     run(sink, batches(0))
     sink.close(2000.0)
-    other = DurableSink(pipeline("cd" * 32), tmp_path, 2000.0)
+    other = DurableSink(core("cd" * 32), tmp_path, 2000.0)
     assert other.hello(hello(watchlist_sha256="cd" * 32), 2000.0) == 0
     other.close(2000.0)
-    assert DurableSink(pipeline(), tmp_path, 3000.0).hello(hello(), 3000.0) == len(batches(0))
+    assert DurableSink(core(), tmp_path, 3000.0).hello(hello(), 3000.0) == len(batches(0))
 
 
 def test_state_that_cannot_be_resumed_from_is_refused_and_not_overwritten(tmp_path):
-    sink = DurableSink(pipeline(), tmp_path, 1000.0)
+    sink = DurableSink(core(), tmp_path, 1000.0)
     with pytest.raises(StateRefused) as refused:
-        DurableSink(pipeline(), tmp_path, 1000.0)
+        DurableSink(core(), tmp_path, 1000.0)
     assert refused.value.reason == "state_in_use"
     sink.close(1000.0)
     with pytest.raises(StateRefused, match="bounds") as refused:
-        DurableSink(pipeline(bounds=Bounds()), tmp_path, 1000.0)
+        DurableSink(core(bounds=Bounds()), tmp_path, 1000.0)
     assert refused.value.reason == "state_header"
     (path,) = tmp_path.rglob("checkpoint-*")
     damaged = bytearray(path.read_bytes())
     damaged[damaged.index(b"engines")] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(StateRefused) as refused:
-        DurableSink(pipeline(), tmp_path, 1000.0)
+        DurableSink(core(), tmp_path, 1000.0)
     assert refused.value.reason == "state_damaged"
     assert path.read_bytes() == damaged
     with pytest.raises(StateRefused) as refused:
-        DurableSink(pipeline(), Path("/proc/none"), 1000.0)
+        DurableSink(core(), Path("/proc/none"), 1000.0)
     assert refused.value.reason == "state_unusable"
 
 
 def test_a_boot_that_was_forgotten_still_cannot_be_counted_twice():
     """Merged, never acknowledged, cut off for hours: the engine sends it again when it is back."""
-    made = Pipeline(watchlist(FEATURES))
+    made = Core(watchlist(FEATURES))
     steps = batches(2)
-    made.hello(hello(), 1000.0)
-    run(made, steps)
-    made.goodbye(hello(), 1100.0)
-    made.tick(90_000.0)
-    assert made.snapshot(0).replicas == ()
-    assert made.hello(hello(), 90_001.0) == len(steps)
+    made.ingest.hello(hello(), 1000.0)
+    run(made.ingest, steps)
+    made.ingest.goodbye(hello(), 1100.0)
+    made.ingest.tick(90_000.0)
+    assert made.lookup.snapshot(0).replicas == ()
+    assert made.ingest.hello(hello(), 90_001.0) == len(steps)
 
 
 def test_a_clock_that_was_set_ends_no_request_and_keeps_none_for_ever():
-    made = Pipeline(watchlist(FEATURES))
-    made.hello(hello(), 1000.0)
-    made.observe(hello(), received(1, batches(3)[0]), 1000.0)
-    opened = made.snapshot(0).engines[0].open_requests
+    made = Core(watchlist(FEATURES))
+    made.ingest.hello(hello(), 1000.0)
+    made.ingest.observe(hello(), received(1, batches(3)[0]), 1000.0)
+    opened = made.lookup.snapshot(0).engines[0].open_requests
     assert opened
-    made.shift_clock(86_400.0)
-    made.tick(1001.0 + 86_400.0)
-    assert made.snapshot(0).engines[0].open_requests == opened
-    made.tick(1001.0 + 86_400.0 + made.bounds.request_idle_seconds)
-    assert made.snapshot(0).engines[0].open_requests == 0
+    made.ingest.shift_clock(86_400.0)
+    made.ingest.tick(1001.0 + 86_400.0)
+    assert made.lookup.snapshot(0).engines[0].open_requests == opened
+    made.ingest.tick(1001.0 + 86_400.0 + made.bounds.request_idle_seconds)
+    assert made.lookup.snapshot(0).engines[0].open_requests == 0

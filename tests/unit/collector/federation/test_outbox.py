@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.collector.config import Bounds
+from latentwatch.collector.core import Core
 from latentwatch.collector.durability.journal import DurableSink
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.errors import StreamRefused
-from latentwatch.evidence.records import Activations, Ended, Exceedance, Record
+from latentwatch.evidence.records import Activations, Ended, Exceeded, Record
+from latentwatch.facts import EXCEEDANCE, FEATURE_STAT
 from latentwatch.names import Outcome, Severity
-from latentwatch.step.batch import CROSSED_DTYPE, FEATURE_DTYPE, StepBatch
+from latentwatch.step.batch import StepBatch
 from latentwatch.transport import codec
 from latentwatch.transport.codec.report import MAX_COUNT
 from latentwatch.transport.hello import Hello
@@ -36,18 +37,16 @@ FEATURES = (
 BOUNDS = Bounds()
 
 
-def pipeline(bounds: Bounds = BOUNDS) -> Pipeline:
-    return Pipeline(watchlist(FEATURES), bounds)
+def core(bounds: Bounds = BOUNDS, **parts: Any) -> Core:
+    return Core(watchlist(FEATURES), bounds, **parts)
 
 
 def forwarder(name: str = "sidecar", boot: str = "f" * 32) -> Hello:
     return hello(replica=name, boot_id=boot, engine="", model_name="", engine_version="", forwards=True)
 
 
-def sidecar(number: int = 0, bounds: Bounds = BOUNDS) -> Pipeline:
-    made = pipeline(bounds)
-    made.forward_from(f"{number:032x}")
-    return made
+def sidecar(number: int = 0, bounds: Bounds = BOUNDS) -> Core:
+    return core(bounds, forward_boot_id=f"{number:032x}")
 
 
 def batches(seed: int, requests: int = 6) -> list[StepBatch]:
@@ -59,20 +58,20 @@ def batches(seed: int, requests: int = 6) -> list[StepBatch]:
     return Schedule.random(rng, named, 9).batches(FEATURES)
 
 
-def carry(source: Pipeline, gateway: Pipeline, who: Hello, now: float = 2000.0, *, twice: bool = False) -> None:
+def carry(source: Core, gateway: Core, who: Hello, now: float = 2000.0, *, twice: bool = False) -> None:
     """Everything that waits, over the wire's bytes; acknowledged. `twice`: as when the ack got lost."""
-    assert source.forward is not None
+    assert source.outbox is not None
     for _ in range(1 + twice):
-        for number, report in list(source.forward.reports):
+        for number, report in list(source.outbox.reports):
             decoded = codec.decode_request(codec.encode_report(number, report))
             assert isinstance(decoded, ReceivedReport)
-            gateway.merge(who, decoded, now)
-    source.acknowledged(max((number for number, _ in source.forward.reports), default=0))
+            gateway.ingest.merge(who, decoded, now)
+    source.ingest.acknowledged(max((number for number, _ in source.outbox.reports), default=0))
 
 
-def same_totals(gateway: Pipeline, *sidecars: Pipeline) -> None:
+def same_totals(gateway: Core, *sidecars: Core) -> None:
     """Every count of the gateway is the sum of the sidecars'."""
-    shown, summed = gateway.snapshot(0), [made.snapshot(0) for made in sidecars]
+    shown, summed = gateway.lookup.snapshot(0), [made.lookup.snapshot(0) for made in sidecars]
     for engine in shown.engines:
         parts = [e for s in summed for e in s.engines if (e.model_name, e.engine) == (engine.model_name, engine.engine)]
         assert np.array_equal(engine.tokens, sum(part.tokens for part in parts))
@@ -91,11 +90,11 @@ def same_totals(gateway: Pipeline, *sidecars: Pipeline) -> None:
     }
 
 
-def same_requests(gateway: Pipeline, source: Pipeline, replica: str) -> None:
+def same_requests(gateway: Core, source: Core, replica: str) -> None:
     """Each ended request looks the same at both."""
-    ended = [view for serial in source.latest(1000) if (view := source.request(serial)) and view.outcome != "open"]
-    for view in ended:
-        (there,) = [gateway.request(serial) for serial in gateway.find(view.response_id)]
+    views = [source.lookup.request(serial) for serial in source.lookup.latest(1000)]
+    for view in (view for view in views if view and view.outcome != "open"):
+        (there,) = [gateway.lookup.request(serial) for serial in gateway.lookup.find(view.response_id)]
         assert there is not None and there.replica == replica
         assert repr(there) == repr(view)
 
@@ -104,19 +103,19 @@ def same_requests(gateway: Pipeline, source: Pipeline, replica: str) -> None:
 @given(seed=st.integers(0, 2**31), data=st.data())
 def test_a_gateway_shows_what_its_sidecars_counted(seed, data):
     """However steps, ticks, deliveries, lost acks and a sidecar's restart from its state fall together."""
-    gateway, sources = pipeline(), [sidecar(1), sidecar(2)]
+    gateway, sources = core(), [sidecar(1), sidecar(2)]
     engines = [hello(replica=f"pod-{i}/0", engine=str(i), boot_id=f"{i:032x}") for i in range(2)]
     who = [forwarder(f"pod-{i}", f"{i + 1:032x}") for i in range(2)]
     for source, engine, name in zip(sources, engines, who, strict=True):
-        source.hello(engine, 1000.0)
-        gateway.hello(name, 1000.0)
+        source.ingest.hello(engine, 1000.0)
+        gateway.ingest.hello(name, 1000.0)
     steps = [batches(seed + i) for i in range(2)]
     for number in range(max(len(s) for s in steps)):
         for i in range(2):
             if number < len(steps[i]):
-                sources[i].observe(engines[i], received(number + 1, steps[i][number]), 1000.0 + number)
+                sources[i].ingest.observe(engines[i], received(number + 1, steps[i][number]), 1000.0 + number)
             if data.draw(st.booleans()):
-                sources[i].tick(1000.0 + number)
+                sources[i].ingest.tick(1000.0 + number)
             if data.draw(st.integers(0, 3)) == 0:
                 again = sidecar(99)
                 again.restore(sources[i].state())
@@ -125,98 +124,99 @@ def test_a_gateway_shows_what_its_sidecars_counted(seed, data):
                 carry(sources[i], gateway, who[i], 1000.0 + number, twice=data.draw(st.booleans()))
     for source, name in zip(sources, who, strict=True):
         for _ in range(2):
-            source.tick(1900.0)
+            source.ingest.tick(1900.0)
             carry(source, gateway, name)
     same_totals(gateway, *sources)
     for i, source in enumerate(sources):
-        assert source.forward is not None and source.forward._crossings == len(source.forward.open_crossed) == 0
+        assert source.outbox is not None and source.outbox._untold_count == len(source.outbox._untold) == 0
         same_requests(gateway, source, f"pod-{i}/0")
-    shown = sorted((e.request_id, e.feature, e.position, e.seconds) for e in gateway.exceedances(1000))
-    counted = sorted((e.request_id, e.feature, e.position, e.seconds) for s in sources for e in s.exceedances(1000))
+    shown = sorted((e.request_id, e.feature, e.position, e.seconds) for e in gateway.lookup.exceedances(1000))
+    each = [e for source in sources for e in source.lookup.exceedances(1000)]
+    counted = sorted((e.request_id, e.feature, e.position, e.seconds) for e in each)
     assert shown == counted
     assert sum(view.requests for view in gateway.drift.views()) <= 12
-    restored = pipeline()
+    restored = core()
     restored.restore(gateway.state())
     same_totals(restored, *sources)
     same_requests(restored, sources[0], "pod-0/0")
 
 
 def test_health_of_the_engines_behind_a_sidecar_is_shown_and_goes_with_its_stream():
-    gateway, source = pipeline(), sidecar()
-    source.hello(hello(), 1000.0)
-    gateway.hello(forwarder(), 1000.0)
-    source.tick(1001.0)
+    gateway, source = core(), sidecar()
+    source.ingest.hello(hello(), 1000.0)
+    gateway.ingest.hello(forwarder(), 1000.0)
+    source.ingest.tick(1001.0)
     carry(source, gateway, forwarder())
-    (replica,), (shown,) = gateway.snapshot(0).replicas, gateway.snapshot(0).forwarders
+    (replica,), (shown,) = gateway.lookup.snapshot(0).replicas, gateway.lookup.snapshot(0).forwarders
     assert replica.replica == "pod-0/0" and replica.connected and shown.collector == "sidecar" and shown.connected
-    gateway.goodbye(forwarder(), 1002.0)
-    (replica,), (shown,) = gateway.snapshot(0).replicas, gateway.snapshot(0).forwarders
+    gateway.ingest.goodbye(forwarder(), 1002.0)
+    (replica,), (shown,) = gateway.lookup.snapshot(0).replicas, gateway.lookup.snapshot(0).forwarders
     assert not replica.connected and not shown.connected
 
 
 def test_an_engine_that_boots_again_behind_a_sidecar_leaves_no_open_requests_at_the_gateway():
-    gateway, source = pipeline(), sidecar()
-    gateway.hello(forwarder(), 1000.0)
-    source.hello(hello(), 1000.0)
-    source.observe(hello(), received(1, batches(3)[0]), 1000.0)
-    source.tick(1001.0)
+    gateway, source = core(), sidecar()
+    gateway.ingest.hello(forwarder(), 1000.0)
+    source.ingest.hello(hello(), 1000.0)
+    source.ingest.observe(hello(), received(1, batches(3)[0]), 1000.0)
+    source.ingest.tick(1001.0)
     carry(source, gateway, forwarder())
-    assert gateway.snapshot(0).engines[0].open_requests > 0
-    source.hello(hello(boot_id="1" * 32), 1002.0)
-    source.tick(1003.0)
+    assert gateway.lookup.snapshot(0).engines[0].open_requests > 0
+    source.ingest.hello(hello(boot_id="1" * 32), 1002.0)
+    source.ingest.tick(1003.0)
     carry(source, gateway, forwarder())
     same_totals(gateway, source)
-    assert gateway.snapshot(0).engines[0].open_requests == 0
+    assert gateway.lookup.snapshot(0).engines[0].open_requests == 0
 
 
 def test_an_open_request_that_crossed_a_limit_can_be_looked_up_at_the_gateway_before_it_ends():
-    gateway, source = pipeline(), sidecar()
+    gateway, source = core(), sidecar()
     steps = batches(3, requests=1)
-    source.hello(hello(), 1000.0)
-    gateway.hello(forwarder(), 1000.0)
+    source.ingest.hello(hello(), 1000.0)
+    gateway.ingest.hello(forwarder(), 1000.0)
     for i, step in enumerate(steps[:-1], start=1):
-        source.observe(hello(), received(i, step), 1000.0)
-    source.tick(1001.0)
-    assert source.exceedances(1), "the seed was chosen so that a limit is crossed before the last step"
+        source.ingest.observe(hello(), received(i, step), 1000.0)
+    source.ingest.tick(1001.0)
+    assert source.lookup.exceedances(1), "the seed was chosen so that a limit is crossed before the last step"
     carry(source, gateway, forwarder())
-    (serial,) = gateway.find("chatcmpl-3-1-0123abcd")
-    view = gateway.request(serial)
+    (serial,) = gateway.lookup.find("chatcmpl-3-1-0123abcd")
+    view = gateway.lookup.request(serial)
     assert view is not None and view.outcome == "open" and view.closed_seconds is None and view.exceeded_features
-    source.observe(hello(), received(len(steps), steps[-1]), 1002.0)
-    source.tick(1003.0)
+    source.ingest.observe(hello(), received(len(steps), steps[-1]), 1002.0)
+    source.ingest.tick(1003.0)
     carry(source, gateway, forwarder())
-    assert gateway.find("chatcmpl-3-1-0123abcd") == [serial]
-    ended = gateway.request(serial)
+    assert gateway.lookup.find("chatcmpl-3-1-0123abcd") == [serial]
+    ended = gateway.lookup.request(serial)
     assert ended is not None and ended.outcome == "finished"
 
 
 def test_a_sidecar_that_ran_without_its_gateway_for_a_while_tells_it_what_it_missed_and_nothing_twice():
-    gateway, source = pipeline(), sidecar(1)
-    gateway.hello(forwarder(), 1000.0)
-    source.hello(hello(), 1000.0)
+    gateway, source = core(), sidecar(1)
+    gateway.ingest.hello(forwarder(), 1000.0)
+    source.ingest.hello(hello(), 1000.0)
     for i, step in enumerate(steps := batches(3), start=1):
         if i == 4:
-            source.tick(1000.0 + i)
+            source.ingest.tick(1000.0 + i)
             carry(source, gateway, forwarder())
         if i == len(steps) // 2:
-            alone = pipeline()
+            alone = core()
             alone.restore(source.state())
             source = alone
-        source.observe(hello(), received(i, step), 1000.0 + i)
+        source.ingest.observe(hello(), received(i, step), 1000.0 + i)
         if i == len(steps) - 2:
             again = sidecar(2)
             again.restore(source.state())
             source = again
-    source.tick(1100.0)
+    source.ingest.tick(1100.0)
     carry(source, gateway, forwarder())
     same_totals(gateway, source)
 
 
 def test_a_gateway_that_is_away_costs_rows_beyond_the_bound_and_no_count():
     bounds = Bounds(forward_bytes=6_000)
-    gateway, source = pipeline(), sidecar(bounds=bounds)
-    source.hello(hello(), 1000.0)
-    gateway.hello(forwarder(), 1000.0)
+    gateway, source = core(), sidecar(bounds=bounds)
+    source.ingest.hello(hello(), 1000.0)
+    gateway.ingest.hello(forwarder(), 1000.0)
     sequence = 0
     for second in range(30):
         for step in batches(second, requests=2):
@@ -229,20 +229,20 @@ def test_a_gateway_that_is_away_costs_rows_beyond_the_bound_and_no_count():
                 opened=tuple(replace(o, handle=o.handle + 10 * second) for o in step.opened),
                 closed=tuple(replace(c, handle=c.handle + 10 * second) for c in step.closed),
             )
-            source.observe(hello(), received(sequence, moved), 1000.0 + second)
-        source.tick(1000.0 + second)
-    facts = source.snapshot(0).forward
+            source.ingest.observe(hello(), received(sequence, moved), 1000.0 + second)
+        source.ingest.tick(1000.0 + second)
+    facts = source.lookup.snapshot(0).forward
     assert facts is not None and facts.waiting_reports == 8 and facts.waiting_bytes <= bounds.forward_bytes
     assert facts.shed_requests > 0
     for _ in range(4):
         carry(source, gateway, forwarder())
-        source.tick(1100.0)
+        source.ingest.tick(1100.0)
     same_totals(gateway, source)
-    (shown,) = gateway.snapshot(0).forwarders
-    known = [serial for serial in gateway.latest(1000) if gateway.request(serial)]
+    (shown,) = gateway.lookup.snapshot(0).forwarders
+    known = [serial for serial in gateway.lookup.latest(1000) if gateway.lookup.request(serial)]
     assert len(known) + shown.shed_requests == 60
     assert shown.shed_requests == facts.shed_requests
-    assert len(gateway.exceedances(1000)) + shown.shed_crossings == len(source.exceedances(1000))
+    assert len(gateway.lookup.exceedances(1000)) + shown.shed_exceedances == len(source.lookup.exceedances(1000))
 
 
 def test_a_killed_sidecar_makes_the_same_reports_from_its_journal(tmp_path):
@@ -255,87 +255,88 @@ def test_a_killed_sidecar_makes_the_same_reports_from_its_journal(tmp_path):
         if i == 4:
             first.acknowledged(3)
     first.commit()
-    assert made.forward is not None
-    sent = [codec.encode_report(number, report) for number, report in made.forward.reports]
+    assert made.outbox is not None
+    sent = [codec.encode_report(number, report) for number, report in made.outbox.reports]
     first._journal.close()
     first._lock.release()
     second = DurableSink(again := sidecar(2), tmp_path, 1000.0)
-    assert again.forward is not None and again.forward.boot_id == made.forward.boot_id
-    assert [codec.encode_report(number, report) for number, report in again.forward.reports] == sent
+    assert again.outbox is not None and again.outbox.boot_id == made.outbox.boot_id
+    assert [codec.encode_report(number, report) for number, report in again.outbox.reports] == sent
     assert asyncio.run(second.maintain(9e9)) is None
 
 
 def test_a_request_that_is_deleted_waits_for_no_gateway():
-    gateway, source = pipeline(), sidecar()
-    gateway.hello(forwarder(), 1000.0)
-    source.hello(hello(), 1000.0)
+    gateway, source = core(), sidecar()
+    gateway.ingest.hello(forwarder(), 1000.0)
+    source.ingest.hello(hello(), 1000.0)
     steps = batches(3)
     ended = [closed.request_id for step in steps for closed in step.closed]
     for i, step in enumerate(steps, start=1):
-        source.observe(hello(), received(i, step), 1000.0 + i)
+        source.ingest.observe(hello(), received(i, step), 1000.0 + i)
         if step is steps[-3]:
-            source.tick(1050.0)
+            source.ingest.tick(1050.0)
     for request_id in (ended[0], ended[-1]):
         source.forget(request_id)
-        assert request_id not in repr(source.forward.reports) + repr(source.forward._plain) + repr(
-            source.forward._flagged
-        )
-    source.tick(1100.0)
+        assert request_id not in repr(source.outbox.reports) + repr(source.outbox._plain) + repr(source.outbox._flagged)
+    source.ingest.tick(1100.0)
     carry(source, gateway, forwarder())
     same_totals(gateway, source)
-    assert not gateway.find(ended[0]) and not gateway.find(ended[-1]) and gateway.find(ended[1])
+    assert not gateway.lookup.find(ended[0]) and not gateway.lookup.find(ended[-1]) and gateway.lookup.find(ended[1])
 
 
 def test_a_gateways_evidence_has_the_exceedance_and_the_end_and_no_activations():
     records: list[Record] = []
-    gateway, source = pipeline(), sidecar()
-    gateway.record_to([records.extend], "exceeded")
-    source.hello(hello(), 1000.0)
-    gateway.hello(forwarder(), 1000.0)
+    gateway, source = core(evidence=[records.extend]), sidecar()
+    source.ingest.hello(hello(), 1000.0)
+    gateway.ingest.hello(forwarder(), 1000.0)
     for i, step in enumerate(batches(3), start=1):
-        source.observe(hello(), received(i, step), 1000.0 + i)
-    source.tick(1100.0)
+        source.ingest.observe(hello(), received(i, step), 1000.0 + i)
+    source.ingest.tick(1100.0)
     carry(source, gateway, forwarder())
-    exceedances = [record for record in records if isinstance(record, Exceedance)]
+    exceedances = [record for record in records if isinstance(record, Exceeded)]
     ends = [record for record in records if isinstance(record, Ended)]
-    assert len(exceedances) == len(source.exceedances(1000)) > 0
-    assert {record.request.request_id for record in exceedances} == {record.request.request_id for record in ends}
+    assert len(exceedances) == len(source.lookup.exceedances(1000)) > 0
+    assert {record.request.info.request_id for record in exceedances} == {
+        record.request.info.request_id for record in ends
+    }
     assert not [record for record in records if isinstance(record, Activations)]
 
 
-def refused(gateway: Pipeline, report: Report, who: Hello | None = None) -> StreamRefused:
-    before = gateway.snapshot(0)
+def refused(gateway: Core, report: Report, who: Hello | None = None) -> StreamRefused:
+    before = gateway.lookup.snapshot(0)
     with pytest.raises(StreamRefused) as refusal:
-        gateway.merge(who or forwarder(), received_report(1, report), 2000.0)
-    after = gateway.snapshot(0)
+        gateway.ingest.merge(who or forwarder(), received_report(1, report), 2000.0)
+    after = gateway.lookup.snapshot(0)
     assert repr(before.engines) == repr(after.engines) and before.replicas == after.replicas
     return refusal.value
 
 
 def a_report(**changes: Any) -> Report:
     source = sidecar()
-    source.hello(hello(), 1000.0)
+    source.ingest.hello(hello(), 1000.0)
     for i, step in enumerate(batches(3), start=1):
-        source.observe(hello(), received(i, step), 1000.0 + i)
-    source.tick(1100.0)
-    assert source.forward is not None
-    return replace(source.forward.reports[0][1], **changes)
+        source.ingest.observe(hello(), received(i, step), 1000.0 + i)
+    source.ingest.tick(1100.0)
+    assert source.outbox is not None
+    return replace(source.outbox.reports[0][1], **changes)
 
 
 def broken_row(**changes: Any) -> RequestRow:
-    return replace(a_report().requests[0], **changes)
+    row = a_report().requests[0]
+    inside = {name: replace(getattr(row, name), **of) for name, of in changes.items() if isinstance(of, dict)}
+    return replace(row, **changes | inside)
 
 
 def features(*index: int, **columns: Any) -> np.ndarray:
-    rows = np.zeros(len(index), FEATURE_DTYPE)
+    rows = np.zeros(len(index), FEATURE_STAT)
     rows["index"] = index
     for name, value in columns.items():
         rows[name] = value
     return rows
 
 
-def crossing(**columns: Any) -> np.ndarray:
-    rows = np.zeros(1, CROSSED_DTYPE)
+def exceedance(**columns: Any) -> np.ndarray:
+    rows = np.zeros(1, EXCEEDANCE)
     rows["phase"] = 1
     for name, value in columns.items():
         rows[name] = value
@@ -353,23 +354,23 @@ def crossing(**columns: Any) -> np.ndarray:
         ({"features": features(0, max=np.inf)}, "without its maximum"),
         ({"features": features(0, statistic=-np.inf)}, "infinite statistic"),
         ({"features": features(0, fired=-1)}, "less than never"),
-        ({"crossings": crossing(feature=5)}, "no feature or no phase"),
-        ({"crossings": crossing(phase=0)}, "no feature or no phase"),
-        ({"crossings": crossing(value=np.nan)}, "no finite number"),
-        ({"opened_seconds": float("inf")}, "no finite number"),
-        ({"tokens": np.zeros(3, np.int64)}, "3 token counts"),
+        ({"exceedances": exceedance(feature=5)}, "no feature or no phase"),
+        ({"exceedances": exceedance(phase=0)}, "no feature or no phase"),
+        ({"exceedances": exceedance(value=np.nan)}, "no finite number"),
+        ({"info": {"opened_seconds": float("inf")}}, "no finite number"),
+        ({"progress": {"tokens": np.zeros(3, np.int64)}}, "3 token counts"),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused_and_changes_nothing(row, found):
-    gateway = pipeline()
-    gateway.hello(forwarder(), 1000.0)
+    gateway = core()
+    gateway.ingest.hello(forwarder(), 1000.0)
     refusal = refused(gateway, a_report(requests=(broken_row(**row),)))
     assert refusal.reason == "malformed_batch" and found in refusal.found
 
 
 def test_counts_of_another_shape_are_refused():
-    gateway, report = pipeline(), a_report()
-    gateway.hello(forwarder(), 1000.0)
+    gateway, report = core(), a_report()
+    gateway.ingest.hello(forwarder(), 1000.0)
     model, engine = report.models[0], report.engines[0]
     for changed in (
         replace(report, models=(replace(model, fired_F=model.fired_F[:2]),)),
@@ -385,8 +386,8 @@ def test_counts_of_another_shape_are_refused():
 
 
 def test_who_may_be_in_a_report():
-    gateway, report = pipeline(Bounds(replicas=2, models=1)), a_report()
-    gateway.hello(forwarder(), 1000.0)
+    gateway, report = core(Bounds(replicas=2, models=1)), a_report()
+    gateway.ingest.hello(forwarder(), 1000.0)
     (state,) = report.replicas
 
     def of(*hellos: Hello) -> Report:
@@ -397,12 +398,12 @@ def test_who_may_be_in_a_report():
     assert refused(gateway, of(hello(replica="a"), hello(replica="b"))).reason == "too_many_replicas"
     assert refused(gateway, of(hello(model_name="a"), hello(replica="b", model_name="b"))).reason == "too_many_replicas"
     assert refused(gateway, of(hello(model_name="\n"))).reason == "replica_name"
-    rows = tuple(replace(row, model_name=f"m{i}") for i, row in enumerate(report.requests))
+    rows = tuple(replace(row, info=replace(row.info, model_name=f"m{i}")) for i, row in enumerate(report.requests))
     assert refused(gateway, replace(report, requests=rows)).reason == "too_many_models"
-    direct = pipeline()
-    direct.hello(forwarder(), 1000.0)
-    direct.hello(hello(), 1000.0)
+    direct = core()
+    direct.ingest.hello(forwarder(), 1000.0)
+    direct.ingest.hello(hello(), 1000.0)
     assert refused(direct, report).reason == "replica_twice"
     chained = sidecar()
     with pytest.raises(StreamRefused, match="forwards to another one itself"):
-        chained.hello(forwarder(), 1000.0)
+        chained.ingest.hello(forwarder(), 1000.0)

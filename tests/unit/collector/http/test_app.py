@@ -10,13 +10,12 @@ from urllib.parse import quote
 import latentwatch.collector
 import numpy as np
 import pytest
-from latentwatch.collector.http.app import make_app
-from latentwatch.collector.metrics_families import ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.core import Core
 from latentwatch.watchlist.file import Limit
 from starlette.testclient import TestClient
 
 from tests.page import answers
+from tests.support.collectors import app_of
 from tests.support.streams import Schedule, hello, probe, received, sparse, tokens, watchlist
 
 FEATURES = (sparse("jailbreak", limit=Limit("max", 1.0)), probe("deceive", limit=Limit("rolling_mean", 0.1, 4)))
@@ -28,14 +27,14 @@ SCRIPT = "".join(module.read_text() for module in MODULES)
 
 @pytest.fixture(scope="module")
 def client() -> TestClient:
-    pipeline = Pipeline(watchlist(FEATURES))
-    pipeline.hello(hello(), 1000.0)
+    core = Core(watchlist(FEATURES))
+    core.ingest.hello(hello(), 1000.0)
     rng = np.random.default_rng(0)
     requests = [tokens(rng, FEATURES, handle=h, total=30, prompt_tokens=10) for h in range(1, 4)]
     requests[0].request_id = EVIL
     for batch in Schedule.one_step(requests).batches(FEATURES):
-        pipeline.observe(hello(), received(1, batch), 1000.0)
-    app = make_app(pipeline, clock=lambda: 1001.0, process=lambda: ProcessFacts(1.0, 2, 3.0))
+        core.ingest.observe(hello(), received(1, batch), 1000.0)
+    app = app_of(core, 1001.0)
     return TestClient(app, raise_server_exceptions=True)
 
 
@@ -216,7 +215,7 @@ def test_no_line_of_the_page_is_too_long_to_read():
 
 
 def test_the_overview_of_1024_features_stays_small_enough_to_ask_for_every_two_seconds():
-    pipeline = Pipeline(watchlist([sparse(f"f{i}") for i in range(1024)]))
-    pipeline.hello(hello(), 1000.0)
-    app = make_app(pipeline, clock=lambda: 1001.0, process=lambda: ProcessFacts(1.0, 2, 3.0))
+    core = Core(watchlist([sparse(f"f{i}") for i in range(1024)]))
+    core.ingest.hello(hello(), 1000.0)
+    app = app_of(core, 1001.0)
     assert len(json.dumps(TestClient(app).get("/v1/overview").json())) < 150_000

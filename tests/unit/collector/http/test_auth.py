@@ -56,7 +56,7 @@ def status(service: Service, path: str, authorization: str = "") -> tuple[int, d
 
 
 def refused(service: Service, reason: str) -> int:
-    return service.pipeline.snapshot(time.time()).collector.streams_refused.get(reason, 0)
+    return service.core.lookup.snapshot(time.time()).collector.streams_refused.get(reason, 0)
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/openapi.json", "/v1/overview", "/v1/requests", "/nothing"])

@@ -95,7 +95,7 @@ def test_a_handshake_that_does_not_come_is_cut_and_counted(tmp_path, monkeypatch
             with contextlib.suppress(ConnectionResetError):
                 assert slow.recv(1) == b""
         assert time.monotonic() - began < 15
-        eventually(lambda: service.pipeline.snapshot(0).collector.streams_refused.get("http_slow") == 1)
+        eventually(lambda: service.core.lookup.snapshot(0).collector.streams_refused.get("http_slow") == 1)
 
 
 def test_half_of_it_is_refused(tmp_path, capsys):

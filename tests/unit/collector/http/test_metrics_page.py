@@ -9,16 +9,15 @@ import time
 import urllib.request
 
 import pytest
+from latentwatch.collector.core import Core
 from latentwatch.collector.http import metrics_page
-from latentwatch.collector.http.app import make_app
 from latentwatch.collector.http.metrics_page import Busy, MetricsPage
 from latentwatch.collector.metrics_families import ProcessFacts
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.export.families import Family
 from latentwatch.export.metrics import Metric
 from starlette.testclient import TestClient
 
-from tests.support.collectors import collector
+from tests.support.collectors import app_of, collector
 from tests.support.streams import sparse, watchlist
 
 THINGS = Metric("latentwatch_things_total", "counter", (), "Things.")
@@ -135,14 +134,14 @@ def test_a_scrape_that_fails_fails_alone():
             raise fact
         return fact
 
-    app = make_app(Pipeline(watchlist((sparse("f"),))), clock=lambda: 1.0, process=process)
+    app = app_of(Core(watchlist((sparse("f"),))), 1.0, process=process)
     client = TestClient(app, raise_server_exceptions=False)
     assert [client.get("/metrics").status_code for _ in range(4)] == [500, 200, 500, 200]
 
 
 def test_a_busy_collector_answers_503_and_when_to_come_again(monkeypatch):
     monkeypatch.setattr(metrics_page, "_MOST_AT_ONCE", 0)
-    app = make_app(Pipeline(watchlist((sparse("f"),))), clock=lambda: 1.0, process=lambda: ProcessFacts(1.0, 2, 3.0))
+    app = app_of(Core(watchlist((sparse("f"),))), 1.0)
     answer = TestClient(app).get("/metrics")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert "scrape_interval" in answer.json()["detail"]

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from latentwatch.collector.core import Core
 from latentwatch.collector.http.overview import overview
 from latentwatch.collector.http.verdicts import Coverage, Engine, Verdict, is_anything_wrong, is_everything_seen
-from latentwatch.collector.pipeline import Pipeline
 from latentwatch.names import Severity, TokenState
 from latentwatch.watchlist.file import Limit
 
@@ -95,22 +95,22 @@ FEATURES = (
 
 
 @pytest.fixture
-def busy() -> Pipeline:
-    made = Pipeline(watchlist(FEATURES))
-    made.hello(hello(), 1000.0)
+def busy() -> Core:
+    made = Core(watchlist(FEATURES))
+    made.ingest.hello(hello(), 1000.0)
     act = np.zeros((6, 4), np.float32)
     act[2, 1], act[3, 2], act[4, 3] = 9.0, 5.0, 2.0
     state = np.array([TokenState.SCORED] * 5 + [TokenState.UNSEEN])
     batches = Schedule.one_step([Tokens(1, 2, act, state, np.ones((6, 1), np.float32))]).batches(FEATURES)
-    made.observe(hello(), received(1, batches[0]), 1000.0)
+    made.ingest.observe(hello(), received(1, batches[0]), 1000.0)
     return made
 
 
 def test_features_that_exceeded_come_first_the_severe_ones_before_the_others(busy):
-    shown = overview(busy, 1001.0, most_features=10)
+    shown = overview(busy.lookup, 1001.0, most_features=10)
     assert [f.feature for f in shown.features] == ["critical", "warned", "near", "quiet"]
     assert [f.recent_exceedances for f in shown.features] == [1, 1, 0, 0]
-    assert [f.feature for f in overview(busy, 1001.0, most_features=2).features] == ["critical", "warned"]
+    assert [f.feature for f in overview(busy.lookup, 1001.0, most_features=2).features] == ["critical", "warned"]
 
 
 @pytest.mark.parametrize(
@@ -125,25 +125,28 @@ def test_features_that_exceeded_come_first_the_severe_ones_before_the_others(bus
     ],
 )
 def test_features_are_searched_and_paged_in_the_order_of_the_page(busy, search, first, shown, found):
-    view = overview(busy, 1001.0, most_features=10, first_feature=first, search=search)
+    view = overview(busy.lookup, 1001.0, most_features=10, first_feature=first, search=search)
     assert ([f.feature for f in view.features], view.features_found, view.features_total) == (shown, found, 4)
 
 
 def test_an_id_finds_its_feature_alone():
     features = [sparse(name) for name in ("l1.f7", "l1.f77")]
-    made = Pipeline(watchlist(features))
-    assert [overview(made, 0.0, most_features=9, search=text).features_found for text in ("l1.f7", "L1.F7")] == [1, 2]
+    made = Core(watchlist(features))
+    assert [overview(made.lookup, 0.0, most_features=9, search=text).features_found for text in ("l1.f7", "L1.F7")] == [
+        1,
+        2,
+    ]
 
 
 def test_a_window_without_tokens_is_a_gap_and_one_without_a_fire_is_zero(busy):
-    shown = {f.feature: f for f in overview(busy, 1001.0, most_features=10).features}
+    shown = {f.feature: f for f in overview(busy.lookup, 1001.0, most_features=10).features}
     assert shown["quiet"].series[-1] == 0.0 and shown["quiet"].series[-2] is None
     assert shown["warned"].series[-1] == 5.0 and shown["critical"].series[-1] == 2.0
     assert shown["warned"].fired_ratio == pytest.approx(1 / 5) and shown["critical"].fired_ratio is None
 
 
 def test_coverage_counts_what_was_missed_and_why(busy):
-    shown = overview(busy, 1001.0, most_features=0)
+    shown = overview(busy.lookup, 1001.0, most_features=0)
     assert shown.coverage.tokens == {"scored": 5, "inherited": 0, "unseen": 1, "dropped": 0}
     assert shown.coverage.missing == {"prefix_cache": 1}
     assert shown.coverage.recent_seen_ratio == pytest.approx(5 / 6)

@@ -5,11 +5,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from latentwatch.demo.run.outcome import PAGER, Exceedance, Run
+from latentwatch.demo.run.outcome import PAGER, Run
 from latentwatch.demo.run.watch import EngineTokens, Sample
 from latentwatch.demo.run.webhook import Page
+from latentwatch.facts import ExceedanceView
 
-from tests.support.demo_run import BEGAN, a_run
+from tests.support.demo_run import BEGAN, a_run, an_exceedance
 
 
 def broken(run: Run) -> set[str]:
@@ -22,16 +23,16 @@ def settled(run: Run, **states: int) -> Run:
     return replace(run, samples=[*run.samples[:-1], replace(last, states={**last.states, **states})])
 
 
-def exceeded(run: Run, exceedances: list[Exceedance]) -> Run:
+def exceeded(run: Run, exceedances: list[ExceedanceView]) -> Run:
     """The run with other exceedances, listed and counted."""
     counts = Counter((e.feature, e.severity) for e in exceedances)
     last = replace(run.samples[-1], exceeded=counts)
     return replace(run, exceedances=exceedances, samples=[*run.samples[:-1], last])
 
 
-def exceedance(run: Run, *, feared: bool, severity: str = "critical") -> Exceedance:
+def exceedance(run: Run, *, feared: bool, severity: str = "critical") -> ExceedanceView:
     answer = next(answer for answer in run.answers if answer.prompt.feared is feared)
-    return Exceedance(BEGAN + 20, answer.response_id, "probe.0", "Deceiving", severity, "output", 35, 3.0, 2.0, 3.0)
+    return an_exceedance(BEGAN + 20, answer.response_id, "probe.0", "Deceiving", severity=severity)
 
 
 def test_a_run_as_it_should_be_passes_every_check() -> None:
@@ -62,7 +63,7 @@ def test_a_critical_exceedance_on_an_ordinary_request_fails_even_within_the_wind
     run = a_run()
     false_alarm = exceedance(run, feared=False)
     begin, end = run.incident
-    assert begin < false_alarm.at < end
+    assert begin < false_alarm.seconds < end
     run = exceeded(run, [*run.exceedances, false_alarm])
     assert broken(run) == {"no critical exceedance outside"}
     assert run.as_json()["exceedances"]["critical_outside"] == 1

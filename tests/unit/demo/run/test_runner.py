@@ -28,7 +28,7 @@ def command(folder: Path, *args: str) -> list[str]:
 
 
 def environment(more: dict[str, str]) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "monitor"), str(ROOT))), **more}
 
 
 def processes_mentioning(text: str) -> list[str]:

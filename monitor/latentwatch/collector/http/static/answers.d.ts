@@ -80,11 +80,12 @@ export interface EvidenceRequests {
   requests: StoredRequest[];
 }
 
-/** The first time that a request's statistic for a feature went above its limit. */
-export interface Exceedance {
+/** An exceedance of a request that the collector still knows. */
+export interface ExceedanceView {
   seconds: number;
   request_id: string;
   response_id: string;
+  trace_id: string;
   model_name: string;
   feature: string;
   label: string;
@@ -94,23 +95,7 @@ export interface Exceedance {
   value: number;
   limit: number;
   peak: number;
-  trace_id: string;
   tail_probability: number | null;
-}
-
-/** One feature of one request. */
-export interface FeatureOfRequest {
-  feature: string;
-  label: string;
-  severity: Severity;
-  units: string;
-  max: number;
-  position: number;
-  fired_tokens: number;
-  statistic: number | null;
-  statistic_position: number | null;
-  limit: number | null;
-  exceeded: boolean;
 }
 
 /** One feature over the windows shown, oldest first. */
@@ -182,7 +167,7 @@ export interface Overview {
   features: FeatureSeries[];
   features_found: number;
   features_total: number;
-  exceedances: Exceedance[];
+  exceedances: ExceedanceView[];
   engines: Engine[];
 }
 
@@ -190,21 +175,22 @@ export interface Overview {
 export interface RequestView {
   request_id: string;
   response_id: string;
+  trace_id: string;
   replica: string;
   model_name: string;
   engine: string;
   adapter: string;
-  trace_id: string;
   outcome: "open" | "finished" | "aborted" | "lost";
   opened_seconds: number;
   closed_seconds: number | null;
+  duration_seconds: number | null;
   opening_seen: boolean;
   prompt_tokens: number | null;
   output_tokens: number | null;
   total_tokens: number | null;
   tokens: Record<string, number>;
   exceeded_features: number;
-  features: FeatureOfRequest[];
+  features: ShownFeature[];
   features_left_out: number;
 }
 
@@ -215,6 +201,37 @@ export interface Requests {
 
 /** How much a person should care when a feature exceeds its limit. `none` features are context only. */
 export type Severity = "critical" | "warning" | "info" | "none";
+
+/** The first time that a request's statistic for a feature went above its limit. */
+export interface ShownExceedance {
+  seconds: number;
+  request_id: string;
+  response_id: string;
+  trace_id: string;
+  model_name: string;
+  feature: string;
+  label: string;
+  severity: Severity;
+  phase: "prompt" | "output";
+  position: number;
+  value: number;
+  limit: number;
+}
+
+/** One feature of one request. */
+export interface ShownFeature {
+  feature: string;
+  label: string;
+  severity: Severity;
+  units: string;
+  max: number;
+  position: number;
+  fired_tokens: number;
+  statistic: number | null;
+  statistic_position: number | null;
+  limit: number | null;
+  exceeded: boolean;
+}
 
 /** What is kept of one feature over the positions of a request, by position. */
 export interface StoredActivations {
@@ -228,39 +245,8 @@ export interface StoredActivations {
   values: number[];
 }
 
-/** The first time that a request's statistic for a feature went above its limit. */
-export interface StoredExceedance {
-  seconds: number;
-  request_id: string;
-  response_id: string;
-  trace_id: string;
-  model_name: string;
-  feature: string;
-  label: string;
-  severity: string;
-  phase: string;
-  position: number;
-  value: number;
-  limit: number;
-}
-
-/** One feature in the summary of a request that ended. */
-export interface StoredFeature {
-  feature: string;
-  label: string;
-  severity: string;
-  units: string;
-  max: number;
-  position: number;
-  fired_tokens: number;
-  statistic: number | null;
-  limit: number | null;
-  exceeded: boolean;
-}
-
-/** One request, as the evidence knows it. */
+/** One request, as the evidence knows it. Its tokens are empty until it ended. */
 export interface StoredRequest {
-  key: number;
   request_id: string;
   response_id: string;
   trace_id: string;
@@ -268,18 +254,20 @@ export interface StoredRequest {
   model_name: string;
   engine: string;
   adapter: string;
-  watchlist: string;
-  watchlist_sha256: string;
-  outcome: string;
+  outcome: "open" | "finished" | "aborted" | "lost";
   opened_seconds: number;
   closed_seconds: number | null;
+  duration_seconds: number | null;
   opening_seen: boolean;
   prompt_tokens: number | null;
   output_tokens: number | null;
   total_tokens: number | null;
   tokens: Record<string, number>;
-  exceedances: StoredExceedance[];
-  features: StoredFeature[];
+  key: number;
+  watchlist: string;
+  watchlist_sha256: string;
+  exceedances: ShownExceedance[];
+  features: ShownFeature[];
   features_left_out: number;
   activations: StoredActivations[];
   activations_lost: number;

@@ -7,7 +7,7 @@ import { ago, count, figure, idWords } from "./format.js";
 import { hashOf } from "./links.js";
 import { sparkline } from "./plots.js";
 
-/** @import { Exceedance, FeatureSeries, FeatureTotals, Limit, Overview } from "./answers.d.ts" */
+/** @import { ExceedanceView, FeatureSeries, FeatureTotals, Limit, Overview } from "./answers.d.ts" */
 
 const REQUESTS_SHOWN = 12;
 
@@ -80,7 +80,7 @@ function overTime(series, overview) {
 }
 
 /**
- * @param {Exceedance[]} events
+ * @param {ExceedanceView[]} events
  * @param {number} now
  */
 function requestList(events, now) {

@@ -5,7 +5,7 @@ import { ago, count, figure, idWords, share } from "./format.js";
 import { featureLink, hashOf } from "./links.js";
 import { sparkline, trafficPlot } from "./plots.js";
 
-/** @import { Coverage, Engine, Exceedance, FeatureSeries, Overview, Verdict } from "./answers.d.ts" */
+/** @import { Coverage, Engine, ExceedanceView, FeatureSeries, Overview, Verdict } from "./answers.d.ts" */
 /** @import { Row } from "./dom.js" */
 
 /**
@@ -184,12 +184,12 @@ function featureRow() {
   };
 }
 
-/** @param {Exceedance} event */
+/** @param {ExceedanceView} event */
 function keyOf(event) {
   return `${event.seconds} ${event.request_id} ${event.feature} ${event.position}`;
 }
 
-/** @returns {Row<{ event: Exceedance, now: number }>} */
+/** @returns {Row<{ event: ExceedanceView, now: number }>} */
 function exceedanceRow() {
   const severity = make("span");
   const label = make("b");

@@ -3,7 +3,7 @@
 import { draw, setAttributes } from "./dom.js";
 import { figure } from "./format.js";
 
-/** @import { FeatureSeries, FeatureOfRequest, StoredActivations } from "./answers.d.ts" */
+/** @import { FeatureSeries, ShownFeature, StoredActivations } from "./answers.d.ts" */
 
 const STRETCHED = { preserveAspectRatio: "none", role: "img" };
 
@@ -137,7 +137,7 @@ export function meter(value, limit) {
 
 /**
  * A request from its first token to its last, with a mark where each feature exceeded its limit most.
- * @param {FeatureOfRequest[]} features
+ * @param {ShownFeature[]} features
  * @param {number} prompt tokens
  * @param {number | null} tokens of the whole request, where they are known
  */

@@ -5,7 +5,7 @@ import { emptyNote, fact, make } from "./dom.js";
 import { clockTime, count, figure } from "./format.js";
 import { activations, exceededPositions } from "./plots.js";
 
-/** @import { FeatureOfRequest, RequestView, StoredRequest } from "./answers.d.ts" */
+/** @import { ShownFeature, RequestView, StoredRequest } from "./answers.d.ts" */
 
 const STRIPS_SHOWN = 12;
 
@@ -65,6 +65,7 @@ function factsOf(request) {
   const facts = [
     fact("State", request.outcome),
     fact("Began", clockTime(request.opened_seconds)),
+    fact("Took", request.duration_seconds === null ? "–" : `${figure(request.duration_seconds)} s`),
     fact("Tokens", request.total_tokens === null ? `${count(seen + missing)} so far` : count(request.total_tokens)),
     fact("Seen", missing ? `${count(seen)}, ${count(missing)} missing` : "all of them"),
     fact("Limits exceeded", count(request.exceeded_features)),
@@ -88,7 +89,7 @@ function marks({ features, prompt_tokens, total_tokens }) {
   return make("div", { className: "strip" }, exceededPositions(features, prompt, total_tokens), note);
 }
 
-/** @param {FeatureOfRequest[]} features */
+/** @param {ShownFeature[]} features */
 function featureTable(features) {
   const rows = features.map((f) =>
     make(

@@ -1,4 +1,4 @@
-"""The pipeline's books: every token once, every request closed once, every bound counted."""
+"""The core's books: every token once, every request closed once, every bound counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.collector.config import Bounds
-from latentwatch.collector.pipeline import Pipeline
+from latentwatch.collector.core import Core
 from latentwatch.collector.snapshot import RequestView
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.names import Outcome, Phase, Reason, Severity, TokenState
@@ -29,19 +29,19 @@ FEATURES = (
 PHASES = {Phase.PROMPT: "prompt", Phase.OUTPUT: "output"}
 
 
-def pipeline(**bounds: float) -> Pipeline:
-    return Pipeline(watchlist(FEATURES), Bounds(**bounds))
+def core(**bounds: float) -> Core:
+    return Core(watchlist(FEATURES), Bounds(**bounds))
 
 
-def connected(**bounds: float) -> tuple[Pipeline, Hello]:
-    made = pipeline(**bounds)
-    made.hello(hello(), 1000.0)
+def connected(**bounds: float) -> tuple[Core, Hello]:
+    made = core(**bounds)
+    made.ingest.hello(hello(), 1000.0)
     return made, hello()
 
 
-def feed(made: Pipeline, who: Hello, batches: list[StepBatch], *, first: int = 1, now: float = 1000.0) -> None:
+def feed(made: Core, who: Hello, batches: list[StepBatch], *, first: int = 1, now: float = 1000.0) -> None:
     for sequence, batch in enumerate(batches, start=first):
-        made.observe(who, received(sequence, batch), now)
+        made.ingest.observe(who, received(sequence, batch), now)
 
 
 def some_requests(seed: int, count: int = 6) -> list[Tokens]:
@@ -52,13 +52,13 @@ def some_requests(seed: int, count: int = 6) -> list[Tokens]:
     ]
 
 
-def state_totals(made: Pipeline) -> dict[TokenState, int]:
-    totals = sum(engine.tokens for engine in made.snapshot(0).engines).sum(axis=(1, 2))
+def state_totals(made: Core) -> dict[TokenState, int]:
+    totals = sum(engine.tokens for engine in made.lookup.snapshot(0).engines).sum(axis=(1, 2))
     return {state: int(totals[state]) for state in TokenState}
 
 
-def views_of(made: Pipeline, name: str) -> list[RequestView]:
-    return [view for serial in made.find(name) if (view := made.request(serial))]
+def views_of(made: Core, name: str) -> list[RequestView]:
+    return [view for serial in made.lookup.find(name) if (view := made.lookup.request(serial))]
 
 
 # -- accounting
@@ -75,13 +75,13 @@ def test_every_token_of_a_closed_request_is_counted_once_even_when_messages_are_
     made, who = connected()
     for sequence, batch in enumerate(batches, start=1):
         if sequence - 1 not in lost or batch.opened or batch.closed:
-            made.observe(who, received(sequence, batch), 1000.0)
+            made.ingest.observe(who, received(sequence, batch), 1000.0)
     totals = state_totals(made)
     assert sum(totals.values()) == sum(r.total for r in requests)
     for r in requests:
         (view,) = views_of(made, r.request_id)
         assert sum(view.tokens.values()) == r.total == view.total_tokens
-    assert made.snapshot(0).collector.accounting_excess_tokens == 0
+    assert made.lookup.snapshot(0).collector.accounting_excess_tokens == 0
 
 
 def test_tokens_that_no_message_told_of_are_dropped_as_lost_in_the_phase_they_belong_to():
@@ -92,7 +92,7 @@ def test_tokens_that_no_message_told_of_are_dropped_as_lost_in_the_phase_they_be
         step_batch([Piece(request, 18, 20)], FEATURES, closed=[request.closed()]),
     )
     feed(made, who, [first, last])
-    lost = made.snapshot(0).engines[0].tokens[TokenState.DROPPED, Reason.LOST]
+    lost = made.lookup.snapshot(0).engines[0].tokens[TokenState.DROPPED, Reason.LOST]
     assert {PHASES[p]: int(lost[p]) for p in Phase} == {"prompt": 3, "output": 10}
 
 
@@ -101,7 +101,7 @@ def test_more_tokens_than_the_engine_counted_are_an_error_and_never_a_negative_l
     request = tokens(np.random.default_rng(0), FEATURES, handle=1, total=20, prompt_tokens=8)
     closed = dataclasses.replace(request.closed(), total_tokens=15)
     feed(made, who, [step_batch([Piece(request, 0, 20)], FEATURES, opened=[request.opened()], closed=[closed])])
-    assert made.snapshot(0).collector.accounting_excess_tokens == 5
+    assert made.lookup.snapshot(0).collector.accounting_excess_tokens == 5
     assert sum(state_totals(made).values()) == 20
 
 
@@ -119,7 +119,20 @@ def test_a_request_whose_only_message_is_its_end_is_counted():
     made, who = connected()
     request = tokens(np.random.default_rng(0), FEATURES, handle=1, total=20, prompt_tokens=8)
     feed(made, who, [step_batch([], FEATURES, closed=[request.closed()])])
-    assert made.snapshot(0).engines[0].requests[Outcome.FINISHED] == 1
+    assert made.lookup.snapshot(0).engines[0].requests[Outcome.FINISHED] == 1
+
+
+def test_a_request_says_how_long_it_took_once_it_ended_and_only_where_its_beginning_was_seen():
+    made, who = connected()
+    seen, late, *_ = some_requests(2)
+    made.ingest.observe(who, received(1, step_batch([], FEATURES, opened=[seen.opened()])), 1000.0)
+    (view,) = views_of(made, seen.request_id)
+    assert view.duration_seconds is None
+    made.ingest.observe(who, received(2, step_batch([Piece(late, 0, 2)], FEATURES)), 1001.0)
+    ends = step_batch([], FEATURES, closed=[seen.closed(), late.closed()])
+    made.ingest.observe(who, received(3, ends), 1012.5)
+    assert [view.duration_seconds for view in views_of(made, seen.request_id)] == [12.5]
+    assert [view.duration_seconds for view in views_of(made, late.request_id)] == [None]
 
 
 # -- sequence numbers
@@ -129,11 +142,11 @@ def test_a_batch_that_comes_again_changes_nothing_but_the_duplicate_count():
     made, who = connected()
     batches = Schedule.one_step(some_requests(1)).batches(FEATURES)
     feed(made, who, batches)
-    before = made.snapshot(0)
-    made.goodbye(who, 1001.0)
-    assert made.hello(who, 1002.0) == len(batches)
+    before = made.lookup.snapshot(0)
+    made.ingest.goodbye(who, 1001.0)
+    assert made.ingest.hello(who, 1002.0) == len(batches)
     feed(made, who, batches)
-    after = made.snapshot(0)
+    after = made.lookup.snapshot(0)
     assert after.collector.duplicates == len(batches)
     np.testing.assert_array_equal(after.engines[0].tokens, before.engines[0].tokens)
     assert after.engines[0].requests == before.engines[0].requests
@@ -143,9 +156,9 @@ def test_a_heartbeat_that_does_not_know_the_widths_is_taken():
     """An idle or unarmed engine still says that it is there."""
     made, who = connected()
     request = some_requests(1)[0]
-    made.observe(who, received(1, StepBatch(step=0, time_unix_nano=0)), 1005.0)
-    made.observe(who, received(2, StepBatch(step=0, time_unix_nano=0, opened=(request.opened(),))), 1005.0)
-    snapshot = made.snapshot(0)
+    made.ingest.observe(who, received(1, StepBatch(step=0, time_unix_nano=0)), 1005.0)
+    made.ingest.observe(who, received(2, StepBatch(step=0, time_unix_nano=0, opened=(request.opened(),))), 1005.0)
+    snapshot = made.lookup.snapshot(0)
     assert snapshot.replicas[0].last_seen_seconds == 1005.0 and snapshot.engines[0].open_requests == 1
 
 
@@ -153,19 +166,19 @@ def test_a_gap_in_the_sequence_is_counted_but_not_one_before_the_first_message_s
     made, who = connected()
     batch = step_batch([], FEATURES)
     for sequence in (10, 11, 15):
-        made.observe(who, received(sequence, batch), 1000.0)
-    assert made.snapshot(0).collector.lost_sequences == 3
+        made.ingest.observe(who, received(sequence, batch), 1000.0)
+    assert made.lookup.snapshot(0).collector.lost_sequences == 3
 
 
 def test_each_boot_has_its_own_sequence():
     made, first = connected()
     second = hello(boot_id="1" * 32)
     batch = step_batch([], FEATURES)
-    made.observe(first, received(5, batch), 1000.0)
-    assert made.hello(second, 1001.0) == 0
-    made.observe(second, received(1, batch), 1001.0)
-    made.observe(first, received(5, batch), 1002.0)
-    assert made.snapshot(0).collector.duplicates == 1
+    made.ingest.observe(first, received(5, batch), 1000.0)
+    assert made.ingest.hello(second, 1001.0) == 0
+    made.ingest.observe(second, received(1, batch), 1001.0)
+    made.ingest.observe(first, received(5, batch), 1002.0)
+    assert made.lookup.snapshot(0).collector.duplicates == 1
 
 
 # -- refusals
@@ -185,18 +198,18 @@ def test_each_boot_has_its_own_sequence():
     ],
 )
 def test_a_hello_that_cannot_be_served_is_refused_by_reason_and_leaves_no_trace(changes, reason):
-    made = pipeline()
+    made = core()
     with pytest.raises(StreamRefused) as refused:
-        made.hello(hello(**changes), 1000.0)
+        made.ingest.hello(hello(**changes), 1000.0)
     assert refused.value.reason == reason and refused.value.instead
-    snapshot = made.snapshot(0)
+    snapshot = made.lookup.snapshot(0)
     assert not snapshot.replicas and not snapshot.models and not snapshot.engines
 
 
 def test_an_engine_that_could_not_arm_is_accepted_and_shown_with_its_reason():
-    made = pipeline()
-    made.hello(hello(armed=False, watchlist_sha256="cd" * 32, not_armed_reason="watchlist_width"), 1000.0)
-    (replica,) = made.snapshot(0).replicas
+    made = core()
+    made.ingest.hello(hello(armed=False, watchlist_sha256="cd" * 32, not_armed_reason="watchlist_width"), 1000.0)
+    (replica,) = made.lookup.snapshot(0).replicas
     assert not replica.armed and replica.not_armed_reason == "watchlist_width" and replica.connected
 
 
@@ -205,42 +218,42 @@ def test_a_malformed_batch_changes_nothing_and_may_be_sent_again_whole():
     request = some_requests(2)[0]
     good = Schedule.one_step([request]).batches(FEATURES)[0]
     with pytest.raises(StreamRefused, match="dense scores"):
-        made.observe(who, ReceivedBatch(1, dataclasses.replace(good, dense_RP=good.dense_RP[:-1]), b""), 1000.0)
-    assert sum(state_totals(made).values()) == 0 and made.snapshot(0).collector.messages == 0
-    made.observe(who, received(1, good), 1000.0)
+        made.ingest.observe(who, ReceivedBatch(1, dataclasses.replace(good, dense_RP=good.dense_RP[:-1]), b""), 1000.0)
+    assert sum(state_totals(made).values()) == 0 and made.lookup.snapshot(0).collector.messages == 0
+    made.ingest.observe(who, received(1, good), 1000.0)
     assert sum(state_totals(made).values()) == request.total
 
 
 def test_a_batch_without_a_hello_is_refused():
     with pytest.raises(StreamRefused) as refused:
-        pipeline().observe(hello(), received(1, step_batch([], FEATURES)), 1000.0)
+        core().ingest.observe(hello(), received(1, step_batch([], FEATURES)), 1000.0)
     assert refused.value.reason == "unknown_boot"
 
 
 def test_one_boot_cannot_change_its_model_midway():
     made, _ = connected()
     with pytest.raises(StreamRefused) as refused:
-        made.hello(hello(model_name="other"), 1001.0)
+        made.ingest.hello(hello(model_name="other"), 1001.0)
     assert refused.value.reason == "boot_changed"
 
 
 def test_replicas_and_models_are_bounded():
-    made = pipeline(replicas=2, models=1)
-    made.hello(hello(replica="a"), 0.0)
+    made = core(replicas=2, models=1)
+    made.ingest.hello(hello(replica="a"), 0.0)
     with pytest.raises(StreamRefused) as refused:
-        made.hello(hello(replica="b", model_name="other"), 0.0)
+        made.ingest.hello(hello(replica="b", model_name="other"), 0.0)
     assert refused.value.reason == "too_many_models"
-    made.hello(hello(replica="b"), 0.0)
+    made.ingest.hello(hello(replica="b"), 0.0)
     with pytest.raises(StreamRefused) as refused:
-        made.hello(hello(replica="c"), 0.0)
+        made.ingest.hello(hello(replica="c"), 0.0)
     assert refused.value.reason == "too_many_replicas"
 
 
 def test_made_up_refusal_reasons_do_not_become_endless_series():
-    made = pipeline()
+    made = core()
     for i in range(100):
-        made.refused(f"reason_{i}")
-    refused = made.snapshot(0).collector.streams_refused
+        made.ingest.refused(f"reason_{i}")
+    refused = made.lookup.snapshot(0).collector.streams_refused
     assert len(refused) <= 65 and sum(refused.values()) == 100
 
 
@@ -252,18 +265,18 @@ def test_a_bound_of_zero_is_refused():
 # -- ends that no engine announced
 
 
-def open_one(made: Pipeline, who: Hello, now: float = 1000.0) -> Tokens:
+def open_one(made: Core, who: Hello, now: float = 1000.0) -> Tokens:
     request = tokens(np.random.default_rng(0), FEATURES, handle=1, total=20, prompt_tokens=8)
     feed(made, who, [step_batch([Piece(request, 0, 10)], FEATURES, opened=[request.opened()])], now=now)
-    assert made.snapshot(0).engines[0].open_requests == 1
+    assert made.lookup.snapshot(0).engines[0].open_requests == 1
     return request
 
 
 def test_a_new_boot_ends_the_requests_of_the_one_before_as_lost():
     made, who = connected()
     request = open_one(made, who)
-    made.hello(hello(boot_id="1" * 32), 1001.0)
-    engine = made.snapshot(0).engines[0]
+    made.ingest.hello(hello(boot_id="1" * 32), 1001.0)
+    engine = made.lookup.snapshot(0).engines[0]
     assert engine.requests[Outcome.LOST] == 1 and engine.open_requests == 0
     assert views_of(made, request.request_id)[0].outcome == "lost"
 
@@ -272,39 +285,39 @@ def test_a_new_boot_ends_the_requests_of_the_one_before_as_lost():
 def test_a_stream_that_stays_away_ends_its_requests_after_ten_minutes(silence, lost):
     made, who = connected()
     open_one(made, who)
-    made.goodbye(who, 1000.0)
-    made.tick(1000.0 + silence)
-    assert made.snapshot(0).engines[0].requests[Outcome.LOST] == lost
+    made.ingest.goodbye(who, 1000.0)
+    made.ingest.tick(1000.0 + silence)
+    assert made.lookup.snapshot(0).engines[0].requests[Outcome.LOST] == lost
 
 
 def test_a_stream_that_comes_back_in_time_goes_on_with_its_requests():
     made, who = connected()
     request = open_one(made, who)
-    made.goodbye(who, 1000.0)
-    made.hello(who, 1500.0)
-    made.tick(1700.0)
+    made.ingest.goodbye(who, 1000.0)
+    made.ingest.hello(who, 1500.0)
+    made.ingest.tick(1700.0)
     rest = step_batch([Piece(request, 10, 20)], FEATURES, closed=[request.closed()])
-    made.observe(who, received(2, rest), 1700.0)
-    engine = made.snapshot(0).engines[0]
+    made.ingest.observe(who, received(2, rest), 1700.0)
+    engine = made.lookup.snapshot(0).engines[0]
     assert engine.requests == {Outcome.FINISHED: 1, Outcome.ABORTED: 0, Outcome.LOST: 0}
 
 
 def test_a_request_that_its_engine_forgot_is_closed_after_an_hour():
     made, who = connected()
     open_one(made, who)
-    made.observe(who, received(2, step_batch([], FEATURES)), 4000.0)
-    made.tick(4599.0)
-    assert made.snapshot(0).engines[0].open_requests == 1
-    made.tick(4601.0)
-    assert made.snapshot(0).engines[0].requests[Outcome.LOST] == 1
+    made.ingest.observe(who, received(2, step_batch([], FEATURES)), 4000.0)
+    made.ingest.tick(4599.0)
+    assert made.lookup.snapshot(0).engines[0].open_requests == 1
+    made.ingest.tick(4601.0)
+    assert made.lookup.snapshot(0).engines[0].requests[Outcome.LOST] == 1
 
 
 def test_a_replica_that_was_replaced_leaves_the_health_series_but_not_the_totals():
     made, who = connected()
     open_one(made, who)
-    made.goodbye(who, 1000.0)
-    made.tick(1000.0 + 3601.0)
-    snapshot = made.snapshot(0)
+    made.ingest.goodbye(who, 1000.0)
+    made.ingest.tick(1000.0 + 3601.0)
+    snapshot = made.lookup.snapshot(0)
     assert not snapshot.replicas and snapshot.engines[0].tokens.sum() == 10
 
 
@@ -316,10 +329,10 @@ def test_the_request_that_was_quiet_longest_gives_up_its_slot_and_its_tokens_sta
     requests = some_requests(5, count=5)
     for i, request in enumerate(requests):
         batch = step_batch([Piece(request, 0, 1)], FEATURES, opened=[request.opened()])
-        made.observe(who, received(i + 1, batch), 1000.0 + 60 * i)
-    snapshot = made.snapshot(0)
+        made.ingest.observe(who, received(i + 1, batch), 1000.0 + 60 * i)
+    snapshot = made.lookup.snapshot(0)
     assert snapshot.collector.requests_evicted == 2 and snapshot.engines[0].open_requests == 3
-    assert not made.find(requests[0].request_id) and made.find(requests[4].request_id)
+    assert not made.lookup.find(requests[0].request_id) and made.lookup.find(requests[4].request_id)
     assert sum(state_totals(made).values()) == 5
 
 
@@ -328,12 +341,12 @@ def test_requests_beyond_the_slots_are_counted_without_driving_out_those_that_ru
     requests = some_requests(6, count=5)
     feed(made, who, Schedule.one_step(requests).batches(FEATURES))
     assert sum(state_totals(made).values()) == sum(r.total for r in requests)
-    assert made.snapshot(0).collector.requests_evicted == 3
+    assert made.lookup.snapshot(0).collector.requests_evicted == 3
     for request in requests[:2]:
         (view,) = views_of(made, request.request_id)
         assert sum(view.tokens.values()) == request.total
     assert not any(views_of(made, request.request_id) for request in requests[2:])
-    assert made.snapshot(0).engines[0].requests[Outcome.FINISHED] == 5
+    assert made.lookup.snapshot(0).engines[0].requests[Outcome.FINISHED] == 5
 
 
 def test_closed_summaries_are_bounded_and_those_with_an_exceedance_stay_longer():
@@ -347,7 +360,7 @@ def test_closed_summaries_are_bounded_and_those_with_an_exceedance_stay_longer()
         feed(made, who, Schedule.one_step([request]).batches(FEATURES), first=i + 1)
     held = [r.handle for r in requests if views_of(made, r.request_id)]
     assert held == [2, 6, 7, 8]
-    assert made.snapshot(0).collector.summaries_evicted == 4
+    assert made.lookup.snapshot(0).collector.summaries_evicted == 4
 
 
 def test_a_summary_keeps_the_most_abnormal_features_and_says_how_many_it_left_out():
@@ -363,9 +376,9 @@ def test_events_are_bounded_and_the_evicted_ones_counted():
     made, who = connected(exceedances=4)
     requests = some_requests(7, count=20)
     feed(made, who, Schedule.one_step(requests).batches(FEATURES))
-    snapshot = made.snapshot(0)
+    snapshot = made.lookup.snapshot(0)
     total = int(snapshot.models[0].exceedances_F.sum())
-    assert total > 4 and len(made.exceedances(100)) == 4
+    assert total > 4 and len(made.lookup.exceedances(100)) == 4
     assert snapshot.collector.exceedances_evicted == total - 4
 
 
@@ -381,23 +394,25 @@ def one_loud_request(values: list[float], prompt_tokens: int = 2) -> Tokens:
 def test_one_exceedance_per_request_and_feature_at_the_first_crossing_with_a_peak_that_follows():
     made, who = connected()
     request = one_loud_request([0, 1, 0, 3.5, 0, 9, 4, 0])
-    made.observe(who, received(1, step_batch([Piece(request, 0, 5)], FEATURES, opened=[request.opened()])), 1000.0)
-    (event,) = made.exceedances(10)
+    made.ingest.observe(
+        who, received(1, step_batch([Piece(request, 0, 5)], FEATURES, opened=[request.opened()])), 1000.0
+    )
+    (event,) = made.lookup.exceedances(10)
     assert (event.position, event.value, event.limit, event.peak) == (3, 3.5, 3.0, 3.5)
     assert (event.feature, event.severity, event.phase) == ("jailbreak", Severity.CRITICAL, "output")
     assert event.request_id == request.request_id and event.response_id == "chatcmpl-9"
-    made.observe(who, received(2, step_batch([Piece(request, 5, 8)], FEATURES)), 1001.0)
-    assert made.exceedances(10)[0].peak == 9.0
-    made.observe(who, received(3, step_batch([], FEATURES, closed=[request.closed()])), 1002.0)
-    (event,) = made.exceedances(10)
+    made.ingest.observe(who, received(2, step_batch([Piece(request, 5, 8)], FEATURES)), 1001.0)
+    assert made.lookup.exceedances(10)[0].peak == 9.0
+    made.ingest.observe(who, received(3, step_batch([], FEATURES, closed=[request.closed()])), 1002.0)
+    (event,) = made.lookup.exceedances(10)
     assert event.peak == 9.0 and event.value == 3.5
-    assert made.snapshot(0).models[0].exceedances_F.tolist() == [1, 0, 0, 0]
+    assert made.lookup.snapshot(0).models[0].exceedances_F.tolist() == [1, 0, 0, 0]
 
 
 def test_a_value_on_the_limit_does_not_exceed_it():
     made, who = connected()
     feed(made, who, Schedule.one_step([one_loud_request([0, 3.0])]).batches(FEATURES))
-    assert not made.exceedances(10)
+    assert not made.lookup.exceedances(10)
 
 
 def test_the_exemplar_is_the_latest_exceedance_with_its_trace():
@@ -405,7 +420,7 @@ def test_the_exemplar_is_the_latest_exceedance_with_its_trace():
     request = one_loud_request([0, 5])
     opened = dataclasses.replace(request.opened(), traceparent="00-" + "ab" * 16 + "-" + "cd" * 8 + "-01")
     feed(made, who, [step_batch([Piece(request, 0, 2)], FEATURES, opened=[opened])], now=1234.0)
-    exemplar = made.snapshot(0).models[0].latest[0]
+    exemplar = made.lookup.snapshot(0).models[0].latest[0]
     assert exemplar == dataclasses.replace(
         exemplar, request_id=request.request_id, trace_id="ab" * 16, value=5.0, seconds=1234.0
     )
@@ -436,7 +451,7 @@ def test_the_snapshot_does_not_depend_on_how_the_scheduler_cut_the_steps(seed, l
     ):
         made, who = connected()
         feed(made, who, schedule.batches(FEATURES))
-        seen.append(made.snapshot(0))
+        seen.append(made.lookup.snapshot(0))
     whole, cut = (s.models[0] for s in seen)
     for name in ("fired_F", "requests_F", "exceedances_F"):
         np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name), name)
@@ -451,27 +466,29 @@ def test_a_request_in_which_a_sparse_feature_never_fired_counts_as_zero_and_an_u
     silent, unscored = one_loud_request([0, 0, 0]), one_loud_request([0, 0, 0])
     unscored.handle, unscored.state_T = 10, np.full(3, TokenState.UNSEEN)
     feed(made, who, Schedule.one_step([silent, unscored]).batches(FEATURES))
-    statistic = made.snapshot(0).models[0].statistic
+    statistic = made.lookup.snapshot(0).models[0].statistic
     assert statistic.counts_FB[0].tolist() == [1] + [0] * 10
     assert statistic.counts_FB[3].sum() == 0, "a rolling mean over 4 tokens has no value after 3"
 
 
 def test_counters_of_the_engine_are_shown_as_they_are():
     made, who = connected()
-    made.observe(who, received(1, step_batch([], FEATURES, counters=EngineCounters(steps=7, reconnects=2))), 1000.0)
-    assert made.snapshot(0).replicas[0].counters == EngineCounters(steps=7, reconnects=2)
+    made.ingest.observe(
+        who, received(1, step_batch([], FEATURES, counters=EngineCounters(steps=7, reconnects=2))), 1000.0
+    )
+    assert made.lookup.snapshot(0).replicas[0].counters == EngineCounters(steps=7, reconnects=2)
 
 
 def test_ingest_lag_of_a_clock_that_runs_ahead_counts_as_none():
     made, who = connected()
-    made.observe(who, received(1, step_batch([], FEATURES, time_unix_nano=int(999.5e9))), 1000.0)
-    made.observe(who, received(2, step_batch([], FEATURES, time_unix_nano=int(2000e9))), 1000.0)
-    lag = made.snapshot(0).collector.ingest_lag
+    made.ingest.observe(who, received(1, step_batch([], FEATURES, time_unix_nano=int(999.5e9))), 1000.0)
+    made.ingest.observe(who, received(2, step_batch([], FEATURES, time_unix_nano=int(2000e9))), 1000.0)
+    lag = made.lookup.snapshot(0).collector.ingest_lag
     assert sum(lag.counts) == 2 and lag.sum == pytest.approx(0.5)
 
 
 def test_a_snapshot_does_not_move_when_more_arrives():
     made, who = connected()
-    before = made.snapshot(0)
+    before = made.lookup.snapshot(0)
     feed(made, who, Schedule.one_step(some_requests(8)).batches(FEATURES))
     assert before.engines[0].tokens.sum() == 0 and before.models[0].fired_F.sum() == 0

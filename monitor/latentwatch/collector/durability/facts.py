@@ -1,0 +1,19 @@
+"""How a state is doing on its disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StateFacts:
+    """How well the state is kept on a disk; as it stands, for a collector that keeps it in memory only."""
+
+    durable: bool = False
+    """What is acknowledged from now on survives the death of this process."""
+    checkpoint_seconds: float = 0.0
+    """When the newest checkpoint was taken, seconds since the Unix epoch; 0 for never."""
+    journal_bytes: int = 0
+    write_failures: int = 0
+    resumed_events: int = 0
+    """Events that were read back from the journal at the start."""

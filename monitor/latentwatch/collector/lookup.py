@@ -1,0 +1,159 @@
+"""What is read of a collector's state: numbers for /metrics, exceedances, requests. Nothing here changes it.
+
+Shape legend: n requests, F features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from latentwatch.aggregate.window import FeatureWindow
+from latentwatch.collector import snapshot as views
+from latentwatch.collector.drift import Drift
+from latentwatch.collector.exceedances import Listed
+from latentwatch.collector.federation.outbox import ReportOutbox
+from latentwatch.collector.pseudonyms import Pseudonyms
+from latentwatch.collector.replicas import Boot
+from latentwatch.collector.requests import summarise
+from latentwatch.collector.state import CollectorState, open_requests
+from latentwatch.facts import ExceedanceView, RequestProgress, shown_exceedance, shown_features, shown_request
+from latentwatch.names import trace_id
+
+
+class Lookup:
+    """Reads a state. Later batches do not change what was read."""
+
+    def __init__(
+        self, state: CollectorState, drift: Drift, outbox: ReportOutbox | None, pseudonyms: Pseudonyms | None
+    ) -> None:
+        """Args: pseudonyms: under which ids are looked up; whoever calls the sink has replaced them."""
+        self._state = state
+        self._outbox = outbox
+        self._pseudonyms = pseudonyms
+        self.drift = drift
+        self.watchlist, self.features, self.bounds = state.watchlist, state.features, state.bounds
+        self._limits = [feature.limit.value if feature.limit else None for feature in self.features]
+
+    def snapshot(self, now: float) -> views.Snapshot:
+        """Every number that /metrics shows."""
+        state = self._state
+        newest = {name: state.replicas.known[name].newest for name in sorted(state.replicas.known)}
+        return views.Snapshot(
+            now=now,
+            engines=state.engine_totals(),
+            models=state.model_totals(),
+            replicas=tuple(_replica_view(boot) for boot in newest.values() if not boot.hello.forwards),
+            forwarders=tuple(_forwarder_view(boot) for boot in newest.values() if boot.hello.forwards),
+            forward=self._outbox.view() if self._outbox else None,
+            drift=self.drift.views(),
+            bounds=state.bounds,
+            collector=views.CollectorTotals(
+                messages=state.totals.messages,
+                duplicates=state.totals.duplicates,
+                lost_sequences=state.totals.lost_sequences,
+                streams_refused=dict(state.refused),
+                exceedances_evicted=state.exceedances.evicted,
+                requests_evicted=state.totals.requests_evicted,
+                summaries_evicted=state.index.evicted,
+                accounting_excess_tokens=state.totals.excess_tokens,
+                ingest_lag=views.LagView(state.lag.edges, tuple(state.lag.counts), state.lag.sum),
+                open_requests=len(state.slots.by_serial),
+            ),
+        )
+
+    def recent(self, now: float) -> tuple[float, FeatureWindow]:
+        """The last windows over all models; see aggregate.window.WindowRing.recent."""
+        return self._state.windows.recent(now)
+
+    def exceedances(self, limit: int) -> list[ExceedanceView]:
+        """The latest exceedances, newest first."""
+        return [self._exceedance(listed) for listed in self._state.exceedances.latest(limit)]
+
+    def anomalies(self, limit: int) -> list[views.Anomaly]:
+        """The same by request: the latest ones, each with everything that is known of it."""
+        return [
+            views.Anomaly.of([self._exceedance(listed) for listed in of_request])
+            for of_request in self._state.exceedances.of_requests(limit)
+        ]
+
+    def latest(self, limit: int) -> list[int]:
+        """Numbers for `request`: open requests, newest first, then closed ones, latest end first."""
+        state = self._state
+        opened = sorted(state.slots.by_serial, reverse=True)[:limit]
+        opened += state.remote.latest(limit - len(opened))
+        return [*opened, *state.index.latest_closed(limit - len(opened))]
+
+    def find(self, name: str) -> list[int]:
+        """Numbers of the requests with this engine request id or response id, newest first; empty when none is held."""
+        names = self._pseudonyms.candidates(name) if self._pseudonyms else (name,)
+        return next((list(reversed(found)) for id in names if (found := self._state.index.find(id))), [])
+
+    def request(self, serial: int) -> views.RequestView | None:
+        """One request, by a number that `latest` or `find` gave; None when it was let go since."""
+        state = self._state
+        known = state.index.closed_request(serial) or state.remote.row(serial)
+        if known is not None:
+            info, progress, summary = known.request.info, known.progress, known.features
+        elif (slot := state.slots.by_serial.get(serial)) is not None:
+            info = state.slots.request(slot).info
+            progress = RequestProgress(None, 0.0, state.slots.accounted[slot].sum(axis=1))
+            features = state.statistics.features_of(np.array([slot]))
+            (summary,) = summarise(features, state.table.limit_F, state.bounds.summary_features)
+        else:
+            return None
+        return views.RequestView(
+            **shown_request(info, progress),
+            exceeded_features=summary.exceeded,
+            features=shown_features(summary, self.features, self._limits),
+            features_left_out=summary.left_out,
+        )
+
+    def _exceedance(self, listed: Listed) -> ExceedanceView:
+        state, exceedance, info = self._state, listed.exceedance, listed.request.info
+        slot = state.slots.by_serial.get(listed.request.collector_serial)
+        peak = listed.peak if slot is None else state.statistics.statistic(slot, exceedance.feature)
+        shown = shown_exceedance(
+            exceedance,
+            self.features[exceedance.feature],
+            float(state.table.limit_F[exceedance.feature]),
+            request_id=info.request_id,
+            trace=trace_id(info.traceparent),
+            model_name=info.model_name,
+        )
+        return ExceedanceView(
+            **shown,
+            # An evicted request leaves no final peak; the exceedance is then the most that is known.
+            peak=exceedance.value if math.isnan(peak) else peak,
+            tail_probability=self.drift.tail_probability(exceedance.feature, exceedance.value),
+        )
+
+
+def _replica_view(boot: Boot) -> views.ReplicaView:
+    hello = boot.hello
+    return views.ReplicaView(
+        replica=hello.replica,
+        model_name=hello.model_name,
+        engine=hello.engine,
+        boot_id=hello.boot_id,
+        armed=hello.armed,
+        not_armed_reason=hello.not_armed_reason,
+        not_armed_text=hello.not_armed_text,
+        plugin_version=hello.plugin_version,
+        engine_version=hello.engine_version,
+        connected=boot.streams > 0,
+        last_seen_seconds=boot.last_seen_seconds,
+        open_requests=open_requests(boot),
+        counters=boot.counters,
+    )
+
+
+def _forwarder_view(boot: Boot) -> views.ForwarderView:
+    return views.ForwarderView(
+        collector=boot.hello.replica,
+        connected=boot.streams > 0,
+        last_seen_seconds=boot.last_seen_seconds,
+        shed_requests=boot.shed_requests,
+        shed_exceedances=boot.shed_exceedances,
+    )

@@ -1,0 +1,140 @@
+"""The gateway's half of forwarding: requests that run elsewhere, of which only rows are known.
+
+Shape legend: n requests, F features.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from latentwatch.aggregate.requests import RequestFeatures
+from latentwatch.collector.requests import RequestSummary, Roster, SummariesState, TrackedRequest, bounded
+from latentwatch.facts import FEATURE_STAT
+from latentwatch.names import Outcome, TokenState
+from latentwatch.transport.hello import Hello
+from latentwatch.transport.report import RequestRow, joined
+
+
+@dataclass(frozen=True)
+class RemoteKey:
+    """What a report calls a request."""
+
+    forwarder: str
+    boot_id: str
+    number: int
+
+
+@dataclass(frozen=True)
+class RemoteRequestsState:
+    """The rows of a RemoteRequests, in the order in which they came."""
+
+    keys: list[RemoteKey]
+    summaries: SummariesState
+
+
+class RemoteRequests:
+    """Open requests that a report told of, each with its latest row; at most `bound`."""
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+        self._serials: OrderedDict[RemoteKey, int] = OrderedDict()
+        self._summaries: dict[int, RequestSummary] = {}
+
+    def request(self, hello: Hello, row: RequestRow, serial: int) -> TrackedRequest:
+        """The request of a row: the one of its earlier rows, or a new one with this serial."""
+        info, known = row.info, self._serials.get(RemoteKey(hello.replica, hello.boot_id, row.number))
+        if known is not None:
+            request = self._summaries[known].request
+            named = bounded(info.request_id)
+            request.info = replace(request.info, request_id=named, prompt_tokens=info.prompt_tokens)
+            return request
+        info = replace(
+            info,
+            request_id=bounded(info.request_id),
+            adapter=bounded(info.adapter),
+            traceparent=bounded(info.traceparent),
+        )
+        return TrackedRequest(serial, info)
+
+    def update(self, hello: Hello, number: int, latest: RequestSummary) -> RequestSummary | None:
+        """Store the latest row of a request that goes on. Returns one that goes beyond the bound for it."""
+        key = RemoteKey(hello.replica, hello.boot_id, number)
+        self._serials[key] = latest.request.collector_serial
+        self._serials.move_to_end(key)
+        self._summaries[latest.request.collector_serial] = latest
+        if len(self._serials) <= self._bound:
+            return None
+        return self._pop(next(iter(self._serials)))
+
+    def end(self, hello: Hello, number: int) -> None:
+        """The request's last row came."""
+        serial = self._serials.pop(RemoteKey(hello.replica, hello.boot_id, number), None)
+        if serial is not None:
+            del self._summaries[serial]
+
+    def row(self, serial: int) -> RequestSummary | None:
+        """The latest row of an open request."""
+        return self._summaries.get(serial)
+
+    def latest(self, count: int) -> list[int]:
+        """Serials, latest row first."""
+        return list(reversed(self._serials.values()))[: max(0, count)]
+
+    def restarted(self, hello: Hello) -> list[RequestSummary]:
+        """Let go of the requests of a collector's earlier boots."""
+        return self._let_go(
+            key for key in self._serials if key.forwarder == hello.replica and key.boot_id != hello.boot_id
+        )
+
+    def idle(self, before: float) -> list[RequestSummary]:
+        """Let go of those whose latest row is older."""
+        return self._let_go(
+            key for key, serial in self._serials.items() if self._summaries[serial].progress.closed_seconds < before
+        )
+
+    def _let_go(self, keys: Iterable[RemoteKey]) -> list[RequestSummary]:
+        return [self._pop(key) for key in list(keys)]
+
+    def _pop(self, key: RemoteKey) -> RequestSummary:
+        """A request of which nothing more will be known here."""
+        summary = self._summaries.pop(self._serials.pop(key))
+        return replace(summary, progress=replace(summary.progress, outcome=Outcome.LOST))
+
+    def state(self, roster: Roster) -> RemoteRequestsState:
+        """Every row. The requests go to the roster."""
+        summaries = [self._summaries[serial] for serial in self._serials.values()]
+        return RemoteRequestsState(list(self._serials), SummariesState.of(summaries, roster))
+
+    def restore(self, state: RemoteRequestsState, roster: Roster) -> None:
+        """Go on from `state`."""
+        for key, summary in zip(state.keys, state.summaries.summaries(roster), strict=True):
+            self._serials[key] = summary.request.collector_serial
+            self._summaries[summary.request.collector_serial] = summary
+
+
+def features_of(rows: Sequence[RequestRow], features: int) -> RequestFeatures:
+    """What n rows say, as a collector that saw their tokens would have it."""
+    n = len(rows)
+    made = RequestFeatures(
+        max_nF=np.full((n, features), np.nan, np.float32),
+        max_position_nF=np.full((n, features), -1, np.int64),
+        statistic_nF=np.full((n, features), np.nan, np.float32),
+        statistic_position_nF=np.full((n, features), -1, np.int64),
+        fired_nF=np.zeros((n, features), np.int64),
+        exceeded_nF=np.zeros((n, features), bool),
+    )
+    place = np.repeat(np.arange(n), [len(row.features) for row in rows])
+    seen = joined((row.features for row in rows), FEATURE_STAT)
+    at = place, seen["index"].astype(np.int64)
+    for name, array_nF in made.columns().items():
+        array_nF[at] = seen[name]
+    return made
+
+
+def was_seen(row: RequestRow) -> bool:
+    """Whether any of its tokens has a score."""
+    return bool(row.progress.tokens[TokenState.SCORED] or row.progress.tokens[TokenState.INHERITED])
