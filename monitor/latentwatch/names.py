@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Final
 
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 
 HOOK_KINDS: Final = ("resid_post",)
 """Places in a decoder layer that the engine can tap. Others are refused by name until the engine taps them."""
@@ -41,7 +41,7 @@ class HookPoint:
                 f"hook point {text!r}",
                 found="it is not one of " + ", ".join(f"{kind}.<layer>" for kind in HOOK_KINDS),
                 instead="Name the layer as resid_post.<layer>, layers counted from 0.",
-                reason="hook_point_unknown",
+                reason=RefusalReason.HOOK_POINT_UNKNOWN,
             )
         return cls(layer=int(match[2]), kind=match[1])
 

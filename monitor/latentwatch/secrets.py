@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 
-TOKEN_UNUSABLE: Final = "token_unusable"  # noqa: S105, a reason
 MIN_TOKEN_CHARACTERS: Final = 16
 MIN_KEY_BYTES: Final = 16
 MAX_BYTES: Final = 1 << 16
@@ -47,7 +46,7 @@ def right_mode(owner: int, group: int, user: int, user_group: int) -> int:
     return 0o440 if through_group else 0o600
 
 
-def read_token(path: Path, what: str = "token file", reason: str = TOKEN_UNUSABLE) -> str:
+def read_token(path: Path, what: str = "token file", reason: RefusalReason = RefusalReason.TOKEN_UNUSABLE) -> str:
     """The bearer token in a file: one word. Raises ConfigRefused."""
     token = read(path, what, reason)
     if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or len(token.split()) != 1:
@@ -80,7 +79,7 @@ def check_together(what: str, files: Mapping[str, Path | None]) -> None:
             what,
             found=", ".join(f"{name} is {path}" for name, path in files.items()),
             instead="Give both." if len(files) == 2 else "Give all of them.",
-            reason="tls_unusable",
+            reason=RefusalReason.TLS_UNUSABLE,
         )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from latentwatch.errors import RefusalReason
 from latentwatch.export.metrics import METRICS
 
 from tests.support.engines import ROOT
@@ -317,7 +318,15 @@ def metrics() -> str:
     return table(["metric", "kind", "labels", "what it says"], rows)
 
 
-PAGES: dict[Path, dict[str, Callable[[], str]]] = {RESULTS_PAGE: BLOCKS, METRICS_PAGE: {"metrics": metrics}}
+def refusal_reasons() -> str:
+    """Those that a collector counts."""
+    return table(["reason", "when"], [[f"`{reason}`", reason.when] for reason in RefusalReason if reason.counted])
+
+
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    RESULTS_PAGE: BLOCKS,
+    METRICS_PAGE: {"metrics": metrics, "refusal-reasons": refusal_reasons},
+}
 
 
 def rendered(page: Path) -> str:

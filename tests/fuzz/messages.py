@@ -269,7 +269,7 @@ def _through_a_stream(
         hello(replica="stream/0", boot_id=f"{number:032x}"), last_acked_sequence=0, time_unix_nano=0
     )
     context = Context(opening, data)
-    loop.run_until_complete(receiver._serve(None, context))
+    loop.run_until_complete(receiver.servicer.serve(None, context))
     assert isinstance(context.replies[0], codec.Welcome)
     last = context.replies[-1]
     if isinstance(last, StreamRefused):

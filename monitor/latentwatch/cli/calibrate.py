@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from latentwatch.cli import options
+from latentwatch.errors import BaselineRefused, ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
     from latentwatch.collector.drift import DriftSettings
@@ -86,15 +87,20 @@ def run(args: argparse.Namespace) -> int:
     from latentwatch.drift import baseline
     from latentwatch.drift.limits import calibrated_limit
     from latentwatch.drift.show import table
-    from latentwatch.errors import ConfigRefused
 
     if args.out.exists() and not args.force:
         raise ConfigRefused(
-            f"--out {args.out}", found="it exists", instead="Give another name, or --force.", reason="file_exists"
+            f"--out {args.out}",
+            found="it exists",
+            instead="Give another name, or --force.",
+            reason=RefusalReason.FILE_EXISTS,
         )
     if not args.tolerance > 1:
         raise ConfigRefused(
-            f"--tolerance {args.tolerance}", found="it is not above 1", instead="Give 1.05.", reason="config_value"
+            f"--tolerance {args.tolerance}",
+            found="it is not above 1",
+            instead="Give 1.05.",
+            reason=RefusalReason.CONFIG_VALUE,
         )
     made = _named(_gathered(args), args)
     if args.update:
@@ -147,7 +153,6 @@ def _fetched(url: str, model_name: str, token_file: Path | None) -> bytes:
     from latentwatch import secrets
     from latentwatch.cli.http_client import Web
     from latentwatch.drift import baseline
-    from latentwatch.errors import BaselineRefused, ConfigRefused
 
     token = secrets.read_token(token_file, "--token-file") if token_file else ""
     web = Web(url, token, timeout_seconds=_TIMEOUT_SECONDS, max_bytes=baseline.MAX_FILE_BYTES)
@@ -158,17 +163,18 @@ def _fetched(url: str, model_name: str, token_file: Path | None) -> bytes:
             f"collector {url}",
             found=f"it gave nothing for model {model_name!r} ({refusal.found})",
             instead="Give the address of its page, and the model's name as the page shows it.",
-            reason="baseline_source",
+            reason=RefusalReason.BASELINE_SOURCE,
         ) from refusal
 
 
 def _of_files(path: Path, args: argparse.Namespace) -> Baseline:
-    from latentwatch.errors import ConfigRefused
     from latentwatch.watchlist import file as watchlist_file
 
     if args.watchlist is None:
         found = "a folder of evidence" if path.is_dir() else "a recording"
-        raise ConfigRefused(f"--from {path}", found=found, instead="Give its --watchlist too.", reason="config_value")
+        raise ConfigRefused(
+            f"--from {path}", found=found, instead="Give its --watchlist too.", reason=RefusalReason.CONFIG_VALUE
+        )
     watchlist = watchlist_file.read(args.watchlist)
     settings = options.drift_settings(None, args.canary_key, args.route)
     return (_of_evidence if path.is_dir() else _of_recording)(path, watchlist, args.model_name, settings)
@@ -178,7 +184,6 @@ def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, settings: 
     import time
 
     from latentwatch.collector.calibration import of_evidence
-    from latentwatch.errors import BaselineRefused
 
     what = f"evidence {folder}"
     with options.opened_evidence(folder) as (archive, audit):
@@ -187,7 +192,7 @@ def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, settings: 
                 what,
                 found=f"it was seen with watchlist {', '.join(sorted(others))}, but this is {watchlist.sha256}",
                 instead="Give that watchlist, or a folder that was begun with this one.",
-                reason="baseline_mismatch",
+                reason=RefusalReason.BASELINE_MISMATCH,
             )
         made = of_evidence(watchlist, model_name, archive.ended(model_name), settings, what)
         audit.add(time.time(), options.actor(), "calibrate", made.observed.requests, subject=f"model={model_name}")
@@ -197,7 +202,6 @@ def _of_evidence(folder: Path, watchlist: Watchlist, model_name: str, settings: 
 def _of_recording(path: Path, watchlist: Watchlist, model_name: str, settings: DriftSettings) -> Baseline:
     from latentwatch.collector.core import Core
     from latentwatch.collector.replay import replay
-    from latentwatch.errors import BaselineRefused
     from latentwatch.transport import recording
 
     core = Core(watchlist, drift=settings)
@@ -208,7 +212,7 @@ def _of_recording(path: Path, watchlist: Watchlist, model_name: str, settings: D
             f"recording {path}",
             found=f"it holds nothing of model {model_name!r}",
             instead="Give the name that the model was served under.",
-            reason="baseline_source",
+            reason=RefusalReason.BASELINE_SOURCE,
         )
     return observed
 

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from latentwatch.errors import ConfigRefused, RefusalReason
+
 if TYPE_CHECKING:
     from latentwatch.cli.http_client import Web
 
@@ -61,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompts(path: Path) -> list[str]:
     from latentwatch.drift.sums import CANARIES
-    from latentwatch.errors import ConfigRefused
 
     try:
         prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
@@ -70,27 +71,31 @@ def _prompts(path: Path) -> list[str]:
         prompts, found = [], str(error)
     if not 1 <= len(prompts) <= CANARIES:
         raise ConfigRefused(
-            f"--prompts {path}", found=found, instead=f"Give 1 to {CANARIES}, one a line.", reason="canary_prompts"
+            f"--prompts {path}",
+            found=found,
+            instead=f"Give 1 to {CANARIES}, one a line.",
+            reason=RefusalReason.CANARY_PROMPTS,
         )
     return prompts
 
 
 def _make_key(path: Path) -> None:
     from latentwatch.drift import canary
-    from latentwatch.errors import ConfigRefused
 
     try:
         canary.make_key(path)
     except OSError as error:
         raise ConfigRefused(
-            f"--key {path}", found=error.strerror or str(error), instead="Leave out --make-key.", reason="canary_key"
+            f"--key {path}",
+            found=error.strerror or str(error),
+            instead="Leave out --make-key.",
+            reason=RefusalReason.CANARY_KEY,
         ) from error
 
 
 def _sent(web: Web, model: str, key: bytes, prompt: int, text: str) -> str:
     """Send one canary; the error in words, empty where it was answered."""
     from latentwatch.drift import canary
-    from latentwatch.errors import ConfigRefused
 
     nonce = os.urandom(8).hex()
     body = {

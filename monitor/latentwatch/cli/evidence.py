@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from latentwatch.cli import options
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 
 HELP = "Find, show and delete the evidence that a collector wrote down."
 EPILOG = "example:  latentwatch evidence query --dir /var/lib/latentwatch/evidence --since 2h"
@@ -208,7 +208,7 @@ def _tokens(args: argparse.Namespace, request: int) -> Sequence[str]:
             "--tokenizer",
             found="the package tokenizers is not installed",
             instead="Run: pip install tokenizers",
-            reason="package_missing",
+            reason=RefusalReason.PACKAGE_MISSING,
         ) from error
     tokenizer = Tokenizer.from_file(str(args.tokenizer))
     return [tokenizer.decode([id], skip_special_tokens=False) for id in content.token_ids]
@@ -248,13 +248,16 @@ def _export(args: argparse.Namespace) -> int:
             "evidence export",
             found=f"{error.name} is not installed",
             instead="Run: pip install 'latentwatch[parquet]'",
-            reason="package_missing",
+            reason=RefusalReason.PACKAGE_MISSING,
         ) from error
     try:
         args.out.mkdir(mode=0o700)
     except OSError as error:
         raise ConfigRefused(
-            f"--out {args.out}", found=error.strerror or str(error), instead="Name a new folder.", reason="out_exists"
+            f"--out {args.out}",
+            found=error.strerror or str(error),
+            instead="Name a new folder.",
+            reason=RefusalReason.OUT_EXISTS,
         ) from error
     with options.opened_evidence(args.dir) as (archive, audit):
         audit.add(time.time(), options.actor(), "export", 0, subject=str(args.out))
@@ -285,7 +288,7 @@ def _before(now: float, age: str | None) -> float | None:
             f"age {age!r}",
             found="it is no number with a unit",
             instead="Write 90s, 30m, 2h or 7d.",
-            reason="age_invalid",
+            reason=RefusalReason.AGE_INVALID,
         )
     return now - float(match[1]) * _UNITS[match[2]]
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import httpx
 
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 
 _MAX_REDIRECTS: Final = 5
 _THIS_HOST: Final = ("localhost", "127.0.0.1", "[::1]")
@@ -78,4 +78,4 @@ class Web:
         )
 
     def _unreachable(self, found: str) -> ConfigRefused:
-        return ConfigRefused(self.url, found=found, instead="Check the address.", reason="unreachable")
+        return ConfigRefused(self.url, found=found, instead="Check the address.", reason=RefusalReason.UNREACHABLE)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -106,7 +106,7 @@ def opened_evidence(folder: Path) -> Iterator[tuple[Archive, Audit]]:
             f"evidence folder {folder}",
             found=str(error),
             instead="Run as the user of the collector: whoever reads has to be able to write the audit log.",
-            reason="evidence_unreadable",
+            reason=RefusalReason.EVIDENCE_UNREADABLE,
         ) from error
 
 

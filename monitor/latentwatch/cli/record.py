@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from latentwatch.errors import ConfigRefused, RefusalReason
+
 HELP = "Stand in for a collector and write every batch to a file, to calibrate from it or to replay it."
 EPILOG = """It stops on Ctrl-C. The file holds scores and request ids, and no text.
 example:  latentwatch record --listen unix:///run/latentwatch/collector.sock --out monday.recording"""
@@ -24,7 +26,6 @@ def run(args: argparse.Namespace) -> int:
     import signal
     import time
 
-    from latentwatch.errors import ConfigRefused
     from latentwatch.transport.receiver import Receiver
     from latentwatch.transport.recording import RecordingSink
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             f"--out {args.out}",
             found=error.strerror or str(error),
             instead="Give a file that does not exist yet, in a folder that does.",
-            reason="file_exists",
+            reason=RefusalReason.FILE_EXISTS,
         ) from error
 
     async def serve() -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from latentwatch.cli import watchlist_discover
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 
 HELP = "Find what to watch; build, show and verify the file that says it."
 EPILOG = "example:  latentwatch watchlist build watchlist.yaml --out prod.safetensors"
@@ -97,7 +97,10 @@ def _build(args: argparse.Namespace) -> int:
 
     if args.out.exists() and not args.force:
         raise ConfigRefused(
-            f"--out {args.out}", found="the file exists", instead="Add --force to replace it.", reason="out_exists"
+            f"--out {args.out}",
+            found="the file exists",
+            instead="Add --force to replace it.",
+            reason=RefusalReason.OUT_EXISTS,
         )
     built = build(args.yaml, args.out, lambda line: print(line, file=sys.stderr))
     print(f"{args.out}: {len(built.features)} features at {len(built.hooks)} hook points, sha256 {built.sha256}")
@@ -142,7 +145,10 @@ def _verify(args: argparse.Namespace) -> int:
     if args.against is None:
         if args.activations:
             raise ConfigRefused(
-                "--activations", found="--against is missing", instead="Give the YAML too.", reason="against_missing"
+                "--activations",
+                found="--against is missing",
+                instead="Give the YAML too.",
+                reason=RefusalReason.AGAINST_MISSING,
             )
         return 0
     differences = verify.differences(watchlist, args.against)

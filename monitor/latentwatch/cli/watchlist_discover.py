@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
     from latentwatch.names import HookPoint
@@ -104,7 +104,10 @@ def _hook_point(args: argparse.Namespace) -> HookPoint:
 
     if args.out.exists() and not args.force:
         raise ConfigRefused(
-            f"--out {args.out}", found="it exists", instead="Add --force to replace it.", reason="out_exists"
+            f"--out {args.out}",
+            found="it exists",
+            instead="Add --force to replace it.",
+            reason=RefusalReason.OUT_EXISTS,
         )
     return HookPoint.parse(args.hook_point)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from latentwatch.collector.drift import Drift, DriftSettings
 from latentwatch.drift.baseline import Baseline
-from latentwatch.errors import BaselineRefused
+from latentwatch.errors import BaselineRefused, RefusalReason
 from latentwatch.evidence.records import Ended
 from latentwatch.facts import is_whole
 from latentwatch.watchlist.file import Watchlist
@@ -64,4 +64,4 @@ def of_evidence(
 
 
 def _refuse(what: str, found: str, instead: str) -> BaselineRefused:
-    return BaselineRefused(what, found=found, instead=instead, reason="baseline_source")
+    return BaselineRefused(what, found=found, instead=instead, reason=RefusalReason.BASELINE_SOURCE)

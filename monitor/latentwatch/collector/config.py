@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from latentwatch import secrets
-from latentwatch.errors import ConfigRefused, WatchlistRefused
+from latentwatch.errors import ConfigRefused, RefusalReason, WatchlistRefused
 
 ENVIRONMENT: Final = "LATENTWATCH_SETTING_"
 """Not LATENTWATCH_COLLECTOR_: engines have variables of that name, and so has Kubernetes for a Service."""
@@ -136,7 +136,7 @@ class CollectorConfig(BaseSettings):
                 "forwarding to a gateway",
                 found=f"--{flag(extra[0])} is given, and --forward-to is not",
                 instead="Give --forward-to HOST:PORT too.",
-                reason="forward",
+                reason=RefusalReason.FORWARD,
             )
         if self.forward_cert or self.forward_key:
             secrets.check_together("TLS to the gateway", self._files("forward_cert", "forward_key", "forward_ca"))
@@ -221,12 +221,14 @@ def _read(path: Path) -> dict[str, object]:
         found = "" if read is None or isinstance(read, dict) else f"it holds {reprlib.repr(read)}, not options"
     except WatchlistRefused as refusal:
         what = f"--config {refusal.what}"
-        raise ConfigRefused(what, found=refusal.found, instead=refusal.instead, reason="config_file") from refusal
+        raise ConfigRefused(
+            what, found=refusal.found, instead=refusal.instead, reason=RefusalReason.CONFIG_FILE
+        ) from refusal
     except OSError as error:
         read, found = None, error.strerror or str(error)
     if found:
         instead = "Give a YAML file of lines such as 'http: 127.0.0.1:9464'."
-        raise ConfigRefused(f"--config {path}", found=found, instead=instead, reason="config_file")
+        raise ConfigRefused(f"--config {path}", found=found, instead=instead, reason=RefusalReason.CONFIG_FILE)
     return dict(read) if isinstance(read, dict) else {}
 
 
@@ -237,7 +239,7 @@ def _check_known(names: Collection[str], known: Collection[str], where: str) -> 
             f"{name} {where}",
             found="no option of the collector has this name",
             instead=f"Did you mean {close[0]}?" if close else f"Give one of {', '.join(sorted(known))}.",
-            reason="config_unknown",
+            reason=RefusalReason.CONFIG_UNKNOWN,
         )
 
 
@@ -248,11 +250,11 @@ def _refused(name: str, field: FieldInfo, wrong: Mapping[str, object], where: st
             f"--{flag(name)}",
             found="it is not given",
             instead=f"Give it, or {variable(name)}, or {flag(name)} in the file of --config: {meaning}.",
-            reason="config_missing",
+            reason=RefusalReason.CONFIG_MISSING,
         )
     # A file has lists; that they become tuples is no concern of who writes it.
     found = f"{reprlib.repr(wrong['input'])}: {str(wrong['msg']).replace('tuple', 'list')}"
-    return ConfigRefused(where, found=found, instead=f"It is for this: {meaning}.", reason="config_value")
+    return ConfigRefused(where, found=found, instead=f"It is for this: {meaning}.", reason=RefusalReason.CONFIG_VALUE)
 
 
 @dataclass(frozen=True)
@@ -307,5 +309,5 @@ class Bounds:
                     f"bound {bound.name}",
                     found=f"it is {value!r}",
                     instead="Give a number above 0.",
-                    reason="config_value",
+                    reason=RefusalReason.CONFIG_VALUE,
                 )

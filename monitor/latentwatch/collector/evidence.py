@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from latentwatch.collector.evidence_buffer import EvidenceScope, watched
 from latentwatch.collector.pseudonyms import Pseudonyms
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence import sealed as sealed_contents
 from latentwatch.evidence import store
 from latentwatch.evidence.archive import Archive, StoredRequest, Wanted
@@ -71,7 +71,7 @@ class Evidence:
         self._pseudonyms = pseudonyms
         self._clock = clock
         files = [settings.token_file] if settings.token_file else []
-        self.tokens = Tokens(files, "--evidence-token", "evidence_token") if files else None
+        self.tokens = Tokens(files, "--evidence-token", RefusalReason.EVIDENCE_TOKEN) if files else None
         """Who may delete, and put and get what was said, over HTTP; None: nobody."""
         self.vault = Vault.read(settings.key_file) if settings.key_file else None
         self._store = Store(settings.folder, watched(watchlist), settings.retention)
@@ -84,7 +84,7 @@ class Evidence:
                 f"evidence folder {settings.folder}",
                 found=str(error),
                 instead="Give a folder that the collector may write to, on a disk with room.",
-                reason="evidence_folder",
+                reason=RefusalReason.EVIDENCE_FOLDER,
             ) from error
         self._archive = Archive(settings.folder)
         self._reading = ThreadPoolExecutor(1, "evidence-read")

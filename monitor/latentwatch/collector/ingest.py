@@ -26,7 +26,7 @@ from latentwatch.collector.listener import Eviction, Step, StepListener
 from latentwatch.collector.replicas import Boot
 from latentwatch.collector.requests import TrackedRequest, bounded
 from latentwatch.collector.state import CollectorState
-from latentwatch.errors import StreamRefused
+from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.facts import RequestInfo
 from latentwatch.names import TokenState
 from latentwatch.step.batch import RequestOpened, StepBatch
@@ -62,7 +62,7 @@ class Ingest:
                 f"collector {hello.replica}",
                 found="this collector forwards to another one itself, and only what engines send here travels on",
                 instead="Forward to the gateway itself.",
-                reason="forwards_twice",
+                reason=RefusalReason.FORWARDS_TWICE,
             )
         state = self._state
         boot, over = state.replicas.admit(hello, now)

@@ -18,42 +18,17 @@ from latentwatch.collector.telemetry import OtlpFacts
 from latentwatch.collector.totals import ModelTotals
 from latentwatch.drift.detection import KINDS
 from latentwatch.drift.model import DriftView
+from latentwatch.errors import RefusalReason
 from latentwatch.evidence.records import KINDS as KINDS_OF_RECORD
 from latentwatch.evidence.writer import DROP_REASONS, QUEUE_BYTES
 from latentwatch.export import metrics
 from latentwatch.export.families import ExemplarLine, Family, LabelRows
 from latentwatch.export.metrics import ENGINE_COUNTERS, Metric
 from latentwatch.names import Outcome
-from latentwatch.transport import listener
-from latentwatch.transport.receiver import ReceiverFacts
+from latentwatch.transport.servicer import ReceiverFacts
 from latentwatch.watchlist.file import Feature, Watchlist
 
-REFUSALS: Final = (
-    "watchlist_mismatch",
-    "protocol_version",
-    "malformed_hello",
-    "hello_missing",
-    "hello_repeated",
-    "malformed_batch",
-    "unknown_boot",
-    "boot_changed",
-    "replica_name",
-    "too_many_replicas",
-    "too_many_models",
-    "too_many_streams",
-    "superseded",
-    "collector_error",
-    "unauthenticated",
-    "replica_identity",
-    "message_too_large",
-    "replayed",
-    "stream_idle",
-    "replica_twice",
-    "forwards_twice",
-    *listener.REFUSALS,
-    "http_unauthenticated",
-    "http_slow",
-)
+REFUSALS: Final = tuple(reason for reason in RefusalReason if reason.counted)
 """Reasons that have a series at 0 from the start, so that increase() sees the first one."""
 
 
@@ -212,7 +187,7 @@ class Families:
 
     def _collector(self, snapshot: Snapshot) -> Iterator[Family]:
         totals = snapshot.collector
-        refused = {**dict.fromkeys(REFUSALS, 0), **totals.streams_refused}
+        refused: dict[str, int] = {**dict.fromkeys(REFUSALS, 0), **totals.streams_refused}
         yield Family(metrics.STREAMS_REFUSED, tuple((reason,) for reason in refused), list(refused.values()))
         for metric, value in (
             (metrics.MESSAGES, totals.messages),
@@ -237,7 +212,7 @@ class Families:
         receiver, bounds = process.receiver, snapshot.bounds
         rows = (
             ("streams", receiver.streams, receiver.max_streams),
-            ("merge_queue_messages", receiver.turns.waiting, receiver.max_streams),
+            ("merge_queue_messages", receiver.queue.waiting, receiver.max_streams),
             ("replicas", len(snapshot.replicas) + len(snapshot.forwarders), bounds.replicas),
             ("models", len(snapshot.models), bounds.models),
             ("open_requests", snapshot.collector.open_requests, bounds.open_requests),
@@ -246,7 +221,7 @@ class Families:
         stages = tuple((stage,) for stage, _, _ in rows)
         yield Family(metrics.STAGE_DEPTH, stages, [depth for _, depth, _ in rows])
         yield Family(metrics.STAGE_CAPACITY, stages, [capacity for _, _, capacity in rows])
-        yield Family(metrics.MERGE_QUEUE_OLDEST, ((),), [receiver.turns.oldest_seconds])
+        yield Family(metrics.MERGE_QUEUE_OLDEST, ((),), [receiver.queue.oldest_seconds])
 
     def _forwarding(self, snapshot: Snapshot, relay: RelayFacts) -> Iterator[Family]:
         """To a gateway, where there is one, and from every sidecar that forwards here."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from latentwatch import secrets
+from latentwatch.errors import RefusalReason
 from latentwatch.names import response_id
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
@@ -36,7 +37,7 @@ class Pseudonyms:
     def read(cls, path: Path, exempt: Callable[[str], bool]) -> Pseudonyms:
         """With the key in a file. Raises ConfigRefused, "request_id_key"."""
         instead = f"Write at least {secrets.MIN_KEY_BYTES} random bytes there, e.g. of openssl rand -hex 32."
-        return cls(secrets.read_key(path, "--request-id-key-file", "request_id_key", instead), exempt)
+        return cls(secrets.read_key(path, "--request-id-key-file", RefusalReason.REQUEST_ID_KEY, instead), exempt)
 
     def of(self, request_id: str) -> str:
         """What stands for an engine request id. A hash, from a sidecar that has a key too, stands for itself."""

@@ -9,7 +9,7 @@ from typing import Final
 
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.requests import HandleMap, HandleMapState
-from latentwatch.errors import StreamRefused
+from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.step.batch import EngineCounters
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report
@@ -116,7 +116,7 @@ class Replicas:
                     f"replica {state.hello.replica} in a report of collector {forwarder.replica}",
                     found="it streams here itself, and would be counted twice",
                     instead="Let an engine stream to one collector only.",
-                    reason="replica_twice",
+                    reason=RefusalReason.REPLICA_TWICE,
                 )
         hellos = tuple(state.hello for state in report.replicas)
         self._check(hellos, _counted(report), {model.model_name for model in report.models})
@@ -175,7 +175,7 @@ class Replicas:
                 f"boot {hello.boot_id!r} of replica {hello.replica!r}",
                 found="this collector no longer knows it",
                 instead="Open the stream again with a Hello.",
-                reason="unknown_boot",
+                reason=RefusalReason.UNKNOWN_BOOT,
             )
         return boot
 
@@ -258,7 +258,7 @@ class Replicas:
                 found=f"it scores with watchlist {hello.watchlist_sha256[:12] or '(none)'}, "
                 f"this collector explains {self._sha256[:12]}",
                 instead="Start both with the same watchlist file.",
-                reason="watchlist_mismatch",
+                reason=RefusalReason.WATCHLIST_MISMATCH,
             )
 
     def _check_capacity(self, replicas: Set[str], engines: Set[tuple[str, str]], models: Set[str]) -> None:
@@ -266,13 +266,13 @@ class Replicas:
         name = min(replicas, default="report")
         checks = (
             (
-                "too_many_replicas",
+                RefusalReason.TOO_MANY_REPLICAS,
                 len(replicas - self.known.keys()) + len(self.known) > self._bounds.replicas
                 and not replicas <= self.known.keys(),
                 f"this collector already knows {len(self.known)} replicas, and its bound is {self._bounds.replicas}",
             ),
             (
-                "too_many_models",
+                RefusalReason.TOO_MANY_MODELS,
                 (not models <= known_models and len(models | known_models) > self._bounds.models)
                 or (not engines <= self._engines and len(engines | self._engines) > self._bounds.replicas),
                 f"this collector already counts {len(known_models)} models and {len(self._engines)} engines",
@@ -301,7 +301,7 @@ def _check_same_engine(first: Hello, again: Hello) -> None:
             found=f"its boot served model {first.model_name!r} as engine {first.engine!r}, "
             f"and now says {again.model_name!r} and {again.engine!r}",
             instead="Give each engine process a replica name of its own.",
-            reason="boot_changed",
+            reason=RefusalReason.BOOT_CHANGED,
         )
 
 
@@ -316,7 +316,7 @@ def _check_labels(hello: Hello) -> None:
                 f"hello of replica {hello.replica}",
                 found=f"{name} has {len(getattr(hello, name))} characters",
                 instead=f"Use at most {_TEXT_CHARACTERS}.",
-                reason="replica_name",
+                reason=RefusalReason.REPLICA_NAME,
             )
 
 
@@ -327,5 +327,5 @@ def _check_label(what: str, name: str, text: str) -> None:
             what,
             found=f"{name} is {text[:64]!r}, {len(encoded)} bytes",
             instead=f"It becomes a label: use 1 to {most} bytes of printable text.",
-            reason="replica_name",
+            reason=RefusalReason.REPLICA_NAME,
         )

@@ -31,7 +31,7 @@ from latentwatch.collector.pseudonyms import Pseudonyms, PseudonymSink
 from latentwatch.collector.telemetry import OtlpFacts, Telemetry, TelemetrySettings
 from latentwatch.drift.canary import canary_prompt
 from latentwatch.drift.limits import with_limits
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
@@ -172,7 +172,7 @@ def _pseudonyms(settings: CollectorSettings) -> Pseudonyms | None:
             "--request-id-key-file with --route",
             found="a hashed id does not tell its route",
             instead="Give one of them.",
-            reason="request_id_key",
+            reason=RefusalReason.REQUEST_ID_KEY,
         )
     canary_key = settings.drift.canary_key
     return Pseudonyms.read(settings.request_id_key_file, exempt=lambda id: canary_prompt(canary_key, id) is not None)

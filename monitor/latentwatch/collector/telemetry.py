@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence.records import Exceeded, Record
 from latentwatch.evidence.segment import Watched
 from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
@@ -37,14 +37,14 @@ class TelemetrySettings:
                 f"--otlp {self.endpoint}",
                 found="it is no http:// or https:// address",
                 instead="Give the gRPC port of an OTLP receiver, such as http://127.0.0.1:4317.",
-                reason="otlp_endpoint",
+                reason=RefusalReason.OTLP_ENDPOINT,
             )
         if self.metrics_seconds < 0:
             raise ConfigRefused(
                 f"--otlp-metrics {self.metrics_seconds:g}",
                 found="it is below 0",
                 instead="Give seconds between two sendings, or 0 for none.",
-                reason="otlp_interval",
+                reason=RefusalReason.OTLP_INTERVAL,
             )
 
 
@@ -69,7 +69,7 @@ class Telemetry:
                 "--otlp",
                 found=f"{error.name} is not installed",
                 instead="Run: pip install 'latentwatch[otel]'",
-                reason="package_missing",
+                reason=RefusalReason.PACKAGE_MISSING,
             ) from error
         self._clock = clock
         self._interval = settings.metrics_seconds

@@ -19,7 +19,7 @@ from latentwatch.aggregate.counts import Layout
 from latentwatch.arrays import Array
 from latentwatch.drift.reference import DriftTolerance, Reference, fit
 from latentwatch.drift.sums import TrafficSums
-from latentwatch.errors import BaselineRefused
+from latentwatch.errors import BaselineRefused, RefusalReason
 from latentwatch.storage import HashedArtifact
 
 MAX_FILE_BYTES: Final = 1 << 28
@@ -85,7 +85,10 @@ class Baseline:
             return fit(self.observed, self.layout, self.options)
         except ValueError as error:
             raise _refuse(
-                "baseline", f"it has {error}", "Let the collector see more traffic that you trust.", "baseline_volume"
+                "baseline",
+                f"it has {error}",
+                "Let the collector see more traffic that you trust.",
+                RefusalReason.BASELINE_VOLUME,
             ) from error
 
     def check(self, live: Fingerprint, what: str = "baseline") -> None:
@@ -96,14 +99,16 @@ class Baseline:
                 f"it was calibrated with {name.replace('_', ' ')} {getattr(self.fingerprint, name)!r}, "
                 f"but this is {getattr(live, name)!r}",
                 "Its rates would be compared with those of something else. " + _AGAIN,
-                "baseline_mismatch",
+                RefusalReason.BASELINE_MISMATCH,
             )
 
     def merge(self, other: Baseline) -> Baseline:
         """The traffic of both. Raises BaselineRefused where they are of different things."""
         self.check(other.fingerprint)
         if self.features != other.features or self.window_seconds != other.window_seconds:
-            raise _refuse("baseline", "the two are over different features or windows", _AGAIN, "baseline_mismatch")
+            raise _refuse(
+                "baseline", "the two are over different features or windows", _AGAIN, RefusalReason.BASELINE_MISMATCH
+            )
         return dataclasses.replace(
             self,
             observed=self.observed.merge(other.observed),
@@ -169,5 +174,5 @@ def _from_card(card: Mapping[str, Any], arrays: Mapping[str, Array]) -> Baseline
     )
 
 
-def _refuse(what: str, found: str, instead: str, reason: str = "baseline_format") -> BaselineRefused:
+def _refuse(what: str, found: str, instead: str, reason: str = RefusalReason.BASELINE_FORMAT) -> BaselineRefused:
     return BaselineRefused(what, found=found, instead=instead, reason=reason)

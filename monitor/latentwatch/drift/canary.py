@@ -14,6 +14,7 @@ from typing import Final
 
 from latentwatch import secrets
 from latentwatch.drift.sums import CANARIES
+from latentwatch.errors import RefusalReason
 
 _ID: Final = re.compile(r"lwcanary-(\d{1,3})-([0-9a-f]{16})-([0-9a-f]{16})")
 
@@ -28,7 +29,7 @@ def make_key(path: Path) -> bytes:
 def read_key(path: Path) -> bytes:
     """The key in a file. Raises ConfigRefused "canary_key" where there is none."""
     instead = "Give the file that 'latentwatch canary --make-key' wrote."
-    return secrets.read_key(path, "canary key", "canary_key", instead)
+    return secrets.read_key(path, "canary key", RefusalReason.CANARY_KEY, instead)
 
 
 def canary_id(key: bytes, prompt: int, nonce: str) -> str:

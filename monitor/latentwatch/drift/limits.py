@@ -13,7 +13,7 @@ from typing import Final
 
 from latentwatch.drift.baseline import Baseline
 from latentwatch.drift.sums import TAIL, TrafficSums
-from latentwatch.errors import BaselineRefused
+from latentwatch.errors import BaselineRefused, RefusalReason
 from latentwatch.watchlist.file import Feature, HookRows, Limit, Watchlist
 
 MIN_BEYOND: Final = 10
@@ -46,7 +46,7 @@ def calibrated_limit(observed: TrafficSums, feature: int, fpr: float) -> Calibra
             found=f"{beyond:.1f} of {requests} trusted requests would lie beyond them",
             instead=f"Use a rate between {MIN_BEYOND / max(1, requests):.2g} and "
             f"{(TAIL - 40) / max(1, requests):.2g}, or calibrate on more traffic.",
-            reason="limit_fpr",
+            reason=RefusalReason.LIMIT_FPR,
         )
     spread = _SDS * math.sqrt(beyond)
     tail_K = observed.tail_FK[feature]

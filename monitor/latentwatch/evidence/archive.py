@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence import segment
 from latentwatch.evidence.records import FIRE_RECORD, Ended, RecordedRequest, row_record
 from latentwatch.evidence.segment import Watched, WatchedFeature
@@ -95,7 +95,7 @@ class Archive:
                 f"evidence folder {folder}",
                 found="there is no such folder",
                 instead="Give the folder that the collector was started with, --evidence.",
-                reason="evidence_folder",
+                reason=RefusalReason.EVIDENCE_FOLDER,
             )
         self.folder = folder
         self._readers: dict[Path, _Reader] = {}

@@ -21,7 +21,7 @@ from typing import Final, Literal
 import numpy as np
 
 from latentwatch.arrays import Array, Dtype
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence.records import Activations, Ended, Exceeded, Record, RecordedRequest
 from latentwatch.names import TokenState, response_id, trace_id
 
@@ -180,7 +180,7 @@ def wrong_format(path: Path, version: int) -> ConfigRefused:
         f"evidence file {path}",
         found=f"it has format {version}, this version reads {FORMAT}",
         instead="Read it with the latentwatch version that wrote it, or move it away.",
-        reason="evidence_format",
+        reason=RefusalReason.EVIDENCE_FORMAT,
     )
 
 

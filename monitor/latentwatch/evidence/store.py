@@ -23,7 +23,7 @@ from typing import Final
 from filelock import BaseFileLock
 
 from latentwatch import storage
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence import audit, sealed, segment
 from latentwatch.evidence.records import Ended, Record
 from latentwatch.evidence.segment import NOTHING_ERASED, Erased, Segment, Watched
@@ -210,17 +210,19 @@ def _lock(folder: Path) -> BaseFileLock:
             f"evidence folder {folder}",
             found=error.strerror or str(error),
             instead="Give a folder that the collector may write to.",
-            reason="evidence_folder",
+            reason=RefusalReason.EVIDENCE_FOLDER,
         ) from error
     if lock is None:
         raise ConfigRefused(
             f"evidence folder {folder}",
             found="another collector writes to it",
             instead="Give each collector a folder of its own.",
-            reason="evidence_locked",
+            reason=RefusalReason.EVIDENCE_LOCKED,
         )
     return lock
 
 
 def _refuse(what: str, found: str, instead: str) -> ConfigRefused:
-    return ConfigRefused(f"evidence retention by {what}", found=found, instead=instead, reason="evidence_retention")
+    return ConfigRefused(
+        f"evidence retention by {what}", found=found, instead=instead, reason=RefusalReason.EVIDENCE_RETENTION
+    )

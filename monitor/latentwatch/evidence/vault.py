@@ -21,7 +21,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from latentwatch import secrets
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 
 KEY_BYTES: Final = 32
 MAX_TOKENS: Final = 1 << 20
@@ -46,7 +46,7 @@ class Content:
                 "content of a request",
                 found=f"{len(self.tokens)} tokens and {len(self.token_ids)} token ids",
                 instead=f"Give tokens, token_ids or both of equal length, 1 to {MAX_TOKENS}.",
-                reason="content_length",
+                reason=RefusalReason.CONTENT_LENGTH,
             )
 
 
@@ -61,7 +61,7 @@ class Vault:
     @classmethod
     def read(cls, path: Path) -> Vault:
         """Raises: ConfigRefused "evidence_key": the file is missing, open to others, or holds no key."""
-        lines = secrets.read(path, _WHAT, "evidence_key").split()
+        lines = secrets.read(path, _WHAT, RefusalReason.EVIDENCE_KEY).split()
         try:
             keys = [base64.b64decode(line, validate=True) for line in lines]
         except binascii.Error:
@@ -72,7 +72,7 @@ class Vault:
                 _WHAT,
                 f"it does not hold base64 keys of {KEY_BYTES} bytes, one a line",
                 "Make one with 'latentwatch evidence key PATH'.",
-                "evidence_key",
+                RefusalReason.EVIDENCE_KEY,
             )
         return cls(keys)
 
@@ -90,7 +90,7 @@ class Vault:
                 "content of a request",
                 found=f"it was sealed with key {key_id.hex()}, which the key file does not hold",
                 instead="Give the key file that the collector had then.",
-                reason="evidence_key",
+                reason=RefusalReason.EVIDENCE_KEY,
             )
         try:
             plain = self._ciphers[key_id].decrypt(nonce, sealed[_KEY_ID_BYTES + _NONCE_BYTES :], _bound_to(request))
@@ -99,7 +99,7 @@ class Vault:
                 "content of a request",
                 found="it was changed after it was sealed, or belongs to another request",
                 instead="Treat the folder as tampered with.",
-                reason="evidence_damaged",
+                reason=RefusalReason.EVIDENCE_DAMAGED,
             ) from error
         fields = json.loads(zlib.decompress(plain))
         return Content(tuple(fields["tokens"]), tuple(fields["token_ids"]))
@@ -110,7 +110,7 @@ def write_key(path: Path) -> None:
     try:
         secrets.write(path, base64.b64encode(os.urandom(KEY_BYTES)) + b"\n")
     except FileExistsError as error:
-        raise secrets.refuse(path, _WHAT, "the file exists", "Give another path.", "out_exists") from error
+        raise secrets.refuse(path, _WHAT, "the file exists", "Give another path.", RefusalReason.OUT_EXISTS) from error
 
 
 def _key_id(key: bytes) -> bytes:

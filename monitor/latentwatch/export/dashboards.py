@@ -6,7 +6,7 @@ import sysconfig
 from pathlib import Path
 
 import latentwatch
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 
 
 def folder() -> Path:
@@ -25,5 +25,5 @@ def folder() -> Path:
         "alert rules",
         found=f"not in {' or '.join(map(str, places))}",
         instead="Install latentwatch whole, or run it from a checkout.",
-        reason="rules_missing",
+        reason=RefusalReason.RULES_MISSING,
     )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from latentwatch.errors import RefusalReason
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sender import Sender
 from latentwatch.transport.spool import Spool, SpoolFolder
@@ -22,12 +23,12 @@ IN_USE_SECONDS: Final = 10.0
 _LOOK_SECONDS: Final = 0.05
 _FINAL_REFUSALS: Final = frozenset(
     {
-        "watchlist_mismatch",  # the engine was started with another watchlist since, and the collector too
-        "boot_changed",
-        "malformed_hello",
-        "protocol_version",
-        "replica_identity",
-        "replica_name",
+        RefusalReason.WATCHLIST_MISMATCH,  # the engine was started with another watchlist since, and the collector too
+        RefusalReason.BOOT_CHANGED,
+        RefusalReason.MALFORMED_HELLO,
+        RefusalReason.PROTOCOL_VERSION,
+        RefusalReason.REPLICA_IDENTITY,
+        RefusalReason.REPLICA_NAME,
     }
 )
 """Refusals that are of the boot, not of the moment."""

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentwatch.arrays import F32, Array
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.step.batch import FIRE_DTYPE
 
 MAGIC: Final = 0x4C57_5249_4E47_0001
@@ -128,7 +128,7 @@ class Ring:
                 "shared-memory ring",
                 found=f"{found} bytes, expected {size} for {geometry}",
                 instead="Start engine and exporter from the same latentwatch version.",
-                reason="ring_geometry",
+                reason=RefusalReason.RING_GEOMETRY,
             )
         memory = memoryview(self._map)
         self._slots = [

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from latentwatch.errors import EngineRefused
+from latentwatch.errors import EngineRefused, RefusalReason
 from latentwatch.kernels import score_cpu
 from latentwatch.watchlist.file import HookRows
 
@@ -98,7 +98,7 @@ def pack(rows: HookRows, device: torch.device | str, dtype: torch.dtype) -> tupl
             f"hook point {rows.hook_point}",
             found=f"the model runs in {dtype}",
             instead=f"Serve it in one of {', '.join(str(known).removeprefix('torch.') for known in MODEL_DTYPES)}.",
-            reason="model_dtype",
+            reason=RefusalReason.MODEL_DTYPE,
         )
     scale_6K = torch.tensor(rows.scale_6K, device=device)
     if torch.device(device).type == "cpu":

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from latentwatch.errors import StreamRefused
+from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.names import Phase, Reason, TokenState
 from latentwatch.step.batch import Array, StepBatch, owns_rows
 
@@ -73,5 +73,5 @@ def _malformed(batch: StepBatch, found: str) -> StreamRefused:
         f"step {batch.step}",
         found=found,
         instead="The exporter and the collector must run the same latentwatch version; upgrade the older one.",
-        reason="malformed_batch",
+        reason=RefusalReason.MALFORMED_BATCH,
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 
 MAX_SOCKET_PATH_BYTES: Final = 107
 """sockaddr_un.sun_path on Linux, less its terminating zero."""
@@ -63,7 +63,7 @@ def positive(env: Mapping[str, str], name: str, unset: float, *, or_zero: bool =
             name,
             found=f"it is {text!r}",
             instead=f"Give a number {'of 0 or more' if or_zero else 'above 0'}, or leave it out for {unset:g}.",
-            reason="config_value",
+            reason=RefusalReason.CONFIG_VALUE,
         )
     return value
 
@@ -75,7 +75,7 @@ def cannot_listen(asked: str, error: OSError, *, instead: str) -> ConfigRefused:
         # asyncio words its own; a name that does not resolve has a negative number.
         found=os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error),
         instead=instead,
-        reason="port_in_use" if error.errno == errno.EADDRINUSE else "address_unusable",
+        reason=RefusalReason.PORT_IN_USE if error.errno == errno.EADDRINUSE else RefusalReason.ADDRESS_UNUSABLE,
     )
 
 
@@ -84,5 +84,5 @@ def _refused(text: str, found: str) -> ConfigRefused:
         f"address {text!r}",
         found=found,
         instead="Give unix:///absolute/path.sock, or host:port such as 127.0.0.1:4319 or [::1]:4319.",
-        reason="target_invalid",
+        reason=RefusalReason.TARGET_INVALID,
     )

@@ -18,7 +18,7 @@ from typing import Any, Final
 import grpc
 
 from latentwatch import secrets
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.log_limit import LogLimit
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,9 @@ TOKEN_FILE: Final = "LATENTWATCH_COLLECTOR_TOKEN_FILE"  # noqa: S105, the name o
 class Tokens:
     """The bearer tokens that are accepted, one a file: two files while one is rotated out."""
 
-    def __init__(self, files: Sequence[Path], what: str = "token file", reason: str = secrets.TOKEN_UNUSABLE) -> None:
+    def __init__(
+        self, files: Sequence[Path], what: str = "token file", reason: RefusalReason = RefusalReason.TOKEN_UNUSABLE
+    ) -> None:
         """Raises: ConfigRefused, for this reason."""
         self._files = tuple(files)
         self._what = what
@@ -111,22 +113,26 @@ class Credentials:
         )
         return cls(authority, certificate, key, token)
 
-    def channel(self, target: str, options: Sequence[tuple[str, Any]]) -> Any:
+    def channel(self, target: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
         """A channel by the files as they are now. Raises ConfigRefused, "tls_unusable"."""
-        return self._channel(grpc, target, options)
+        tls = self._tls()
+        return grpc.secure_channel(target, tls, options) if tls else grpc.insecure_channel(target, options)
 
-    def aio_channel(self, target: str, options: Sequence[tuple[str, Any]]) -> Any:
+    def aio_channel(self, target: str, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
         """The same for an event loop."""
-        return self._channel(grpc.aio, target, options)
+        tls = self._tls()
+        return grpc.aio.secure_channel(target, tls, options) if tls else grpc.aio.insecure_channel(target, options)
 
-    def _channel(self, api: Any, target: str, options: Sequence[tuple[str, Any]]) -> Any:
+    def _tls(self) -> grpc.ChannelCredentials | None:
         if self.authority is None:
-            return api.insecure_channel(target, options=options)
+            return None
         try:
-            read = [path and path.read_bytes() for path in (self.authority, self.key, self.certificate)]
+            authority, key, certificate = (
+                path.read_bytes() if path else None for path in (self.authority, self.key, self.certificate)
+            )
         except OSError as error:
             raise _unusable(self.authority, error) from error
-        return api.secure_channel(target, grpc.ssl_channel_credentials(*read), options=options)
+        return grpc.ssl_channel_credentials(authority, key, certificate)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each stream carries beside its messages. Raises ConfigRefused, "token_unusable"."""
@@ -149,5 +155,5 @@ def _unusable(path: Path, error: OSError) -> ConfigRefused:
         f"TLS with {path}",
         found=f"{type(error).__name__}: {error}",
         instead="Give PEM files that this process can read: a certificate with its chain, its key, the authorities.",
-        reason="tls_unusable",
+        reason=RefusalReason.TLS_UNUSABLE,
     )

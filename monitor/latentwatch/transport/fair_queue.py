@@ -53,10 +53,10 @@ class FairQueue:
         since = min((since for _, _, since, _ in self._waiting), default=None)
         return FairQueueFacts(len(self._waiting), 0.0 if since is None else self._clock() - since)
 
-    async def take(self, account: Flow, cost: int, work: Callable[[], T], *, alone: bool) -> T:
-        """Do the work when it is this account's turn; `alone`: there is nobody to share with."""
-        start = max(self._virtual, account.end)
-        account.end = start + cost
+    async def run(self, flow: Flow, cost: int, work: Callable[[], T], *, alone: bool) -> T:
+        """Do the work when it is this flow's turn; `alone`: there is nobody to share with."""
+        start = max(self._virtual, flow.end)
+        flow.end = start + cost
         if alone and not self._waiting:
             self._virtual = start
             return work()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.transport.credentials import ServerTls, names_of
 
 HANDSHAKE_SECONDS: Final = 5.0
@@ -28,9 +28,6 @@ HANDSHAKE_SECONDS: Final = 5.0
 WELCOME_SECONDS: Final = 20.0
 """From the connection to a welcomed stream: above the receiver's own deadline for the hello."""
 _CHUNK_BYTES: Final = 1 << 18
-
-REFUSALS: Final = ("too_many_connections", "slow_handshake", "certificate", "tls_handshake", "slow_connection")
-"""Every reason for which a connection is turned away here."""
 
 
 @dataclass
@@ -93,7 +90,7 @@ class Listener:
         self._tasks.add(task)
         try:
             if len(self._tasks) > self._max_connections:
-                self._on_refused("too_many_connections")
+                self._on_refused(RefusalReason.TOO_MANY_CONNECTIONS)
             elif await self._shake_hands(writer):
                 await self._pass_on(reader, writer)
         except (OSError, asyncio.CancelledError):
@@ -109,14 +106,14 @@ class Listener:
         try:
             await writer.start_tls(self._tls.context(), ssl_handshake_timeout=HANDSHAKE_SECONDS)
         except (ssl.SSLCertVerificationError, ConfigRefused):
-            self._on_refused("certificate")
+            self._on_refused(RefusalReason.CERTIFICATE)
         except ssl.SSLError as error:
             missing = error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE"
-            self._on_refused("certificate" if missing else "tls_handshake")
+            self._on_refused(RefusalReason.CERTIFICATE if missing else RefusalReason.TLS_HANDSHAKE)
         except ConnectionAbortedError:
-            self._on_refused("slow_handshake")
+            self._on_refused(RefusalReason.SLOW_HANDSHAKE)
         except ConnectionError:
-            self._on_refused("tls_handshake")
+            self._on_refused(RefusalReason.TLS_HANDSHAKE)
         else:
             return True
         return False
@@ -135,7 +132,7 @@ class Listener:
             pumps = [asyncio.create_task(_pump(reader, forth)), asyncio.create_task(_pump(back, writer))]
             await asyncio.wait(pumps, timeout=WELCOME_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if not any(pump.done() for pump in pumps) and not connection.is_welcome:
-                self._on_refused("slow_connection")
+                self._on_refused(RefusalReason.SLOW_CONNECTION)
                 return
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             # What the side that ended had said last still goes through.

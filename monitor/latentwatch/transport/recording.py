@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from latentwatch import storage
-from latentwatch.errors import StreamRefused
+from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.step.checks import validate_segments
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
@@ -50,7 +50,7 @@ class RecordingSink:
                 f"collector {hello.replica}",
                 found="it forwards reports, and a recording is of steps",
                 instead="Record where the engines stream to.",
-                reason="recording",
+                reason=RefusalReason.RECORDING,
             )
         if hello not in self._streams:
             self._streams[hello] = len(self._streams)
@@ -118,5 +118,5 @@ def _refuse(path: Path, found: str) -> StreamRefused:
         f"recording {path}",
         found=found,
         instead="Give a file that 'latentwatch record' wrote.",
-        reason="recording",
+        reason=RefusalReason.RECORDING,
     )

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from latentwatch.errors import StreamRefused
+from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.facts import EXCEEDANCE, FEATURE_STAT, RequestInfo, RequestProgress
 from latentwatch.names import Outcome, Phase, Reason, TokenState
 from latentwatch.step.batch import EngineCounters
@@ -182,5 +182,5 @@ def _malformed(found: str) -> None:
         "report",
         found=found,
         instead="Run the same latentwatch version in the collector and in its gateway; upgrade the older one.",
-        reason="malformed_batch",
+        reason=RefusalReason.MALFORMED_BATCH,
     )

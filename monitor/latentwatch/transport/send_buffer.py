@@ -34,7 +34,7 @@ from latentwatch.step.reshape import column_bytes, joined_books, with_rows
 from latentwatch.transport import codec
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
 from latentwatch.transport.sink import ReceivedBatch
-from latentwatch.transport.spool_segments import Spooled
+from latentwatch.transport.spooled import Spooled
 
 BATCH_BYTES: Final = 1536
 """Measured cost of one waiting StepBatch beside its columns: Python objects, four array headers, counters."""

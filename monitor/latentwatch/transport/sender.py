@@ -12,27 +12,26 @@ Why the synchronous gRPC API. Its iterator is pulled one message at a time under
 what gRPC itself holds; and grpc.aio's poller is shared by every event loop of a process, which makes a second loop
 in a second thread (a test, a collector in the same process) log spurious errors.
 
-Threads: `_run` owns the channel and reads replies; gRPC pulls `_requests` in a thread of its own, one per stream;
-`offer`, `stats` and `close` come from the caller's. `_lock` guards everything they share and is never held across
-I/O.
+Threads: `_run` owns the channel and reads replies; gRPC pulls `SendStream.messages` in a thread of its own, one per
+stream; `offer`, `stats` and `close` come from the caller's. `_lock` guards everything they share and is never held
+across I/O.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
 
-from latentwatch.errors import ConfigRefused, StreamRefused
+from latentwatch.errors import ConfigRefused, RefusalReason, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.names import Severity
 from latentwatch.step.batch import StepBatch
@@ -42,10 +41,10 @@ from latentwatch.transport.address import Address
 from latentwatch.transport.channel import CHANNEL_OPTIONS, Backoff
 from latentwatch.transport.credentials import Credentials
 from latentwatch.transport.hello import Hello
-from latentwatch.transport.send_buffer import Drop, Outgoing, SendBuffer, tokens_of
+from latentwatch.transport.send_buffer import Drop, SendBuffer, tokens_of
+from latentwatch.transport.send_stream import SendStream
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
 from latentwatch.transport.spool import Spool
-from latentwatch.transport.spool_segments import Spooled
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ _NEEDS_A_PERSON: Final = frozenset(
     }
 )
 """Ways for a stream to end that trying again at once does not mend."""
-_BLAMES_A_BATCH: Final = frozenset({"malformed_batch", "collector_error"})
+_BLAMES_A_BATCH: Final = frozenset({RefusalReason.MALFORMED_BATCH, RefusalReason.COLLECTOR_ERROR})
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,25 @@ class SenderStats:
     last_error: str
     """One line on why the last stream ended, empty while none did."""
 
+    @classmethod
+    def of(cls, buffer: SendBuffer, **of_the_stream: Any) -> SenderStats:
+        """What the buffer says, and the rest as it is given."""
+        books = buffer.books
+        return cls(
+            acked=buffer.acked,
+            buffered_batches=len(buffer),
+            buffered_bytes=buffer.nbytes,
+            shed_batches=books.shed_batches,
+            shed_critical_tokens=int(books.shed_tokens[RANKS[Severity.CRITICAL]]),
+            shed_warning_tokens=int(books.shed_tokens[RANKS[Severity.WARNING]]),
+            joined_batches=books.joined_batches,
+            dropped_batches=books.dropped_batches.total(),
+            dropped_tokens=books.dropped_tokens.total(),
+            refused_batches=books.dropped_batches[Drop.REFUSED],
+            resent_batches=books.resent_batches,
+            **of_the_stream,
+        )
+
 
 class _Blame:
     """Which batch keeps those behind it from getting through, by the refusals that it drew."""
@@ -112,28 +130,6 @@ class _Blame:
         self._refusals = self._refusals + 1 if self._sequence == sequence else 1
         self._sequence = sequence
         return self._refusals >= _SUSPECT_REFUSALS
-
-
-class _ReadAhead:
-    """The spool as one stream sees it: the oldest batch there that the stream has not carried."""
-
-    def __init__(self, spool: Spool | None, after: int) -> None:
-        self._reader = spool.reader(after) if spool is not None else None
-        self.first: Spooled | None = None
-
-    @property
-    def behind(self) -> bool:
-        """Whether `read` may find a batch."""
-        return self.first is None and self._reader is not None and self._reader.behind
-
-    def read(self) -> None:
-        """Fill `first` where it is empty and there is something to fill it with."""
-        if self.behind and self._reader is not None:
-            self.first = self._reader.read()
-
-    def close(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
 
 
 class Sender:
@@ -192,11 +188,7 @@ class Sender:
         self._last_refusal: StreamRefused | None = None
         self._last_error = ""
         self._blame = _Blame()
-        self._stream = 0  # number of the current stream; the iterator of an older one ends
-        self._welcomed = False
-        self._owed_since = 0.0
-        self._stalled = False
-        self._call: Any = None
+        self._stream: SendStream | None = None
         self._closing = False
         self._drain_until = -math.inf
         self._thread: threading.Thread | None = None
@@ -232,22 +224,11 @@ class Sender:
     def stats(self) -> SenderStats:
         """The state now; cheap enough to read for every batch."""
         with self._lock:
-            books = self._buffer.books
-            return SenderStats(
+            return SenderStats.of(
+                self._buffer,
                 sequence=self._sequence,
-                acked=self._buffer.acked,
-                buffered_batches=len(self._buffer),
-                buffered_bytes=self._buffer.nbytes,
-                shed_batches=books.shed_batches,
-                shed_critical_tokens=int(books.shed_tokens[RANKS[Severity.CRITICAL]]),
-                shed_warning_tokens=int(books.shed_tokens[RANKS[Severity.WARNING]]),
-                joined_batches=books.joined_batches,
-                dropped_batches=books.dropped_batches.total(),
-                dropped_tokens=books.dropped_tokens.total(),
-                refused_batches=books.dropped_batches[Drop.REFUSED],
-                resent_batches=books.resent_batches,
                 reconnects=max(0, self._welcomes - 1),
-                connected=self._welcomed,
+                connected=self._stream is not None and self._stream.is_welcome,
                 last_refusal=self._last_refusal,
                 last_error=self._last_error,
             )
@@ -269,7 +250,7 @@ class Sender:
         if thread is not None:
             thread.join(_CLOSE_SECONDS)
             with self._lock:
-                call = self._call
+                call = self._stream.call if self._stream is not None else None
             if call is not None:
                 call.cancel()
             thread.join(_CLOSE_SECONDS)
@@ -323,23 +304,25 @@ class Sender:
         refusal: StreamRefused | None = None
         stays = False
         error = "the collector ended the stream"
-        channel: Any = None
+        channel: grpc.Channel | None = None
         try:
             channel = self._credentials.channel(str(self._target), CHANNEL_OPTIONS)
             metadata = self._credentials.metadata()
             with self._lock:
                 if self._done():
                     return False
-                self._stream += 1
-                self._stalled = False
-                self._owed_since = self._clock()
-                call = self._call = channel.stream_stream(codec.METHOD)(self._requests(self._stream), metadata=metadata)
+                stream = self._stream = self._new_stream()
+                method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(codec.METHOD)
+                hello = codec.encode_hello(
+                    self._hello, last_acked_sequence=stream.acked, time_unix_nano=self._wall_clock_ns()
+                )
+                call = stream.call = method(stream.messages(hello), metadata=metadata)
             for data in call:
                 reply = codec.decode_reply(data)
                 if isinstance(reply, StreamRefused):
                     refusal = reply
                     break
-                self._on_reply(reply)
+                self._on_reply(stream, reply)
         except grpc.RpcError as failure:
             error = f"{failure.code().name}: {failure.details()}"
             stays = failure.code() in _NEEDS_A_PERSON
@@ -353,15 +336,26 @@ class Sender:
                 channel.close()
         return stays or refusal is not None
 
-    def _on_reply(self, reply: codec.Welcome | codec.Ack) -> None:
+    def _new_stream(self) -> SendStream:
+        return SendStream(
+            self._lock,
+            self._buffer,
+            self._spool,
+            is_done=self._done,
+            may_log=self._may_log,
+            clock=self._clock,
+            reply_timeout_seconds=self._reply_timeout_seconds,
+        )
+
+    def _on_reply(self, stream: SendStream, reply: codec.Welcome | codec.Ack) -> None:
         with self._lock:
-            self._owed_since = self._clock()
+            stream.replied()
             if isinstance(reply, codec.Ack):
                 self._buffer.acknowledge(reply.sequence)
             else:
                 self._buffer.acknowledge(reply.resume_after_sequence)
                 self._welcomes += 1
-                self._welcomed = True
+                stream.is_welcome = True
                 self._last_refusal = None
                 self._last_error = ""
             acked = self._buffer.acked
@@ -375,16 +369,16 @@ class Sender:
     def _on_end(self, refusal: StreamRefused | None, error: str) -> None:
         """Settle what the ended stream leaves."""
         with self._lock:
-            self._stream += 1
-            self._welcomed = False
-            self._call = None
+            stream, self._stream = self._stream, None
+            if stream is not None:
+                stream.ended = True
             if refusal is not None:
                 self._last_refusal = refusal
                 error = str(refusal)
                 oldest = self._buffer.oldest_in_flight
                 if oldest is not None and refusal.reason in _BLAMES_A_BATCH and self._blame.falls_on(oldest):
                     self._buffer.drop_oldest_in_flight()
-            elif self._stalled:
+            elif stream is not None and stream.stalled:
                 error = f"no reply for {self._reply_timeout_seconds:g} s"
             self._buffer.requeue()
             closing = self._done()
@@ -404,58 +398,3 @@ class Sender:
                 error,
                 self._buffer.max_bytes >> 20,
             )
-
-    def _requests(self, stream: int) -> Iterator[bytes]:
-        """What gRPC sends on one stream: the hello, and after the welcome every batch that waits, oldest first."""
-        with self._lock:
-            last_acked = self._buffer.acked
-        yield codec.encode_hello(self._hello, last_acked_sequence=last_acked, time_unix_nano=self._wall_clock_ns())
-        with contextlib.closing(_ReadAhead(self._spool, last_acked)) as ahead:
-            while (outgoing := self._next(stream, ahead)) is not None:
-                data = self._encoded(outgoing)
-                if data:
-                    yield data
-
-    def _next(self, stream: int, ahead: _ReadAhead) -> Outgoing | None:
-        """Wait for a batch to send on `stream` and move it in flight; None when the stream is over."""
-        while True:
-            ahead.read()
-            with self._lock:
-                while not ahead.behind:
-                    if self._stream != stream or self._done():
-                        return None
-                    if self._welcomed:
-                        if ahead.first is not None and ahead.first.sequence <= self._buffer.acked:
-                            ahead.first = None
-                            continue
-                        idle = self._buffer.oldest_in_flight is None
-                        outgoing = self._buffer.send_next(ahead.first)
-                        if outgoing is not None:
-                            ahead.first = None if outgoing.spooled else ahead.first
-                            self._owed_since = self._clock() if idle else self._owed_since
-                            return outgoing
-                        if idle:
-                            self._lock.wait()
-                            continue
-                    left = self._owed_since + self._reply_timeout_seconds - self._clock()
-                    if left <= 0:
-                        self._stalled = True
-                        self._call.cancel()
-                        return None
-                    self._lock.wait(left)
-
-    def _encoded(self, outgoing: Outgoing) -> bytes:
-        """The message of a batch in flight; empty when it cannot be sent, and then it is dropped and counted."""
-        try:
-            data = outgoing.message()
-            if len(data) <= codec.MAX_MESSAGE_BYTES:
-                return data
-            found = f"a token or request of it takes {len(data)} bytes, a message holds {codec.MAX_MESSAGE_BYTES}"
-        except Exception as failure:
-            # A batch that cannot be encoded now never can: it is dropped and counted below, and the next one goes.
-            found = str(failure)
-        with self._lock:
-            self._buffer.cannot_send(outgoing.sequence)
-        if self._may_log("encode"):
-            log.error("batch %d cannot be sent and is dropped: %s", outgoing.sequence, found)
-        return b""

@@ -40,7 +40,8 @@ from latentwatch.errors import StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.transport.address import positive
 from latentwatch.transport.hello import Hello
-from latentwatch.transport.spool_segments import AckMark, Reader, Segment, Spooled, frame_bytes, listed, scan
+from latentwatch.transport.spool_segments import AckMark, Reader, Segment, frame_bytes, listed, scan
+from latentwatch.transport.spooled import Spooled
 
 log = logging.getLogger(__name__)
 

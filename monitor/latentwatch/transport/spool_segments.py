@@ -18,20 +18,12 @@ from latentwatch import storage
 from latentwatch.errors import StreamRefused
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
+from latentwatch.transport.spooled import Spooled
 
 _MAGIC: Final = b"latentwatch spool 1\n"
 _FRAMING: Final = storage.Framing("IQ", max_body_bytes=codec.MAX_MESSAGE_BYTES)  # tokens, sequence
 _MARK: Final = struct.Struct("<QI")  # highest sequence that a collector holds, its CRC-32
 _NAME: Final = re.compile(r"(\d{12})\.spool")
-
-
-class Spooled(NamedTuple):
-    """One batch as it was written."""
-
-    sequence: int
-    tokens: int
-    message: bytes
-    """codec.encode_batch of it."""
 
 
 def frame_bytes(message: bytes) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from latentwatch.arrays import F32, I64
-from latentwatch.errors import WatchlistRefused
+from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint
 
 if TYPE_CHECKING:
@@ -174,4 +174,4 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, request: Request) -> list[int
 
 
 def _refuse(what: str, found: str, instead: str) -> WatchlistRefused:
-    return WatchlistRefused(what, found=found, instead=instead, reason="recording")
+    return WatchlistRefused(what, found=found, instead=instead, reason=RefusalReason.RECORDING)

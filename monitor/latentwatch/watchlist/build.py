@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentwatch.errors import WatchlistRefused
+from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical, labels, selection, topk
 from latentwatch.watchlist import file as watchlist_file
@@ -87,7 +87,7 @@ def _gated_rows(
         raise choice.location.refuse(
             f"it is a TopK encoder (k = {source.about.k}): which features fire depends on all {source.about.width}",
             "Give 'calibration' with recorded activations; the cards will say 'gate: calibrated' and how well it does.",
-            "source_topk",
+            RefusalReason.SOURCE_TOPK,
         )
     recording = choice.calibration.activations
     x_TD = topk.recorded(recording, source.about.d_in, hook_point)
@@ -100,7 +100,7 @@ def _check_width(source: Source, choice: SourceChoice, model: ModelCard) -> None
         raise choice.location.refuse(
             f"its rows are {source.about.d_in} wide, the model's residual stream {model.d_model}",
             f"Use a source trained on {model.name}, or correct the model's size.",
-            "watchlist_width",
+            RefusalReason.WATCHLIST_WIDTH,
         )
 
 
@@ -193,5 +193,5 @@ def _at(where: str) -> Iterator[None]:
         raise _refuse(f"{where}: {refusal.what}", refusal.found, refusal.instead, refusal.reason) from refusal
 
 
-def _refuse(what: str, found: str, instead: str, reason: str = "watchlist_build") -> WatchlistRefused:
+def _refuse(what: str, found: str, instead: str, reason: str = RefusalReason.WATCHLIST_BUILD) -> WatchlistRefused:
     return WatchlistRefused(what, found=found, instead=instead, reason=reason)

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from latentwatch.arrays import F32, F64, U16
-from latentwatch.errors import WatchlistRefused
+from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.watchlist.file import NORMS, SCALE_ROWS, bf16_from_f32, f32_from_bf16
 
 LAYER_NORM_EPSILON: Final = 1e-5
@@ -179,4 +179,4 @@ def authors(rows: EncoderRows, x_TD: F64) -> F64:
 
 
 def _refuse(found: str, instead: str) -> WatchlistRefused:
-    return WatchlistRefused("encoder rows", found=found, instead=instead, reason="source_numbers")
+    return WatchlistRefused("encoder rows", found=found, instead=instead, reason=RefusalReason.SOURCE_NUMBERS)

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from latentwatch.arrays import F32, F64, I64, Array, Bool
-from latentwatch.errors import WatchlistRefused
+from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.watchlist import canonical, topk
 from latentwatch.watchlist.activations import Recording
 from latentwatch.watchlist.figures import Figures, Token
@@ -117,7 +117,7 @@ def split(positive_R: Bool, groups: Sequence[str], rng: np.random.Generator) -> 
                 found=f"a half has {int(positive_R[half].sum())} requests with the behaviour and "
                 f"{int((~positive_R[half]).sum())} without",
                 instead=f"Give at least {2 * MIN_PER_HALF} of each, in at least two groups.",
-                reason="too_few_requests",
+                reason=RefusalReason.TOO_FEW_REQUESTS,
             )
     return held_R
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 import jsonschema
 import yaml
 
-from latentwatch.errors import ConfigRefused, WatchlistRefused
+from latentwatch.errors import ConfigRefused, RefusalReason, WatchlistRefused
 
 _YAML_TYPES: Final = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", type(None): "empty"}
 
@@ -47,10 +47,12 @@ class Document:
             self.value: object = loader.construct_document(node) if node is not None else None
         except yaml.YAMLError as error:
             raise refuse(
-                name, f"not YAML: {' '.join(str(error).split())[:300]}", "Correct the line.", "yaml_syntax"
+                name, f"not YAML: {' '.join(str(error).split())[:300]}", "Correct the line.", RefusalReason.YAML_SYNTAX
             ) from error
         except (ValueError, OverflowError, RecursionError) as error:
-            raise refuse(name, f"a value cannot be read ({str(error)[:200]})", "Correct it.", "yaml_syntax") from error
+            raise refuse(
+                name, f"a value cannot be read ({str(error)[:200]})", "Correct it.", RefusalReason.YAML_SYNTAX
+            ) from error
         self._check_scalars(self.value, ())
 
     def where(self, path: Place) -> str:
@@ -59,7 +61,9 @@ class Document:
         line = next((self._lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self._lines), 1)
         return f"{self._name}: {text or 'the file'}, line {line}"
 
-    def refuse(self, path: Place, found: str, instead: str, reason: str = "yaml_schema") -> WatchlistRefused:
+    def refuse(
+        self, path: Place, found: str, instead: str, reason: str = RefusalReason.YAML_SCHEMA
+    ) -> WatchlistRefused:
         """The error of one place in the file."""
         return refuse(self.where(path), found, instead, reason)
 
@@ -87,7 +91,9 @@ class Document:
         """Note lines; refuse aliases (a few bytes can stand for millions of values) and keys that stand twice."""
         self._lines[path] = node.start_mark.line + 1
         if id(node) in seen:
-            raise self.refuse(path, "it is an alias (*name)", "Write the value out, or use 'defaults'.", "yaml_syntax")
+            raise self.refuse(
+                path, "it is an alias (*name)", "Write the value out, or use 'defaults'.", RefusalReason.YAML_SYNTAX
+            )
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             for i, child in enumerate(node.value):
@@ -97,11 +103,16 @@ class Document:
             for key, child in node.value:
                 if key.tag != "tag:yaml.org,2002:str":
                     raise self.refuse(
-                        path, f"a key on line {key.start_mark.line + 1} is not text", "Quote it.", "yaml_syntax"
+                        path,
+                        f"a key on line {key.start_mark.line + 1} is not text",
+                        "Quote it.",
+                        RefusalReason.YAML_SYNTAX,
                     )
                 self._lines[(*path, key.value)] = key.start_mark.line + 1
                 if key.value in keys:
-                    raise self.refuse((*path, key.value), "this key stands twice", "Keep one of them.", "yaml_syntax")
+                    raise self.refuse(
+                        (*path, key.value), "this key stands twice", "Keep one of them.", RefusalReason.YAML_SYNTAX
+                    )
                 keys.add(key.value)
                 self._visit(child, (*path, key.value), seen)
 
@@ -164,6 +175,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def refuse(what: str, found: str, instead: str, reason: str = "yaml_schema") -> WatchlistRefused:
+def refuse(what: str, found: str, instead: str, reason: str = RefusalReason.YAML_SCHEMA) -> WatchlistRefused:
     """The error of a watchlist.yaml."""
     return WatchlistRefused(what, found=found, instead=instead, reason=reason)

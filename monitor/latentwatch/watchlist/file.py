@@ -31,7 +31,7 @@ from typing import Any, Final
 import numpy as np
 
 from latentwatch.arrays import F32, U16, Array, Bool
-from latentwatch.errors import ConfigRefused, WatchlistRefused
+from latentwatch.errors import ConfigRefused, RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint, Severity
 from latentwatch.storage import HashedArtifact
 from latentwatch.watchlist.figures import Figures
@@ -220,7 +220,9 @@ class Watchlist:
                     f"rows of width {rows.w_hi_KD.shape[1]} for a model of d_model {self.model.d_model} "
                     f"and {self.model.layers} layers",
                     "Use a source trained on this model, and a layer that it has.",
-                    "watchlist_width" if rows.hook_point.layer < self.model.layers else "hook_point_unknown",
+                    RefusalReason.WATCHLIST_WIDTH
+                    if rows.hook_point.layer < self.model.layers
+                    else RefusalReason.HOOK_POINT_UNKNOWN,
                 )
         ids = [f.id for f in self.features]
         if len(ids) > MAX_FEATURES or len(set(ids)) != len(ids):
@@ -345,5 +347,5 @@ def _array(tensors: Mapping[str, Array], name: str, dtype: type[np.generic]) -> 
     return tensors[name]
 
 
-def _refuse(what: str, found: str, instead: str, reason: str = "watchlist_format") -> WatchlistRefused:
+def _refuse(what: str, found: str, instead: str, reason: str = RefusalReason.WATCHLIST_FORMAT) -> WatchlistRefused:
     return WatchlistRefused(what, found=found, instead=instead, reason=reason)

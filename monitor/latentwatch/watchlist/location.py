@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from latentwatch.errors import WatchlistRefused
+from latentwatch.errors import RefusalReason, WatchlistRefused
 
 MAX_CONFIG_BYTES: Final = 16 << 20
 _T = TypeVar("_T")
@@ -77,7 +77,7 @@ class Location:
             raise self.refuse(f"{path.name} holds {type(value).__name__}, not an object", "Fetch the file again.")
         return value
 
-    def refuse(self, found: str, instead: str, reason: str = "source_file") -> WatchlistRefused:
+    def refuse(self, found: str, instead: str, reason: str = RefusalReason.SOURCE_FILE) -> WatchlistRefused:
         """The error of this source."""
         return WatchlistRefused(f"source {self.text!r}", found=found, instead=instead, reason=reason)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NotRequired, TypedDict, cast
 
+from latentwatch.errors import RefusalReason
 from latentwatch.names import HookPoint, Severity
 from latentwatch.watchlist.document import Document, Place, refuse
 from latentwatch.watchlist.figures import Figures
@@ -176,7 +177,7 @@ def load(path: Path) -> Selection:
         data = path.read_bytes()
     except OSError as error:
         raise refuse(
-            str(path), f"it cannot be read ({error.strerror})", "Give a watchlist.yaml.", "yaml_missing"
+            str(path), f"it cannot be read ({error.strerror})", "Give a watchlist.yaml.", RefusalReason.YAML_MISSING
         ) from error
     return parse(data, path.name, path.parent)
 
@@ -247,7 +248,7 @@ def _hook(document: Document, i: int, fields: _HookEntry, model: ModelCard, base
             (*path, "hook_point"),
             f"{point} in a model of {model.layers} layers",
             f"Use resid_post.0 to resid_post.{model.layers - 1}.",
-            "hook_point_unknown",
+            RefusalReason.HOOK_POINT_UNKNOWN,
         )
     sources = tuple(_source(document, (*path, "sources", j), s, base) for j, s in enumerate(fields["sources"]))
     return HookChoice(document.where(path), point, sources)

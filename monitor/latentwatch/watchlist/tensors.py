@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 
 from latentwatch.arrays import F64, Array, Dtype
-from latentwatch.errors import WatchlistRefused
+from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.watchlist.file import f32_from_bf16
 
 BLOCK_BYTES: Final = 32 << 20
@@ -225,4 +225,4 @@ def _safetensors_header(path: Path) -> _Header:
 
 def refuse_file(path: Path, found: str, instead: str) -> WatchlistRefused:
     """The error of a file of a source."""
-    return WatchlistRefused(f"source file {path.name}", found=found, instead=instead, reason="source_file")
+    return WatchlistRefused(f"source file {path.name}", found=found, instead=instead, reason=RefusalReason.SOURCE_FILE)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from latentwatch import secrets
 from latentwatch.errors import ConfigRefused
-from latentwatch.transport import listener, receiver
+from latentwatch.transport import listener, stream_state
 from latentwatch.transport.channel import Backoff
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens, may_speak_for
 from latentwatch.transport.sender import Sender
@@ -140,7 +140,7 @@ def test_connections_beyond_the_bound_are_turned_away(tmp_path):
 
 
 def test_a_stream_that_falls_silent_is_ended(monkeypatch, socket_path):
-    monkeypatch.setattr(receiver, "_IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(stream_state, "IDLE_SECONDS", 0.2)
     refused: Counter[str] = Counter()
     target = f"unix://{socket_path}"
     with ServerThread(FakeSink(), target, on_refused=lambda reason: refused.update([reason])):

@@ -28,7 +28,7 @@ def order(streams: dict[str, tuple[int, int]]) -> list[str]:
     async def stream(turns: FairQueue, name: str, messages: int, length: int) -> None:
         account = Flow()
         for _ in range(messages):
-            await turns.take(account, length, lambda: served.append(name), alone=False)
+            await turns.run(account, length, lambda: served.append(name), alone=False)
 
     async def run() -> None:
         turns = FairQueue()
@@ -59,12 +59,12 @@ def test_who_was_silent_has_no_claim_on_the_past():
             return lambda: served.append(name)
 
         for _ in range(100):
-            await turns.take(busy, 1000, work("busy"), alone=True)
+            await turns.run(busy, 1000, work("busy"), alone=True)
         served.clear()
 
         async def rest(account: Flow, name: str) -> None:
             for _ in range(20):
-                await turns.take(account, 1000, work(name), alone=False)
+                await turns.run(account, 1000, work(name), alone=False)
 
         await asyncio.gather(rest(late, "late"), rest(busy, "busy"))
         return served
@@ -76,13 +76,13 @@ def test_who_was_silent_has_no_claim_on_the_past():
 def test_a_waiter_that_is_cancelled_holds_up_nobody_and_a_failure_is_its_own():
     async def run() -> None:
         turns = FairQueue()
-        gone = asyncio.create_task(turns.take(Flow(), 1, lambda: None, alone=False))
+        gone = asyncio.create_task(turns.run(Flow(), 1, lambda: None, alone=False))
         await asyncio.sleep(0)
         gone.cancel()
-        assert await turns.take(Flow(), 1, lambda: 7, alone=False) == 7
+        assert await turns.run(Flow(), 1, lambda: 7, alone=False) == 7
         with pytest.raises(ZeroDivisionError):
-            await turns.take(Flow(), 1, lambda: 1 / 0, alone=False)
-        assert await turns.take(Flow(), 1, lambda: 8, alone=False) == 8
+            await turns.run(Flow(), 1, lambda: 1 / 0, alone=False)
+        assert await turns.run(Flow(), 1, lambda: 8, alone=False) == 8
 
     in_loop(run())
 

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from latentwatch.errors import ConfigRefused, StreamRefused
-from latentwatch.transport import codec, receiver
+from latentwatch.transport import codec, servicer
 
 from tests.support.wire import FakeSink, ServerThread, batch, eventually, hello, same
 
@@ -149,7 +149,7 @@ def test_a_message_out_of_order_or_out_of_shape_ends_the_stream_with_a_reason(se
 
 
 def test_a_peer_that_says_nothing_is_let_go(monkeypatch, socket_path):
-    monkeypatch.setattr(receiver, "_HELLO_SECONDS", 0.05)
+    monkeypatch.setattr(servicer, "_HELLO_SECONDS", 0.05)
     with ServerThread(FakeSink(), f"unix://{socket_path}"), Peer(f"unix://{socket_path}") as peer:
         refusal = peer.read()
     assert isinstance(refusal, StreamRefused)

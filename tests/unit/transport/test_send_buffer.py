@@ -21,7 +21,7 @@ from latentwatch.transport import codec
 from latentwatch.transport.send_buffer import BOOKS, Drop, SendBuffer, tokens_of
 from latentwatch.transport.shed_priority import ShedPriority
 from latentwatch.transport.sink import ReceivedBatch
-from latentwatch.transport.spool_segments import Spooled
+from latentwatch.transport.spooled import Spooled
 
 from tests.support.wire import batch
 
@@ -263,6 +263,26 @@ def test_a_batch_without_scores_of_the_lowest_rank_is_not_counted_as_shed():
     (first, second) = buffer
     assert (first.shed, second.shed, buffer.books.shed_batches) == (False, True, 1)
     assert buffer.books.shed_tokens.tolist() == [60, 0, 0]
+
+
+def test_what_was_sent_once_is_not_joined():
+    """A collector may have a part of it; joined, that part would come again under a number that it does not know."""
+    buffer, collector = SendBuffer(MAX_BYTES), Collector()
+    for number in range(1, 11):
+        buffer.add(number, one_step(number, 2, 0, 0, True))
+    for _ in range(5):
+        outgoing = buffer.send_next(None)
+        assert outgoing is not None
+        collector.receive(outgoing.message())
+    buffer.requeue()
+    for number in range(11, 101):
+        buffer.add(number, one_step(number, 2, 0, 0, True))
+    assert buffer.books.joined_batches and not buffer.books.dropped_batches
+    buffer.acknowledge(3)
+    while (outgoing := buffer.send_next(None)) is not None:
+        collector.receive(outgoing.message())
+        buffer.acknowledge(collector.high)
+    assert set(collector.tokens.values()) == {1} and collector.tokens.total() == 400 and not len(buffer)
 
 
 def test_a_batch_that_cannot_be_shed_cannot_be_sent_and_is_dropped_at_once():

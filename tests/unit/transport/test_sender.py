@@ -177,7 +177,7 @@ def test_batches_carried_but_not_acknowledged_are_sent_again(make, address):
     for step in range(1, 26):
         one.offer(batch(step))
     eventually(lambda: len(first.batches) == 25 and one.stats().acked == 20)
-    server.receiver._write_ack = no_ack  # a polite stop gives a last ack, a kill does not
+    server.receiver.servicer._write_ack = no_ack  # a polite stop gives a last ack, a kill does not
     server.stop()
     second = FakeSink()
     with ServerThread(second, address):
@@ -313,7 +313,7 @@ def test_books_that_a_collector_may_hold_in_part_are_not_joined(make, address):
         for step in range(1, 21):
             one.offer(batch(step))
         eventually(lambda: len(sink.batches) == 20)
-        server.receiver._write_ack = no_ack
+        server.receiver.servicer._write_ack = no_ack
         server.stop()
     offered = 20 + 400
     one._buffer.max_bytes = 25_000
@@ -530,11 +530,12 @@ def test_a_grpc_server_that_is_no_collector_is_tried_slowly_and_named(make, addr
     sink = FakeSink()
     with ServerThread(sink, address):
         one = make(address, backoff=replace(FAST, refused_seconds=60.0))
+        begun, new_stream = [], one._new_stream
+        one._new_stream = lambda: begun.append(new_stream()) or begun[-1]
         one.start()
         eventually(lambda: "UNIMPLEMENTED" in one.stats().last_error)
         time.sleep(0.2)
-        with one._lock:
-            assert one._stream == 2, "one stream that began and ended"
+        assert [stream.ended for stream in begun] == [True], "one stream that began and ended"
 
 
 COLLECTOR = """

@@ -23,7 +23,7 @@ from latentwatch.transport import codec, spool
 from latentwatch.transport.channel import Backoff
 from latentwatch.transport.sender import Sender
 from latentwatch.transport.spool import Spool, SpoolFolder, SpoolSettings
-from latentwatch.transport.spool_segments import Spooled
+from latentwatch.transport.spooled import Spooled
 
 from tests.support.wire import FakeSink, ServerThread, batch, eventually, hello, same, tokens
 

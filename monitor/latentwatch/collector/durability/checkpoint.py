@@ -17,7 +17,7 @@ import numpy as np
 from latentwatch import storage
 from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.durability import schema
-from latentwatch.errors import StateRefused
+from latentwatch.errors import RefusalReason, StateRefused
 
 _TREE: Final = "tree"
 
@@ -52,7 +52,7 @@ def read(path: Path, header: Mapping[str, Any]) -> CoreState:
                 f"state {path}",
                 found=f"its {name} is {found.get(name)!r}, this collector's is {value!r}",
                 instead="Start with what the state was made by, or give another --state folder.",
-                reason="state_header",
+                reason=RefusalReason.STATE_HEADER,
             )
     try:
         return schema.from_tree(plain, arrays)
@@ -66,5 +66,5 @@ def damaged(path: Path, found: str) -> StateRefused:
         f"state {path}",
         found=found,
         instead="Restore the file, or remove its folder to begin again at zero.",
-        reason="state_damaged",
+        reason=RefusalReason.STATE_DAMAGED,
     )

@@ -36,7 +36,7 @@ from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.durability import checkpoint, schema
 from latentwatch.collector.durability.facts import StateFacts
 from latentwatch.collector.ingest import Ingest
-from latentwatch.errors import Refusal, StateRefused
+from latentwatch.errors import Refusal, RefusalReason, StateRefused
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
@@ -310,7 +310,7 @@ class DurableSink:
                 f"state {path}",
                 found=f"an event in it is not taken again: {error}",
                 instead="Start the version that wrote it, or remove its folder to begin again at zero.",
-                reason="state_journal",
+                reason=RefusalReason.STATE_JOURNAL,
             ) from error
         return len(records) - len(names)
 
@@ -368,7 +368,7 @@ def _lock(folder: Path) -> BaseFileLock:
             f"state folder {folder}",
             found="another collector uses it",
             instead="Give each collector a --state folder of its own.",
-            reason="state_in_use",
+            reason=RefusalReason.STATE_IN_USE,
         )
     return lock
 
@@ -378,5 +378,5 @@ def _unusable(folder: Path, error: OSError) -> StateRefused:
         f"state folder {folder}",
         found=error.strerror or str(error),
         instead="Give --state a folder that this user can write to.",
-        reason="state_unusable",
+        reason=RefusalReason.STATE_UNUSABLE,
     )

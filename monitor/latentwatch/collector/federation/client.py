@@ -14,11 +14,11 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import grpc
 
-from latentwatch.errors import ConfigRefused, StreamRefused
+from latentwatch.errors import ConfigRefused, RefusalReason, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
@@ -28,6 +28,9 @@ from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report
 
 log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    Call: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
 
 _REPLY_SECONDS: Final = 30.0
 """A report is cut each second and acknowledged at once; a gateway silent for so long is gone."""
@@ -121,7 +124,7 @@ class ReportClient:
     async def _stream(self) -> None:
         """One stream, until it ends. Raises what it ended with."""
         async with self._credentials.aio_channel(str(self._target), CHANNEL_OPTIONS) as channel:
-            call = channel.stream_stream(codec.METHOD)(metadata=self._credentials.metadata())
+            call: Call = channel.stream_stream(codec.METHOD)(metadata=self._credentials.metadata())
             hello = codec.encode_hello(self._hello, last_acked_sequence=0, time_unix_nano=time.time_ns())
             await call.write(hello)
             sent = await self._reply(call)
@@ -143,7 +146,7 @@ class ReportClient:
                 await asyncio.wait(tasks)
                 call.cancel()
 
-    async def _send(self, call: Any, sent: int) -> None:
+    async def _send(self, call: Call, sent: int) -> None:
         while True:
             self._news.clear()
             for number, report in [(n, report) for n, report in self._waiting() if n > sent]:
@@ -153,20 +156,20 @@ class ReportClient:
                 sent = number
             await self._news.wait()
 
-    async def _listen(self, call: Any) -> None:
+    async def _listen(self, call: Call) -> None:
         while True:
             await self._reply(call)
 
-    async def _reply(self, call: Any) -> int:
+    async def _reply(self, call: Call) -> int:
         """Take the next reply; the highest number that the gateway holds. Raises what the stream ended with."""
         async with asyncio.timeout(_REPLY_SECONDS):
             data = await call.read()
-            if data is grpc.aio.EOF:
+            if not isinstance(data, bytes):  # gRPC's mark of the end
                 raise StreamRefused(
                     f"stream to {self._target}",
                     found=f"the gateway ended it with {(await call.code()).name} {await call.details()}",
                     instead="Look at the gateway's log.",
-                    reason="ended",
+                    reason=RefusalReason.ENDED,
                 )
         reply = codec.decode_reply(data)
         if isinstance(reply, StreamRefused):

@@ -18,6 +18,7 @@ from starlette.authentication import (
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
 
+from latentwatch.errors import RefusalReason
 from latentwatch.transport.credentials import Tokens
 
 READ: Final = "read"
@@ -43,7 +44,7 @@ class Access(AuthenticationBackend):
         erases = self._erasers is not None and token in self._erasers
         open_to_all = self._readers is None or conn.scope["path"] == "/healthz"
         if not (open_to_all or erases or (self._readers is not None and token in self._readers)):
-            self._on_refused("http_unauthenticated")
+            self._on_refused(RefusalReason.HTTP_UNAUTHENTICATED)
             raise AuthenticationError
         # What a browser sends by itself erases nothing.
         return AuthCredentials([READ, ERASE] if erases and as_bearer else [READ]), UnauthenticatedUser()

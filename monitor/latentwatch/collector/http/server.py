@@ -19,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.transport.address import Address, cannot_listen
 from latentwatch.transport.credentials import ServerTls
 
@@ -209,7 +209,7 @@ class _Connection(asyncio.Protocol):
     def _cut_off(self) -> None:
         # uvicorn hung up meanwhile, where a peer leaves TLS's farewell unanswered.
         if not self._transport.is_closing():
-            self._on_refused("http_slow")
+            self._on_refused(RefusalReason.HTTP_SLOW)
         self._transport.abort()
 
 
@@ -234,6 +234,6 @@ def _tcp(listen: str) -> Address:
             f"--http {listen}",
             found="it is a Unix socket, which neither Prometheus nor a browser can read",
             instead="Give host:port, such as 127.0.0.1:9464.",
-            reason="target_invalid",
+            reason=RefusalReason.TARGET_INVALID,
         )
     return address

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from latentwatch.demo.build import dialogues as dg
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.names import HookPoint
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def build(
             "demo build",
             found=f"{', '.join(missing)} not installed",
             instead="Run: pip install 'latentwatch[demo-build]'.",
-            reason="demo_build_extra",
+            reason=RefusalReason.DEMO_BUILD_EXTRA,
         )
     import torch
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import yaml
 
 import latentwatch
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.export import dashboards
 
 MODEL_NAME: Final = "latentwatch-demo"
@@ -74,7 +74,7 @@ class Assets:
                 f"demo assets in {folder}",
                 found=f"{', '.join(missing)} not there",
                 instead="Install latentwatch whole, or build them with 'latentwatch demo build'.",
-                reason="demo_assets_missing",
+                reason=RefusalReason.DEMO_ASSETS_MISSING,
             )
         return assets
 

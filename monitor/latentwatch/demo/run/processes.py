@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from latentwatch.errors import Refusal
+from latentwatch.errors import Refusal, RefusalReason
 
 GUARD: Final = """
 import os, signal, sys, time
@@ -37,7 +37,7 @@ class ChildFailed(Refusal):
     """A child process ended before it should have, or never became ready. `log_tail` is the end of its log."""
 
     def __init__(self, what: str, *, found: str, instead: str, log_tail: str) -> None:
-        super().__init__(what, found=found, instead=instead, reason="child_failed")
+        super().__init__(what, found=found, instead=instead, reason=RefusalReason.CHILD_FAILED)
         self.log_tail = log_tail
 
 

@@ -35,7 +35,7 @@ from latentwatch.demo.run.terminal import Terminal
 from latentwatch.demo.run.traffic import Answer, AnswerFailed, Phases, Planned, plan, read_prompts, send
 from latentwatch.demo.run.watch import EngineTokens, Watch, read_engine
 from latentwatch.demo.run.webhook import Webhook
-from latentwatch.errors import ConfigRefused
+from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.facts import ExceedanceView
 from latentwatch.watchlist import file as watchlist_file
 
@@ -108,7 +108,7 @@ def run(options: DemoOptions, terminal: Terminal) -> int:
             "demo",
             found="vLLM is not installed in this Python environment",
             instead="Use 'make demo', or install vLLM and start the demo from its environment.",
-            reason="vllm_missing",
+            reason=RefusalReason.VLLM_MISSING,
         )
     logs = options.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)

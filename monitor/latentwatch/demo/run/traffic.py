@@ -16,7 +16,7 @@ from typing import Final, TypedDict
 import httpx
 import numpy as np
 
-from latentwatch.errors import Refusal
+from latentwatch.errors import Refusal, RefusalReason
 
 CONCURRENCY: Final = 12
 """Requests in flight at most: what two CPU cores batch without a queue that would stretch the plan."""
@@ -260,11 +260,14 @@ def _bad_prompts(path: Path, found: str) -> Refusal:
         f"prompts {path}",
         found=found,
         instead="Build the demo's assets again with 'latentwatch demo build'.",
-        reason="demo_prompts",
+        reason=RefusalReason.DEMO_PROMPTS,
     )
 
 
 def _no_answer(request: Planned, found: str) -> AnswerFailed:
     return AnswerFailed(
-        f"request {request.request_id}", found=found, instead="The server's log says why.", reason="no_answer"
+        f"request {request.request_id}",
+        found=found,
+        instead="The server's log says why.",
+        reason=RefusalReason.NO_ANSWER,
     )

@@ -21,7 +21,7 @@ from latentwatch.engines.vllm.exporter_process import ExporterChild
 from latentwatch.engines.vllm.interfaces import ModelRunner, SchedulerOutput, VllmConfig, Worker
 from latentwatch.engines.vllm.settings import PluginSettings
 from latentwatch.engines.vllm.step_tap import Tap
-from latentwatch.errors import EngineRefused, Refusal
+from latentwatch.errors import EngineRefused, Refusal, RefusalReason
 from latentwatch.handover.exporter_config import CachedBlocks, EngineIdentity, ExporterConfig, WatchedFeature
 from latentwatch.handover.ring import Geometry, Ring
 from latentwatch.kernels.reference import UNWRITTEN
@@ -168,7 +168,7 @@ class Attachment:
                 "engine mode",
                 found=f"{', '.join(found)}: rows of the batch cannot be attributed exactly there",
                 instead="Serve without it, or without latentwatch; tokens are counted as unseen until then.",
-                reason="engine_mode",
+                reason=RefusalReason.ENGINE_MODE,
             )
 
     def _disarm(self, refusal: Refusal) -> None:
@@ -189,7 +189,7 @@ class Attachment:
                     "this model's layers return something else than their stream",
                     instead="Delete vLLM's compile cache (VLLM_CACHE_ROOT) and start again; if that does not help, "
                     "report it with the model's name.",
-                    reason="canary_dead",
+                    reason=RefusalReason.CANARY_DEAD,
                 )
             )
         for hook in self._hooks:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from latentwatch.engines.vllm import hook
-from latentwatch.errors import EngineRefused, WatchlistRefused
+from latentwatch.errors import EngineRefused, RefusalReason, WatchlistRefused
 from latentwatch.kernels import score_op
 from latentwatch.kernels.reference import UNWRITTEN
 from latentwatch.watchlist.file import HookRows, ModelCard, Watchlist
@@ -44,7 +44,7 @@ def arm(
             f"{type(model).__name__} in float16",
             found="layers with a routed_scaling_factor divide their stream by it there, so that it does not overflow",
             instead="Serve it with --dtype bfloat16.",
-            reason="architecture_unknown",
+            reason=RefusalReason.ARCHITECTURE_UNKNOWN,
         )
     places = [_place(layers, owner, rows.hook_point.layer) for rows in watchlist.hooks]
     scratch = score_op.scratch(
@@ -75,14 +75,14 @@ def check_model(hf_config: Any, dtype: torch.dtype, expected: ModelCard) -> None
                 f"watchlist for model {expected.name!r} ({field} {want})",
                 found=f"the engine serves a model with {field} {found}",
                 instead="Serve the model that the watchlist was built for, or build one for this model.",
-                reason="watchlist_width" if field == "d_model" else "watchlist_model",
+                reason=RefusalReason.WATCHLIST_WIDTH if field == "d_model" else RefusalReason.WATCHLIST_MODEL,
             )
     if served_dtype not in expected.dtypes:
         raise WatchlistRefused(
             f"watchlist for model {expected.name!r} in {', '.join(expected.dtypes)}",
             found=f"the engine serves it in {served_dtype}",
             instead=f"Serve with --dtype {expected.dtypes[0]}, or calibrate a watchlist for {served_dtype}.",
-            reason="watchlist_dtype",
+            reason=RefusalReason.WATCHLIST_DTYPE,
         )
 
 
@@ -103,7 +103,7 @@ def find_layers(model: torch.nn.Module, count: int) -> tuple[torch.nn.ModuleList
             f"decoder layers of {type(model).__name__}",
             found=f"{len(found)} lists of {count} modules are named 'layers' or 'h': {[name for name, _ in found]}",
             instead="This architecture is not supported; report it with the model's name.",
-            reason="architecture_unknown",
+            reason=RefusalReason.ARCHITECTURE_UNKNOWN,
         )
     name, layers = found[0]
     return layers, model.get_submodule(name.rpartition(".")[0])
@@ -139,7 +139,7 @@ def _place(layers: torch.nn.ModuleList, owner: torch.nn.Module, layer: int) -> _
             f"residual stream of {type(decoder).__name__}",
             found="the layer returns two tensors, and no norm of the model adds them: their sum may not be the stream",
             instead="This architecture is not supported; report it with the model's name.",
-            reason="architecture_unknown",
+            reason=RefusalReason.ARCHITECTURE_UNKNOWN,
         )
     return _Place(decoder, hook.after_layer, residual=True)
 

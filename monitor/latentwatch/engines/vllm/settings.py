@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from latentwatch import __version__
-from latentwatch.errors import ConfigRefused, Refusal
+from latentwatch.errors import ConfigRefused, Refusal, RefusalReason
 from latentwatch.watchlist import file as watchlist_file
 
 WATCHLIST: Final = "LATENTWATCH_WATCHLIST"
@@ -52,7 +52,7 @@ def load_watchlist(settings: PluginSettings) -> watchlist_file.Watchlist | Refus
             WATCHLIST,
             found="it is not set",
             instead="Set it to the file that 'latentwatch watchlist build' wrote.",
-            reason="watchlist_missing",
+            reason=RefusalReason.WATCHLIST_MISSING,
         )
     try:
         return watchlist_file.read(Path(settings.watchlist))

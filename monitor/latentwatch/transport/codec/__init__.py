@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from latentwatch.errors import Refusal, StreamRefused
+from latentwatch.errors import Refusal, RefusalReason, StreamRefused
 from latentwatch.step.batch import StepBatch
 from latentwatch.step.reshape import column_bytes, event_bytes
 from latentwatch.transport._pb import latentwatch_pb2 as pb
@@ -68,7 +68,7 @@ def fits_a_message(batch: StepBatch) -> bool:
 def encode_batch(sequence: int, batch: StepBatch) -> bytes:
     """One batch as a stream message, at most MAX_MESSAGE_BYTES if the receiver is to take it.
 
-    Raises: StreamRefused, reason "malformed_batch": a column has another dtype or shape than step.py says, or a
+    Raises: StreamRefused, reason "malformed_batch": a column has another dtype or shape than step.batch says, or a
             value does not fit its field.
     """
     return pb.StreamRequest(batch=batch_message(sequence, batch)).SerializeToString()
@@ -115,7 +115,7 @@ def decode_reply(data: bytes) -> Reply:
     try:
         reply.ParseFromString(data)
     except DecodeError as error:
-        raise malformed("reply of the collector", str(error), reason="malformed_reply") from error
+        raise malformed("reply of the collector", str(error), reason=RefusalReason.MALFORMED_REPLY) from error
     kind = reply.WhichOneof("kind")
     if kind == "welcome":
         return Welcome(reply.welcome.resume_after_sequence, reply.welcome.collector_id)
@@ -124,7 +124,9 @@ def decode_reply(data: bytes) -> Reply:
     if kind == "refusal":
         told = reply.refusal
         return StreamRefused(told.what, found=told.found, instead=told.instead, reason=told.reason)
-    raise malformed("reply of the collector", "it is neither a welcome, an ack nor a refusal", reason="malformed_reply")
+    raise malformed(
+        "reply of the collector", "it is neither a welcome, an ack nor a refusal", reason=RefusalReason.MALFORMED_REPLY
+    )
 
 
 def _parse(data: bytes, what: str) -> pb.StreamRequest:

@@ -9,7 +9,7 @@ import numpy as np
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from latentwatch.errors import StreamRefused
+from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.names import Outcome
 from latentwatch.step.batch import Array, EngineCounters
 from latentwatch.transport._pb import latentwatch_pb2 as pb
@@ -46,7 +46,7 @@ def outcome(what: str, value: int) -> Outcome:
         raise malformed(what, f"request outcome {value} is not one this version knows") from None
 
 
-def no_unknown_fields(what: str, *messages: Message, reason: str = "malformed_batch") -> None:
+def no_unknown_fields(what: str, *messages: Message, reason: str = RefusalReason.MALFORMED_BATCH) -> None:
     """A field of a newer version would be lost here without a trace, and the numbers in it with it."""
     for message in messages:
         unknown = UnknownFieldSet(message)
@@ -55,7 +55,7 @@ def no_unknown_fields(what: str, *messages: Message, reason: str = "malformed_ba
             raise malformed(what, f"{name} has field {unknown[0].field_number}, which is unknown here", reason=reason)
 
 
-def malformed(what: str, found: str, *, reason: str = "malformed_batch") -> StreamRefused:
+def malformed(what: str, found: str, *, reason: str = RefusalReason.MALFORMED_BATCH) -> StreamRefused:
     return StreamRefused(
         what,
         found=found,

@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from typing import Final
 
-from latentwatch.errors import StreamRefused
+from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.transport._pb import latentwatch_pb2 as pb
 from latentwatch.transport.codec.fields import malformed, no_unknown_fields
 from latentwatch.transport.hello import PROTOCOL, Hello
@@ -34,9 +34,9 @@ def read_hello(message: pb.Hello) -> Hello:
             f"stream of replica {message.replica[:MAX_REPLICA_BYTES]!r}",
             found=f"it speaks protocol {message.protocol}, this collector speaks {PROTOCOL}",
             instead="Run the same latentwatch version in the engine and in the collector.",
-            reason="protocol_version",
+            reason=RefusalReason.PROTOCOL_VERSION,
         )
-    no_unknown_fields("hello", message, reason="malformed_hello")
+    no_unknown_fields("hello", message, reason=RefusalReason.MALFORMED_HELLO)
     hello = Hello(**{field.name: getattr(message, field.name) for field in fields(Hello)})
     check_hello(hello)
     return hello
@@ -47,7 +47,9 @@ def check_hello(hello: Hello) -> None:
         limit = MAX_REPLICA_BYTES if name == "replica" else MAX_TEXT_BYTES
         length = len(getattr(hello, name).encode(errors="replace"))
         if length > limit:
-            raise malformed("hello", f"{name} has {length} bytes, more than {limit}", reason="malformed_hello")
+            raise malformed(
+                "hello", f"{name} has {length} bytes, more than {limit}", reason=RefusalReason.MALFORMED_HELLO
+            )
     for name, good in (
         ("replica", bool(hello.replica)),
         ("boot_id", bool(_HEX_32.fullmatch(hello.boot_id))),
@@ -56,4 +58,4 @@ def check_hello(hello: Hello) -> None:
     ):
         if not good:
             found = f"{name} is {getattr(hello, name)[:80]!r}, and armed is {hello.armed}"
-            raise malformed("hello", found, reason="malformed_hello")
+            raise malformed("hello", found, reason=RefusalReason.MALFORMED_HELLO)

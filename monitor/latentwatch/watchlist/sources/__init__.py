@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Final, Protocol, cast
 
 from latentwatch.arrays import F64
-from latentwatch.errors import WatchlistRefused
+from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint
 from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.location import Location
@@ -55,7 +55,7 @@ class SourceOptions:
         for name, value in vars(self).items():
             if value is not None and name not in used:
                 raise location.refuse(
-                    f"option {name} = {value} has no meaning for this source", "Remove it.", "source_option"
+                    f"option {name} = {value} has no meaning for this source", "Remove it.", RefusalReason.SOURCE_OPTION
                 )
 
 
@@ -138,7 +138,7 @@ def open_source(format_name: str, location: Location, hook_point: HookPoint, opt
         raise location.refuse(
             f"it was trained on {trained_on!r}" + (f", which is {tap}," if tap else "") + f" not on {hook_point}",
             f"List it under hook point {tap}." if tap else "Only the residual stream after a layer can be watched.",
-            "source_hook_point",
+            RefusalReason.SOURCE_HOOK_POINT,
         )
     return source
 
@@ -150,7 +150,7 @@ def _module(format_name: str, location: Location) -> ModuleType:
         raise location.refuse(
             f"format {format_name!r} needs the package {error.name!r}, which is not installed",
             "Install latentwatch[convert].",
-            "source_package",
+            RefusalReason.SOURCE_PACKAGE,
         ) from error
 
 
@@ -178,7 +178,7 @@ def refuse_architecture(location: Location, architecture: str, why: str) -> Watc
     return location.refuse(
         f"architecture {architecture!r} cannot be watched: {why}",
         "Use an SAE with one linear encoder row per feature (ReLU, JumpReLU, gated, BatchTopK), or a linear probe.",
-        "source_architecture",
+        RefusalReason.SOURCE_ARCHITECTURE,
     )
 
 
@@ -186,7 +186,9 @@ def refuse_other_layer(location: Location, layer: int | None, hook_point: HookPo
     """For sources that name a layer but not the place in it: at least the layer must be the one that is watched."""
     if layer is not None and layer != hook_point.layer:
         raise location.refuse(
-            f"it is for layer {layer}, not for {hook_point}", "Move it to its own hook point.", "source_hook_point"
+            f"it is for layer {layer}, not for {hook_point}",
+            "Move it to its own hook point.",
+            RefusalReason.SOURCE_HOOK_POINT,
         )
 
 

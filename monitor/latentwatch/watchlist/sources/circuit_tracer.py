@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import yaml
 
+from latentwatch.errors import RefusalReason
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
@@ -74,5 +75,5 @@ def _layer(location: Location, hook: str, hook_point: HookPoint) -> int:
     raise location.refuse(
         f"its encoders read {hook!r}, which is not the residual stream between two layers",
         "Use transcoders that read hook_resid_pre, or an SAE of the residual stream.",
-        "source_hook_point",
+        RefusalReason.SOURCE_HOOK_POINT,
     )

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latentwatch.arrays import F64
+from latentwatch.errors import RefusalReason
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
@@ -103,7 +104,7 @@ def _threshold(location: Location, config: Config) -> float:
         raise location.refuse(
             f"act_fn is {activation!r} with jump_relu_threshold {threshold!r}: no feature has a gate of its own",
             "Use the published JumpReLU form, or the openmoss format for newer checkpoints.",
-            "source_architecture",
+            RefusalReason.SOURCE_ARCHITECTURE,
         )
     return threshold
 
@@ -118,6 +119,6 @@ def _scales(location: Location, config: Config, d_in: int) -> _Scales:
         raise location.refuse(
             f"norm_activation is {mode!r} with dataset_average_activation_norm {dict(norms.fields)}",
             "Only 'dataset-wise' with its two norms can be folded into the rows.",
-            "source_scale_missing",
+            RefusalReason.SOURCE_SCALE_MISSING,
         )
     return _Scales(math.sqrt(d_in) / norm_in, math.sqrt(d_in) / norm_out)

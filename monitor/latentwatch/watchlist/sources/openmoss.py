@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from latentwatch.arrays import F64
+from latentwatch.errors import RefusalReason
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
@@ -124,7 +125,7 @@ def _normalisation(location: Location, config: Config, tensors: _Tensors) -> tup
         raise location.refuse(
             f"norm_activation is {mode!r}" + (f" and tensor {key!r} is missing" if mode == "dataset-wise" else ""),
             "Only token-wise, dataset-wise with its mean norm, and inference can be scored token by token.",
-            "source_scale_missing",
+            RefusalReason.SOURCE_SCALE_MISSING,
         )
     mean_norm = tensors.file.scalar(key)
     if not mean_norm > 0:

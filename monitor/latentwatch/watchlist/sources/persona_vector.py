@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from latentwatch.arrays import F64
+from latentwatch.errors import RefusalReason
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
@@ -32,7 +33,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         raise location.refuse(
             f"it has entries for {shape[0] - 1} layers, and the last is taken behind the final norm",
             f"Use resid_post.0 to resid_post.{shape[0] - 3}.",
-            "source_hook_point",
+            RefusalReason.SOURCE_HOOK_POINT,
         )
 
     def rows(index_K: Sequence[int]) -> EncoderRows:

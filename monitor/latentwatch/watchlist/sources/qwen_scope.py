@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from latentwatch.errors import RefusalReason
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
@@ -23,7 +24,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         raise location.refuse(
             "neither its path nor an option says how many features fire on a token",
             "Give option k, the number after L0_ in the repository's name.",
-            "source_option",
+            RefusalReason.SOURCE_OPTION,
         )
     tensors = TorchFile(location.file())
     d_in = tensors.vector("b_dec")

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from latentwatch.arrays import F64
+from latentwatch.errors import RefusalReason
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
@@ -186,12 +187,12 @@ def _input_scale(location: Location, mode: str, options: SourceOptions) -> float
             raise location.refuse(
                 f"normalize_activations is {mode!r}, so option input_scale = {options.input_scale} has no meaning",
                 "Remove it.",
-                "source_option",
+                RefusalReason.SOURCE_OPTION,
             )
         raise location.refuse(
             "normalize_activations is 'expected_average_only_in', whose factor is not in the files",
             "Give option input_scale: sqrt(d_model) / (mean norm of the training activations), or 1 if it is folded.",
-            "source_scale_missing",
+            RefusalReason.SOURCE_SCALE_MISSING,
         )
     return options.input_scale or 1.0
 
@@ -203,10 +204,12 @@ def _centred(location: Location, norm: str, metadata: Config, options: SourceOpt
         raise location.refuse(
             "it was trained on a model loaded with center_writing_weights",
             "Give option centre: true if that model has LayerNorm (its stream then has mean zero), false if RMSNorm.",
-            "source_option",
+            RefusalReason.SOURCE_OPTION,
         )
     if not options.centre:
         return norm
     if norm != "none":
-        raise location.refuse(f"option centre does not go with the norm {norm!r}", "Remove it.", "source_option")
+        raise location.refuse(
+            f"option centre does not go with the norm {norm!r}", "Remove it.", RefusalReason.SOURCE_OPTION
+        )
     return "centre"
