@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import sqlite3
 import time
@@ -85,6 +86,10 @@ class StoredRequest(ShownRequest):
     """Activations before the first exceedance that were not kept."""
 
 
+_PAUSES_SECONDS: Final = (0.01, 0.1, 1.0)
+"""Between attempts to open a segment whose files are just coming or going."""
+
+
 class Archive:
     """A folder of evidence, read only."""
 
@@ -166,18 +171,37 @@ class _Reader:
 
     @classmethod
     def open(cls, path: Path) -> _Reader | None:
-        """None for a segment that is just being made or removed. Raises: ConfigRefused "evidence_format"."""
-        try:
-            connection = segment.connect(path, "ro")
-        except sqlite3.OperationalError:
-            return None
+        """None for a segment that is just being made or removed. Raises: ConfigRefused "evidence_format", sqlite3.Error.
+
+        While its files come or go one by one, SQLite answers with an I/O error; that passes, a broken disk's stays.
+        """
+        for pause_seconds in _PAUSES_SECONDS:
+            try:
+                return cls._open(path)
+            except sqlite3.OperationalError:
+                if not path.exists():
+                    return None
+            time.sleep(pause_seconds)
+        return cls._open(path)
+
+    @classmethod
+    def _open(cls, path: Path) -> _Reader | None:
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(contextlib.closing(segment.connect(path, "ro")))
+            watched = cls._about(connection, path)
+            if watched is None:
+                return None
+            undo.pop_all()
+            return cls(connection, watched)
+
+    @staticmethod
+    def _about(connection: sqlite3.Connection, path: Path) -> Watched | None:
+        """What the numbers in a segment mean; None where it does not say yet."""
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version not in (0, segment.FORMAT):
-            connection.close()
             raise segment.wrong_format(path, version)
         about = dict(connection.execute("SELECT name, value FROM about")) if version else {}
         if not about:
-            connection.close()
             return None
         rows = connection.execute(
             "SELECT number, id, label, severity, hook_point, units, dense, lim FROM feature ORDER BY number"
@@ -186,7 +210,7 @@ class _Reader:
             WatchedFeature(number, id, label, severity, hook_point, units, bool(dense), limit)
             for number, id, label, severity, hook_point, units, dense, limit in rows
         )
-        return cls(connection, Watched(about["watchlist"], about["watchlist_sha256"], features))
+        return Watched(about["watchlist"], about["watchlist_sha256"], features)
 
     def close(self) -> None:
         self._connection.close()

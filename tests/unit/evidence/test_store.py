@@ -6,13 +6,14 @@ import sqlite3
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from latentwatch.collector.core import Core
 from latentwatch.collector.evidence_buffer import watched
 from latentwatch.errors import ConfigRefused
-from latentwatch.evidence import segment
+from latentwatch.evidence import archive, segment
 from latentwatch.evidence import store as stores
 from latentwatch.evidence.archive import Archive, Wanted
 from latentwatch.evidence.records import Ended
@@ -252,6 +253,30 @@ def test_reading_goes_on_while_segments_come_and_go(tmp_path):
         for reader in readers:
             reader.join()
     assert errors == []
+
+
+@pytest.mark.parametrize("failures", [2, 99])
+def test_a_segment_that_answers_with_an_io_error_is_asked_again_and_then_it_is_an_error(
+    tmp_path, monkeypatch, failures
+):
+    """SQLite answers so while a segment's files come or go; to leave it out would hide what it holds."""
+    with store(tmp_path) as written:
+        written.write(one_request(1), NOW)
+    asked: list[Path] = []
+
+    def connect(path: Path, mode: str) -> sqlite3.Connection:
+        asked.append(path)
+        if len(asked) <= failures:
+            raise sqlite3.OperationalError("disk I/O error")
+        return segment.connect(path, mode)
+
+    monkeypatch.setattr(archive, "_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(archive, "segment", SimpleNamespace(**{**vars(segment), "connect": connect}))
+    if failures == 2:
+        assert len(list(Archive(tmp_path).requests())) == 1
+    else:
+        with pytest.raises(sqlite3.OperationalError):
+            list(Archive(tmp_path).requests())
 
 
 def test_a_second_collector_on_the_same_folder_is_refused(tmp_path):
