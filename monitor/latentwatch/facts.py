@@ -45,6 +45,22 @@ OutcomeName = Literal["open", "finished", "aborted", "lost"]
 
 
 @dataclass(frozen=True)
+class EngineIdentity:
+    """Who is watched, by what; each stream to a collector begins with it."""
+
+    replica: str
+    boot_id: str
+    engine: str
+    model_name: str
+    watchlist_sha256: str
+    armed: bool
+    not_armed_reason: str
+    not_armed_text: str
+    plugin_version: str
+    engine_version: str
+
+
+@dataclass(frozen=True)
 class RequestInfo:
     """Who a request is, as far as it is known."""
 

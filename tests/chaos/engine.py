@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 from latentwatch.engines.vllm.exporter_process import ExporterChild
+from latentwatch.facts import EngineIdentity
 from latentwatch.handover.events import Closed, Opened, encode_events
-from latentwatch.handover.exporter_config import EngineIdentity, ExporterConfig, WatchedFeature
+from latentwatch.handover.exporter_config import ExporterConfig, WatchedFeature
 from latentwatch.handover.ring import REQUEST_DTYPE, Geometry, Ring
 from latentwatch.names import Reason, Severity
 

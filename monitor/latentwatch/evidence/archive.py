@@ -171,7 +171,9 @@ class _Reader:
 
     @classmethod
     def open(cls, path: Path) -> _Reader | None:
-        """None for a segment that is just being made or removed. Raises: ConfigRefused "evidence_format", sqlite3.Error.
+        """None for a segment that is just being made or removed.
+
+        Raises: ConfigRefused "evidence_format", sqlite3.Error.
 
         While its files come or go one by one, SQLite answers with an I/O error; that passes, a broken disk's stays.
         """

@@ -9,24 +9,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from latentwatch.facts import EngineIdentity
 from latentwatch.handover.ring import Geometry
 from latentwatch.names import Reason, Severity
-
-
-@dataclass(frozen=True)
-class EngineIdentity:
-    """Who is watched, by what; each stream to a collector begins with it."""
-
-    replica: str
-    boot_id: str
-    engine: str
-    model_name: str
-    watchlist_sha256: str
-    armed: bool
-    not_armed_reason: str
-    not_armed_text: str
-    plugin_version: str
-    engine_version: str
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import json
 import math
 
 import pytest
-from latentwatch.handover.exporter_config import CachedBlocks, EngineIdentity, ExporterConfig, WatchedFeature
+from latentwatch.facts import EngineIdentity
+from latentwatch.handover.exporter_config import CachedBlocks, ExporterConfig, WatchedFeature
 from latentwatch.handover.ring import Geometry
 from latentwatch.names import Reason, Severity
 

@@ -22,7 +22,8 @@ from latentwatch.engines.vllm.interfaces import ModelRunner, SchedulerOutput, Vl
 from latentwatch.engines.vllm.settings import PluginSettings
 from latentwatch.engines.vllm.step_tap import Tap
 from latentwatch.errors import EngineRefused, Refusal, RefusalReason
-from latentwatch.handover.exporter_config import CachedBlocks, EngineIdentity, ExporterConfig, WatchedFeature
+from latentwatch.facts import EngineIdentity
+from latentwatch.handover.exporter_config import CachedBlocks, ExporterConfig, WatchedFeature
 from latentwatch.handover.ring import Geometry, Ring
 from latentwatch.kernels.reference import UNWRITTEN
 from latentwatch.names import Reason
