@@ -103,8 +103,8 @@ def test_ctrl_c_while_vllm_starts_leaves_no_process(tmp_path: Path) -> None:
 
 def test_a_damaged_watchlist_is_refused_before_anything_starts(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from latentwatch.demo import services\n"
-        f"services.ASSETS = Path({str(tmp_path)!r})\n"
+        "import sys; from pathlib import Path; from latentwatch.demo.run import commands\n"
+        f"commands.ASSETS = Path({str(tmp_path)!r})\n"
         "from latentwatch.cli import main; sys.exit(main(['demo']))"
     )
     (tmp_path / "model").mkdir()
