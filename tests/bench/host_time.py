@@ -22,7 +22,7 @@ import numpy as np
 from latentwatch import __version__
 from latentwatch.engines.vllm import request_ends
 from latentwatch.engines.vllm.kv_cache import KvCache
-from latentwatch.engines.vllm.step_tap import Tap
+from latentwatch.engines.vllm.step_tap import StepTap
 from latentwatch.exporter.ledger import Ledger
 from latentwatch.exporter.score_cache import ScoreCache
 from latentwatch.handover.ring import Geometry, Ring
@@ -111,7 +111,7 @@ def measure(running: int) -> dict[str, Any]:
     geometry = Geometry(max_requests=1024, max_rows=2048, features=SPARSE + DENSE, dense=DENSE, hook_points=HOOKS)
     ring = Ring.create(geometry)
     reader = Ring(ring.fd, geometry, create=False)
-    tap = Tap(ring, (), on_gpu=False, cache=KvCache(group=0, blocks=BLOCKS, block_size=BLOCK_SIZE))
+    tap = StepTap(ring, (), on_gpu=False, cache=KvCache(group=0, blocks=BLOCKS, block_size=BLOCK_SIZE))
     kept = ScoreCache(blocks=BLOCKS, block_size=BLOCK_SIZE, dense=DENSE, hook_points=HOOKS)
     ledger = Ledger(armed=True, drafts=False, score_cache=kept)
     scheduler, rng = Scheduler(running), np.random.default_rng(0)

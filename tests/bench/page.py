@@ -45,7 +45,7 @@ Action = Callable[[Tab], None]
 @contextlib.contextmanager
 def live_collector(seconds: float) -> Iterator[str]:
     """URL of a collector under load, in a process of its own."""
-    argv = [sys.executable, "-m", "tests.support.live", "--http", "127.0.0.1:0", "--features", str(MAX_FEATURES)]
+    argv = [sys.executable, "-m", "tests.support.live_page", "--http", "127.0.0.1:0", "--features", str(MAX_FEATURES)]
     argv += ["--running", "6", "--history", "600", "--seconds", str(seconds)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -32,7 +32,7 @@ from latentwatch.watchlist import file as watchlist_file
 
 from tests.support.drift import random_baseline
 from tests.support.engines import ROOT
-from tests.support.live import Traffic, toy_watchlist
+from tests.support.live_page import Traffic, toy_watchlist
 from tests.support.stack import RULES, ask, eventually, prometheus
 from tests.support.streams import hello, received
 from tests.support.wire import in_loop

@@ -14,7 +14,13 @@ def loaded_by(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["latentwatch.collector.service", "latentwatch.exporter.process", "latentwatch.cli.collector"]
+    "module",
+    [
+        "latentwatch.collector.service",
+        "latentwatch.exporter.process",
+        "latentwatch.cli.collector",
+        "latentwatch.export.metrics",
+    ],
 )
 def test_no_torch_on_this_side_of_the_ring(module):
     assert not {"torch", "triton", "vllm", "transformers"} & loaded_by(module)

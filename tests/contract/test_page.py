@@ -14,7 +14,7 @@ from latentwatch.collector.service import Service
 
 from tests.support.browser import browser
 from tests.support.collectors import FEATURES, collector, exceed
-from tests.support.real import program
+from tests.support.programs import program
 from tests.support.streams import sparse
 
 EVIL = "chatcmpl-<img src=x onerror=\"document.title='taken'\">-0123abcd"

@@ -15,7 +15,7 @@ from latentwatch.collector.metrics_families import REFUSALS
 from latentwatch.export.metrics import METRICS, sample_names
 from latentwatch.names import Reason
 
-from tests.support.real import program
+from tests.support.programs import program
 from tests.support.stack import alertmanager
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"

@@ -14,7 +14,7 @@ from latentwatch.collector.service import Service
 from latentwatch.export.metrics import sample_names
 
 from tests.support.collectors import collector, exceed
-from tests.support.real import program
+from tests.support.programs import program
 from tests.support.stack import ask, eventually, prometheus
 
 

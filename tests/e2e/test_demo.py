@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.real import program
+from tests.support.programs import program
 
 pytestmark = [pytest.mark.e2e, pytest.mark.engine]
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from latentwatch import secrets
 from latentwatch.collector.core import Core
 from latentwatch.collector.evidence import EvidenceSettings
 from latentwatch.collector.http import app as http_app
+from latentwatch.evidence.encryption import write_key
 from latentwatch.evidence.store import Retention
-from latentwatch.evidence.vault import write_key
 from starlette.routing import Route
 
 from tests.support.collectors import FEATURES, app_of, collector, exceed

@@ -13,7 +13,7 @@ from helm_python import chart as helm_chart
 
 from tests.support import chart
 from tests.support.engines import ROOT
-from tests.support.real import program
+from tests.support.programs import program
 
 RULES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "dashboards" / "rules").glob("*.yaml")}
 

@@ -20,7 +20,7 @@ import yaml
 from latentwatch.demo.run.processes import free_ports
 
 from tests.support.engines import ROOT
-from tests.support.real import program
+from tests.support.programs import program
 
 RULES = ROOT / "dashboards" / "rules"
 INTERVAL = "500ms"

@@ -189,10 +189,10 @@ def _show(args: argparse.Namespace) -> int:
 
 def _tokens(args: argparse.Namespace, request: int) -> Sequence[str]:
     """The text of each token; empty where nothing was left."""
-    from latentwatch.evidence import sealed as sealed_contents
-    from latentwatch.evidence.vault import Vault
+    from latentwatch.evidence import sealed_files
+    from latentwatch.evidence.encryption import Vault
 
-    sealed = sealed_contents.get(args.dir, request)
+    sealed = sealed_files.get(args.dir, request)
     if sealed is None:
         print("nothing that was said in it is kept", file=sys.stderr)
         return ()
@@ -215,7 +215,7 @@ def _tokens(args: argparse.Namespace, request: int) -> Sequence[str]:
 
 
 def _key(args: argparse.Namespace) -> int:
-    from latentwatch.evidence.vault import write_key
+    from latentwatch.evidence.encryption import write_key
 
     write_key(args.path)
     print(f"{args.path}: a new key; without it, what was sealed with it cannot be read again")

@@ -13,10 +13,10 @@ import numpy as np
 from latentwatch.aggregate.requests import RequestFeatures
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
-from latentwatch.collector.listener import Ends, StepListener
 from latentwatch.collector.replicas import Boot
 from latentwatch.collector.requests import RequestSummary, TrackedRequest, bounded, summarise
 from latentwatch.collector.state import CollectorState, EngineCounts
+from latentwatch.collector.step_listener import Ends, StepListener
 from latentwatch.facts import FeatureSummary, RequestProgress
 from latentwatch.names import Outcome, Phase, Reason, TokenState
 from latentwatch.step.batch import RequestClosed

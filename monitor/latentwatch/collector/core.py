@@ -11,10 +11,10 @@ from latentwatch.collector.drift import Drift, DriftSettings
 from latentwatch.collector.evidence_buffer import EvidenceBuffer, EvidenceScope
 from latentwatch.collector.federation.outbox import OutboxState, ReportOutbox
 from latentwatch.collector.ingest import Ingest
-from latentwatch.collector.listener import StepListener
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.collector.state import CollectorState
+from latentwatch.collector.step_listener import StepListener
 from latentwatch.drift.limits import with_limits
 from latentwatch.evidence.records import Record
 from latentwatch.watchlist.file import Watchlist

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from latentwatch.aggregate.counts import Layout
 from latentwatch.aggregate.features import FeatureTable
 from latentwatch.aggregate.requests import RequestFeatures
-from latentwatch.collector.listener import Ends, RemoteRows, StepListener
 from latentwatch.collector.requests import RequestSummary
+from latentwatch.collector.step_listener import Ends, RemoteRows, StepListener
 from latentwatch.drift.baseline import Baseline, Fingerprint
 from latentwatch.drift.canary import canary_prompt
 from latentwatch.drift.detection import Budget

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from latentwatch.collector.listener import StepListener
 from latentwatch.collector.state import CollectorState
+from latentwatch.collector.step_listener import StepListener
 from latentwatch.names import response_id
 
 

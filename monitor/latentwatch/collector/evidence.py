@@ -14,13 +14,12 @@ from typing import TypeVar
 from latentwatch.collector.evidence_buffer import EvidenceScope, watched
 from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.errors import ConfigRefused, RefusalReason
-from latentwatch.evidence import sealed as sealed_contents
-from latentwatch.evidence import store
+from latentwatch.evidence import sealed_files, store
 from latentwatch.evidence.archive import Archive, StoredRequest, Wanted
 from latentwatch.evidence.audit import Audit
+from latentwatch.evidence.encryption import Content, Vault
 from latentwatch.evidence.segment import Erased
 from latentwatch.evidence.store import Retention, Store
-from latentwatch.evidence.vault import Content, Vault
 from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
 from latentwatch.facts import ShownExceedance
 from latentwatch.transport.credentials import Tokens
@@ -42,7 +41,7 @@ class EvidenceSettings:
     token_file: Path | None = None
     """Holds the bearer token for deleting, and for what was said, over HTTP; None allows neither."""
     key_file: Path | None = None
-    """Holds the key of what was said; None keeps none of it. See vault.Vault."""
+    """Holds the key of what was said; None keeps none of it. See encryption.Vault."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Evidence:
             found = [
                 (key, sealed)
                 for key in store.find(self._folder, held)
-                if (sealed := sealed_contents.get(self._folder, key))
+                if (sealed := sealed_files.get(self._folder, key))
             ]
             self._audit.add(self._clock(), actor, "content", len(found), request=held)
             return vault.open(*found[-1]) if found else None

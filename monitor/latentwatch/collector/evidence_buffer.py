@@ -16,8 +16,8 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from latentwatch.arrays import Array
-from latentwatch.collector.listener import Ends, Eviction, RemoteRows, Step, StepListener
 from latentwatch.collector.requests import TrackedRequest
+from latentwatch.collector.step_listener import Ends, Eviction, RemoteRows, Step, StepListener
 from latentwatch.evidence.records import (
     FIRE_RECORD,
     Activations,

@@ -22,10 +22,10 @@ from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
 from latentwatch.collector.closing import Closing
 from latentwatch.collector.federation.merge import ReportMerge
-from latentwatch.collector.listener import Eviction, Step, StepListener
 from latentwatch.collector.replicas import Boot
 from latentwatch.collector.requests import TrackedRequest, bounded
 from latentwatch.collector.state import CollectorState
+from latentwatch.collector.step_listener import Eviction, Step, StepListener
 from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.facts import RequestInfo
 from latentwatch.names import TokenState

@@ -10,7 +10,7 @@ import numpy as np
 
 from latentwatch import __version__
 from latentwatch.collector.config import Bounds
-from latentwatch.collector.durability.facts import StateFacts
+from latentwatch.collector.durability.state_facts import StateFacts
 from latentwatch.collector.evidence import EvidenceFacts
 from latentwatch.collector.federation.client import RelayFacts
 from latentwatch.collector.snapshot import TOKEN_SERIES, ReplicaView, Snapshot

@@ -17,8 +17,8 @@ from latentwatch import __version__
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
-from latentwatch.collector.durability.facts import StateFacts
 from latentwatch.collector.durability.journal import DurableSink
+from latentwatch.collector.durability.state_facts import StateFacts
 from latentwatch.collector.evidence import Evidence, EvidenceFacts, EvidenceSettings
 from latentwatch.collector.evidence_buffer import watched
 from latentwatch.collector.federation.client import RelayFacts, ReportClient

@@ -1,7 +1,7 @@
 """The folder of segments as the collector writes it: where a record goes, and how long it stays.
 
     2026-11-22.0000.evidence       one segment: a day (UTC), a watchlist, at most a sixteenth of the folder's bound
-    2026-11-22T05.content          sealed content of requests; see contents
+    2026-11-22T05.content          sealed content of requests; see sealed_files
     evidence.lock                  held by the one collector that writes
 
 A request stays in one segment, whole. Retention removes segments as files: by age, so that none is older than the
@@ -24,7 +24,7 @@ from filelock import BaseFileLock
 
 from latentwatch import storage
 from latentwatch.errors import ConfigRefused, RefusalReason
-from latentwatch.evidence import audit, sealed, segment
+from latentwatch.evidence import audit, sealed_files, segment
 from latentwatch.evidence.records import Ended, Record
 from latentwatch.evidence.segment import NOTHING_ERASED, Erased, Segment, Watched
 
@@ -103,14 +103,14 @@ class Store:
         resting = set(self._open) - set(self._home.values()) - {self._newest}
         for path in resting:
             self._open.pop(path).close()
-        sealed.prune(self.folder, self._retention.content_hours, now)
+        sealed_files.prune(self.folder, self._retention.content_hours, now)
         audit.checkpoint(self.folder)
 
     def attach(self, name: str, seal: Callable[[int], bytes], now: float) -> int:
         """Keep the content of the one request with this id. Returns how many have it; unless 1, nothing was kept."""
         keys = find(self.folder, name)
         if len(keys) == 1:
-            sealed.put(self.folder, keys[0], seal(keys[0]), now)
+            sealed_files.put(self.folder, keys[0], seal(keys[0]), now)
         return len(keys)
 
     def close(self) -> None:
@@ -186,7 +186,7 @@ def erase(folder: Path, name: str) -> Erased:
         with contextlib.closing(segment.connect(path, "rw")) as connection:
             if keys := segment.find(connection, name):
                 total += segment.erase(connection, path, keys)
-                total += sealed.erase(folder, keys)
+                total += sealed_files.erase(folder, keys)
     return total
 
 

@@ -16,9 +16,9 @@ from grpc_health.v1.health import aio as health_aio
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
 from latentwatch.transport.credentials import ServerTls, Tokens
-from latentwatch.transport.listener import Listener
 from latentwatch.transport.servicer import ACK_BATCHES, ACK_SECONDS, ReceiverFacts, Servicer
 from latentwatch.transport.sink import Sink
+from latentwatch.transport.tcp_listener import Listener
 from latentwatch.transport.unix_sockets import UnixSockets, cannot_bind
 
 SERVER_OPTIONS: Final = (

@@ -27,7 +27,6 @@ from latentwatch.transport import codec
 from latentwatch.transport.credentials import Tokens, may_speak_for
 from latentwatch.transport.fair_queue import FairQueue, FairQueueFacts, Flow
 from latentwatch.transport.hello import Hello
-from latentwatch.transport.listener import Listener
 from latentwatch.transport.sink import ReceivedReport, Sink
 from latentwatch.transport.stream_state import (
     StreamState,
@@ -38,6 +37,7 @@ from latentwatch.transport.stream_state import (
     superseded,
     too_many_streams,
 )
+from latentwatch.transport.tcp_listener import Listener
 
 log = logging.getLogger(__name__)
 

@@ -34,8 +34,8 @@ from latentwatch.drift.detection import KINDS, Budget, DetectorState, Window, ev
 from latentwatch.drift.reference import DriftTolerance, Reference, fit
 from latentwatch.drift.sums import CANARIES, TrafficSums
 
-from tests.bench.drift.others import OTHERS, Adwin, Detector
-from tests.bench.drift.ours import Ours
+from tests.bench.drift.detectors_others import OTHERS, Adwin, Detector
+from tests.bench.drift.detectors_ours import Ours
 from tests.bench.drift.plot import drawn
 from tests.support.drift_traffic import Change, Scenario, Traffic
 

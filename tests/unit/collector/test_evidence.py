@@ -14,9 +14,9 @@ from latentwatch.cli import main
 from latentwatch.collector.core import Core
 from latentwatch.collector.evidence import Evidence, EvidenceSettings
 from latentwatch.errors import ConfigRefused
-from latentwatch.evidence import sealed
+from latentwatch.evidence import sealed_files
 from latentwatch.evidence.audit import Audit
-from latentwatch.evidence.vault import write_key
+from latentwatch.evidence.encryption import write_key
 from prometheus_client.openmetrics import parser
 
 from tests.support.collectors import app_of
@@ -146,7 +146,7 @@ def test_what_a_gateway_leaves_is_kept_sealed_and_shown_with_its_scores(made, ca
     assert " w" in capsys.readouterr().out
     client("DELETE", "/v1/evidence/requests/chatcmpl-2", headers=TRUSTED)
     assert client("GET", url, headers=TRUSTED).status_code == 404
-    assert [row for path in sealed.files(folder) for row in sealed_in(path)] == []
+    assert [row for path in sealed_files.files(folder) for row in sealed_in(path)] == []
 
 
 def sealed_in(path: Path) -> list[bytes]:
@@ -159,7 +159,7 @@ def sealed_in(path: Path) -> list[bytes]:
 def test_content_of_a_request_that_is_not_kept_never_reaches_the_disk(made):
     client, folder = made
     answer = client("PUT", "/v1/evidence/content/chatcmpl-calm", json={"token_ids": [1, 2]}, headers=TRUSTED)
-    assert answer.status_code == 404 and sealed.files(folder) == []
+    assert answer.status_code == 404 and sealed_files.files(folder) == []
 
 
 @pytest.mark.parametrize("said", [{}, {"tokens": ["a"], "token_ids": [1, 2]}, {"tokens": ["a"], "text": "a"}])

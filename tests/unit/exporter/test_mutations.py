@@ -25,7 +25,7 @@ class Bug(NamedTuple):
     caught_by: str
 
 
-TAP, ENCODER = "tests/unit/engines/vllm/test_step_tap.py", "tests/unit/engines/vllm/test_encoder.py"
+TAP, ARMING = "tests/unit/engines/vllm/test_step_tap.py", "tests/unit/engines/vllm/test_arming.py"
 LEDGER, INHERITANCE = "tests/unit/exporter/test_ledger.py", "tests/unit/exporter/test_inheritance.py"
 
 BUGS = {
@@ -40,7 +40,7 @@ BUGS = {
         "monitor/latentwatch/engines/vllm/hook.py",
         "_score(module, output[0], output[1])",
         "_score(module, output[0], None)",
-        f"{ENCODER}::test_every_kind_of_layer_is_scored_on_the_summed_stream",
+        f"{ARMING}::test_every_kind_of_layer_is_scored_on_the_summed_stream",
     ),
     "padding counted as rows": Bug(
         "monitor/latentwatch/engines/vllm/row_map.py",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from latentwatch import secrets
 from latentwatch.errors import ConfigRefused
-from latentwatch.transport import listener, stream_state
+from latentwatch.transport import stream_state, tcp_listener
 from latentwatch.transport.channel import Backoff
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens, may_speak_for
 from latentwatch.transport.sender import Sender
@@ -109,7 +109,7 @@ def test_what_speaks_no_tls_is_refused(fortress):
 
 
 def test_a_handshake_that_dribbles_is_cut_off(fortress, monkeypatch):
-    monkeypatch.setattr(listener, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(tcp_listener, "HANDSHAKE_SECONDS", 0.2)
     with fortress.connect() as peer:
         peer.sendall(b"\x16\x03\x01")
         assert peer.recv(1) == b""
@@ -117,7 +117,7 @@ def test_a_handshake_that_dribbles_is_cut_off(fortress, monkeypatch):
 
 
 def test_a_connection_that_opens_no_stream_is_cut_off(fortress, monkeypatch):
-    monkeypatch.setattr(listener, "WELCOME_SECONDS", 0.2)
+    monkeypatch.setattr(tcp_listener, "WELCOME_SECONDS", 0.2)
     known = fortress.credentials()
     context = ssl.create_default_context(cafile=str(fortress.authority.file))
     context.load_cert_chain(known.certificate, known.key)

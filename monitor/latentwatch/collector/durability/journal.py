@@ -34,7 +34,7 @@ from latentwatch import storage
 from latentwatch.collector.core import Core
 from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.durability import checkpoint, schema
-from latentwatch.collector.durability.facts import StateFacts
+from latentwatch.collector.durability.state_facts import StateFacts
 from latentwatch.collector.ingest import Ingest
 from latentwatch.errors import Refusal, RefusalReason, StateRefused
 from latentwatch.transport import codec

@@ -13,11 +13,11 @@ import numpy as np
 from latentwatch.aggregate.histogram import NORM_EDGES, Histograms
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
-from latentwatch.collector.listener import RemoteRows, StepListener
 from latentwatch.collector.remote_requests import features_of
 from latentwatch.collector.replicas import Boot
 from latentwatch.collector.requests import RequestSummary, summarise
 from latentwatch.collector.state import CollectorState, ModelCounts
+from latentwatch.collector.step_listener import RemoteRows, StepListener
 from latentwatch.facts import FeatureSummary, is_whole
 from latentwatch.names import Outcome
 from latentwatch.transport import report as reports

@@ -23,9 +23,9 @@ import numpy as np
 
 from latentwatch.aggregate.requests import RequestFeatures
 from latentwatch.arrays import Array, axes, check
-from latentwatch.collector.listener import Ends, Eviction, Step, StepListener
 from latentwatch.collector.requests import TrackedRequest
 from latentwatch.collector.state import CollectorState, EngineCountsState, ModelCounts, open_requests
+from latentwatch.collector.step_listener import Ends, Eviction, Step, StepListener
 from latentwatch.collector.totals import EngineTotals, ForwardView, ModelTotals
 from latentwatch.errors import StreamRefused
 from latentwatch.facts import EXCEEDANCE, FEATURE_STAT, RequestProgress

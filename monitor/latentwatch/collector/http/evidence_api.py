@@ -18,7 +18,7 @@ from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence.archive import StoredRequest, Wanted
-from latentwatch.evidence.vault import Content, Vault
+from latentwatch.evidence.encryption import Content, Vault
 from latentwatch.facts import ShownExceedance
 from latentwatch.names import Severity
 

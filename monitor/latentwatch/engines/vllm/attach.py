@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Final
 
 from latentwatch import __version__
-from latentwatch.engines.vllm import encoder, kv_cache, row_map, settings
-from latentwatch.engines.vllm.encoder import ArmedHook
+from latentwatch.engines.vllm import arming, kv_cache, row_map, settings
+from latentwatch.engines.vllm.arming import ArmedHook
 from latentwatch.engines.vllm.exporter_process import ExporterChild
 from latentwatch.engines.vllm.interfaces import ModelRunner, SchedulerOutput, VllmConfig, Worker
 from latentwatch.engines.vllm.settings import PluginSettings
-from latentwatch.engines.vllm.step_tap import Tap
+from latentwatch.engines.vllm.step_tap import StepTap
 from latentwatch.errors import EngineRefused, Refusal, RefusalReason
 from latentwatch.facts import EngineIdentity
 from latentwatch.handover.exporter_config import CachedBlocks, ExporterConfig, WatchedFeature
@@ -44,7 +44,7 @@ class Attachment:
         self._hooks: tuple[ArmedHook, ...] = ()
         self._refusal: Refusal | None = None
         self._ring: Ring | None = None
-        self._tap: Tap | None = None
+        self._tap: StepTap | None = None
         self._exporter: ExporterChild | None = None
         self._failures = 0
         self._boot_id = uuid.uuid4().hex
@@ -117,8 +117,8 @@ class Attachment:
             raise watchlist
         self._check_engine()
         config = self._worker.vllm_config
-        encoder.check_model(config.model_config.hf_config, config.model_config.dtype, watchlist.model)
-        self._hooks = encoder.arm(
+        arming.check_model(config.model_config.hf_config, config.model_config.dtype, watchlist.model)
+        self._hooks = arming.arm(
             self._worker.model_runner.get_model(),
             watchlist,
             max_rows=config.scheduler_config.max_num_batched_tokens,
@@ -196,7 +196,7 @@ class Attachment:
         for hook in self._hooks:
             hook.reset()
         cache = self._followed_cache()
-        self._tap = Tap(self._ring, self._hooks, on_gpu=self._worker.device.type != "cpu", cache=cache)
+        self._tap = StepTap(self._ring, self._hooks, on_gpu=self._worker.device.type != "cpu", cache=cache)
         if self._exporter is not None:
             self._exporter.configure(self._exporter_config(self._ring, cache))
 

@@ -15,7 +15,10 @@ import numpy as np
 
 from latentwatch.arrays import Array
 from latentwatch.engines.vllm import request_ends, row_map, trace_context
-from latentwatch.engines.vllm.drain import (
+from latentwatch.engines.vllm.arming import ArmedHook
+from latentwatch.engines.vllm.interfaces import ModelRunner, NewRequest, SchedulerOutput
+from latentwatch.engines.vllm.kv_cache import KvCache
+from latentwatch.engines.vllm.read_buffers import (
     UNSCORED,
     DeviceHandover,
     HostBuffers,
@@ -23,9 +26,6 @@ from latentwatch.engines.vllm.drain import (
     device_handovers,
     write_compacted,
 )
-from latentwatch.engines.vllm.encoder import ArmedHook
-from latentwatch.engines.vllm.interfaces import ModelRunner, NewRequest, SchedulerOutput
-from latentwatch.engines.vllm.kv_cache import KvCache
 from latentwatch.handover.events import Blocks, Closed, Event, Opened, Resync, encode_events
 from latentwatch.handover.ring import EVENT_BYTES, REQUEST_DTYPE, Ring, Slot
 
@@ -154,7 +154,7 @@ def _in_lines(given: list[list[int]]) -> list[Event]:
     return lines
 
 
-class Tap:
+class StepTap:
     """Hands every step over to the exporter, scored or not."""
 
     def __init__(self, ring: Ring, hooks: Sequence[ArmedHook], *, on_gpu: bool, cache: KvCache | None = None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from latentwatch.demo.run import runner
 
-from tests.support.real import program
+from tests.support.programs import program
 
 ROOT = Path(__file__).parents[4]
 

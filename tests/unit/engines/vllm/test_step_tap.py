@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from latentwatch.engines.vllm import request_ends, row_map
-from latentwatch.engines.vllm.drain import HostBuffers, write_compacted
-from latentwatch.engines.vllm.encoder import ArmedHook
+from latentwatch.engines.vllm.arming import ArmedHook
 from latentwatch.engines.vllm.kv_cache import KvCache
-from latentwatch.engines.vllm.step_tap import MAX_OWED, Requests, Tap
+from latentwatch.engines.vllm.read_buffers import HostBuffers, write_compacted
+from latentwatch.engines.vllm.step_tap import MAX_OWED, Requests, StepTap
 from latentwatch.exporter.ledger import Ledger
 from latentwatch.exporter.score_cache import ScoreCache
 from latentwatch.handover.events import Blocks, Event, encode_events
@@ -59,7 +59,7 @@ def geometry(hooks: tuple[ArmedHook, ...]) -> Geometry:
 def test_scores_arrive_at_the_ledger_with_their_request_and_position(hooks):
     ring = Ring.create(geometry(hooks))
     reader = Ring(ring.fd, ring.geometry, create=False)
-    tap, ledger = Tap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
+    tap, ledger = StepTap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
     forward(hooks, 5)
     tap.after_step(v1_runner({"a": 0, "b": 0}), scheduled({"a": 3, "b": 2}, new=[("a", 3), ("b", 2)]))
     tap.after_step(v1_runner({}), scheduled({}, finished={"a": (1, False), "b": (1, False)}))
@@ -77,7 +77,7 @@ def test_scores_arrive_at_the_ledger_with_their_request_and_position(hooks):
 
 def test_a_forward_without_the_op_is_reported_silent_and_the_next_one_is_not(hooks):
     ring = Ring.create(geometry(hooks))
-    tap = Tap(ring, hooks, on_gpu=False)
+    tap = StepTap(ring, hooks, on_gpu=False)
     forward(hooks, 2)
     tap.after_step(v1_runner({"a": 0}), scheduled({"a": 2}, new=[("a", 2)]))
     tap.after_step(v1_runner({"a": 2}), scheduled({"a": 1}))  # no forward() before: nothing was written
@@ -89,7 +89,7 @@ def test_a_forward_without_the_op_is_reported_silent_and_the_next_one_is_not(hoo
 def test_a_full_ring_costs_steps_but_no_opening_or_closing_even_if_the_engine_then_idles(hooks):
     ring = Ring.create(geometry(hooks))
     reader = Ring(ring.fd, ring.geometry, create=False)
-    tap, ledger = Tap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
+    tap, ledger = StepTap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
     room = ring.slots - 2  # two are kept for steps without rows
     steps = room + 5
     for step in range(steps):
@@ -114,7 +114,7 @@ def test_while_nobody_reads_what_is_owed_stays_bounded_and_then_the_books_begin_
     """ "a" lives through it, "b" was known and ends meanwhile, thousands come and go of which nobody is told."""
     ring = Ring.create(geometry(hooks))
     reader = Ring(ring.fd, ring.geometry, create=False)
-    tap, ledger = Tap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
+    tap, ledger = StepTap(ring, hooks, on_gpu=False), Ledger(armed=True, drafts=False)
     tap.after_step(v1_runner({"a": 0, "b": 0}), scheduled({"a": 1, "b": 1}, new=[("a", 1), ("b", 1)]))
     batches = [ledger.settle(reader.peek(), EngineCounters())]
     reader.release()
@@ -151,7 +151,7 @@ def test_while_nobody_reads_what_is_owed_stays_bounded_and_then_the_books_begin_
 
 def test_a_request_id_as_long_as_a_slot_is_cut_and_reaches_the_exporter(hooks):
     ring = Ring.create(geometry(hooks))
-    tap = Tap(ring, hooks, on_gpu=False)
+    tap = StepTap(ring, hooks, on_gpu=False)
     name = "cmpl-" + "\u4e00" * EVENT_BYTES + "-0-0123abcd"
     tap.after_step(v1_runner({name: 0}), scheduled({name: 1}, new=[(name, 1)]))
     (opened,) = Ledger(armed=True, drafts=False).settle(ring.peek(), EngineCounters()).opened
@@ -161,7 +161,7 @@ def test_a_request_id_as_long_as_a_slot_is_cut_and_reaches_the_exporter(hooks):
 
 def test_an_exporter_started_again_is_told_every_live_request(hooks):
     ring = Ring.create(geometry(hooks))
-    tap = Tap(ring, hooks, on_gpu=False)
+    tap = StepTap(ring, hooks, on_gpu=False)
     forward(hooks, 2)
     tap.after_step(v1_runner({"a": 0}), scheduled({"a": 2}, new=[("a", 2)]))
     ring.peek()
@@ -214,7 +214,7 @@ def test_a_request_with_more_blocks_than_an_event_holds_is_told_in_pieces():
 def test_a_hit_inherits_through_the_ring(hooks):
     ring = Ring.create(geometry(hooks))
     reader = Ring(ring.fd, ring.geometry, create=False)
-    tap = Tap(ring, hooks, on_gpu=False, cache=CACHE)
+    tap = StepTap(ring, hooks, on_gpu=False, cache=CACHE)
     kept = ScoreCache(blocks=100, block_size=4, dense=len(hooks), hook_points=len(hooks))
     ledger = Ledger(armed=True, drafts=False, score_cache=kept)
     forward(hooks, 6)
@@ -266,7 +266,7 @@ def test_what_a_gpu_compacted_lies_in_the_slot_as_what_a_cpu_compacted(hooks):
 
 
 def test_the_sentinel_is_put_back_after_every_step(hooks):
-    tap = Tap(Ring.create(geometry(hooks)), hooks, on_gpu=False)
+    tap = StepTap(Ring.create(geometry(hooks)), hooks, on_gpu=False)
     forward(hooks, 2)
     tap.after_step(v1_runner({"a": 0}), scheduled({"a": 2}, new=[("a", 2)]))
     assert all(float(hook.stat_T3[0, 0]) == UNWRITTEN for hook in hooks)

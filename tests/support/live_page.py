@@ -1,4 +1,4 @@
-"""A collector under made-up load, to look at the page and to measure: `python -m tests.support.live --help`."""
+"""A collector under made-up load, to look at the page and to measure: `python -m tests.support.live_page --help`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from latentwatch.arrays import F32, U16, Array
-from latentwatch.engines.vllm.encoder import ArmedHook
+from latentwatch.engines.vllm.arming import ArmedHook
 from latentwatch.handover.ring import Slot
 from latentwatch.kernels.reference import UNWRITTEN, Compacted
 

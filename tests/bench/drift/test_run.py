@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from river.drift import PageHinkley as RiversPageHinkley
 
-from tests.bench.drift.others import PageHinkley
+from tests.bench.drift.detectors_others import PageHinkley
 from tests.bench.drift.run import (
     QUICK,
     calibrated,

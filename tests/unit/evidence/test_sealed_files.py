@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from latentwatch.cli import main
 from latentwatch.errors import ConfigRefused
-from latentwatch.evidence import sealed as sealed_contents
+from latentwatch.evidence import sealed_files
+from latentwatch.evidence.encryption import Content, Vault, write_key
 from latentwatch.evidence.store import Retention
-from latentwatch.evidence.vault import Content, Vault, write_key
 
 from tests.support.evidence import NOW, one_request, store
 
@@ -75,7 +75,7 @@ def test_content_goes_before_it_is_so_old_while_the_rest_stays(tmp_path, key):
             name = f"chatcmpl-made-{hour + 1:012d}"
             assert written.attach(name, lambda request: vault.seal(request, SAID), now) == 1
             written.prune(now)
-            kept = [number for number in range(1, 9) if sealed_contents.get(folder, number)]
+            kept = [number for number in range(1, 9) if sealed_files.get(folder, number)]
             assert hour + 1 in kept and min(kept) >= hour - 1
-            assert len(sealed_contents.files(folder)) <= 3
+            assert len(sealed_files.files(folder)) <= 3
         assert written.attach("chatcmpl-nobody", lambda request: b"", NOW) == 0

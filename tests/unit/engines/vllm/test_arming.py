@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latentwatch.engines.vllm import encoder
+from latentwatch.engines.vllm import arming
 from latentwatch.errors import EngineRefused, WatchlistRefused
 from latentwatch.kernels.reference import UNWRITTEN
 
@@ -17,7 +17,7 @@ from tests.support.fake_model import FusedLayer, Model, OtherNorm, PairLayer, Pl
 
 
 def arm(model: Model, watchlist: Any) -> Any:
-    return encoder.arm(model, watchlist, max_rows=16, dtype=torch.float32, device=torch.device("cpu"))
+    return arming.arm(model, watchlist, max_rows=16, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("layer", [FusedLayer, OtherNorm, PlainLayer])
@@ -55,7 +55,7 @@ def test_two_lists_of_the_same_length_are_refused_not_guessed():
     model = torch.nn.Module()
     model.text, model.draft = Model(PlainLayer), Model(PlainLayer)
     with pytest.raises(EngineRefused, match="2 lists of 4 modules") as caught:
-        encoder.find_layers(model, tiny.LAYERS)
+        arming.find_layers(model, tiny.LAYERS)
     assert caught.value.reason == "architecture_unknown"
 
 
@@ -74,7 +74,7 @@ def test_a_stream_that_is_scaled_in_float16_is_refused_there(tmp_path):
     model.layers[2].routed_scaling_factor = 2.5
     watchlist = tiny.watchlist(tmp_path / "w.safetensors")
     with pytest.raises(EngineRefused, match="--dtype bfloat16"):
-        encoder.arm(model, watchlist, max_rows=16, dtype=torch.float16, device=torch.device("cpu"))
+        arming.arm(model, watchlist, max_rows=16, dtype=torch.float16, device=torch.device("cpu"))
     arm(model, watchlist)
 
 
@@ -102,9 +102,9 @@ def test_a_watchlist_for_another_model_is_refused_by_the_field_that_differs(fiel
         "architectures": ["LlamaForCausalLM"],
     }
     expected = tiny.watchlist(tmp_path / "w.safetensors").model
-    encoder.check_model(SimpleNamespace(**served), torch.bfloat16, expected)
+    arming.check_model(SimpleNamespace(**served), torch.bfloat16, expected)
     with pytest.raises(WatchlistRefused) as caught:
-        encoder.check_model(SimpleNamespace(**{**served, field: value}), torch.bfloat16, expected)
+        arming.check_model(SimpleNamespace(**{**served, field: value}), torch.bfloat16, expected)
     assert caught.value.reason == reason
     assert str(value[0] if isinstance(value, list) else value) in caught.value.found
 
@@ -117,7 +117,7 @@ def test_a_dtype_that_the_watchlist_was_not_measured_in_is_refused(tmp_path):
         architectures=["LlamaForCausalLM"],
     )
     with pytest.raises(WatchlistRefused, match="float16") as caught:
-        encoder.check_model(served, torch.float16, tiny.watchlist(tmp_path / "w.safetensors").model)
+        arming.check_model(served, torch.float16, tiny.watchlist(tmp_path / "w.safetensors").model)
     assert caught.value.reason == "watchlist_dtype"
 
 
