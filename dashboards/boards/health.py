@@ -285,7 +285,7 @@ def _rows_waiting() -> list[Panel]:
         query(f"max({series(metrics.FORWARD_CAPACITY)})", "bound"),
     )
     shed = graph(
-        "Rows and crossings shed",
+        "Rows and exceedances shed",
         "Requests that the gateway cannot look up: as sidecars count it, and as they told their gateway.",
         query(f"sum by (kind) ({rate(metrics.FORWARD_SHED)})", "{{kind}}, shed here"),
         query(f"sum by (collector, kind) ({rate(metrics.FORWARDER_SHED)})", "{{collector}}, {{kind}}"),

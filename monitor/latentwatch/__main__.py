@@ -1,4 +1,4 @@
-"""`python -m monitor` is `latentwatch`."""
+"""`python -m latentwatch` is `latentwatch`."""
 
 from latentwatch.cli import main
 

@@ -22,7 +22,7 @@ TYPES_ONLY = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
 BREACHES = [
     ("the tree is the data path", {"exporter/__init__.py": "import latentwatch.demo"}),
     ("the tree is the data path", {"kernels/__init__.py": "import latentwatch.demo"}),
-    ("the tree is the data path", {"no_room_for_this.py": ""}),
+    ("the tree is the data path", {"in_no_layer.py": ""}),
     (
         "no circles, at any depth, imports for types included",
         {
@@ -38,12 +38,12 @@ BREACHES = [
     ("the engine process holds no grpc", {"engines/__init__.py": "import latentwatch.transport"}),
     ("torch is imported where tensors are made, nowhere else", {"cli/__init__.py": "import torch.nn"}),
     ("triton is imported by the kernels only", {"demo/build/__init__.py": "import triton.language"}),
-    ("an engine is imported by its own room only", {"kernels/__init__.py": "import vllm"}),
+    ("an engine is imported by its own folder only", {"kernels/__init__.py": "import vllm"}),
     (
         "exporter and collector load neither torch nor an engine, by no detour",
         {"collector/__init__.py": "def f():\n    import latentwatch.kernels.reference"},
     ),
-    ("the numbers are pure: no thread, socket, file lock or clock behind them", {"drift/__init__.py": "import time"}),
+    ("the numbers are pure: no thread, socket or clock behind them", {"drift/__init__.py": "import time"}),
 ]
 
 
@@ -81,7 +81,7 @@ def test_the_package_keeps_every_contract(source_root):
 def test_a_planted_import_breaks_this_contract_and_no_other(contract, planted, source_root):
     for file, text in planted.items():
         path = source_root / "latentwatch" / file
-        assert path.parent.is_dir(), "the room was moved: plant elsewhere"
+        assert path.parent.is_dir(), "the folder was moved: plant in another"
         with path.open("a") as code:
             code.write(f"\n{text}\n")
     assert [name for name, kept in lint(source_root).items() if not kept] == [contract]

@@ -10,13 +10,13 @@ import math
 import numpy as np
 
 from latentwatch.aggregate.window import FeatureWindow
-from latentwatch.collector import snapshot as views
 from latentwatch.collector.drift import Drift
 from latentwatch.collector.exceedances import Listed
 from latentwatch.collector.federation.outbox import ReportOutbox
 from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.collector.replicas import Boot
 from latentwatch.collector.requests import summarise
+from latentwatch.collector.snapshot import Anomaly, CollectorTotals, ForwarderView, LagView, ReplicaView, RequestView, Snapshot
 from latentwatch.collector.state import CollectorState, open_requests
 from latentwatch.facts import ExceedanceView, RequestProgress, shown_exceedance, shown_features, shown_request
 from latentwatch.names import trace_id
@@ -36,11 +36,11 @@ class Lookup:
         self.watchlist, self.features, self.bounds = state.watchlist, state.features, state.bounds
         self._limits = [feature.limit.value if feature.limit else None for feature in self.features]
 
-    def snapshot(self, now: float) -> views.Snapshot:
+    def snapshot(self, now: float) -> Snapshot:
         """Every number that /metrics shows."""
         state = self._state
         newest = {name: state.replicas.known[name].newest for name in sorted(state.replicas.known)}
-        return views.Snapshot(
+        return Snapshot(
             now=now,
             engines=state.engine_totals(),
             models=state.model_totals(),
@@ -49,7 +49,7 @@ class Lookup:
             forward=self._outbox.view() if self._outbox else None,
             drift=self.drift.views(),
             bounds=state.bounds,
-            collector=views.CollectorTotals(
+            collector=CollectorTotals(
                 messages=state.totals.messages,
                 duplicates=state.totals.duplicates,
                 lost_sequences=state.totals.lost_sequences,
@@ -58,7 +58,7 @@ class Lookup:
                 requests_evicted=state.totals.requests_evicted,
                 summaries_evicted=state.index.evicted,
                 accounting_excess_tokens=state.totals.excess_tokens,
-                ingest_lag=views.LagView(state.lag.edges, tuple(state.lag.counts), state.lag.sum),
+                ingest_lag=LagView(state.lag.edges, tuple(state.lag.counts), state.lag.sum),
                 open_requests=len(state.slots.by_serial),
             ),
         )
@@ -71,10 +71,10 @@ class Lookup:
         """The latest exceedances, newest first."""
         return [self._exceedance(listed) for listed in self._state.exceedances.latest(limit)]
 
-    def anomalies(self, limit: int) -> list[views.Anomaly]:
+    def anomalies(self, limit: int) -> list[Anomaly]:
         """The same by request: the latest ones, each with everything that is known of it."""
         return [
-            views.Anomaly.of([self._exceedance(listed) for listed in of_request])
+            Anomaly.of([self._exceedance(listed) for listed in of_request])
             for of_request in self._state.exceedances.of_requests(limit)
         ]
 
@@ -90,7 +90,7 @@ class Lookup:
         names = self._pseudonyms.candidates(name) if self._pseudonyms else (name,)
         return next((list(reversed(found)) for id in names if (found := self._state.index.find(id))), [])
 
-    def request(self, serial: int) -> views.RequestView | None:
+    def request(self, serial: int) -> RequestView | None:
         """One request, by a number that `latest` or `find` gave; None when it was let go since."""
         state = self._state
         known = state.index.closed_request(serial) or state.remote.row(serial)
@@ -103,7 +103,7 @@ class Lookup:
             (summary,) = summarise(features, state.table.limit_F, state.bounds.summary_features)
         else:
             return None
-        return views.RequestView(
+        return RequestView(
             **shown_request(info, progress),
             exceeded_features=summary.exceeded,
             features=shown_features(summary, self.features, self._limits),
@@ -130,9 +130,9 @@ class Lookup:
         )
 
 
-def _replica_view(boot: Boot) -> views.ReplicaView:
+def _replica_view(boot: Boot) -> ReplicaView:
     hello = boot.hello
-    return views.ReplicaView(
+    return ReplicaView(
         replica=hello.replica,
         model_name=hello.model_name,
         engine=hello.engine,
@@ -149,8 +149,8 @@ def _replica_view(boot: Boot) -> views.ReplicaView:
     )
 
 
-def _forwarder_view(boot: Boot) -> views.ForwarderView:
-    return views.ForwarderView(
+def _forwarder_view(boot: Boot) -> ForwarderView:
+    return ForwarderView(
         collector=boot.hello.replica,
         connected=boot.streams > 0,
         last_seen_seconds=boot.last_seen_seconds,

@@ -12,7 +12,7 @@ from latentwatch import __version__
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.durability.state_facts import StateFacts
 from latentwatch.collector.evidence import EvidenceFacts
-from latentwatch.collector.federation.client import RelayFacts
+from latentwatch.collector.federation.client import ReportClientFacts
 from latentwatch.collector.snapshot import TOKEN_SERIES, ReplicaView, Snapshot
 from latentwatch.collector.telemetry import OtlpFacts
 from latentwatch.collector.totals import ModelTotals
@@ -42,7 +42,7 @@ class ProcessFacts:
     state: StateFacts = field(default_factory=StateFacts)
     evidence: EvidenceFacts = field(default_factory=EvidenceFacts)
     otlp: OtlpFacts = field(default_factory=OtlpFacts)
-    relay: RelayFacts = field(default_factory=RelayFacts)
+    report_client: ReportClientFacts = field(default_factory=ReportClientFacts)
     receiver: ReceiverFacts = field(default_factory=ReceiverFacts)
 
 
@@ -72,7 +72,7 @@ class Families:
         yield from self._replicas(snapshot.replicas)
         yield from self._collector(snapshot)
         yield from self._stages(snapshot, process)
-        yield from self._forwarding(snapshot, process.relay)
+        yield from self._forwarding(snapshot, process.report_client)
         yield from self._evidence(process.evidence)
         yield from self._otlp(process.otlp)
         yield from self._about(process)
@@ -223,14 +223,14 @@ class Families:
         yield Family(metrics.STAGE_CAPACITY, stages, [capacity for _, _, capacity in rows])
         yield Family(metrics.MERGE_QUEUE_OLDEST, ((),), [receiver.queue.oldest_seconds])
 
-    def _forwarding(self, snapshot: Snapshot, relay: RelayFacts) -> Iterator[Family]:
+    def _forwarding(self, snapshot: Snapshot, report_client: ReportClientFacts) -> Iterator[Family]:
         """To a gateway, where there is one, and from every sidecar that forwards here."""
         forward = snapshot.forward
         here: LabelRows = ((),) if forward else ()
         for metric, value in (
-            (metrics.FORWARD_CONNECTED, int(relay.connected)),
-            (metrics.FORWARD_RECONNECTS, relay.reconnects),
-            (metrics.FORWARD_RESENT, relay.resent_reports),
+            (metrics.FORWARD_CONNECTED, int(report_client.connected)),
+            (metrics.FORWARD_RECONNECTS, report_client.reconnects),
+            (metrics.FORWARD_RESENT, report_client.resent_reports),
             (metrics.FORWARD_REPORTS, forward.cut if forward else 0),
             (metrics.FORWARD_WAITING, forward.waiting_reports if forward else 0),
             (metrics.FORWARD_OLDEST, forward.oldest_seconds if forward else 0.0),

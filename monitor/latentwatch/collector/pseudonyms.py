@@ -1,4 +1,4 @@
-"""Request ids as keyed hashes: nothing behind the door of this collector holds the clear ones.
+"""Request ids as keyed hashes: nothing behind this collector's receiver holds the clear ones.
 
 A request id holds what the client put into X-Request-Id. With a key, each id is replaced as a message comes in, before
 it is merged, written to the journal, recorded or forwarded. Who has a clear id asks with it, and its hash is looked up.

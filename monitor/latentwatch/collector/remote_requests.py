@@ -1,4 +1,4 @@
-"""The gateway's half of forwarding: requests that run elsewhere, of which only rows are known.
+"""Requests that run at other collectors: a gateway's store of their rows, by look-up, until each ends or is given up.
 
 Shape legend: n requests, F features.
 """

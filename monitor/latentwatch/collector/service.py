@@ -21,7 +21,7 @@ from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.collector.durability.state_facts import StateFacts
 from latentwatch.collector.evidence import Evidence, EvidenceFacts, EvidenceSettings
 from latentwatch.collector.evidence_buffer import watched
-from latentwatch.collector.federation.client import RelayFacts, ReportClient
+from latentwatch.collector.federation.client import ReportClientFacts, ReportClient
 from latentwatch.collector.federation.outbox import ReportOutbox
 from latentwatch.collector.http.app import make_app
 from latentwatch.collector.http.server import HttpServer
@@ -122,7 +122,7 @@ class Parts:
             self.durable.facts if self.durable is not None else StateFacts(),
             self.evidence.facts() if self.evidence is not None else EvidenceFacts(),
             self.telemetry.facts() if self.telemetry is not None else OtlpFacts(),
-            self.report_client.facts if self.report_client is not None else RelayFacts(),
+            self.report_client.facts if self.report_client is not None else ReportClientFacts(),
             self.receiver.facts,
         )
 

@@ -264,7 +264,7 @@ ENGINE_COUNTERS: Final = {
         "Files in the spool that are foreign or damaged, and boots in it that no collector takes.",
     ),
 }
-"""By the field of step.EngineCounters. They begin again at 0 with every boot of the engine."""
+"""By the field of step.batch.EngineCounters. They begin again at 0 with every boot of the engine."""
 EVENTS_EVICTED = _counter(
     "latentwatch_events_evicted_total",
     (),
@@ -342,7 +342,7 @@ FORWARD_CAPACITY = _gauge(
 FORWARD_SHED = _counter(
     "latentwatch_forward_shed_total",
     ("kind",),
-    "Rows of requests, and crossings in them, that the gateway will not see. Counts of tokens, requests and features "
+    "Rows of requests, and exceedances in them, that the gateway will not see. Counts of tokens, requests and features "
     "reach it all the same.",
 )
 FORWARDER_CONNECTED = _gauge(

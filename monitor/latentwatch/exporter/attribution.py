@@ -48,7 +48,7 @@ class StepRows:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """What R rows showed, as the columns of step.StepBatch."""
+    """What R rows showed, as the columns of StepBatch (step/batch.py)."""
 
     fires_N: Array
     """Sorted by row, then feature."""
@@ -58,7 +58,7 @@ class ScoredRows:
 
 @dataclass(frozen=True)
 class Attributed:
-    """Segments and the scores of their rows, in the order that step.StepBatch wants."""
+    """Segments and the scores of their rows, in the order that StepBatch (step/batch.py) wants."""
 
     segments_S: Array
     scored: ScoredRows
@@ -75,7 +75,7 @@ class Attributed:
 def attribute(rows: StepRows) -> Attributed:
     """Keep each position once and cut the rows into segments of one request, state, reason and phase.
 
-    Rows whose reason is NOT_ARMED or OP_SILENT become unseen, other reasons dropped, NONE scored.
+    Rows whose reason is one of UNSEEN_REASONS become unseen, of another dropped, NONE scored.
     """
     request_T, position_T = positions(rows.start_Q, rows.count_Q)
     again_T = position_T < rows.from_Q[request_T]

@@ -63,7 +63,7 @@ class Exporter:
             self._offer(self._ledger.settle(raw, self._counters()), now)
         except Exception:
             # One step that cannot be read must not end the export: its positions show up as a gap and are counted.
-            log.exception("latentwatch: step %d could not be laid out", raw.step)
+            log.exception("latentwatch: step %d could not be settled", raw.step)
         finally:
             self._ring.release()
         return True

@@ -1,4 +1,4 @@
-"""With a key, a clear request id is nowhere behind the collector's door, and still finds its request."""
+"""With a key, a clear request id is nowhere behind the collector's receiver, and still finds its request."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The relay: a collector's reports to its gateway, over one gRPC stream, in the collector's own event loop.
+"""The report client: a collector's reports to its gateway, over one gRPC stream, in the collector's own event loop.
 
 The guarantee is that of `sender`: a report stays where it waits until the gateway says that its state holds it, and is
 sent again above that number when a stream ends. What waits, and what is given up, is not decided here: see
-`collector.forward`. grpc.aio, unlike the sender, because a collector's loop has it already.
+`federation.outbox`. grpc.aio, unlike the sender, because a collector's loop has it already.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LOG_AGAIN_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True)
-class RelayFacts:
+class ReportClientFacts:
     """How the stream to the gateway goes."""
 
     connected: bool = False
@@ -79,9 +79,9 @@ class ReportClient:
         codec.encode_hello(hello, last_acked_sequence=0, time_unix_nano=0)
 
     @property
-    def facts(self) -> RelayFacts:
+    def facts(self) -> ReportClientFacts:
         """How it goes."""
-        return RelayFacts(self._connected, max(0, self._welcomes - 1), self._resent)
+        return ReportClientFacts(self._connected, max(0, self._welcomes - 1), self._resent)
 
     def news(self) -> None:
         """There may be a report that was not sent yet."""

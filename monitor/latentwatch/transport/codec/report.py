@@ -73,7 +73,7 @@ def report_message(sequence: int, report: Report) -> pb.Report:
                     outcome=row.progress.outcome or 0,
                     tokens=row.progress.tokens.tolist(),
                     features=packed(what, "features", row.features, FEATURE_STAT, (len(row.features),)),
-                    crossings=packed(what, "crossings", row.exceedances, EXCEEDANCE, (len(row.exceedances),)),
+                    crossings=packed(what, "exceedances", row.exceedances, EXCEEDANCE, (len(row.exceedances),)),
                     **{name: getattr(row.info, name) for name in _ROW_INFO},
                     **{name: getattr(row.progress, name) for name in _ROW_PROGRESS},
                 )
@@ -142,7 +142,7 @@ def _read_row(what: str, row: pb.RequestRow) -> RequestRow:
             **{name: same[name] for name in _ROW_PROGRESS},
         ),
         features=records(what, "features", row.features, FEATURE_STAT),
-        exceedances=records(what, "crossings", row.crossings, EXCEEDANCE),
+        exceedances=records(what, "exceedances", row.crossings, EXCEEDANCE),
     )
 
 

@@ -32,11 +32,11 @@ class Outbox:
         self.waiting: deque[tuple[int, Report]] = deque()
         self.cut = 0
 
-    def add(self, relay: ReportClient, count: int = 1) -> None:
+    def add(self, client: ReportClient, count: int = 1) -> None:
         for _ in range(count):
             self.cut += 1
             self.waiting.append((self.cut, Report(self.cut)))
-        relay.news()
+        client.news()
 
     def acknowledged(self, number: int) -> None:
         while self.waiting and self.waiting[0][0] <= number:
@@ -44,11 +44,11 @@ class Outbox:
 
 
 @contextlib.asynccontextmanager
-async def relaying(target: str, outbox: Outbox, **options: object) -> AsyncIterator[ReportClient]:
-    relay = ReportClient(target, WHO, lambda: outbox.waiting, outbox.acknowledged, backoff=QUICK, **options)
-    task = asyncio.create_task(relay.run())
+async def forwarding(target: str, outbox: Outbox, **options: object) -> AsyncIterator[ReportClient]:
+    client = ReportClient(target, WHO, lambda: outbox.waiting, outbox.acknowledged, backoff=QUICK, **options)
+    task = asyncio.create_task(client.run())
     try:
-        yield relay
+        yield client
     finally:
         task.cancel()
         await asyncio.wait([task])
@@ -73,17 +73,17 @@ async def until(condition) -> None:
 def test_reports_arrive_once_each_across_gateways_that_come_and_go(tmp_path: Path):
     async def run() -> None:
         sink, outbox, address = FakeSink(), Outbox(), f"unix://{tmp_path}/g.sock"
-        async with relaying(address, outbox) as relay:
-            outbox.add(relay, 3)
+        async with forwarding(address, outbox) as client:
+            outbox.add(client, 3)
             for _ in range(3):
                 async with serving(sink, address):
-                    outbox.add(relay, 2)
-                    assert await relay.drain(20)
-                outbox.add(relay, 2)
+                    outbox.add(client, 2)
+                    assert await client.drain(20)
+                outbox.add(client, 2)
             async with serving(sink, address):
-                assert await relay.drain(20)
-                assert relay.facts.connected and relay.facts.reconnects == 3
-            await until(lambda: not relay.facts.connected)
+                assert await client.drain(20)
+                assert client.facts.connected and client.facts.reconnects == 3
+            await until(lambda: not client.facts.connected)
         assert [number for number, _ in sink.reports] == list(range(1, 16))
 
     in_loop(run())
@@ -92,9 +92,9 @@ def test_reports_arrive_once_each_across_gateways_that_come_and_go(tmp_path: Pat
 def test_what_the_gateway_holds_already_is_not_sent_again(tmp_path: Path):
     async def run() -> None:
         sink, outbox, address = FakeSink({(WHO.replica, WHO.boot_id): 4}), Outbox(), f"unix://{tmp_path}/g.sock"
-        async with serving(sink, address), relaying(address, outbox) as relay:
-            outbox.add(relay, 6)
-            assert await relay.drain(20)
+        async with serving(sink, address), forwarding(address, outbox) as client:
+            outbox.add(client, 6)
+            assert await client.drain(20)
         assert [number for number, _ in sink.reports] == [5, 6]
 
     in_loop(run())
@@ -104,12 +104,12 @@ def test_a_gateway_that_refuses_is_asked_again_and_nothing_is_lost(tmp_path: Pat
     async def run() -> None:
         sink, outbox, address = FakeSink(), Outbox(), f"unix://{tmp_path}/g.sock"
         sink.refuse_hello = StreamRefused("watchlist", found="f", instead="i", reason="watchlist_mismatch")
-        async with serving(sink, address), relaying(address, outbox) as relay:
-            outbox.add(relay, 2)
+        async with serving(sink, address), forwarding(address, outbox) as client:
+            outbox.add(client, 2)
             await until(lambda: len(sink.calls) >= 2)
-            assert not await relay.drain(0.01)
+            assert not await client.drain(0.01)
             sink.refuse_hello = None
-            assert await relay.drain(20)
+            assert await client.drain(20)
 
     in_loop(run())
     assert caplog.text.count("sock: watchlist: f. i.") == 1, "told once, not with each attempt"
@@ -128,14 +128,14 @@ def test_tls_a_certificate_and_a_token_open_the_gateway_and_bind_what_may_be_rep
         async with serving(sink, "127.0.0.1:0", tls=tls, tokens=Tokens([token]), on_refused=refused.append) as receiver:
             address = f"127.0.0.1:{receiver.bound_port}"
             shown = Credentials(authority.file, *client, token_file=token)
-            async with relaying(address, outbox, credentials=shown) as relay:
+            async with forwarding(address, outbox, credentials=shown) as client:
                 outbox.waiting.append((1, Report(1, replicas=(of("pod-0/1"),))))
-                relay.news()
-                assert await relay.drain(20)
+                client.news()
+                assert await client.drain(20)
                 outbox.waiting.append((2, Report(2, replicas=(of("pod-1/0"),))))
-                relay.news()
+                client.news()
                 await until(lambda: "replica_identity" in refused)
-            async with relaying(address, outbox, credentials=Credentials(authority.file, *client)):
+            async with forwarding(address, outbox, credentials=Credentials(authority.file, *client)):
                 await until(lambda: "unauthenticated" in refused)
         assert [number for number, _ in sink.reports] == [1]
 

@@ -1,3 +1,5 @@
+"""The commands of the demo's stack: what each one listens on, and what is said where a program or a file is missing."""
+
 from __future__ import annotations
 
 from pathlib import Path

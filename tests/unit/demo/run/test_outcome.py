@@ -1,3 +1,5 @@
+"""The judge of a run: what passes, and each single fault that fails it."""
+
 from __future__ import annotations
 
 import json

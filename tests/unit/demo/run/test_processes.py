@@ -1,3 +1,5 @@
+"""No process of the demo outlives it, however it ends, and one that ends early is named."""
+
 from __future__ import annotations
 
 import os

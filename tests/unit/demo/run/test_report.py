@@ -1,3 +1,5 @@
+"""The report as a page without a network, safe against its own texts, and as lines in a terminal."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""Progress in a log, on a terminal, and without colour."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""The planned requests, the same for the same seed, and how they are sent and timed."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""Token counts read out of the collector's /metrics text."""
+
 from __future__ import annotations
 
 from latentwatch.demo.run.watch import read_collector, read_engine, series

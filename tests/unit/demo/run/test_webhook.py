@@ -1,3 +1,5 @@
+"""The receiver of pages: what a notification becomes, and what it refuses."""
+
 from __future__ import annotations
 
 import json
