@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from latentwatch.arrays import Array, axes
 from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.durability import schema
+from latentwatch.names import Reason
 
 
 def test_the_schema_is_the_one_that_the_format_stands_for():
@@ -59,6 +61,14 @@ OTHER_INNER = dataclasses.make_dataclass("Inner", [("name", str), ("more", int)]
 def test_whatever_changes_in_a_field_changes_the_fingerprint(made):
     same = changed("nothing", [COUNT, INNER, FIRED])
     assert schema.fingerprint(same) == schema.fingerprint(Before) != schema.fingerprint(made)
+
+
+def test_another_reason_changes_the_fingerprint(monkeypatch):
+    """A stored table has a column more then."""
+    before = schema.fingerprint()
+    other = IntEnum("Reason", [(reason.name, reason.value) for reason in Reason] + [("ANOTHER", 99)])
+    monkeypatch.setattr(schema, "_INDEXES", tuple(other if axis is Reason else axis for axis in schema._INDEXES))
+    assert schema.fingerprint() != before
 
 
 def test_every_array_of_a_state_says_its_axes_and_type():

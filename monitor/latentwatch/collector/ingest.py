@@ -139,6 +139,7 @@ class Ingest:
         """The caller's clock jumped by so much without so much time having passed."""
         self._state.replicas.shift(seconds)
         self._state.slots.shift(seconds)
+        self._state.remote.shift(seconds)
 
     def disconnect_all(self) -> None:
         """The process that served these streams is gone; their engines say hello again."""

@@ -16,7 +16,15 @@ from latentwatch.collector.federation.outbox import ReportOutbox
 from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.collector.replicas import Boot
 from latentwatch.collector.requests import summarise
-from latentwatch.collector.snapshot import Anomaly, CollectorTotals, ForwarderView, LagView, ReplicaView, RequestView, Snapshot
+from latentwatch.collector.snapshot import (
+    Anomaly,
+    CollectorTotals,
+    ForwarderView,
+    LagView,
+    ReplicaView,
+    RequestView,
+    Snapshot,
+)
 from latentwatch.collector.state import CollectorState, open_requests
 from latentwatch.facts import ExceedanceView, RequestProgress, shown_exceedance, shown_features, shown_request
 from latentwatch.names import trace_id

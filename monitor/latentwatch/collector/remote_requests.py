@@ -33,6 +33,8 @@ class RemoteRequestsState:
     """The rows of a RemoteRequests, in the order in which they came."""
 
     keys: list[RemoteKey]
+    updated_seconds: list[float]
+    """When each row came, by this collector's clock."""
     summaries: SummariesState
 
 
@@ -43,6 +45,8 @@ class RemoteRequests:
         self._bound = bound
         self._serials: OrderedDict[RemoteKey, int] = OrderedDict()
         self._summaries: dict[int, RequestSummary] = {}
+        self._updated: dict[int, float] = {}
+        """When the latest row came. The times within a row are of another host's clock."""
 
     def request(self, hello: Hello, row: RequestRow, serial: int) -> TrackedRequest:
         """The request of a row: the one of its earlier rows, or a new one with this serial."""
@@ -60,12 +64,13 @@ class RemoteRequests:
         )
         return TrackedRequest(serial, info)
 
-    def update(self, hello: Hello, number: int, latest: RequestSummary) -> RequestSummary | None:
+    def update(self, hello: Hello, number: int, latest: RequestSummary, now: float) -> RequestSummary | None:
         """Store the latest row of a request that goes on. Returns one that goes beyond the bound for it."""
         key = RemoteKey(hello.replica, hello.boot_id, number)
         self._serials[key] = latest.request.collector_serial
         self._serials.move_to_end(key)
         self._summaries[latest.request.collector_serial] = latest
+        self._updated[latest.request.collector_serial] = now
         if len(self._serials) <= self._bound:
             return None
         return self._pop(next(iter(self._serials)))
@@ -74,7 +79,7 @@ class RemoteRequests:
         """The request's last row came."""
         serial = self._serials.pop(RemoteKey(hello.replica, hello.boot_id, number), None)
         if serial is not None:
-            del self._summaries[serial]
+            del self._summaries[serial], self._updated[serial]
 
     def row(self, serial: int) -> RequestSummary | None:
         """The latest row of an open request."""
@@ -91,29 +96,36 @@ class RemoteRequests:
         )
 
     def idle(self, before: float) -> list[RequestSummary]:
-        """Let go of those whose latest row is older."""
-        return self._let_go(
-            key for key, serial in self._serials.items() if self._summaries[serial].progress.closed_seconds < before
-        )
+        """Let go of those whose latest row came earlier."""
+        return self._let_go(key for key, serial in self._serials.items() if self._updated[serial] < before)
+
+    def shift(self, seconds: float) -> None:
+        """The clock jumped by so much: what was quiet before is as quiet now."""
+        self._updated = {serial: updated + seconds for serial, updated in self._updated.items()}
 
     def _let_go(self, keys: Iterable[RemoteKey]) -> list[RequestSummary]:
         return [self._pop(key) for key in list(keys)]
 
     def _pop(self, key: RemoteKey) -> RequestSummary:
         """A request of which nothing more will be known here."""
-        summary = self._summaries.pop(self._serials.pop(key))
+        serial = self._serials.pop(key)
+        summary = self._summaries.pop(serial)
+        del self._updated[serial]
         return replace(summary, progress=replace(summary.progress, outcome=Outcome.LOST))
 
     def state(self, roster: Roster) -> RemoteRequestsState:
         """Every row. The requests go to the roster."""
         summaries = [self._summaries[serial] for serial in self._serials.values()]
-        return RemoteRequestsState(list(self._serials), SummariesState.of(summaries, roster))
+        updated = [self._updated[serial] for serial in self._serials.values()]
+        return RemoteRequestsState(list(self._serials), updated, SummariesState.of(summaries, roster))
 
     def restore(self, state: RemoteRequestsState, roster: Roster) -> None:
         """Go on from `state`."""
-        for key, summary in zip(state.keys, state.summaries.summaries(roster), strict=True):
-            self._serials[key] = summary.request.collector_serial
-            self._summaries[summary.request.collector_serial] = summary
+        summaries = state.summaries.summaries(roster)
+        for key, updated, summary in zip(state.keys, state.updated_seconds, summaries, strict=True):
+            serial = self._serials[key] = summary.request.collector_serial
+            self._summaries[serial] = summary
+            self._updated[serial] = updated
 
 
 def features_of(rows: Sequence[RequestRow], features: int) -> RequestFeatures:

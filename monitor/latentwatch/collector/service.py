@@ -21,7 +21,7 @@ from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.collector.durability.state_facts import StateFacts
 from latentwatch.collector.evidence import Evidence, EvidenceFacts, EvidenceSettings
 from latentwatch.collector.evidence_buffer import watched
-from latentwatch.collector.federation.client import ReportClientFacts, ReportClient
+from latentwatch.collector.federation.client import ReportClient, ReportClientFacts
 from latentwatch.collector.federation.outbox import ReportOutbox
 from latentwatch.collector.http.app import make_app
 from latentwatch.collector.http.server import HttpServer

@@ -16,12 +16,15 @@ import numpy as np
 
 from latentwatch.arrays import Array, check, described
 from latentwatch.collector.core_state import CoreState
+from latentwatch.names import Outcome, Phase, Reason, TokenState
 
 FORMAT: Final = 3
 """Raised with every change of what a state holds, or of how a journal is replayed."""
-FINGERPRINT: Final = "3f41bc1c1fcfd6e8"
+FINGERPRINT: Final = "8418da95007014c8"
 """Of the schema that FORMAT stands for. A contract test compares them: who changes a field changes both."""
 
+_INDEXES: Final = (TokenState, Reason, Phase, Outcome)
+"""What axes and whole numbers of a state stand for: each has as many places as members."""
 _ARRAY: Final = "$array"
 _LARGEST: Final = 2**63 - 1
 """Of a whole number: each counts something, or is the number of something."""
@@ -79,8 +82,9 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def fingerprint(made: type = CoreState) -> str:
-    """A hash of every name, type, order, axis and array type in a schema."""
-    return hashlib.sha256("\n".join(_lines(made, set())).encode()).hexdigest()[:16]
+    """A hash of every name, type, order, axis and array type in a schema, and of what its axes stand for."""
+    members = (f"{axis.__name__}: {[(member.name, member.value) for member in axis]}" for axis in _INDEXES)
+    return hashlib.sha256("\n".join((*_lines(made, set()), *members)).encode()).hexdigest()[:16]
 
 
 def _lines(made: type, seen: set[type]) -> Iterator[str]:

@@ -75,12 +75,14 @@ class ReportMerge:
         state = self._state
         features = features_of(rows, len(state.features))
         summaries = summarise(features, state.table.limit_F, state.bounds.summary_features)
-        requests = [self._add_row(forwarder, row, summaries[i], features.statistic_nF[i]) for i, row in enumerate(rows)]
+        requests = [
+            self._add_row(forwarder, row, summaries[i], features.statistic_nF[i], now) for i, row in enumerate(rows)
+        ]
         whole = [i for i, row in enumerate(rows) if is_whole(row.info, row.progress)]
         self._tell(RemoteRows(rows, requests, features, whole, now))
 
     def _add_row(
-        self, forwarder: Hello, row: RequestRow, features: FeatureSummary, statistic_F: Array
+        self, forwarder: Hello, row: RequestRow, features: FeatureSummary, statistic_F: Array, now: float
     ) -> RequestSummary:
         state = self._state
         request = state.remote.request(forwarder, row, state.last_serial + 1)
@@ -95,7 +97,7 @@ class ReportMerge:
         latest = RequestSummary(request, row.progress, features)
         beyond: RequestSummary | None = latest
         if row.progress.outcome is None:
-            beyond = state.remote.update(forwarder, row.number, latest)
+            beyond = state.remote.update(forwarder, row.number, latest, now)
         else:
             state.remote.end(forwarder, row.number)
         if beyond is not None:

@@ -117,7 +117,7 @@ def test_a_gateway_that_refuses_is_asked_again_and_nothing_is_lost(tmp_path: Pat
 
 def test_tls_a_certificate_and_a_token_open_the_gateway_and_bind_what_may_be_reported(tmp_path: Path, caplog):
     authority = Authority(tmp_path)
-    server, client = authority.issue("gateway"), authority.issue("pod-0", "pod-0")
+    server, sidecar = authority.issue("gateway"), authority.issue("pod-0", "pod-0")
     token = tmp_path / "token"
     secrets.write(token, b"0123456789abcdef")
     refused: list[str] = []
@@ -127,7 +127,7 @@ def test_tls_a_certificate_and_a_token_open_the_gateway_and_bind_what_may_be_rep
         tls = ServerTls(*server, client_authority=authority.file)
         async with serving(sink, "127.0.0.1:0", tls=tls, tokens=Tokens([token]), on_refused=refused.append) as receiver:
             address = f"127.0.0.1:{receiver.bound_port}"
-            shown = Credentials(authority.file, *client, token_file=token)
+            shown = Credentials(authority.file, *sidecar, token_file=token)
             async with forwarding(address, outbox, credentials=shown) as client:
                 outbox.waiting.append((1, Report(1, replicas=(of("pod-0/1"),))))
                 client.news()
@@ -135,7 +135,7 @@ def test_tls_a_certificate_and_a_token_open_the_gateway_and_bind_what_may_be_rep
                 outbox.waiting.append((2, Report(2, replicas=(of("pod-1/0"),))))
                 client.news()
                 await until(lambda: "replica_identity" in refused)
-            async with forwarding(address, outbox, credentials=Credentials(authority.file, *client)):
+            async with forwarding(address, outbox, credentials=Credentials(authority.file, *sidecar)):
                 await until(lambda: "unauthenticated" in refused)
         assert [number for number, _ in sink.reports] == [1]
 

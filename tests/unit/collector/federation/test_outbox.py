@@ -190,6 +190,30 @@ def test_an_open_request_that_crossed_a_limit_can_be_looked_up_at_the_gateway_be
     assert ended is not None and ended.outcome == "finished"
 
 
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0])
+def test_an_open_request_ends_at_the_gateway_by_the_gateways_clock_also_when_it_is_set(jump):
+    """Its sidecar's clock is another one, and says nothing of how long nothing came."""
+    source, gateway = sidecar(), core()
+    source.ingest.hello(hello(), 1000.0)
+    for i, step in enumerate(batches(3, requests=1)[:-1], start=1):
+        source.ingest.observe(hello(), received(i, step), 1000.0)
+    source.ingest.tick(1001.0)
+    gateway.ingest.hello(forwarder(), 500_000.0)
+    carry(source, gateway, forwarder(), 500_000.0)
+    (serial,) = gateway.lookup.find("chatcmpl-3-1-0123abcd")
+
+    def outcome(now: float) -> str:
+        gateway.ingest.tick(now)
+        shown = gateway.lookup.request(serial)
+        assert shown is not None
+        return shown.outcome
+
+    assert outcome(500_001.0) == "open"
+    gateway.ingest.shift_clock(jump)
+    assert outcome(500_002.0 + jump) == "open"
+    assert outcome(500_001.0 + jump + BOUNDS.request_idle_seconds) == "lost"
+
+
 def test_a_sidecar_that_ran_without_its_gateway_for_a_while_tells_it_what_it_missed_and_nothing_twice():
     gateway, source = core(), sidecar(1)
     gateway.ingest.hello(forwarder(), 1000.0)
