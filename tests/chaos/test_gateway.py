@@ -6,10 +6,13 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from latentwatch.transport.sender import Sender
 
 from tests.chaos.world import FEATURES, Totals, until, world
 from tests.support.streams import Schedule, hello, tokens
+
+pytestmark = pytest.mark.e2e
 
 ENGINES, REQUESTS = 2, 40
 

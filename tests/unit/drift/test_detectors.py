@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from latentwatch.drift.detection import FALL, KINDS, RISE, Budget, DetectorState, evidence, update
 from latentwatch.drift.detectors import CEILING, binomial_llr, cusum, pair_llr, replica_llr, shiryaev_roberts
+from latentwatch.drift.model import Alarm, sentence
 from latentwatch.drift.reference import DriftTolerance, fit, poisson_limits
 from latentwatch.drift.sums import TrafficSums
 
@@ -240,3 +241,9 @@ def test_an_adapter_that_has_its_own_hours_does_not_count_twice():
     found = watched(traffic, reference, None, 288)
     assert not any(alarm_F.any() for alarm_F in found.alarms.values())
     assert found.ratio_F == pytest.approx(np.ones(8), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_alarm_has_its_sentence(kind):
+    alarm = Alarm("jailbreak", kind, "up", 9.0, 8.0, 0.0, 3.0, 2.0, 4.0, "pod-0/0", "deceive", None, [], "")
+    assert sentence(alarm).startswith("jailbreak fires" if kind != "canary" else "jailbreak scores")
