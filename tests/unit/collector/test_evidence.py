@@ -79,11 +79,11 @@ def test_the_exemplar_of_a_page_leads_to_the_request_in_the_evidence(made):
     for sample in samples:
         answer = client("GET", f"/v1/evidence/requests/{sample.exemplar.labels['request_id']}")
         (request,) = answer.json()["requests"]
-        (crossing,) = [e for e in request["exceedances"] if e["feature"] == sample.labels["feature"]]
-        assert crossing["value"] == pytest.approx(sample.exemplar.value) and crossing["seconds"] == NOW
+        (listed,) = [e for e in request["exceedances"] if e["feature"] == sample.labels["feature"]]
+        assert listed["value"] == pytest.approx(sample.exemplar.value) and listed["seconds"] == NOW
         shown = {a["feature"]: a for a in request["activations"]}
         if request["outcome"] != "open":
-            assert crossing["position"] in shown[sample.labels["feature"]]["positions"]
+            assert listed["position"] in shown[sample.labels["feature"]]["positions"]
     assert families["latentwatch_evidence_written"].samples[0].value > 0
     assert families["latentwatch_evidence_folder_bytes"].samples[0].value > 0
 

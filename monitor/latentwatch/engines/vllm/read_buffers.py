@@ -21,7 +21,7 @@ _F16_MAX = float(np.finfo(np.float16).max)
 
 
 class Written(NamedTuple):
-    """What a drain put into the slot."""
+    """What was put into the slot."""
 
     scored_rows: int
     fires: int
@@ -52,7 +52,7 @@ class _Columns(NamedTuple):
     dense_at: slice
 
 
-class Drain:
+class SlotWriter:
     """Writes one step's scores into a slot, from host arrays [rows, K] per hook point."""
 
     def __init__(self, hooks: Sequence[ArmedHook]) -> None:
@@ -109,12 +109,12 @@ class HostBuffers:
     """The op's buffers on the CPU: numpy sees them where they are, and they are compacted on the engine's thread."""
 
     def __init__(self, hooks: Sequence[ArmedHook]) -> None:
-        self._drain = Drain(hooks)
+        self._writer = SlotWriter(hooks)
         self._acts = [hook.act_TK.numpy() for hook in hooks]
         self._stats = [hook.stat_T3.numpy() for hook in hooks]
 
     def write(self, slot: Slot, rows: int) -> Written:
-        return self._drain.write(slot, [act[:rows] for act in self._acts], [stat[:rows] for stat in self._stats])
+        return self._writer.write(slot, [act[:rows] for act in self._acts], [stat[:rows] for stat in self._stats])
 
     def reset(self) -> None:
         """Mark the buffers as unwritten, once the step is written or given up."""
