@@ -2,8 +2,8 @@
 
 A file of this user is for this user alone. One of another user, such as root's in a Kubernetes Secret, can only be read
 through a group or by everyone; the group is taken, everyone is not. (The rule by which PostgreSQL reads its TLS keys.)
-A container that runs as root sees the same Secret as a file of its own; there it is the pod's group, any but root's, that
-tells it.
+A container that runs as root sees the same Secret as a file of its own; there it is the pod's group, any but root's,
+that tells it.
 
 Links are followed, since Kubernetes puts two before each Secret; what counts is the file that is opened.
 """

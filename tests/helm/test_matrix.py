@@ -275,7 +275,7 @@ def test_what_engine_and_collector_ask_of_each_other_is_where_they_look_for_it(n
 
 @every_set
 def test_everyone_may_read_certificates_and_nothing_else_of_a_secret(name):
-    """latentwatch refuses a token or a key that everyone may read; a server's pod may have no group of ours for the rest."""
+    """latentwatch refuses a token or a key that everyone may read; for the rest a server's pod may lack a group."""
     for pod in installed(name).pods:
         for volume in pod.spec.get("volumes", []):
             if volume["name"].startswith("latentwatch-") and "secret" in volume:
