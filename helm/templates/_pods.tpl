@@ -59,7 +59,7 @@ seccompProfile:
 
 {{/* Args: what it is for; name of the Secret; its keys; whether it is optional. The files belong to root. Those with a secret are for root
      and, where the pod has an `fsGroup`, for that group, to which the kubelet opens them; latentwatch refuses them when everyone may read.
-     Certificates are for everyone in the containers that mount them: a patched pod may have no group of ours. */}}
+     Certificates are for everyone in the containers that mount them, without their key: a patched pod may have no group of ours. */}}
 {{- define "latentwatch.secretVolume" -}}
 - name: latentwatch-{{ index . 0 }}
   secret:
@@ -72,6 +72,9 @@ seccompProfile:
       {{- range index . 2 }}
       - key: {{ . }}
         path: {{ . }}
+        {{- if eq . "tls.key" }}
+        mode: 0400
+        {{- end }}
       {{- end }}
 {{- end -}}
 

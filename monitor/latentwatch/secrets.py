@@ -2,7 +2,8 @@
 
 A file of this user is for this user alone. One of another user, such as root's in a Kubernetes Secret, can only be read
 through a group or by everyone; the group is taken, everyone is not. (The rule by which PostgreSQL reads its TLS keys.)
-A container that runs as root sees the same Secret as a file of its own; there it is the pod's group that tells it.
+A container that runs as root sees the same Secret as a file of its own; there it is the pod's group, any but root's,
+that tells it.
 
 Links are followed, since Kubernetes puts two before each Secret; what counts is the file that is opened.
 """
@@ -31,7 +32,7 @@ def read(path: Path, what: str, reason: str) -> bytes:
     except OSError as error:
         found = error.strerror or str(error)
         raise refuse(path, what, found, "Give a file that this user can read.", reason) from error
-    right = right_mode(status.st_uid, status.st_gid, os.geteuid(), os.getegid())
+    right = right_mode(status.st_uid, status.st_gid, os.geteuid())
     if status.st_mode & 0o777 & ~(right | 0o700):
         found = f"others may read it (mode {status.st_mode & 0o777:o})"
         raise refuse(path, what, found, f"Run: chmod {right:o} {path}", reason)
@@ -40,10 +41,9 @@ def read(path: Path, what: str, reason: str) -> bytes:
     return content.strip()
 
 
-def right_mode(owner: int, group: int, user: int, user_group: int) -> int:
+def right_mode(owner: int, group: int, user: int) -> int:
     """What the mode may be at most, but for bits of the owner, of a file with this owner and group, for this user."""
-    through_group = owner != user or (user == 0 and group != user_group)
-    return 0o440 if through_group else 0o600
+    return 0o440 if owner != user or (user == 0 and group != 0) else 0o600
 
 
 def read_token(path: Path, what: str = "token file", reason: RefusalReason = RefusalReason.TOKEN_UNUSABLE) -> str:

@@ -176,14 +176,26 @@ class FramedLog:
 
 
 def lock_folder(folder: Path, name: str = "lock") -> filelock.BaseFileLock | None:
-    """A folder's lock, until it is released or this process ends; None where another has it. Raises OSError."""
+    """A folder's lock, until it is released or this process ends; None where another has it.
+
+    Raises OSError, on a file system without such locks too: a file that only marks a lock would outlive a kill.
+    """
     folder.stat()  # filelock would make a folder that is not there
-    lock = filelock.FileLock(folder / name, timeout=0, mode=0o600, thread_local=False)
+    lock = filelock.FileLock(folder / name, timeout=0, mode=0o600, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except filelock.Timeout:
         return None
+    except NotImplementedError as error:  # how older versions say it, which know no `fallback_to_soft`
+        raise _no_locks(folder) from error
+    if isinstance(lock, filelock.SoftFileLock):  # what those in between made of it
+        lock.release()
+        raise _no_locks(folder)
     return lock
+
+
+def _no_locks(folder: Path) -> OSError:
+    return OSError(errno.ENOSYS, "its file system has no locks", str(folder))
 
 
 @contextlib.contextmanager

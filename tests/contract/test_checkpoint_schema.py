@@ -19,7 +19,7 @@ def test_the_schema_is_the_one_that_the_format_stands_for():
     found = schema.fingerprint()
     assert found == schema.FINGERPRINT, (
         f"a field of a state has changed: raise schema.FORMAT to {schema.FORMAT + 1}, so that an older state is "
-        f"refused by name, and set FINGERPRINT to {found!r}"
+        f"left alone and named in the log, and set FINGERPRINT to {found!r}"
     )
 
 

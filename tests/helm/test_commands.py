@@ -84,11 +84,13 @@ class Gateway:
 
     def put(self, **volumes: dict[str, bytes]) -> None:
         spec = chart.the(self.objects, "Deployment", "-collector")["spec"]["template"]["spec"]
-        modes = {one["name"]: one["secret"]["defaultMode"] for one in spec["volumes"] if "secret" in one}
+        secrets = {one["name"]: one["secret"] for one in spec["volumes"] if "secret" in one}
         for volume, files in volumes.items():
             name = volume.replace("_", "-")
+            secret = secrets[f"latentwatch-{name}"]
+            modes = {item["key"]: item.get("mode", secret["defaultMode"]) for item in secret["items"]}
             for key, content in files.items():
-                self._put(f"{name}/{key}", content, modes[f"latentwatch-{name}"])
+                self._put(f"{name}/{key}", content, modes[key])
 
     def here(self, text: str) -> str:
         return re.sub("/(etc|var/lib)/latentwatch", lambda found: f"{self._root}{found[0]}", text)

@@ -50,6 +50,16 @@ def test_vllm_finds_the_plugin_on_the_path_that_the_chart_sets(plugin, tmp_path)
     assert ran.stdout.split() == [f"{plugin}/latentwatch/__init__.py", "{'latentwatch.engines.vllm.plugin'}"]
 
 
+def test_every_file_of_the_package_is_in_what_is_installed(plugin):
+    """Data too: what `package-data` forgets is missed by nobody in a checkout."""
+    git = ["git", "ls-files", "-co", "--exclude-standard", "latentwatch"]
+    listed = subprocess.check_output(git, cwd=ROOT / "monitor", text=True).splitlines()
+    found = {str(path.relative_to(plugin)) for path in (plugin / "latentwatch").rglob("*") if path.is_file()}
+    # The test before has imported some of it.
+    found = {name for name in found if not name.endswith(".pyc")}
+    assert found == {name for name in listed if (ROOT / "monitor" / name).exists()}
+
+
 def test_the_plugin_is_pure_python(plugin):
     """It is copied into images of other Python versions than the one that it was installed with."""
     assert not list(plugin.rglob("*.so"))

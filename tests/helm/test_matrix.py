@@ -273,6 +273,18 @@ def test_what_engine_and_collector_ask_of_each_other_is_where_they_look_for_it(n
                     assert str(path.relative_to(at)) in files_of(mounts[at], str(path.relative_to(at)))
 
 
+@every_set
+def test_everyone_may_read_certificates_and_nothing_else_of_a_secret(name):
+    """latentwatch refuses a token or a key that everyone may read; for the rest a server's pod may lack a group."""
+    for pod in installed(name).pods:
+        for volume in pod.spec.get("volumes", []):
+            if volume["name"].startswith("latentwatch-") and "secret" in volume:
+                for item in volume["secret"]["items"]:
+                    open_to_all = volume["name"] == "latentwatch-forward-ca" or item["path"].endswith(".crt")
+                    mode = item.get("mode", volume["secret"]["defaultMode"])
+                    assert mode == (0o444 if open_to_all else 0o400), f"{volume['name']}/{item['path']}"
+
+
 def files_of(volume: Object, wanted: str) -> list[str]:
     """The files that a volume projects; a claim's and an image's are the operator's word."""
     if "csi" in volume:

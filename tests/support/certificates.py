@@ -11,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from latentwatch import secrets
 
 _USES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
@@ -42,10 +43,12 @@ class Authority:
         ).public_bytes(serialization.Encoding.PEM)
         paths = self._folder / f"{file}.pem", self._folder / f"{file}.key"
         paths[0].write_bytes(certificate)
-        paths[1].write_bytes(
+        paths[1].unlink(missing_ok=True)
+        secrets.write(
+            paths[1],
             key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
+            ),
         )
         return paths
 

@@ -39,19 +39,31 @@ def test_only_a_file_of_another_user_may_be_read_by_a_group(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("owner", "group", "user", "user_group", "mode"),
+    ("owner", "group", "user", "mode"),
     [
-        (1000, 1000, 1000, 1000, 0o600),
-        (1000, 27, 1000, 1000, 0o600),  # a group that a person shares with others
-        (0, 0, 0, 0, 0o600),
-        (0, 2000, 0, 0, 0o440),  # a Secret in a pod with an fsGroup, in a container that runs as root
-        (0, 2000, 10001, 10001, 0o440),  # and in one that does not
-        (0, 0, 10001, 10001, 0o440),
-        (1000, 1000, 1001, 1001, 0o440),
+        (1000, 1000, 1000, 0o600),
+        (1000, 27, 1000, 0o600),  # a group that a person shares with others
+        (0, 0, 0, 0o600),
+        (0, 2000, 0, 0o440),  # a Secret in a pod with an fsGroup, in a container that runs as root
+        (0, 2000, 10001, 0o440),  # and in one that does not
+        (0, 0, 10001, 0o440),
+        (1000, 1000, 1001, 0o440),
     ],
 )
-def test_the_mode_that_is_asked_for(owner, group, user, user_group, mode):
-    assert secrets.right_mode(owner, group, user, user_group) == mode
+@pytest.mark.parametrize("user_group", [0, 2000])  # whether runAsGroup is the pod's fsGroup says nothing
+def test_the_mode_that_is_asked_for(tmp_path, monkeypatch, owner, group, user, user_group, mode):
+    assert secrets.right_mode(owner, group, user) == mode
+    path = tmp_path / "secret"
+    path.write_bytes(b"words")
+    given = os.stat_result((0o100440, 1, 1, 1, owner, group, 5, 0, 0, 0))
+    monkeypatch.setattr(os, "fstat", lambda _: given)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(os, "getegid", lambda: user_group)
+    if mode == 0o440:
+        assert secrets.read(path, "key", "canary_key") == b"words"
+    else:
+        with pytest.raises(ConfigRefused, match="chmod 600"):
+            secrets.read(path, "key", "canary_key")
 
 
 def test_a_secret_of_kubernetes_lies_behind_links(tmp_path):

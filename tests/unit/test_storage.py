@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -189,6 +190,21 @@ def test_a_lock_goes_with_a_process_that_is_killed(tmp_path):
         assert other.stdout is not None and other.stdout.readline() == "True\n"
         assert lock_folder(tmp_path) is None
         other.send_signal(signal.SIGKILL)
+    lock = lock_folder(tmp_path)
+    assert lock is not None
+    lock.release()
+
+
+def test_a_file_system_without_locks_is_an_error_and_no_marker_takes_their_place(tmp_path, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    with monkeypatch.context() as without:
+        without.setattr(fcntl, "flock", flock)
+        for _ in range(2):
+            with pytest.raises(OSError) as refused:
+                lock_folder(tmp_path)
+            assert refused.value.errno == errno.ENOSYS
     lock = lock_folder(tmp_path)
     assert lock is not None
     lock.release()

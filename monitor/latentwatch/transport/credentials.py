@@ -1,7 +1,8 @@
 """Who may open a stream: certificates and bearer tokens, read from files that may be replaced at any time.
 
 Nothing here opens a socket. Files are looked at again for every connection, so that a rotated certificate, authority or
-token counts from the next connection on and no process has to start again.
+token counts from the next connection on and no process has to start again. A private key is a secret, of which
+`secrets` says who may read it; certificates and authorities may be for everyone.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class ServerTls:
 
     def context(self) -> ssl.SSLContext:
         """From the files as they are now. Raises ConfigRefused, "tls_unusable"."""
+        _read_key(self.key)
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -127,12 +129,11 @@ class Credentials:
         if self.authority is None:
             return None
         try:
-            authority, key, certificate = (
-                path.read_bytes() if path else None for path in (self.authority, self.key, self.certificate)
-            )
+            authority = self.authority.read_bytes()
+            certificate = self.certificate.read_bytes() if self.certificate else None
         except OSError as error:
             raise _unusable(self.authority, error) from error
-        return grpc.ssl_channel_credentials(authority, key, certificate)
+        return grpc.ssl_channel_credentials(authority, _read_key(self.key) if self.key else None, certificate)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each stream carries beside its messages. Raises ConfigRefused, "token_unusable"."""
@@ -148,6 +149,10 @@ def names_of(certificate: Mapping[str, Any] | None) -> frozenset[str]:
 def may_speak_for(names: frozenset[str], replica: str) -> bool:
     """Whether a peer with these names is `replica`: NAME itself, or NAME/engine as the plugin makes it."""
     return bool(names & {replica, replica.rpartition("/")[0]} - {""})
+
+
+def _read_key(path: Path) -> bytes:
+    return secrets.read(path, "TLS key", RefusalReason.TLS_UNUSABLE)
 
 
 def _unusable(path: Path, error: OSError) -> ConfigRefused:

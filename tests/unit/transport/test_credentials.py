@@ -183,6 +183,32 @@ def test_a_sender_whose_files_are_missing_keeps_what_it_has_and_says_why(tmp_pat
     assert sender.close(0).dropped_batches == 1
 
 
+def test_a_private_key_that_others_may_read_is_refused_at_the_start(tmp_path):
+    """Certificates and authorities may be for everyone, and are so here."""
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("collector", "localhost")
+    assert certificate.stat().st_mode & 0o004 and authority.file.stat().st_mode & 0o004
+    shown = Credentials(authority.file, certificate, key)
+    shown.channel("localhost:1", ()).close()
+    key.chmod(0o644)
+    for use in (ServerTls(certificate, key).context, lambda: shown.channel("localhost:1", ())):
+        with pytest.raises(ConfigRefused, match=r"collector\.key: others may read it .*chmod 600") as refused:
+            use()
+        assert refused.value.reason == "tls_unusable"
+
+
+def test_a_private_key_that_others_come_to_read_lets_nobody_in_until_they_may_not(fortress):
+    known = fortress.credentials()
+    fortress.key.chmod(0o644)
+    sender = fortress.sender(known)
+    sender.offer(batch(1))
+    eventually(lambda: fortress.refused["certificate"] >= 2)
+    assert sender.stats().acked == 0
+    fortress.key.chmod(0o600)
+    eventually(lambda: sender.stats().acked == 1)
+    sender.close()
+
+
 @pytest.mark.parametrize("text", ["", "short", "ü" * 20])
 def test_a_token_that_is_none_is_refused_at_the_start(tmp_path, text):
     secrets.write(tmp_path / "token", text.encode())
@@ -192,8 +218,8 @@ def test_a_token_that_is_none_is_refused_at_the_start(tmp_path, text):
 
 
 def test_files_that_are_no_certificate_are_refused_at_the_start(tmp_path):
-    (tmp_path / "c.pem").write_text("no certificate")
-    with pytest.raises(ConfigRefused) as refused:
+    secrets.write(tmp_path / "c.pem", b"no certificate")
+    with pytest.raises(ConfigRefused, match="SSLError") as refused:
         ServerThread(FakeSink(), "127.0.0.1:0", tls=ServerTls(tmp_path / "c.pem", tmp_path / "c.pem"))
     assert refused.value.reason == "tls_unusable"
     with pytest.raises(ConfigRefused):

@@ -13,7 +13,8 @@ A disk that is full or gone does not stop the monitoring: what is merged is ackn
 turns false, and a new checkpoint is tried every few seconds until one succeeds and makes up for it.
 
 A folder belongs to one process (a lock), and within it each watchlist and format has a folder of its own: a collector
-that is started with another watchlist begins at zero and leaves the earlier state where it is.
+that is started with another watchlist begins at zero and leaves the earlier state where it is. So does one of a version
+with another format, which says in its log what it did not read.
 """
 
 from __future__ import annotations
@@ -271,6 +272,7 @@ class DurableSink:
         """Put the collector where the files end; the number of events that it was given again."""
         numbers = self._numbers("checkpoint")
         if not numbers:
+            self._name_other_formats()
             return 0
         self._restore(self._path("checkpoint", numbers[-1]))
         self._number = max(numbers[-1], *self._numbers("journal"), 0)
@@ -287,6 +289,18 @@ class DurableSink:
                 break
         log.info("resumed from %s with %d events after it", self._path("checkpoint", numbers[-1]), events)
         return events
+
+    def _name_other_formats(self) -> None:
+        """Say what of this watchlist another version left here, before a collector begins at zero beside it."""
+        mine, _, _ = self._folder.name.rpartition("-")
+        for other in sorted(self._folder.parent.glob(f"{mine}-*")):
+            if other != self._folder and any(other.glob("checkpoint-*.npz")):
+                log.warning(
+                    "the state in %s is of another version of latentwatch (this one writes format %d) and is not read: "
+                    "the counters begin at zero. Start the version that wrote it to go on from there, or remove it.",
+                    other,
+                    schema.FORMAT,
+                )
 
     def _restore(self, path: Path) -> None:
         state = checkpoint.read(path, self._header)

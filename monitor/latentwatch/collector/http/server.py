@@ -1,8 +1,12 @@
 """The HTTP server: uvicorn, and the deadline that it has not, from a connection to the end of its request's headers.
 
-Whoever is slower, in the TLS handshake or after it, is cut off and counted. This asks nothing of uvicorn's inside: its
-option `http` takes a class for connections, and the one given here owns uvicorn's, which it hands what arrives once TLS
-is done. So certificates are read again for every connection, and the clock runs during the handshake too.
+Whoever is slower, in the TLS handshake or after it, is cut off and counted. uvicorn's option `http` takes a class for
+connections; the one given here owns uvicorn's `H11Protocol`, which it hands what arrives once TLS is done. So
+certificates are read again for every connection, and the clock runs during the handshake too.
+
+Of uvicorn's inside this uses the place and the keywords of `H11Protocol`, and `Server.capture_signals`, which leaves
+signals to the service. Both may change with any version: pyproject.toml bounds it, and a test says what is missing.
+hypercorn would need neither, but loses the deadline over HTTP/2, the 503 beyond a bound, and the count of who is slow.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
-from latentwatch.collector.durability import checkpoint
+from latentwatch.collector.durability import checkpoint, schema
 from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.errors import StateRefused
 from latentwatch.names import Severity
@@ -232,6 +232,21 @@ def test_each_watchlist_has_a_state_of_its_own(tmp_path):
     assert other.hello(hello(watchlist_sha256="cd" * 32), 2000.0) == 0
     other.close(2000.0)
     assert DurableSink(core(), tmp_path, 3000.0).hello(hello(), 3000.0) == len(batches(0))
+
+
+def test_the_state_of_another_format_is_left_alone_and_named_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(schema, "FORMAT", schema.FORMAT - 1)
+    DurableSink(core(), tmp_path, 1000.0).close(1000.0)
+    (earlier,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    before = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    DurableSink(core("cd" * 32), tmp_path, 1000.0).close(1000.0)
+    assert not caplog.text, "that is of another watchlist"
+    monkeypatch.undo()
+    for _ in range(2):
+        DurableSink(core(), tmp_path, 1001.0).close(1001.0)
+    (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert str(earlier) in said and "begin at zero" in said and "Start the version that wrote it" in said
+    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
 
 
 def test_state_that_cannot_be_resumed_from_is_refused_and_not_overwritten(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import socket
 import ssl
 from collections import Counter
@@ -10,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 from latentwatch.collector.http import server
 from latentwatch.collector.http.server import HttpServer
 from latentwatch.transport.credentials import ServerTls
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tests.support.certificates import Authority
 from tests.support.wire import eventually, in_loop
@@ -80,6 +83,18 @@ def serve(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[
     yield serve
     for served in made:
         in_loop(served.stop())
+
+
+def test_uvicorn_has_what_is_used_of_its_inside():
+    """No documented interface: an update that takes one of them away is to fail here, by its name."""
+    given = inspect.signature(H11Protocol).parameters
+    assert {"config", "server_state", "app_state"} <= set(given), f"uvicorn's H11Protocol takes {list(given)}"
+    source = inspect.getsource(uvicorn.Server)
+    assert "capture_signals" in vars(uvicorn.Server), "uvicorn's Server.capture_signals is gone: it takes our signals"
+    assert "with self.capture_signals():" in source, "uvicorn's Server.serve no longer asks capture_signals"
+    methods = ("connection_made", "connection_lost", "data_received", "pause_writing", "resume_writing")
+    missing = [name for name in methods if not hasattr(H11Protocol, name)]
+    assert not missing, f"uvicorn's H11Protocol has no {missing}"
 
 
 def rest(peer: socket.socket) -> bytes:
