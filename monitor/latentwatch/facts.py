@@ -1,5 +1,5 @@
-"""The one shape of each fact: who is watched, who a request is, how far it got, which limits it exceeded, what it showed
-of a feature.
+"""The one shape of each fact: who is watched, who a request is, how far it got, which limits it exceeded, what it
+showed of a feature.
 
 Whoever keeps, sends or shows a fact holds these and adds what only it knows. Times are seconds since the Unix epoch by
 the collector's clock.
