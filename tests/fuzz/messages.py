@@ -3,7 +3,7 @@
 Half are mutations of real messages (bits, cuts, splices, repeats, numbers at their edges), half come from the grammar:
 well-formed protobuf whose fields hold anything. Every tenth goes through a stream of the receiver, the others straight
 into decoder and core. Each must be taken or refused with a reason, and at the end the collector's totals must be
-those of the messages that it took.
+those of the messages that it took, and its state must come back from its checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 from latentwatch import __version__
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
+from latentwatch.collector.durability import schema
 from latentwatch.errors import StreamRefused
 from latentwatch.names import Reason, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, StepBatch
@@ -123,6 +124,8 @@ class Messages:
         for repeated in (message.opened, message.closed):
             for _ in range(random.choice((0, 0, 0, 1, 3))):
                 self._fill(repeated.add())
+        if random.random() < 0.1:
+            self._fill(message.counters)
         for column in ("segments", "fires", "dense", "norm"):
             if random.random() < 0.03:
                 setattr(message, column, random.randbytes(random.randrange(200)))
@@ -221,6 +224,13 @@ class Witness:
             for engine in received.report.engines:
                 self.seen.tokens += int(engine.tokens.sum() - engine.tokens[:, Reason.LOST].sum())
 
+    def restored(self) -> Core:
+        """Another core, with the state of this one as a checkpoint would give it back."""
+        tree, arrays = schema.to_tree(self.core.state())
+        other = Core(watchlist(FEATURES), self.core.bounds)
+        other.restore(schema.from_tree(json.loads(json.dumps(tree)), arrays))
+        return other
+
     def _duplicates(self) -> int:
         return self.core._state.totals.duplicates
 
@@ -259,7 +269,13 @@ def run(count: int, seed: int) -> Outcome:
     lost = sum(int(engine.tokens[:, Reason.LOST].sum()) for engine in snapshot.engines)
     counted = sum(int(engine.tokens.sum()) for engine in snapshot.engines)
     assert counted - lost == outcome.tokens, (counted, lost, outcome.tokens)
+    assert _text(witness.core) == _text(witness.restored())
     return outcome
+
+
+def _text(core: Core) -> tuple[str, dict[str, bytes]]:
+    tree, arrays = schema.to_tree(core.state())
+    return json.dumps(tree), {name: array.tobytes() for name, array in arrays.items()}
 
 
 def _through_a_stream(

@@ -23,6 +23,7 @@ from latentwatch.step.batch import (
     StepBatch,
     owns_rows,
 )
+from latentwatch.transport.codec.fields import MAX_COUNT
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import Receiver
 from latentwatch.transport.report import Report
@@ -72,6 +73,7 @@ def batch(step: int, *, rows: int = 8, fires: int = 4, probes: int = 2, hooks: i
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 _U32 = st.integers(0, 2**32 - 1)
 _U64 = st.integers(0, 2**64 - 1)
+_COUNT = st.integers(0, MAX_COUNT)
 _I64 = st.integers(-(2**63), 2**63 - 1)
 
 
@@ -111,7 +113,7 @@ def batches(draw: Any) -> StepBatch:
                 st.lists(st.builds(RequestClosed, _I64, _TEXT, _U32, _U32, _U32, st.sampled_from(Outcome)), max_size=3)
             )
         ),
-        counters=draw(st.builds(EngineCounters, *[_U64] * len(fields(EngineCounters)))),
+        counters=draw(st.builds(EngineCounters, *[_COUNT] * len(fields(EngineCounters)))),
     )
 
 

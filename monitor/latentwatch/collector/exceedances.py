@@ -52,7 +52,7 @@ class ExceedanceRing:
         capacity = len(self._exceedances)
         first = self._added + max(0, len(exceedances) - capacity)
         latest, requests = exceedances[-capacity:], requests[-capacity:]
-        places = (first + np.arange(len(latest))) % capacity
+        places = (first % capacity + np.arange(len(latest))) % capacity
         self._exceedances[places], self._requests[places], self._peaks[places] = latest, requests, np.nan
         self._serials[places] = [request.collector_serial for request in requests]
         self._added += len(exceedances)
@@ -61,7 +61,7 @@ class ExceedanceRing:
         """The latest ones, newest first."""
         capacity = len(self._exceedances)
         count = min(limit, self._added, capacity)
-        for place in ((self._added - 1 - np.arange(count)) % capacity).tolist():
+        for place in (((self._added - 1) % capacity - np.arange(count)) % capacity).tolist():
             yield Listed(Exceedance.of(self._exceedances[place]), self._requests[place], float(self._peaks[place]))
 
     def of_requests(self, limit: int) -> list[list[Listed]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
@@ -39,6 +40,9 @@ from latentwatch.collector.totals import EngineTotals, Exemplar, ModelTotals
 from latentwatch.names import Outcome, Phase, trace_id
 from latentwatch.transport.report import TOKEN_SHAPE
 from latentwatch.watchlist.file import Watchlist
+
+_MAX_SERIAL: Final = 1 << 62
+"""Serials are int64 in arrays, and rise by one with each request: nobody comes there by counting."""
 
 
 @dataclass
@@ -238,6 +242,8 @@ class CollectorState:
 
     def _check_references(self, state: CollectorStateData) -> None:
         """Raise ValueError where a restored state points to what is not there."""
+        if state.last_serial >= _MAX_SERIAL:
+            raise ValueError(f"its last request has serial {state.last_serial}")
         listed, summaries = state.exceedances.exceedances, (state.index.summaries, state.remote.summaries)
         features = np.concatenate([listed["feature"], *(some.rows["index"] for some in summaries)])
         if ((features < 0) | (features >= len(self.features))).any() or not np.isin(listed["phase"], list(Phase)).all():

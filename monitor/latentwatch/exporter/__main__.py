@@ -1,7 +1,8 @@
-"""`python -m latentwatch.exporter`: started by the engine, which writes its configuration to stdin; never by hand."""
+"""`python -m latentwatch.exporter FD`: started by the engine, which writes its configuration there; never by hand."""
 
 import contextlib
 import os
+import sys
 
 # vLLM pins its CPU worker to cores and keeps them busy, and a child inherits the pinning: there even the imports below
 # would take half a minute. On the other cores, where there are any, nothing here ever stands in the forward's way.
@@ -12,6 +13,6 @@ from latentwatch.errors import Refusal
 from latentwatch.exporter.process import main
 
 try:
-    raise SystemExit(main())
+    raise SystemExit(main(int(sys.argv[1])))
 except Refusal as refusal:
     raise SystemExit(f"latentwatch exporter: {refusal}") from refusal

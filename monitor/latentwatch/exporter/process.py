@@ -177,17 +177,17 @@ class _StopSignal:
         self.came = True
 
 
-def main() -> int:
-    """Wait on stdin for the ExporterConfig that the engine's worker writes, then run until the engine is done."""
+def main(config_fd: int) -> int:
+    """Wait for a line on stdin, which says that the ExporterConfig is in its file; run until the engine is done."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [latentwatch exporter] %(message)s")
     stop = _StopSignal()
-    told = sys.stdin.readline()
-    if not told:
+    if not sys.stdin.readline():
         return 0  # the engine ended while its model loaded
     # From here on, with the threads to come, a share of the processor like any other's but never out of turn: a step
     # that has just been handed over wakes nobody who takes the core from the engine's scheduler.
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    config = ExporterConfig.from_json(told)
+    # Not `read`: the place in the file is shared with the engine, and with the exporter before this one.
+    config = ExporterConfig.from_json(os.pread(config_fd, os.fstat(config_fd).st_size, 0).decode())
     parts = _wire(config, os.environ)
     parts.ring.attach()
     while not stop.came:

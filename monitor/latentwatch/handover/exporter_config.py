@@ -1,4 +1,4 @@
-"""What an engine's worker tells its exporter, once: a line of JSON on stdin.
+"""What an engine's worker tells its exporter, once: JSON in a memory file that both have open.
 
 Both ends are of one installation, so a field that one of them does not know is a mistake and raises.
 """

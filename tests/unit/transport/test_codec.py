@@ -17,6 +17,7 @@ from latentwatch.step.batch import (
 )
 from latentwatch.transport import codec
 from latentwatch.transport._pb import latentwatch_pb2 as pb
+from latentwatch.transport.codec.fields import MAX_COUNT
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 
@@ -31,7 +32,7 @@ def decoded(data: bytes) -> ReceivedBatch:
     return request
 
 
-@given(batches(), st.integers(1, 2**64 - 1))
+@given(batches(), st.integers(1, MAX_COUNT))
 @settings(deadline=None, max_examples=200)
 def test_a_batch_is_read_as_it_was_written(value, sequence):
     read = decoded(codec.encode_batch(sequence, value))
@@ -99,6 +100,41 @@ def test_a_batch_that_does_not_add_up_is_refused_with_the_offending_value(data, 
         codec.decode_request(data)
     assert refused.value.reason == "malformed_batch"
     assert refused.value.instead
+
+
+# Whatever a state adds up or holds as a whole number; a step's number is in none, and a column of counts is checked as
+# one.
+COUNTED = [("batch", "sequence"), ("report", "sequence"), ("report", "shed_requests"), ("report", "shed_crossings")]
+COUNTED += [("batch.counters", name.name) for name in pb.EngineCounters.DESCRIPTOR.fields]
+COUNTED += [("report.replicas.0.counters", name.name) for name in pb.EngineCounters.DESCRIPTOR.fields]
+COUNTED += [("report.replicas.0", "open_requests"), ("report.requests.0", "number")]
+
+
+@pytest.mark.parametrize(("path", "name"), [*COUNTED, ("report.engines.0", "requests")])
+def test_a_number_that_no_sum_could_hold_is_refused(path, name):
+    kind, *inner = path.split(".")
+    for value, refused in ((MAX_COUNT, False), (MAX_COUNT + 1, True), (2**64 - 1, True)):
+        request = pb.StreamRequest.FromString(bytes.fromhex(GOLDEN[kind]))
+        part = getattr(request, kind)
+        for at in inner:
+            part = part[int(at)] if at.isdigit() else getattr(part, at)
+        if name == "requests":
+            part.requests[0] = value
+        else:
+            setattr(part, name, value)
+        if not refused:
+            codec.decode_request(request.SerializeToString())
+            continue
+        with pytest.raises(StreamRefused, match=f"{name} is {value}, more than") as error:
+            codec.decode_request(request.SerializeToString())
+        assert error.value.reason == "malformed_batch"
+
+
+@pytest.mark.parametrize("reply", [codec.Ack(2**63), codec.Welcome(2**64 - 1, "c")])
+def test_a_reply_that_acknowledges_what_nobody_can_have_sent_is_refused(reply):
+    with pytest.raises(StreamRefused, match="it acknowledges") as refused:
+        codec.decode_reply(codec.encode_reply(reply))
+    assert refused.value.reason == "malformed_reply"
 
 
 def test_an_unknown_outcome_is_refused():
@@ -182,7 +218,7 @@ def test_another_protocol_is_refused_by_its_number():
 
 
 def test_replies_are_read_as_they_were_written():
-    for reply in (codec.Welcome(7, "c" * 32), codec.Ack(2**64 - 1)):
+    for reply in (codec.Welcome(7, "c" * 32), codec.Ack(MAX_COUNT)):
         assert codec.decode_reply(codec.encode_reply(reply)) == reply
     told = StreamRefused("what", found="found", instead="instead", reason="watchlist_mismatch")
     read = codec.decode_reply(codec.encode_reply(told))

@@ -26,8 +26,6 @@ FINGERPRINT: Final = "8418da95007014c8"
 _INDEXES: Final = (TokenState, Reason, Phase, Outcome)
 """What axes and whole numbers of a state stand for: each has as many places as members."""
 _ARRAY: Final = "$array"
-_LARGEST: Final = 2**63 - 1
-"""Of a whole number: each counts something, or is the number of something."""
 
 
 def to_tree(state: CoreState) -> tuple[Any, dict[str, Array]]:
@@ -58,7 +56,9 @@ def from_tree(tree: Any, arrays: Mapping[str, Array]) -> CoreState:
     state = msgspec.convert(tree, CoreState, dec_hook=referred, str_keys=True)
     for part in _parts(state):
         if isinstance(part, int):
-            if not 0 <= part <= _LARGEST:
+            # Each counts something, or is the number of something. Sums have no upper bound: they are written as they
+            # are, and a state must come back from whatever it added up.
+            if part < 0:
                 raise ValueError(f"it counts {part}")
         else:
             check(part)

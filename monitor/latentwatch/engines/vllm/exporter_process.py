@@ -1,12 +1,15 @@
 """The exporter process as its engine sees it: started early, told its work when that is known, restarted when it ends.
 
 Starting costs a second of processor time for imports, on a busy machine ten times that, and steps that come before
-its first look can only wait in the ring. So it starts while the model loads and waits for its configuration.
+its first look can only wait in the ring. So it starts while the model loads and waits for its configuration. That is
+written to a memory file, which takes any size at once, and announced by one byte in the process's pipe: a pipe takes
+64 KiB, and whoever writes more waits for a reader that may still be importing, in the middle of a step after a restart.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -28,15 +31,16 @@ class ExporterChild:
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
-        self._config: bytes = b""
+        self._config_fd = os.memfd_create("latentwatch-exporter-config")
         self._starts = 0
         self._checked = 0.0
         self.process = self._spawn()
 
     def configure(self, config: ExporterConfig) -> None:
         """Tell the waiting process what to do, and give it READY_SECONDS to take up the ring."""
-        self._config = config.to_json().encode() + b"\n"
-        self._send_config()
+        with open(self._config_fd, "wb", closefd=False) as file:
+            file.write(config.to_json().encode())
+        self._announce_config()
         deadline = time.monotonic() + READY_SECONDS
         while not self._ring.attached and self.process.poll() is None:
             if time.monotonic() > deadline:
@@ -58,23 +62,23 @@ class ExporterChild:
         logger.error("latentwatch: the exporter ended with code %s; starting it again", self.process.returncode)
         self._ring.count_restart()
         self.process = self._spawn()
-        self._send_config()
+        self._announce_config()
         return True
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._starts += 1
         return subprocess.Popen(
-            [sys.executable, "-m", "latentwatch.exporter"],
-            pass_fds=[self._ring.fd],
+            [sys.executable, "-m", "latentwatch.exporter", str(self._config_fd)],
+            pass_fds=[self._ring.fd, self._config_fd],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
 
-    def _send_config(self) -> None:
-        """Less than a pipe holds, so this never waits for the reader."""
+    def _announce_config(self) -> None:
+        """One byte into an empty pipe: this never waits for the reader."""
         assert self.process.stdin is not None
         try:
             with self.process.stdin as pipe:
-                pipe.write(self._config)
+                pipe.write(b"\n")
         except BrokenPipeError:
             logger.error("latentwatch: the exporter ended before it was told its work; it is started again")

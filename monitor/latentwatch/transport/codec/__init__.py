@@ -21,7 +21,7 @@ from latentwatch.step.batch import StepBatch
 from latentwatch.step.reshape import column_bytes, event_bytes
 from latentwatch.transport._pb import latentwatch_pb2 as pb
 from latentwatch.transport.codec.batch import batch_message, read_batch
-from latentwatch.transport.codec.fields import malformed, no_unknown_fields
+from latentwatch.transport.codec.fields import MAX_COUNT, malformed, no_unknown_fields
 from latentwatch.transport.codec.hello import check_hello, hello_message, read_hello
 from latentwatch.transport.codec.report import read_report, report_message
 from latentwatch.transport.hello import Hello
@@ -118,15 +118,22 @@ def decode_reply(data: bytes) -> Reply:
         raise malformed("reply of the collector", str(error), reason=RefusalReason.MALFORMED_REPLY) from error
     kind = reply.WhichOneof("kind")
     if kind == "welcome":
-        return Welcome(reply.welcome.resume_after_sequence, reply.welcome.collector_id)
+        return Welcome(_acknowledged(reply.welcome.resume_after_sequence), reply.welcome.collector_id)
     if kind == "ack":
-        return Ack(reply.ack.sequence)
+        return Ack(_acknowledged(reply.ack.sequence))
     if kind == "refusal":
         told = reply.refusal
         return StreamRefused(told.what, found=told.found, instead=told.instead, reason=told.reason)
     raise malformed(
         "reply of the collector", "it is neither a welcome, an ack nor a refusal", reason=RefusalReason.MALFORMED_REPLY
     )
+
+
+def _acknowledged(sequence: int) -> int:
+    if sequence > MAX_COUNT:
+        found = f"it acknowledges {sequence}, more than {MAX_COUNT}"
+        raise malformed("reply of the collector", found, reason=RefusalReason.MALFORMED_REPLY)
+    return sequence
 
 
 def _parse(data: bytes, what: str) -> pb.StreamRequest:

@@ -26,18 +26,19 @@ from latentwatch.transport.codec.fields import (
     packed,
     read_counters,
     records,
+    sequence,
 )
 
 MAX_COLUMNS: Final = 1 << 16
 """Dense features or hook points of one batch: a feature is a u2 in FIRE_DTYPE, so no watchlist has more."""
 
 
-def batch_message(sequence: int, batch: StepBatch) -> pb.StepBatch:
+def batch_message(number: int, batch: StepBatch) -> pb.StepBatch:
     what = f"step {batch.step}"
     rows = batch.rows
     try:
         return pb.StepBatch(
-            sequence=sequence,
+            sequence=number,
             step=batch.step,
             time_unix_nano=batch.time_unix_nano,
             segments=packed(what, "segments", batch.segments_S, SEGMENT_DTYPE, (len(batch.segments_S),)),
@@ -76,8 +77,7 @@ def batch_message(sequence: int, batch: StepBatch) -> pb.StepBatch:
 def read_batch(message: pb.StepBatch) -> StepBatch:
     what = f"batch {message.sequence} of step {message.step}"
     no_unknown_fields(what, message, *message.opened, *message.closed, message.counters)
-    if message.sequence < 1:
-        raise malformed(what, "sequences count from 1")
+    sequence(what, message.sequence)
     segments_S = records(what, "segments", message.segments, SEGMENT_DTYPE)
     rows = int(segments_S["count"][owns_rows(segments_S)].sum(dtype=np.int64))
     return StepBatch(
@@ -102,7 +102,7 @@ def read_batch(message: pb.StepBatch) -> StepBatch:
             )
             for closed in message.closed
         ),
-        counters=read_counters(message.counters),
+        counters=read_counters(what, message.counters),
     )
 
 

@@ -16,6 +16,9 @@ from latentwatch.transport._pb import latentwatch_pb2 as pb
 
 DENSE_DTYPE: Final = np.dtype("<f2")
 NORM_DTYPE: Final = np.dtype("<f4")
+MAX_COUNT: Final = 1 << 48
+"""Largest number of a message and largest count in one: years of a fleet's tokens, and far below what makes a sum
+overflow."""
 _COUNTERS: Final = tuple(field.name for field in fields(EngineCounters))
 
 
@@ -23,8 +26,20 @@ def counters_message(counters: EngineCounters) -> pb.EngineCounters:
     return pb.EngineCounters(**{name: getattr(counters, name) for name in _COUNTERS})
 
 
-def read_counters(message: pb.EngineCounters) -> EngineCounters:
-    return EngineCounters(**{name: getattr(message, name) for name in _COUNTERS})
+def read_counters(what: str, message: pb.EngineCounters) -> EngineCounters:
+    return EngineCounters(**{name: count(what, name, getattr(message, name)) for name in _COUNTERS})
+
+
+def sequence(what: str, value: int) -> int:
+    if value < 1:
+        raise malformed(what, "sequences count from 1")
+    return count(what, "sequence", value)
+
+
+def count(what: str, name: str, value: int) -> int:
+    if value > MAX_COUNT:
+        raise malformed(what, f"{name} is {value}, more than {MAX_COUNT}")
+    return value
 
 
 def packed(what: str, name: str, column: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:

@@ -12,7 +12,9 @@ from latentwatch.facts import EXCEEDANCE, FEATURE_STAT, RequestInfo, RequestProg
 from latentwatch.names import TokenState
 from latentwatch.transport._pb import latentwatch_pb2 as pb
 from latentwatch.transport.codec.fields import (
+    MAX_COUNT,
     NORM_DTYPE,
+    count,
     counters_message,
     malformed,
     no_unknown_fields,
@@ -20,12 +22,10 @@ from latentwatch.transport.codec.fields import (
     packed,
     read_counters,
     records,
+    sequence,
 )
 from latentwatch.transport.codec.hello import hello_message, read_hello
 from latentwatch.transport.report import TOKEN_SHAPE, EngineDelta, ModelDelta, ReplicaState, Report, RequestRow
-
-MAX_COUNT: Final = 1 << 48
-"""Largest count of one report: years of a fleet's tokens, and far below what makes a sum of reports overflow."""
 
 _MODEL_COLUMNS: Final = {
     "fired": "fired_F",
@@ -43,11 +43,11 @@ _ROW_PROGRESS: Final = ("closed_seconds", "output_tokens", "total_tokens")
 _ROW_OPTIONAL: Final = ("prompt_tokens", "output_tokens", "total_tokens")
 
 
-def report_message(sequence: int, report: Report) -> pb.Report:
-    what = f"report {sequence}"
+def report_message(number: int, report: Report) -> pb.Report:
+    what = f"report {number}"
     try:
         return pb.Report(
-            sequence=sequence,
+            sequence=number,
             time_unix_nano=report.time_unix_nano,
             replicas=[_replica_message(replica) for replica in report.replicas],
             engines=[
@@ -100,8 +100,7 @@ def read_report(message: pb.Report) -> Report:
     what = f"report {message.sequence}"
     no_unknown_fields(what, message, *message.replicas, *message.engines, *message.models, *message.requests)
     no_unknown_fields(what, *(replica.counters for replica in message.replicas))
-    if message.sequence < 1:
-        raise malformed(what, "sequences count from 1")
+    sequence(what, message.sequence)
     return Report(
         time_unix_nano=message.time_unix_nano,
         replicas=tuple(
@@ -109,8 +108,8 @@ def read_report(message: pb.Report) -> Report:
                 hello=read_hello(replica.hello),
                 connected=replica.connected,
                 last_seen_seconds=replica.last_seen_seconds,
-                open_requests=replica.open_requests,
-                counters=read_counters(replica.counters),
+                open_requests=count(what, "open_requests", replica.open_requests),
+                counters=read_counters(what, replica.counters),
             )
             for replica in message.replicas
         ),
@@ -119,14 +118,14 @@ def read_report(message: pb.Report) -> Report:
                 engine.model_name,
                 engine.engine,
                 _counts(what, "tokens", engine.tokens, TOKEN_SHAPE),
-                tuple(engine.requests),
+                tuple(count(what, "requests", ended) for ended in engine.requests),
             )
             for engine in message.engines
         ),
         models=tuple(_read_model(what, model) for model in message.models),
         requests=tuple(_read_row(what, row) for row in message.requests),
-        shed_requests=message.shed_requests,
-        shed_exceedances=message.shed_crossings,
+        shed_requests=count(what, "shed_requests", message.shed_requests),
+        shed_exceedances=count(what, "shed_crossings", message.shed_crossings),
     )
 
 
@@ -134,7 +133,7 @@ def _read_row(what: str, row: pb.RequestRow) -> RequestRow:
     same: dict[str, Any] = {name: getattr(row, name) for name in (*_ROW_INFO, *_ROW_PROGRESS)}
     same |= dict.fromkeys((name for name in _ROW_OPTIONAL if not row.HasField(name)), None)
     return RequestRow(
-        number=row.number,
+        number=count(what, "number", row.number),
         info=RequestInfo(**{name: same[name] for name in _ROW_INFO}),
         progress=RequestProgress(
             outcome=outcome(what, row.outcome) if row.outcome else None,

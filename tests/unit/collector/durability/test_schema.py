@@ -17,6 +17,7 @@ from latentwatch.collector.core import Core
 from latentwatch.collector.durability import schema
 from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.errors import StateRefused, StreamRefused
+from latentwatch.names import Outcome
 
 from tests.support.streams import hello, received, watchlist
 from tests.unit.collector.durability.test_journal import FEATURES, SMALL, batches, same
@@ -45,6 +46,16 @@ def test_a_state_comes_back_as_it_was_and_holds_plain_values_only():
     other = core()
     other.restore(schema.from_tree(json.loads(json.dumps(TREE)), ARRAYS))
     same(seen(), other)
+
+
+def test_a_sum_comes_back_however_large_it_grew():
+    """What one message says is bounded; what a hundred thousand of them say together is not."""
+    one, other = seen(), core()
+    one._state.totals.lost_sequences = one._state.totals.excess_tokens = 2**63
+    one._state.engines["toy", "0"].requests[Outcome.LOST] += 2**70
+    tree, arrays = schema.to_tree(one.state())
+    other.restore(schema.from_tree(json.loads(json.dumps(tree)), arrays))
+    same(one, other)
 
 
 def paths(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:

@@ -19,7 +19,7 @@ from latentwatch.facts import EXCEEDANCE, FEATURE_STAT
 from latentwatch.names import Outcome, Severity
 from latentwatch.step.batch import StepBatch
 from latentwatch.transport import codec
-from latentwatch.transport.codec.report import MAX_COUNT
+from latentwatch.transport.codec.fields import MAX_COUNT
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report, RequestRow
 from latentwatch.transport.sink import ReceivedReport

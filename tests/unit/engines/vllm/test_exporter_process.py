@@ -1,0 +1,115 @@
+"""An exporter is told its work whatever its size, and telling it never waits for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from latentwatch.engines.vllm import exporter_process
+from latentwatch.engines.vllm.exporter_process import ExporterChild
+from latentwatch.facts import EngineIdentity
+from latentwatch.handover.exporter_config import ExporterConfig, WatchedFeature
+from latentwatch.handover.ring import Geometry, Ring
+from latentwatch.names import Reason, Severity
+
+PIPE_BYTES = 65536
+GEOMETRY = Geometry(max_requests=2, max_rows=16, features=1024, dense=0, hook_points=1)
+
+
+@pytest.fixture
+def ring():
+    made = Ring.create(GEOMETRY)
+    yield made
+    made.close()
+
+
+def large_config(ring: Ring) -> ExporterConfig:
+    """Of 1,024 features with limits of many digits, and the longest texts."""
+    config = ExporterConfig(
+        engine_pid=os.getpid(),
+        ring_fd=ring.fd,
+        geometry=GEOMETRY,
+        collector="unix:///tmp/c.sock",
+        drafts=False,
+        cached_reason=Reason.PREFIX_CACHE,
+        cached_blocks=None,
+        features=tuple(WatchedFeature(Severity.CRITICAL, (i + 0.1) / 3, False) for i in range(1024)),
+        identity=EngineIdentity("pod/0", "b" * 32, "0", "m", "", False, "engine_mode", "said " * 800, "0.1", "0.32"),
+    )
+    assert len(config.to_json()) > PIPE_BYTES
+    return config
+
+
+def children(monkeypatch: pytest.MonkeyPatch, program: str, spawned: list[subprocess.Popen[bytes]]) -> None:
+    """Have ExporterChild start this program instead, with the arguments and files of an exporter."""
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        assert command[1:3] == ["-m", "latentwatch.exporter"]
+        process = popen([sys.executable, "-c", program, *command[3:]], **options)  # type: ignore[call-overload]
+        spawned.append(process)
+        return process
+
+    monkeypatch.setattr(exporter_process.subprocess, "Popen", start)
+
+
+def test_telling_a_process_that_never_reads_does_not_wait(monkeypatch, ring):
+    spawned: list[subprocess.Popen[bytes]] = []
+    children(monkeypatch, "import time; time.sleep(60)", spawned)
+    monkeypatch.setattr(exporter_process, "READY_SECONDS", 0.0)
+    try:
+        child = ExporterChild(ring)
+        first = threading.Thread(target=child.configure, args=(large_config(ring),), daemon=True)
+        first.start()
+        first.join(10.0)
+        assert not first.is_alive(), "it waits for a reader"
+        child.process.kill()
+        child.process.wait()
+        again = threading.Thread(target=child.restart_if_ended, args=(1e9,), daemon=True)
+        again.start()
+        again.join(10.0)
+        assert not again.is_alive() and len(spawned) == 2, "the engine's step waits for the restarted exporter"
+    finally:
+        for process in spawned:
+            process.kill()
+            process.wait()
+
+
+def test_each_process_reads_the_whole_of_it(monkeypatch, ring, tmp_path):
+    told = tmp_path / "told"
+    program = f"""
+import sys
+from latentwatch.exporter import process
+def wire(config, env):
+    with open({str(told)!r}, "a") as file:
+        print(config.to_json(), file=file)
+    raise SystemExit(3)
+process._wire = wire
+process.main(int(sys.argv[1]))
+"""
+    spawned: list[subprocess.Popen[bytes]] = []
+    children(monkeypatch, program, spawned)
+    config = large_config(ring)
+    child = ExporterChild(ring)
+    child.configure(config)
+    child.process.wait(60)
+    assert child.restart_if_ended(1e9)
+    child.process.wait(60)
+    assert [process.returncode for process in spawned] == [3, 3]
+    assert [ExporterConfig.from_json(line) for line in told.read_text().splitlines()] == [config, config]
+
+
+def test_an_engine_that_ends_before_it_tells_anything_lets_its_exporter_go(monkeypatch, ring):
+    spawned: list[subprocess.Popen[bytes]] = []
+    children(
+        monkeypatch,
+        "import sys; from latentwatch.exporter.process import main; sys.exit(main(int(sys.argv[1])))",
+        spawned,
+    )
+    child = ExporterChild(ring)
+    assert child.process.stdin is not None
+    child.process.stdin.close()
+    assert child.process.wait(60) == 0
