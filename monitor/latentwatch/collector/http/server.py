@@ -186,7 +186,8 @@ class _Connection(asyncio.Protocol):
         try:
             secure = await loop.start_tls(self._transport, self, tls.context(), server_side=True)
         except (OSError, ConfigRefused):
-            # The peer was told, as far as TLS tells; readers that trust another certificate are no attack to count.
+            # A peer was told by an alert of TLS, unless there is no certificate to speak it with: it is only cut off.
+            # Readers that trust another certificate are no attack to count.
             secure = None
         if secure is not None and not secure.is_closing():
             self._open(secure)

@@ -78,11 +78,19 @@ def test_a_certificate_that_was_replaced_is_shown_to_the_next_reader(tmp_path):
         assert get(service, first)[0] == 200
         second.issue("http")
         assert get(service, second)[0] == 200
-        (tmp_path / "http.pem").write_text("no certificate")
-        with pytest.raises(urllib.error.URLError, match=r"SSL|reset"):
-            get(service, second)
-        second.issue("http")
-        assert get(service, second)[0] == 200
+
+
+def test_a_certificate_or_key_that_cannot_be_used_gets_readers_an_end_without_a_word_of_tls(tmp_path):
+    """There is nothing to speak TLS with, so no alert either: the connection is reset, and the next one looks again."""
+    authority = Authority(tmp_path)
+    with serving(tmp_path, authority) as service:
+        for spoil in (lambda: (tmp_path / "http.pem").write_text("none"), lambda: (tmp_path / "http.key").chmod(0o644)):
+            spoil()
+            with pytest.raises(urllib.error.URLError) as refused:
+                get(service, authority)
+            assert isinstance(refused.value.reason, ConnectionResetError | ssl.SSLEOFError)
+            authority.issue("http")
+            assert get(service, authority)[0] == 200
 
 
 def test_a_handshake_that_does_not_come_is_cut_and_counted(tmp_path, monkeypatch):
