@@ -154,7 +154,8 @@ class ShownRequest:
     opened_seconds: float
     closed_seconds: float | None
     duration_seconds: float | None
-    """From its opening to its end; None while it is open, and where its opening was not seen."""
+    """From its opening to its end, as the collector's clock showed both. None while it is open, where its opening was
+    not seen, and where the clock was set back by more than it took."""
     opening_seen: bool
     """False when it began before this collector, so that its first tokens are missing here."""
     prompt_tokens: int | None
@@ -270,6 +271,12 @@ def shown_features(
     )
 
 
+def _duration_seconds(info: RequestInfo, progress: RequestProgress) -> float | None:
+    if progress.outcome is None or not info.opening_seen or progress.closed_seconds < info.opened_seconds:
+        return None
+    return progress.closed_seconds - info.opened_seconds
+
+
 def shown_request(info: RequestInfo, progress: RequestProgress, *, trace: str | None = None) -> dict[str, Any]:
     """The fields of a ShownRequest. Args: trace: its trace id, where only that is known of the traceparent."""
     ended = progress.outcome is not None
@@ -284,7 +291,7 @@ def shown_request(info: RequestInfo, progress: RequestProgress, *, trace: str | 
         "outcome": progress.outcome.name.lower() if progress.outcome is not None else "open",
         "opened_seconds": info.opened_seconds,
         "closed_seconds": progress.closed_seconds if ended else None,
-        "duration_seconds": progress.closed_seconds - info.opened_seconds if ended and info.opening_seen else None,
+        "duration_seconds": _duration_seconds(info, progress),
         "opening_seen": info.opening_seen,
         "prompt_tokens": info.prompt_tokens,
         "output_tokens": progress.output_tokens,

@@ -30,7 +30,7 @@ import numpy as np
 import safetensors.numpy
 
 from latentwatch.arrays import Array
-from latentwatch.errors import Refusal
+from latentwatch.errors import Refusal, RefusalReason
 
 _SIZES: Final = struct.Struct("<II")  # bytes of the body, CRC-32
 _METADATA_KEY: Final = "latentwatch"
@@ -244,9 +244,9 @@ class HashedArtifact:
     again: str
     """The sentence that says how to make one anew."""
     refusal: type[Refusal]
-    missing: str
+    missing: RefusalReason
     """Reason of refusal for a file that cannot be read."""
-    damaged: str
+    damaged: RefusalReason
     """Reason of refusal for one that is not what was written, or of another format."""
     ascii_card: bool = False
     """Whether the card's text is escaped. Part of the format: the digest is over that text."""

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import latentwatch
-from latentwatch.collector.metrics_families import REFUSALS
+from latentwatch.collector.core import Core
+from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.errors import ConfigRefused, RefusalReason
+from latentwatch.export.prometheus import render
+
+from tests.support.streams import sparse, watchlist
 
 PACKAGE = Path(latentwatch.__file__).parent
+WORDS_OF_THEIR_OWN = {"limit_fpr"}
+"""Reasons that are also names of something else: a field of a baseline's card."""
 SOURCES = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py")) if "_pb" not in path.parts}
 
 
@@ -61,8 +68,24 @@ def test_every_reason_is_given_somewhere_and_says_when():
     assert all(reason.when and reason == reason.name.lower() for reason in RefusalReason)
 
 
+def test_no_text_of_the_package_is_a_reason_spelled_again():
+    """A field or a constant that holds one is as good a place to misspell it as an argument."""
+    slugs = {reason.value for reason in RefusalReason if "_" in reason.value} - WORDS_OF_THEIR_OWN
+    spelled = [
+        f"{path.name}:{node.lineno} {node.value}"
+        for path, source in SOURCES.items()
+        if path.name != "errors.py"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and node.value in slugs
+    ]
+    assert spelled == []
+
+
 def test_what_is_counted_has_a_series_from_the_start():
-    assert set(REFUSALS) == {reason for reason in RefusalReason if reason.counted}
+    core = Core(watchlist((sparse("a"),)))
+    page = render(Families(core.watchlist).of(core.lookup.snapshot(0.0), ProcessFacts(0.0, 0, 0.0)), open_metrics=False)
+    shown = set(re.findall(r'latentwatch_streams_refused_total{[^}]*reason="(\w+)"', page.decode()))
+    assert shown == {reason.value for reason in RefusalReason if reason.counted}
 
 
 def test_a_refusal_carries_its_slug_as_text():

@@ -9,13 +9,12 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
-
-import numpy.typing as npt
+from typing import Final
 
 from latentwatch.aggregate.counts import Layout
 from latentwatch.aggregate.features import FeatureTable
 from latentwatch.aggregate.requests import RequestFeatures
+from latentwatch.arrays import Array
 from latentwatch.collector.requests import RequestSummary
 from latentwatch.collector.step_listener import Ends, RemoteRows, StepListener
 from latentwatch.drift.baseline import Baseline, Fingerprint
@@ -25,8 +24,6 @@ from latentwatch.drift.limits import tail_probability
 from latentwatch.drift.model import DriftView, ModelDrift, ModelDriftState
 from latentwatch.errors import BaselineRefused
 from latentwatch.watchlist.file import Watchlist
-
-Array = npt.NDArray[Any]
 
 NO_BASELINE: Final = "no_baseline"
 

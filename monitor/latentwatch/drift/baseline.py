@@ -31,8 +31,8 @@ _FILE: Final = HashedArtifact(
     command="latentwatch calibrate",
     again=_AGAIN,
     refusal=BaselineRefused,
-    missing="baseline_missing",
-    damaged="baseline_format",
+    missing=RefusalReason.BASELINE_MISSING,
+    damaged=RefusalReason.BASELINE_FORMAT,
     ascii_card=True,
 )
 

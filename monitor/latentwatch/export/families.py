@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import Array
 from latentwatch.export.metrics import Metric
 
-Array = npt.NDArray[Any]
 LabelRows = tuple[tuple[str, ...], ...]
 
 

@@ -44,7 +44,7 @@ def resource() -> Resource:
 
 
 class EventSender:
-    """A `evidence.writer.Target`: the writer's thread, bounds and counts stand around it."""
+    """A `RecordTarget` of evidence.writer: the writer's thread, bounds and counts stand around it."""
 
     def __init__(self, endpoint: str, watched: Watched) -> None:
         """Args: endpoint: http://host:port, or https:// for TLS. Headers and certificates by OTEL_EXPORTER_OTLP_*."""

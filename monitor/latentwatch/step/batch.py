@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import Array
 from latentwatch.names import Outcome, Phase, Reason, TokenState
-
-Array = npt.NDArray[Any]
 
 SEGMENT_DTYPE = np.dtype(
     [

@@ -9,9 +9,10 @@ from typing import Final
 
 import numpy as np
 
+from latentwatch.arrays import Array
 from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.names import Phase, Reason, TokenState
-from latentwatch.step.batch import Array, StepBatch, owns_rows
+from latentwatch.step.batch import StepBatch, owns_rows
 
 _INT32_MAX: Final = 2**31 - 1
 # Looked up by a column's u1 values, as in `owns_rows`.

@@ -10,12 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import I64, Array
 from latentwatch.names import Reason, TokenState
-from latentwatch.step.batch import SEGMENT_DTYPE, Array, StepBatch, owns_rows
-
-I64 = npt.NDArray[np.int64]
+from latentwatch.step.batch import SEGMENT_DTYPE, StepBatch, owns_rows
 
 
 def runs(handle: I64, start: I64, count: I64, state: Array, reason: Array, phase: Array) -> Array:

@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from latentwatch.arrays import Array
 from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.facts import EXCEEDANCE, FEATURE_STAT, RequestInfo, RequestProgress
 from latentwatch.names import Outcome, Phase, Reason, TokenState
 from latentwatch.step.batch import EngineCounters
 from latentwatch.transport.hello import Hello
-
-Array = npt.NDArray[Any]
 
 TOKEN_SHAPE: Final = (len(TokenState) + 1, len(Reason), len(Phase) + 1)
 """Token counts by TokenState, Reason and Phase value; index 0 of the first and the last is unused."""

@@ -259,17 +259,17 @@ class Sender:
         return self.stats()
 
     def _to_spool(self, sequence: int, batch: StepBatch) -> bool:
-        """Whether the spool took a batch; one that cannot be sent is left to `_encoded` to tell."""
+        """Whether the spool took a batch; one that cannot be sent is left to the stream to tell."""
         if self._spool is None or self._closing:
             return False
         try:
             message = codec.encode_batch(sequence, batch)
         except Exception:
-            # It waits in memory, where `_encoded` meets the same failure and counts it.
+            # It waits in memory, where the stream meets the same failure and counts it.
             return False
         return len(message) <= codec.MAX_MESSAGE_BYTES and self._spool.append(sequence, tokens_of(batch), message)
 
-    # The stream. These run in the sender's own thread, `_requests` and what it calls in gRPC's.
+    # The stream. These run in the sender's own thread; gRPC's pulls the stream's messages.
 
     def _run(self) -> None:
         failures = 0

@@ -51,8 +51,8 @@ _FILE: Final = HashedArtifact(
     command="latentwatch watchlist build",
     again="Build it again with this version.",
     refusal=WatchlistRefused,
-    missing="watchlist_missing",
-    damaged="watchlist_format",
+    missing=RefusalReason.WATCHLIST_MISSING,
+    damaged=RefusalReason.WATCHLIST_FORMAT,
 )
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from latentwatch import __version__
 from latentwatch.aggregate.window import FeatureWindow
+from latentwatch.arrays import Array
 from latentwatch.collector.http.verdicts import Coverage, Engine, Verdict, is_anything_wrong, is_everything_seen
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.snapshot import ReplicaView, Snapshot
@@ -21,8 +21,6 @@ from latentwatch.facts import ExceedanceView
 from latentwatch.names import Reason, Severity, TokenState
 from latentwatch.transport.report import TOKEN_SHAPE
 from latentwatch.watchlist.file import Feature
-
-Array = npt.NDArray[Any]
 
 EXCEEDANCES_SHOWN: Final = 50
 _WEIGHT: Final = {Severity.CRITICAL: 3, Severity.WARNING: 2, Severity.INFO: 1, Severity.NONE: 0}

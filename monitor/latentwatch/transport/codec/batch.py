@@ -6,10 +6,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from latentwatch.arrays import Array
 from latentwatch.step.batch import (
     FIRE_DTYPE,
     SEGMENT_DTYPE,
-    Array,
     RequestClosed,
     RequestOpened,
     StepBatch,

@@ -9,9 +9,10 @@ import numpy as np
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from latentwatch.arrays import Array
 from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.names import Outcome
-from latentwatch.step.batch import Array, EngineCounters
+from latentwatch.step.batch import EngineCounters
 from latentwatch.transport._pb import latentwatch_pb2 as pb
 
 DENSE_DTYPE: Final = np.dtype("<f2")
