@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
@@ -42,6 +42,10 @@ FEATURE_STAT = np.dtype(
 
 PhaseName = Literal["prompt", "output"]
 OutcomeName = Literal["open", "finished", "aborted", "lost"]
+
+
+IDENTITY_TEXT_CHARACTERS: Final = 512
+"""Of each text of an identity that is no label: a collector refuses more, so an engine says no more."""
 
 
 @dataclass(frozen=True)

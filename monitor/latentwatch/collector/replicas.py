@@ -10,13 +10,13 @@ from typing import Final
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.requests import HandleMap, HandleMapState
 from latentwatch.errors import RefusalReason, StreamRefused
+from latentwatch.facts import IDENTITY_TEXT_CHARACTERS
 from latentwatch.step.batch import EngineCounters
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import Report
 
 _LABEL_BYTES: Final = {"replica": 253, "boot_id": 64, "engine": 64, "model_name": 253}
 """253 is the longest DNS name, which a pod's name is."""
-_TEXT_CHARACTERS: Final = 512
 
 
 @dataclass
@@ -311,11 +311,11 @@ def _check_labels(hello: Hello) -> None:
         if name in ("replica", "boot_id") or not hello.forwards:
             _check_label(f"hello of replica {hello.replica[:64]!r}", name, getattr(hello, name))
     for name in ("not_armed_reason", "not_armed_text", "plugin_version", "engine_version"):
-        if len(getattr(hello, name)) > _TEXT_CHARACTERS:
+        if len(getattr(hello, name)) > IDENTITY_TEXT_CHARACTERS:
             raise StreamRefused(
                 f"hello of replica {hello.replica}",
                 found=f"{name} has {len(getattr(hello, name))} characters",
-                instead=f"Use at most {_TEXT_CHARACTERS}.",
+                instead=f"Use at most {IDENTITY_TEXT_CHARACTERS}.",
                 reason=RefusalReason.REPLICA_NAME,
             )
 

@@ -22,7 +22,7 @@ from latentwatch.engines.vllm.interfaces import ModelRunner, SchedulerOutput, Vl
 from latentwatch.engines.vllm.settings import PluginSettings
 from latentwatch.engines.vllm.step_tap import StepTap
 from latentwatch.errors import EngineRefused, Refusal, RefusalReason
-from latentwatch.facts import EngineIdentity
+from latentwatch.facts import IDENTITY_TEXT_CHARACTERS, EngineIdentity
 from latentwatch.handover.exporter_config import CachedBlocks, ExporterConfig, WatchedFeature
 from latentwatch.handover.ring import Geometry, Ring
 from latentwatch.kernels.reference import UNWRITTEN
@@ -270,7 +270,7 @@ class Attachment:
             watchlist_sha256=watchlist_sha256,
             armed=bool(self._hooks),
             not_armed_reason=self._refusal.reason if self._refusal else "",
-            not_armed_text=str(self._refusal) if self._refusal else "",
+            not_armed_text=str(self._refusal or "")[:IDENTITY_TEXT_CHARACTERS],
             plugin_version=__version__,
             engine_version=vllm.__version__,
         )

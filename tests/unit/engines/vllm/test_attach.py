@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from latentwatch.engines.vllm.attach import Attachment, _as_the_sender_sees_it
 from latentwatch.engines.vllm.settings import PluginSettings
+from latentwatch.errors import EngineRefused, RefusalReason
+from latentwatch.facts import IDENTITY_TEXT_CHARACTERS
 from latentwatch.handover.exporter_config import WatchedFeature
 from latentwatch.names import Severity
 from latentwatch.watchlist.file import Limit
@@ -110,3 +113,14 @@ def test_no_rank_makes_a_forward_alone_and_only_a_compiled_graph_must_have_shown
 )
 def test_the_exporter_is_told_whose_scores_to_shed_last(feature, seen):
     assert _as_the_sender_sees_it(feature) == seen
+
+
+def test_a_long_reason_for_not_being_armed_is_no_longer_than_a_collector_takes(tmp_path, monkeypatch):
+    """Else the engine that has most to say would never be heard."""
+    worker: Any = Worker()
+    attachment = attached(worker, tmp_path)
+    attachment._refusal = EngineRefused("m", found="x" * 5000, instead="y", reason=RefusalReason.ENGINE_MODE)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0"))
+    worker.vllm_config.model_config.served_model_name = "m"
+    worker.vllm_config.parallel_config = SimpleNamespace(data_parallel_rank=0, data_parallel_index=0)
+    assert len(attachment._identity("").not_armed_text) == IDENTITY_TEXT_CHARACTERS
