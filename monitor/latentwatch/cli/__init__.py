@@ -44,6 +44,7 @@ class _VerbParser(argparse.ArgumentParser):
 
     verb: Verb | None = None
 
+    # argparse's stubs overload it; both forms are passed on as they came.
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         if self.verb is not None:
             verb, self.verb = self.verb, None

@@ -145,6 +145,7 @@ class CollectorConfig(BaseSettings):
     def _files(self, *names: str) -> dict[str, Path | None]:
         return {f"--{flag(name)}": getattr(self, name) for name in names}
 
+    # The library passes each source by name, so those that are not used keep theirs.
     @classmethod
     def settings_customise_sources(
         cls,
@@ -209,6 +210,7 @@ def variable(name: str) -> str:
 class _Environment(EnvSettingsSource):
     """As the library's, but for lists: values with commas between them instead of JSON."""
 
+    # The library's signature.
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: str) -> list[str]:  # noqa: ARG002
         return [part.strip() for part in value.split(",")]
 

@@ -35,6 +35,7 @@ def register() -> None:
         if chosen.wanted:
             _install(chosen)
     except Exception:
+        # vLLM would log it and go on too, but without saying what it means.
         logger.exception("latentwatch: the plugin could not be installed; the model is served unwatched")
 
 
@@ -71,6 +72,7 @@ def _attach_to_workers(worker_class: Any, chosen: PluginSettings) -> None:
 
             _attachments.append(Attachment(self, chosen))
         except Exception:
+            # Inside the worker's own constructor: raised, it would end the server (I4).
             logger.exception("latentwatch: could not attach to the worker; the model is served unwatched")
 
     worker_class.__init__ = init
