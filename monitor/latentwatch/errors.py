@@ -38,7 +38,7 @@ class RefusalReason(StrEnum):
     REPLICA_NAME = "replica_name", "a text that becomes a label is empty, too long or not printable", True
     TOO_MANY_REPLICAS = "too_many_replicas", "the collector's bound on replicas is reached", True
     TOO_MANY_MODELS = "too_many_models", "the collector's bound on models or engines is reached", True
-    TOO_MANY_STREAMS = "too_many_streams", "the collector's bound on open streams is reached", True
+    TOO_MANY_STREAMS = "too_many_streams", "a bound on open streams is reached: the collector's or that of a peer", True
     SUPERSEDED = "superseded", "a newer stream of the same engine boot took the place of this one", True
     COLLECTOR_ERROR = "collector_error", "the collector failed on a message: a bug of its own", True
     UNAUTHENTICATED = "unauthenticated", "a stream shows no token that the collector knows", True
@@ -48,13 +48,17 @@ class RefusalReason(StrEnum):
     STREAM_IDLE = "stream_idle", "a welcomed stream sent no whole message for a minute", True
     REPLICA_TWICE = "replica_twice", "an engine streams here and is also told of by a collector that forwards", True
     FORWARDS_TWICE = "forwards_twice", "a collector that forwards was given reports of another one", True
-    TOO_MANY_CONNECTIONS = "too_many_connections", "all places for TCP connections are taken", True
+    TOO_MANY_CONNECTIONS = "too_many_connections", "all places for TCP connections are taken, or all of a peer", True
     SLOW_HANDSHAKE = "slow_handshake", "a TLS handshake took too long", True
     CERTIFICATE = "certificate", "a peer showed no certificate, or one that is not accepted", True
     TLS_HANDSHAKE = "tls_handshake", "a TLS handshake failed otherwise", True
     SLOW_CONNECTION = "slow_connection", "a connection opened no stream in time", True
     HTTP_UNAUTHENTICATED = "http_unauthenticated", "an HTTP request shows no token that the collector knows", True
-    HTTP_SLOW = "http_slow", "an HTTP request took too long to arrive", True
+    HTTP_SLOW = "http_slow", "an HTTP request took too long to arrive, or its answer to be read", True
+    HTTP_BUSY = "http_busy", "all places for HTTP connections are taken, or all of one peer", True
+    HTTP_HOST = "http_host", "an HTTP request asks for a host that is no name of the collector", True
+    HTTP_ORIGIN = "http_origin", "another site's page in a browser asks the collector", True
+    HTTP_BODY = "http_body", "the body of an HTTP request is too large or of the wrong kind", True
 
     ENDED = "ended", "a gateway ended a stream without saying why"
     MALFORMED_REPLY = "malformed_reply", "what a collector answered is no reply"

@@ -31,7 +31,14 @@ def read(path: Path, what: str, reason: str) -> bytes:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         found = error.strerror or str(error)
-        raise refuse(path, what, found, "Give a file that this user can read.", reason) from error
+        # Somebody may have given the secret itself, which is not to stand in a log too.
+        hidden = (
+            isinstance(error, FileNotFoundError) and len(path.parts) == 1 and len(path.name) >= MIN_TOKEN_CHARACTERS
+        )
+        instead = "Give a file that this user can read; every user of this host sees what stands on a command line."
+        raise refuse(
+            Path("(a name that may be the secret)") if hidden else path, what, found, instead, reason
+        ) from error
     right = right_mode(status.st_uid, status.st_gid, os.geteuid())
     if status.st_mode & 0o777 & ~(right | 0o700):
         found = f"others may read it (mode {status.st_mode & 0o777:o})"

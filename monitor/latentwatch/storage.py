@@ -198,15 +198,29 @@ def _no_locks(folder: Path) -> OSError:
     return OSError(errno.ENOSYS, "its file system has no locks", str(folder))
 
 
+def new_file(path: Path, *, private: bool = True) -> BinaryIO:
+    """A file that was not there, to write. Raises OSError, FileExistsError for a link too.
+
+    Args: private: for this user alone (0600); else as the umask says.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o600 if private else 0o666), "wb")
+
+
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, private: bool = True) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` once it is whole on the disk; after any failure none is left.
 
-    Raises OSError: then `path` is what it was, or the new file where only syncing its folder failed.
+    It is a file of its own from the first byte on: a link that somebody put there is replaced, and not followed.
+
+    Args:   private: see new_file.
+    Raises: OSError: then `path` is what it was, or the new file where only syncing its folder failed.
     """
     partial = path.with_name(path.name + ".partial")
+    # Of a writer that was killed; in a folder that others may write to, theirs, which fails here or is gone.
+    partial.unlink(missing_ok=True)
     try:
-        with partial.open("wb") as file:
+        with new_file(partial, private=private) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -260,7 +274,8 @@ class HashedArtifact:
     def write(self, data: bytes, path: Path) -> str:
         """Put a file's bytes at `path`, whole or not at all; their SHA-256, as `sha256sum` has it. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
+        # Not private: an image or a volume has it for whoever runs there, and a reader checks its hash.
+        with atomic_write(path, private=False) as file:
             file.write(data)
         return hashlib.sha256(data).hexdigest()
 

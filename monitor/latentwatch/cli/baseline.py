@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from latentwatch.cli import options
+
 HELP = "Show a baseline: what it is of, and each feature's rate, tolerance, dispersion and limit."
 EPILOG = """example:  latentwatch baseline show prod.baseline --html prod.html"""
 
@@ -25,6 +27,6 @@ def run(args: argparse.Namespace) -> int:
     if args.html is None:
         print(show.table(read))
         return 0
-    args.html.write_text(show.page(read), encoding="utf-8")
+    options.write_page(args.html, show.page(read))
     print(f"wrote {args.html}")
     return 0

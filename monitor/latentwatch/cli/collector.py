@@ -24,6 +24,7 @@ example:  latentwatch collector --watchlist prod.safetensors
 
 _GROUPS: Final = {
     "token": "engines",
+    "peer": "engines",
     "tls": "engines",
     "http": "HTTP",
     "forward": "gateway",
@@ -71,6 +72,7 @@ def _announce(listen: Sequence[str], service: Service) -> None:
 
 def settings(config: CollectorConfig) -> CollectorSettings:
     """The collector that these options describe. Reads baseline and canary key. Raises Refusal."""
+    from latentwatch.collector.http.connection import HttpLimits
     from latentwatch.collector.service import CollectorSettings
     from latentwatch.collector.telemetry import TelemetrySettings
     from latentwatch.transport.credentials import ServerTls
@@ -88,6 +90,10 @@ def settings(config: CollectorConfig) -> CollectorSettings:
         tls=ServerTls(tls[0], tls[1], config.tls_client_ca) if tls[0] and tls[1] else None,
         token_files=config.token_file,
         http_token_files=config.http_token_file,
+        http_hosts=config.http_host,
+        http_limits=HttpLimits(config.http_connections, config.http_peer_connections),
+        http_body_bytes=int(config.http_body_mib * (1 << 20)),
+        peer_streams=config.peer_streams,
         http_tls=ServerTls(http_tls[0], http_tls[1], protocol="http/1.1") if http_tls[0] and http_tls[1] else None,
         request_id_key_file=config.request_id_key_file,
     )
@@ -105,6 +111,7 @@ def _evidence(config: CollectorConfig) -> EvidenceSettings | None:
         retention=Retention(config.evidence_days, max_bytes, config.evidence_content_hours),
         scope=config.evidence_keep,
         token_file=config.evidence_token,
+        open_to_all=config.evidence_readers == "everyone",
         key_file=config.evidence_key,
     )
 

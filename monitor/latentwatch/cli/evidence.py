@@ -179,7 +179,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.html:
         if len(found) > 1:
             print(f"{len(found)} requests have this id; the page shows the latest", file=sys.stderr)
-        args.html.write_text(heatmap.as_html(found[0], tokens, feature=args.feature), encoding="utf-8")
+        options.write_page(args.html, heatmap.as_html(found[0], tokens, feature=args.feature))
         print(args.html)
         return 0
     for number, request in enumerate(found):

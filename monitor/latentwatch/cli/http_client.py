@@ -49,6 +49,13 @@ class Web:
     def _asked(self, method: str, path: str, **content: Any) -> bytes:
         if not self.url.startswith(("http://", "https://")):
             raise self._unreachable("it does not begin with http:// or https://")
+        if "@" in self.url.partition("://")[2].partition("/")[0]:
+            raise ConfigRefused(
+                "the address of an HTTP service",
+                found="it holds a name or a password, which every user of this host sees in the list of processes",
+                instead="Give the address alone, and a token with --token-file.",
+                reason=RefusalReason.UNREACHABLE,
+            )
         try:
             with (
                 self._client() as client,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import getpass
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
@@ -107,6 +109,28 @@ def opened_evidence(folder: Path) -> Iterator[tuple[Archive, Audit]]:
             found=str(error),
             instead="Run as the user of the collector: whoever reads has to be able to write the audit log.",
             reason=RefusalReason.EVIDENCE_UNREADABLE,
+        ) from error
+
+
+def write_page(path: Path, text: str) -> None:
+    """A page, for this user alone. Raises ConfigRefused, "out_exists": no file of this user may be written there.
+
+    A file that is there is replaced. A link is refused: whoever put it there would choose what is overwritten.
+    """
+    from latentwatch import storage
+
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise FileExistsError(errno.EEXIST, "it is a link, or no file")
+        with storage.atomic_write(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise ConfigRefused(
+            f"writing {path}",
+            found=error.strerror or str(error),
+            instead="Name a file in a folder of this user.",
+            reason=RefusalReason.OUT_EXISTS,
         ) from error
 
 

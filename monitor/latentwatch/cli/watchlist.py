@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from latentwatch.cli import watchlist_discover
+from latentwatch.cli import options, watchlist_discover
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 HELP = "Find what to watch; build, show and verify the file that says it."
@@ -115,7 +115,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.html is None:
         print(show.as_text(watchlist), end="")
     else:
-        args.html.write_text(page.as_html(watchlist), encoding="utf-8")
+        options.write_page(args.html, page.as_html(watchlist))
         print(f"{args.html}: {len(watchlist.features)} cards")
     return 0
 

@@ -225,6 +225,8 @@ def _write_yaml(args: argparse.Namespace, path: Path, source: _Source) -> None:
     """A watchlist.yaml with one source; the model's sizes come from its own config where that lies on disk."""
     import yaml
 
+    from latentwatch import storage
+
     local = Path(args.model).is_dir()
     config = os.path.relpath(args.model, path.resolve().parent) if local else f"hf:{args.model}"
     content = {
@@ -233,5 +235,6 @@ def _write_yaml(args: argparse.Namespace, path: Path, source: _Source) -> None:
         "hook_points": [{"hook_point": args.hook_point, "sources": [source]}],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with storage.atomic_write(path, private=False) as file:
+        file.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
     print(f"{path}: {len(source['features'])} features; edit it, then build it")

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -39,6 +40,7 @@ class Metavar:
 File = Annotated[Path, Metavar("FILE")]
 Folder = Annotated[Path, Metavar("FOLDER")]
 Url = Annotated[str, Metavar("URL"), Field(pattern="^https?://")]
+Count = Annotated[int, Metavar("N"), Field(gt=0)]
 Amount = Annotated[float, Metavar("N"), Field(gt=0, allow_inf_nan=False)]
 
 
@@ -73,6 +75,9 @@ class CollectorConfig(BaseSettings):
 
     token_file: tuple[File, ...] = ()
     """ask engines for this bearer token; may be given more than once, for rotation"""
+    peer_streams: Count = 256
+    """connections and streams of engines from one address (of IPv6 from one /64), or through the Unix sockets; engines
+    behind one address translation share them"""
     tls_cert: File | None = None
     """PEM certificate for TCP addresses of --listen"""
     tls_key: File | None = None
@@ -86,6 +91,17 @@ class CollectorConfig(BaseSettings):
     """PEM certificate: serve --http over TLS"""
     http_tls_key: File | None = None
     """its key"""
+
+    http_host: tuple[Annotated[str, Metavar("NAME")], ...] = ()
+    """a name under which this is asked over HTTP, such as that of a Service or of a proxy; may be given more than once.
+    Addresses, localhost and the name in --http need none; any other Host is refused"""
+    http_connections: Count = 128
+    """HTTP connections at once; beyond it those that wait are closed, the oldest of whoever has most first; /healthz
+    and /metrics are still answered"""
+    http_peer_connections: Count = 64
+    """of them, from one address; of IPv6 from one /64"""
+    http_body_mib: Amount = 16.0
+    """largest body that is read, MiB: what was said in a request"""
 
     forward_to: Annotated[str, Metavar("ADDRESS")] | None = None
     """tell this collector, the gateway, once a second what is counted here, and a row for each request (default:
@@ -112,6 +128,9 @@ class CollectorConfig(BaseSettings):
     evidence_token: File | None = None
     """who sends this file's content as bearer token may delete over HTTP, and put and get what was said (default:
     nobody)"""
+    evidence_readers: Literal["token", "everyone"] = "token"
+    """who may read evidence over HTTP where --http is no loopback and asks for no token: nobody without the token of
+    --evidence-token, or everyone"""
     evidence_key: File | None = None
     """keep what a gateway says was said in a kept request, encrypted with the key in this file; 'latentwatch evidence
     key' makes one (default: nothing that was said is kept)"""
@@ -131,6 +150,13 @@ class CollectorConfig(BaseSettings):
             secrets.check_together("TLS of the collector", self._files("tls_cert", "tls_key"))
         if self.http_tls_cert or self.http_tls_key:
             secrets.check_together("TLS over HTTP", self._files("http_tls_cert", "http_tls_key"))
+        if self.otlp and "@" in urlsplit(self.otlp).netloc:
+            raise ConfigRefused(
+                "--otlp",
+                found="its URL holds a name or a password, which every user of this host sees in the list of processes",
+                instead="Give them as OTEL_EXPORTER_OTLP_HEADERS in the environment.",
+                reason=RefusalReason.CONFIG_VALUE,
+            )
         if self.forward_to is None and (extra := [name for name in _OF_FORWARDING if getattr(self, name)]):
             raise ConfigRefused(
                 "forwarding to a gateway",

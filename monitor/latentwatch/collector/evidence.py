@@ -40,6 +40,8 @@ class EvidenceSettings:
     scope: EvidenceScope = "exceeded"
     token_file: Path | None = None
     """Holds the bearer token for deleting, and for what was said, over HTTP; None allows neither."""
+    open_to_all: bool = False
+    """Whether HTTP tells it to strangers beyond loopback, where readers need no token."""
     key_file: Path | None = None
     """Holds the key of what was said; None keeps none of it. See encryption.Vault."""
 

@@ -24,6 +24,9 @@ from latentwatch.collector.evidence_buffer import watched
 from latentwatch.collector.federation.client import ReportClient, ReportClientFacts
 from latentwatch.collector.federation.outbox import ReportOutbox
 from latentwatch.collector.http.app import make_app
+from latentwatch.collector.http.bodies import MAX_BODY_BYTES
+from latentwatch.collector.http.connection import HttpLimits
+from latentwatch.collector.http.hosts import Hosts
 from latentwatch.collector.http.server import HttpServer
 from latentwatch.collector.ingest import Ingest
 from latentwatch.collector.metrics_families import Families, ProcessFacts
@@ -34,7 +37,7 @@ from latentwatch.drift.limits import with_limits
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens
 from latentwatch.transport.hello import Hello
-from latentwatch.transport.receiver import Receiver
+from latentwatch.transport.receiver import PEER_STREAMS, Receiver
 from latentwatch.watchlist import file as watchlist_file
 
 log = logging.getLogger(__name__)
@@ -85,6 +88,12 @@ class CollectorSettings:
     """Tokens that let an engine open a stream; none lets in whoever can connect."""
     http_token_files: Sequence[Path] = ()
     """Tokens that let someone read over HTTP; none lets in whoever can connect."""
+    http_hosts: Sequence[str] = ()
+    """Names under which it is asked over HTTP; see http.hosts."""
+    http_limits: HttpLimits = field(default_factory=HttpLimits)
+    http_body_bytes: int = MAX_BODY_BYTES
+    peer_streams: int = PEER_STREAMS
+    """Connections and streams of engines from one peer."""
     request_id_key_file: Path | None = None
     """Holds the key under which request ids are hashed; None keeps them as they are."""
     http_tls: ServerTls | None = None
@@ -155,6 +164,7 @@ def wire(settings: CollectorSettings) -> Parts:
         settings.listen,
         clock=time.time,
         on_refused=sink.refused,
+        peer_streams=settings.peer_streams,
         tls=settings.tls,
         tokens=Tokens(settings.token_files) if settings.token_files else None,
     )
@@ -204,6 +214,8 @@ class Service:
         """Raises: as `wire`."""
         self._parts = parts = wire(settings)
         self.core, self.receiver = parts.core, parts.receiver
+        self._hosts = Hosts(settings.http_hosts)
+        open_to_all = settings.evidence is not None and settings.evidence.open_to_all
         app = make_app(
             parts.core.lookup,
             clock=time.time,
@@ -211,9 +223,18 @@ class Service:
             forget=parts.forget,
             evidence=parts.evidence,
             readers=Tokens(settings.http_token_files) if settings.http_token_files else None,
+            evidence_is_open=lambda: open_to_all or self._http.is_loopback,
+            hosts=self._hosts,
+            max_body_bytes=settings.http_body_bytes,
             on_refused=parts.sink.refused,
         )
-        self._http = HttpServer(settings.http, app, tls=settings.http_tls, on_refused=parts.sink.refused)
+        self._http = HttpServer(
+            settings.http,
+            app,
+            tls=settings.http_tls,
+            on_refused=parts.sink.refused,
+            limits=settings.http_limits,
+        )
         self._guarded = bool(settings.http_token_files)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -225,6 +246,7 @@ class Service:
     async def start(self) -> None:
         """Bind and serve. Raises ConfigRefused, "port_in_use", "socket_in_use" or "address_unusable"."""
         self._http.bind()
+        self._hosts.bound(self._http.host, self._http.bound_address)
         try:
             await self.receiver.start()
         except BaseException:

@@ -14,6 +14,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentwatch import storage
 from latentwatch.evidence.archive import StoredRequest
 
 _REQUESTS_AT_ONCE: Final = 500
@@ -55,10 +56,10 @@ def export(requests: Iterable[StoredRequest], out: Path) -> dict[str, int]:
     """Write the files into a folder that is there. Returns: rows by file."""
     rows = dict.fromkeys(SCHEMAS, 0)
     with contextlib.ExitStack() as open_files:
-        writers = {
-            name: open_files.enter_context(pq.ParquetWriter(out / f"{name}.parquet", schema, compression="zstd"))
-            for name, schema in SCHEMAS.items()
-        }
+        writers = {}
+        for name, schema in SCHEMAS.items():
+            file = open_files.enter_context(storage.new_file(out / f"{name}.parquet"))
+            writers[name] = open_files.enter_context(pq.ParquetWriter(file, schema, compression="zstd"))
         remaining = iter(requests)
         while part := list(itertools.islice(remaining, _REQUESTS_AT_ONCE)):
             for name, table in _tables(part):

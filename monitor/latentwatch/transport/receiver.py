@@ -6,6 +6,7 @@ it has threads and starves the rest, health checks included, without an error (m
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -16,6 +17,7 @@ from grpc_health.v1.health import aio as health_aio
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
 from latentwatch.transport.credentials import ServerTls, Tokens
+from latentwatch.transport.places import Places
 from latentwatch.transport.servicer import ACK_BATCHES, ACK_SECONDS, ReceiverFacts, Servicer
 from latentwatch.transport.sink import Sink
 from latentwatch.transport.tcp_listener import Listener
@@ -28,6 +30,11 @@ SERVER_OPTIONS: Final = (
     ("grpc.compression_enabled_algorithms_bitset", 1),
     # Two collectors on one port would each get half of the streams; the second has to fail instead.
     ("grpc.so_reuseport", 0),
+    # An exporter has a stream, one for its backlog, and health checks.
+    ("grpc.max_concurrent_streams", 100),
+    # A stream's headers are a token and what gRPC adds.
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
     # An engine whose pod vanished sends no FIN.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),
@@ -37,6 +44,8 @@ SERVER_OPTIONS: Final = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+PEER_STREAMS: Final = 256
+"""Engines of one node and more; some networks show a whole node as one address."""
 _SETTLE_SECONDS: Final = 1.0
 """For streams that were cut to unwind, so that the event loop may be closed after `stop`."""
 
@@ -53,6 +62,7 @@ class Receiver:
         on_refused: Callable[[str], None] | None = None,
         collector_id: str | None = None,
         max_streams: int = 1024,
+        peer_streams: int = PEER_STREAMS,
         tls: ServerTls | None = None,
         tokens: Tokens | None = None,
         ack_batches: int = ACK_BATCHES,
@@ -63,6 +73,7 @@ class Receiver:
                 clock: the `now` that the Sink is given, seconds.
                 on_refused: told the reason of every refusal that is sent, the Sink's own included.
                 collector_id: 32 hex digits; drawn anew when absent.
+                peer_streams: connections and streams of one peer: an address, of IPv6 a /64, or the Unix sockets.
                 tls: for the TCP addresses; a Unix socket is protected by its mode.
                 tokens: asked for on every address; None lets anyone in who can connect.
         Raises: ConfigRefused, "target_invalid".
@@ -70,13 +81,14 @@ class Receiver:
         self._targets = [Address.parse(text, listening=True) for text in listen]
         self._on_refused = on_refused or _unheard
         self._tls = tls
-        self._max_streams = max_streams
+        self._max_streams, self._peer_streams = max_streams, peer_streams
         self.servicer = Servicer(
             sink,
             clock=clock,
             on_refused=self._on_refused,
             collector_id=collector_id,
             max_streams=max_streams,
+            peer_streams=peer_streams,
             tokens=tokens,
             ack_batches=ack_batches,
             ack_seconds=ack_seconds,
@@ -124,7 +136,8 @@ class Receiver:
                 if target.socket_path:
                     self._sockets.bind(target, self._server.add_insecure_port)
             if not all(target.socket_path for target in self._targets):
-                self._listener = Listener(self._tls, self._on_refused, max_connections=self._max_streams)
+                places: Places[asyncio.Task[None]] = Places(self._max_streams, self._peer_streams)
+                self._listener = Listener(self._tls, self._on_refused, places)
                 self.servicer.listener = self._listener
                 self._server.add_insecure_port(f"unix://{self._listener.inner}")
             await self._server.start()

@@ -38,7 +38,7 @@ class RecordingSink:
 
     def __init__(self, path: Path) -> None:
         """Raises FileExistsError: a recording is never overwritten."""
-        self._log = storage.FramedLog(path, _FRAMING, _MAGIC, mode=0o666)
+        self._log = storage.FramedLog(path, _FRAMING, _MAGIC)
         self._streams: dict[Hello, int] = {}
         self._held: dict[tuple[str, str], int] = {}
         self.batches = self.bytes = self.requests = 0

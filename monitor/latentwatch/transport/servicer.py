@@ -27,6 +27,7 @@ from latentwatch.transport import codec
 from latentwatch.transport.credentials import Tokens, may_speak_for
 from latentwatch.transport.fair_queue import FairQueue, FairQueueFacts, Flow
 from latentwatch.transport.hello import Hello
+from latentwatch.transport.places import Places
 from latentwatch.transport.sink import ReceivedReport, Sink
 from latentwatch.transport.stream_state import (
     StreamState,
@@ -71,8 +72,10 @@ class ReceiverFacts:
 class _Stream:
     """One accepted stream, and who waits for it."""
 
-    def __init__(self, state: StreamState) -> None:
+    def __init__(self, state: StreamState, address: str) -> None:
         self.state = state
+        self.address = address
+        """Who is behind it; see places.peer_of."""
         self.flow = Flow()
         self.reading = True
         self.ack_due = asyncio.Event()
@@ -103,6 +106,7 @@ class Servicer:
         on_refused: Callable[[str], None],
         collector_id: str | None,
         max_streams: int,
+        peer_streams: int,
         tokens: Tokens | None,
         ack_batches: int,
         ack_seconds: float,
@@ -115,7 +119,9 @@ class Servicer:
         self._clock = clock
         self._on_refused = on_refused
         self._tokens = tokens
-        self._max_streams = max_streams
+        self._max_streams, self._peer_streams = max_streams, peer_streams
+        self._unknown: Places[asyncio.Timeout] = Places(max_streams, peer_streams)
+        """Streams that did not say hello, by their deadlines."""
         self._ack_batches = ack_batches
         self._ack_seconds = ack_seconds
         self._queue = FairQueue()
@@ -178,17 +184,15 @@ class Servicer:
 
     async def _welcome(self, context: Context) -> _Stream | None:
         """Read the hello and welcome the stream; None when the peer left. Raises StreamRefused."""
-        try:
-            data = await asyncio.wait_for(_next_message(context), _HELLO_SECONDS)
-        except TimeoutError:
-            raise hello_missing(f"the stream said nothing for {_HELLO_SECONDS:g} s") from None
+        address = self.listener.address_of_peer(context.peer()) if self.listener is not None else context.peer()
+        data = await self._first_message(context, address)
         if data is None:
             return None
         hello = first_message(data)
         self._check_identity(hello.replica, context.peer())
         key = (hello.replica, hello.boot_id)
-        if len(self._streams) >= self._max_streams and key not in self._streams:
-            raise too_many_streams(hello, len(self._streams))
+        if key not in self._streams:
+            self._check_room(hello, address)
         if (older := self._streams.get(key)) is not None:
             older.end(superseded(hello))
             self._let_go(older)
@@ -201,7 +205,7 @@ class Servicer:
             # A bug here is the collector's: the engine is told so and comes back.
             log.exception("the collector failed on the hello of replica %r", hello.replica)
             raise collector_error(hello, error) from error
-        stream = self._streams[key] = _Stream(StreamState(hello, stored, time.monotonic()))
+        stream = self._streams[key] = _Stream(StreamState(hello, stored, time.monotonic()), address)
         log.info("replica %r connected, resuming after %d", hello.replica, stored)
         if self.listener is not None:
             self.listener.welcome(context.peer())
@@ -211,6 +215,31 @@ class Servicer:
             self._let_go(stream)
             raise
         return stream
+
+    async def _first_message(self, context: Context, address: str) -> bytes | None:
+        """None when the peer left. Raises StreamRefused, "hello_missing" or "too_many_streams"."""
+        deadline = asyncio.timeout(_HELLO_SECONDS)
+        try:
+            async with deadline:
+                lost = self._unknown.take(deadline, address)
+                if lost is not None and not lost.expired():
+                    lost.reschedule(0.0)
+                return await _next_message(context)
+        except TimeoutError:
+            if deadline in self._unknown:
+                raise hello_missing(f"the stream said nothing for {_HELLO_SECONDS:g} s") from None
+            raise too_many_streams("stream", "it said nothing yet, and another one needs its place") from None
+        finally:
+            self._unknown.leave(deadline)
+
+    def _check_room(self, hello: Hello, address: str) -> None:
+        """Raises StreamRefused, "too_many_streams"."""
+        what = f"stream of replica {hello.replica!r}"
+        if len(self._streams) >= self._max_streams:
+            raise too_many_streams(what, f"{len(self._streams)} streams are open, which is this collector's bound")
+        of_peer = sum(stream.address == address for stream in self._streams.values())
+        if of_peer >= self._peer_streams:
+            raise too_many_streams(what, f"{of_peer} streams of {address} are open, which is the bound for one peer")
 
     async def _read(self, stream: _Stream, context: Context) -> StreamRefused | None:
         """Hand every batch to the Sink until the peer has no more, or one is refused; returns that refusal."""

@@ -99,11 +99,10 @@ def superseded(hello: Hello) -> StreamRefused:
     return _refused(hello, RefusalReason.SUPERSEDED, found, "If two engines run, give each a replica name of its own.")
 
 
-def too_many_streams(hello: Hello, streams: int) -> StreamRefused:
-    """Told to a stream beyond the bound."""
-    found = f"{streams} streams are open, which is this collector's bound"
-    instead = "Run another collector, or raise the bound on streams."
-    return _refused(hello, RefusalReason.TOO_MANY_STREAMS, found, instead)
+def too_many_streams(what: str, found: str) -> StreamRefused:
+    """Told to a stream beyond a bound."""
+    instead = "Run another collector, or raise its --peer-streams where many engines share one address."
+    return StreamRefused(what, found=found, instead=instead, reason=RefusalReason.TOO_MANY_STREAMS)
 
 
 def stream_idle(hello: Hello) -> StreamRefused:

@@ -22,6 +22,7 @@ from typing import Final, cast
 
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.transport.credentials import ServerTls, names_of
+from latentwatch.transport.places import Full, Places, peer_of
 
 HANDSHAKE_SECONDS: Final = 5.0
 """A TLS handshake across regions takes below one."""
@@ -34,6 +35,9 @@ _CHUNK_BYTES: Final = 1 << 18
 class _Connection:
     """One that is passed on."""
 
+    task: asyncio.Task[None]
+    address: str
+    """Who is behind it; see places.peer_of."""
     names: frozenset[str]
     is_welcome: bool = False
 
@@ -41,11 +45,16 @@ class _Connection:
 class Listener:
     """Listens on TCP addresses and passes connections on to the Unix socket `inner`, on which gRPC serves."""
 
-    def __init__(self, tls: ServerTls | None, on_refused: Callable[[str], None], *, max_connections: int) -> None:
-        """Raises: ConfigRefused, "tls_unusable"."""
+    def __init__(
+        self, tls: ServerTls | None, on_refused: Callable[[str], None], places: Places[asyncio.Task[None]]
+    ) -> None:
+        """
+        Args:   places: of the connections; one without a welcomed stream only waits in its own.
+        Raises: ConfigRefused, "tls_unusable".
+        """
         self._tls = tls
         self._on_refused = on_refused
-        self._max_connections = max_connections
+        self._places = places
         self._connections: dict[str, _Connection] = {}
         """By gRPC's name of the peer."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,25 +89,42 @@ class Listener:
         asked = self._tls is not None and self._tls.client_authority is not None
         return connection.names if connection is not None and asked else None
 
+    def address_of_peer(self, peer: str) -> str:
+        """Who is behind a gRPC peer; the peer's own name where it did not come over TCP."""
+        connection = self._connections.get(peer)
+        return connection.address if connection is not None else peer
+
     def welcome(self, peer: str) -> None:
         """The receiver welcomed a stream of this peer: it may stay."""
         if connection := self._connections.get(peer):
             connection.is_welcome = True
+            self._places.work(connection.task)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = cast("asyncio.Task[None]", asyncio.current_task())
         self._tasks.add(task)
+        address = peer_of((writer.get_extra_info("peername") or ("",))[0])
         try:
-            if len(self._tasks) > self._max_connections:
-                self._on_refused(RefusalReason.TOO_MANY_CONNECTIONS)
-            elif await self._shake_hands(writer):
-                await self._pass_on(reader, writer)
+            if self._has_place(task, address) and await self._shake_hands(writer):
+                await self._pass_on(reader, writer, address)
         except (OSError, asyncio.CancelledError):
             # The peer went, or the collector stops; either is said elsewhere.
             pass
         finally:
             self._tasks.discard(task)
+            self._places.leave(task)
             writer.transport.abort()
+
+    def _has_place(self, task: asyncio.Task[None], address: str) -> bool:
+        try:
+            lost = self._places.take(task, address)
+        except Full:
+            self._on_refused(RefusalReason.TOO_MANY_CONNECTIONS)
+            return False
+        if lost is not None:
+            self._on_refused(RefusalReason.TOO_MANY_CONNECTIONS)
+            lost.cancel()
+        return True
 
     async def _shake_hands(self, writer: asyncio.StreamWriter) -> bool:
         if self._tls is None:
@@ -118,13 +144,15 @@ class Listener:
             return True
         return False
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> None:
         inner = socket.socket(socket.AF_UNIX)
         inner.setblocking(False)
         # To no name, for which Linux gives it an abstract one that nobody else has.
         inner.bind("")
         peer = f"unix-abstract:{inner.getsockname()[1:].decode()}"
-        connection = self._connections[peer] = _Connection(names_of(writer.get_extra_info("peercert")))
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        connection = _Connection(task, address, names_of(writer.get_extra_info("peercert")))
+        self._connections[peer] = connection
         pumps: list[asyncio.Task[None]] = []
         try:
             await asyncio.get_running_loop().sock_connect(inner, str(self.inner))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import safetensors.numpy
 
+from latentwatch import storage
 from latentwatch.arrays import F32, I64
 from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint
@@ -145,7 +146,8 @@ def _outputs(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 def save(recording: Recording, path: Path, hook_point: HookPoint) -> None:
     """Write an activations file, as `verify --activations` and TopK calibration read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file({"x": recording.x_TD}, path, {"hook_point": str(hook_point)})
+    with storage.atomic_write(path) as file:
+        file.write(safetensors.numpy.save({"x": recording.x_TD}, {"hook_point": str(hook_point)}))
 
 
 def _load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 import safetensors.numpy
 
+from latentwatch import storage
 from latentwatch.arrays import F64, Array, Bool
 from latentwatch.names import HookPoint
 from latentwatch.watchlist.activations import Recording
@@ -84,7 +85,8 @@ def save(probe: Probe, path: Path, name: str, hook_point: HookPoint) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     float32 = {key: np.ascontiguousarray(value, np.float32) for key, value in tensors.items()}
-    safetensors.numpy.save_file(float32, path, {"names": f'["{name}"]', "hook_point": str(hook_point)})
+    with storage.atomic_write(path, private=False) as file:
+        file.write(safetensors.numpy.save(float32, {"names": f'["{name}"]', "hook_point": str(hook_point)}))
 
 
 def aggregated(logit_T: F64, recording: Recording) -> dict[str, F64]:

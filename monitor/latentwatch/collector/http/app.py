@@ -24,7 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from latentwatch import __version__
 from latentwatch.collector.evidence import Evidence, Forget
 from latentwatch.collector.http.auth import Access, challenge
+from latentwatch.collector.http.bodies import MAX_BODY_BYTES, Bodies
 from latentwatch.collector.http.evidence_api import add_evidence
+from latentwatch.collector.http.guard import guarded
+from latentwatch.collector.http.hosts import Hosts
 from latentwatch.collector.http.metrics_page import Busy, MetricsPage
 from latentwatch.collector.http.overview import Overview, overview
 from latentwatch.collector.http.responses import as_json, encoded
@@ -156,12 +159,16 @@ def make_app(
     forget: Forget,
     evidence: Evidence | None = None,
     readers: Tokens | None = None,
+    evidence_is_open: Callable[[], bool] = lambda: True,
+    hosts: Hosts | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
     on_refused: Callable[[str], None] = lambda _reason: None,
 ) -> ASGIApp:
     """The ASGI application.
 
     Args: clock: gives seconds since the Unix epoch.   forget: has the collector forget a request, beside its evidence.
-          readers: see auth.Access.
+          readers, evidence_is_open: see auth.Access.   hosts: whom it may be asked as; None: as anybody.
+          max_body_bytes: of what was said in a request.
     """
     app = FastAPI(
         title="latentwatch collector",
@@ -173,14 +180,15 @@ def make_app(
     )
     _add_operations(app, lookup, clock, process)
     _add_api(app, lookup, clock)
-    add_evidence(app, lookup, evidence, forget)
+    add_evidence(app, lookup, evidence, forget, Bodies(max_body_bytes, on_refused))
     for file in files("latentwatch.collector.http").joinpath("static").iterdir():
         if media := _PAGE_MEDIA.get(PurePath(file.name).suffix):
             path = "/" if file.name == "index.html" else f"/{file.name}"
             _add_file(app, path, file.read_bytes(), f"{media}; charset=utf-8")
-    access = Access(readers, evidence.tokens if evidence else None, on_refused)
+    erasers = evidence.tokens if evidence else None
+    access = Access(readers, erasers, on_refused, evidence_is_open=evidence_is_open)
     app.add_middleware(AuthenticationMiddleware, backend=access, on_error=challenge)
-    return _secured(app)
+    return _secured(guarded(app, hosts, on_refused) if hosts else app)
 
 
 def _add_operations(

@@ -22,7 +22,9 @@ from latentwatch.errors import RefusalReason
 from latentwatch.transport.credentials import Tokens
 
 READ: Final = "read"
-"""Everything that is told."""
+"""What is told of now: metrics, the page, the API."""
+EVIDENCE: Final = "evidence"
+"""Reading what was written down."""
 ERASE: Final = "erase"
 """Deleting evidence, and putting and getting what was said."""
 BEARER: Final = HTTPBearer(auto_error=False, description="The token of --evidence-token.")
@@ -32,22 +34,37 @@ _BASIC: Final = HTTPBasic(auto_error=False)
 class Access(AuthenticationBackend):
     """The scopes of a request. Whoever has a token of either kind may read: a request has room for one."""
 
-    def __init__(self, readers: Tokens | None, erasers: Tokens | None, on_refused: Callable[[str], None]) -> None:
-        """Args: readers: None lets everyone read.   erasers: None lets nobody erase."""
+    def __init__(
+        self,
+        readers: Tokens | None,
+        erasers: Tokens | None,
+        on_refused: Callable[[str], None],
+        *,
+        evidence_is_open: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """
+        Args: readers: None lets everyone read.   erasers: None lets nobody erase.
+              evidence_is_open: whether without `readers` everyone may read evidence too; else any token is needed.
+        """
         self._readers = readers
         self._erasers = erasers
+        self._evidence_is_open = evidence_is_open
         self._on_refused = on_refused
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser]:
         """Raises AuthenticationError where it may not even read; /healthz is for all: a kubelet can show no token."""
         token, as_bearer = await _shown(Request(conn.scope))
         erases = self._erasers is not None and token in self._erasers
-        open_to_all = self._readers is None or conn.scope["path"] == "/healthz"
-        if not (open_to_all or erases or (self._readers is not None and token in self._readers)):
+        is_known = erases or (self._readers is not None and token in self._readers)
+        if not is_known and self._readers is not None and conn.scope["path"] != "/healthz":
             self._on_refused(RefusalReason.HTTP_UNAUTHENTICATED)
             raise AuthenticationError
-        # What a browser sends by itself erases nothing.
-        return AuthCredentials([READ, ERASE] if erases and as_bearer else [READ]), UnauthenticatedUser()
+        scopes = [READ]
+        if is_known or (self._readers is None and self._evidence_is_open()):
+            scopes.append(EVIDENCE)
+        if erases and as_bearer:  # what a browser sends by itself erases nothing
+            scopes.append(ERASE)
+        return AuthCredentials(scopes), UnauthenticatedUser()
 
 
 def challenge(_: HTTPConnection, __: AuthenticationError) -> Response:

@@ -9,29 +9,34 @@ from typing import Annotated, Any, Final
 
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response, Security
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from latentwatch.collector.evidence import Evidence, Forget
-from latentwatch.collector.http.auth import BEARER, ERASE
+from latentwatch.collector.http.auth import BEARER, ERASE, EVIDENCE
+from latentwatch.collector.http.bodies import BODY_ANSWERS, Bodies, json_body
 from latentwatch.collector.http.responses import as_json
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence.archive import StoredRequest, Wanted
-from latentwatch.evidence.encryption import Content, Vault
+from latentwatch.evidence.encryption import MAX_TOKENS, Content, Vault
 from latentwatch.facts import ShownExceedance
 from latentwatch.names import Severity
 
 _OFF: Final = "This collector writes no evidence; start it with --evidence DIR."
+_CLOSED: Final = (
+    "This collector is open to the network and asks readers for no token, so evidence is told to nobody. Start it with "
+    "--http-token-file FILE, or with --evidence-readers everyone."
+)
 _NOT_KEPT: Final = "It exceeded no limit, is too old, or was seen by another collector."
 _Answers = dict[int | str, dict[str, Any]]
 _READ: Final[_Answers] = {
+    403: {"description": "this collector tells strangers no evidence, or was not started with what this needs"},
     404: {"description": "no evidence is written here, or no such request is kept"},
     503: {"description": "the evidence cannot be read, or the reading cannot be audited"},
 }
 _TRUST: Final[_Answers] = _READ | {
     401: {"description": "the token is missing or wrong"},
-    403: {"description": "this collector was not started with what this needs"},
     409: {"description": "the request still runs, several have this id, or what is kept cannot be opened"},
 }
 
@@ -67,6 +72,8 @@ def _kept(request: Request) -> Evidence:
     evidence: Evidence | None = request.app.state.evidence
     if evidence is None:
         raise HTTPException(404, _OFF)
+    if EVIDENCE not in request.auth.scopes:
+        raise HTTPException(403, _CLOSED)
     return evidence
 
 
@@ -88,8 +95,8 @@ class ContentIn(BaseModel):
     """What was said in a request, token by token from the first prompt token on."""
 
     model_config = ConfigDict(extra="forbid")
-    tokens: list[str] = []
-    token_ids: list[int] = []
+    tokens: Annotated[list[str], Field(max_length=MAX_TOKENS)] = []
+    token_ids: Annotated[list[int], Field(max_length=MAX_TOKENS)] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +116,7 @@ def _vault(evidence: Trusted) -> Vault:
 Sealing = Annotated[Vault, Depends(_vault)]
 
 
-def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget: Forget) -> None:
+def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget: Forget, bodies: Bodies) -> None:
     """Add the routes; they say so where there is no evidence."""
     app.state.evidence = evidence
 
@@ -168,13 +175,16 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
     @app.put(
         "/v1/evidence/content/{request_id:path}",
         status_code=204,
-        responses=_TRUST,
+        responses=_TRUST | BODY_ANSWERS,
+        openapi_extra=json_body(ContentIn),
         tags=["evidence"],
     )
-    async def put_content(
-        request: Request, evidence: Trusted, vault: Sealing, request_id: Id, content: ContentIn
-    ) -> Response:
-        """Keep what was said in a request that is kept, sealed; for a gateway that saw the response."""
+    async def put_content(request: Request, evidence: Trusted, vault: Sealing, request_id: Id) -> Response:
+        """Keep what was said in a request that is kept, sealed; for a gateway that saw the response.
+
+        Nothing of the body is read before the token.
+        """
+        content = await bodies.read(request, ContentIn)
         try:
             sealed = Content(tuple(content.tokens), tuple(content.token_ids))
         except ConfigRefused as refusal:

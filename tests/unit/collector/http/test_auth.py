@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from latentwatch import secrets
 from latentwatch.cli import main
-from latentwatch.collector.http import auth, server
+from latentwatch.collector.http import auth, connection
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.transport.credentials import Tokens
 from latentwatch.watchlist import file as watchlist_file
@@ -122,7 +122,7 @@ def test_the_token_of_readers_erases_nothing_and_that_of_evidence_reads_too(tmp_
         scopes = asyncio.run(access.authenticate(HTTPConnection(scope)))[0].scopes
     except AuthenticationError:
         scopes = []
-    assert scopes == [auth.READ] * (reads or not guarded) + [auth.ERASE] * erases
+    assert scopes == [auth.READ, auth.EVIDENCE] * (reads or not guarded) + [auth.ERASE] * erases
     assert refused == ["http_unauthenticated"] * (not scopes)
 
 
@@ -138,7 +138,7 @@ def test_a_token_counts_as_the_file_is_now_and_a_file_that_others_may_read_lets_
 
 @pytest.mark.parametrize("first", [b"", b"GET /healthz HTTP/1.1\r\nHost: c\r\n\r\n"], ids=["first", "second"])
 def test_a_request_that_dribbles_is_cut_off_and_counted(service, monkeypatch, first):
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.3)
     with socket.create_connection(("127.0.0.1", urlsplit(service.http_url).port), timeout=10) as peer:
         if first:
             peer.sendall(first)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from latentwatch import secrets
 from latentwatch.cli import main
-from latentwatch.collector.http import server
+from latentwatch.collector.http import connection
 from latentwatch.collector.http.app import HEADERS
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.transport.credentials import ServerTls
@@ -94,7 +94,7 @@ def test_a_certificate_or_key_that_cannot_be_used_gets_readers_an_end_without_a_
 
 
 def test_a_handshake_that_does_not_come_is_cut_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.2)
     with serving(tmp_path, Authority(tmp_path)) as service:
         parts = urlsplit(service.http_url)
         with socket.create_connection((parts.hostname, parts.port)) as slow:
