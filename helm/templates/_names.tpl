@@ -59,6 +59,28 @@ latentwatch/release: {{ include "latentwatch.fullname" . }}
 {{- end -}}
 {{- end -}}
 
+{{/* The Secret with the token that is asked for over HTTP, as YAML: yours, else the one that this chart makes; nothing with httpOpen. */}}
+{{- define "latentwatch.httpToken" -}}
+{{- if .Values.httpToken -}}
+{{ toYaml .Values.httpToken }}
+{{- else if not .Values.httpOpen -}}
+name: {{ include "latentwatch.fullname" . }}-http
+key: token
+{{- end -}}
+{{- end -}}
+
+{{/* Names under which the collector is asked over HTTP, as a YAML list: those of its Service, and yours. */}}
+{{- define "latentwatch.httpHosts" -}}
+{{- $service := printf "%s-%s" (include "latentwatch.fullname" .) (ternary "collector" "vllm" (eq .Values.mode "gateway")) -}}
+{{- if or (eq .Values.mode "gateway") .Values.vllm.enabled }}
+{{- $inside := printf "%s.%s" $service .Release.Namespace }}
+{{ toYaml (list $service $inside (printf "%s.svc" $inside) (printf "%s.svc.%s" $inside .Values.clusterDomain)) }}
+{{- end }}
+{{- with .Values.collector.httpHosts }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
 {{/* Host and port at which engines reach the gateway. */}}
 {{- define "latentwatch.gatewayAddress" -}}
 {{ include "latentwatch.fullname" . }}-collector.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.collector.grpcPort }}

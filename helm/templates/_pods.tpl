@@ -140,12 +140,11 @@ seccompProfile:
 {{- end }}
 {{- end }}
 {{- end }}
-{{- with .Values.httpToken }}
-- --http-token-file=/etc/latentwatch/http-token/{{ .key }}
+{{- range include "latentwatch.httpHosts" . | fromYamlArray }}
+- --http-host={{ . }}
 {{- end }}
-{{- if and .Values.httpToken .Values.evidence.enabled .Values.evidence.token }}
-# A request carries one token, so the one for evidence opens the rest as well.
-- --http-token-file=/etc/latentwatch/evidence-token/{{ .Values.evidence.token.key }}
+{{- with include "latentwatch.httpToken" . | fromYaml }}
+- --http-token-file=/etc/latentwatch/http-token/{{ .key }}
 {{- end }}
 {{- with .Values.engineToken }}
 - --token-file=/etc/latentwatch/engine-token/{{ .key }}
@@ -178,7 +177,7 @@ securityContext:
 
 {{/* The Secrets of which the collector reads one key: where it looks for it, and which. As YAML. */}}
 {{- define "latentwatch.collectorSecrets" -}}
-{{- $all := dict "canary" .Values.canaryKey "http-token" .Values.httpToken "engine-token" .Values.engineToken -}}
+{{- $all := dict "canary" .Values.canaryKey "http-token" (include "latentwatch.httpToken" . | fromYaml) "engine-token" .Values.engineToken -}}
 {{- if .Values.evidence.enabled -}}
 {{- $all = merge $all (dict "evidence-token" .Values.evidence.token "evidence-key" .Values.evidence.contentKey) -}}
 {{- end -}}

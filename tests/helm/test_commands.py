@@ -144,6 +144,7 @@ class Gateway:
 
 def test_the_collector_starts_as_rendered_and_every_probe_and_the_helm_test_pass(tmp_path):
     gateway = Gateway(tmp_path, evidence={"enabled": True})
+    gateway.put(http_token={"token": b"readers-0123456789"})
     with gateway.running():
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             gateway.probe(probe)

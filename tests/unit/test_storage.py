@@ -228,7 +228,14 @@ def failing(name: str, number: int) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     ("name", "number", "content"),
-    [("fsync", 1, b"old"), ("replace", 1, b"old"), ("open", 1, b"new"), ("fsync", 2, b"new"), ("fsync", 3, b"new")],
+    [
+        ("fsync", 1, b"old"),
+        ("replace", 1, b"old"),
+        ("open", 1, b"old"),
+        ("open", 2, b"new"),
+        ("fsync", 2, b"new"),
+        ("fsync", 3, b"new"),
+    ],
 )
 @pytest.mark.parametrize("there", [True, False])
 def test_a_failure_at_any_step_leaves_the_old_file_or_the_new_one_and_no_part(

@@ -60,7 +60,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "(required)"
     values = field.default if isinstance(field.default, tuple) else (field.default,)
-    shown = [f"{value:g}" if isinstance(value, float) else value for value in values]
+    shown = [f"{value:g}" if isinstance(value, float | int) else value for value in values]
     return f"(default: {' '.join(shown)})" if shown and shown != [None] else ""
 
 
