@@ -58,7 +58,7 @@ class RefusalReason(StrEnum):
     HTTP_BUSY = "http_busy", "all places for HTTP connections are taken, or all of one peer", True
     HTTP_HOST = "http_host", "an HTTP request asks for a host that is no name of the collector", True
     HTTP_ORIGIN = "http_origin", "another site's page in a browser asks the collector", True
-    HTTP_BODY = "http_body", "the body of an HTTP request is too large or of the wrong kind", True
+    HTTP_MALFORMED = "http_malformed", "an HTTP request is too large, ambiguous, or its body is no plain JSON", True
 
     ENDED = "ended", "a gateway ended a stream without saying why"
     MALFORMED_REPLY = "malformed_reply", "what a collector answered is no reply"

@@ -51,11 +51,13 @@ def app_of(
 
 
 @contextlib.contextmanager
-def collector(folder: Path, features: Sequence[Feature] = FEATURES, **settings: Any) -> Iterator[Service]:
+def collector(
+    folder: Path, features: Sequence[Feature] = FEATURES, *, http: str = "127.0.0.1:0", **settings: Any
+) -> Iterator[Service]:
     """A service on free addresses, without engines."""
     built = watchlist_file.write(watchlist(features), folder / "w.safetensors")
     settings.setdefault("drift", DriftSettings(random_baseline(features, sha256=built.sha256)))
-    made = Service(CollectorSettings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", **settings))
+    made = Service(CollectorSettings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), http, **settings))
     in_loop(made.start())
     try:
         yield made

@@ -61,7 +61,7 @@ class Bodies:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         coding = request.headers.get("content-encoding", "identity").strip().lower()
         if media != "application/json" or coding != "identity":
-            self._on_refused(RefusalReason.HTTP_BODY)
+            self._on_refused(RefusalReason.HTTP_MALFORMED)
             found = f"{media[:64] or 'no type'}, coding {coding[:64]}"
             raise HTTPException(415, f"the body is {found}. Send application/json, not compressed.")
         if int(request.headers.get("content-length", "0")) > self._max_bytes:
@@ -76,7 +76,7 @@ class Bodies:
         return bytes(body)
 
     def _too_large(self) -> HTTPException:
-        self._on_refused(RefusalReason.HTTP_BODY)
+        self._on_refused(RefusalReason.HTTP_MALFORMED)
         return HTTPException(413, f"the body has more than {self._max_bytes} bytes; see --http-body-mib")
 
 

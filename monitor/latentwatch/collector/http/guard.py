@@ -1,4 +1,4 @@
-"""What every request has to pass before anybody looks at it: a `Host` of ours, no other site's page, a place."""
+"""What every request passes first: bounds on its size, one length, a `Host` of ours, no other site's page."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from latentwatch.errors import RefusalReason
 
 RESERVED_PATHS: Final = frozenset({"/healthz", "/metrics"})
 """They are answered where all other places are taken."""
+
+MAX_URL_BYTES: Final = 16 << 10
+"""An id is at most a kilobyte, percent-encoded three."""
+MAX_HEADERS: Final = 100
+MAX_HEADER_BYTES: Final = 32 << 10
+"""Of all of them. h11 has a bound for headers that are not whole yet, and none for those that come at once."""
+_CLOSE: Final = {"connection": "close"}
 
 
 def guarded(app: ASGIApp, hosts: Hosts, on_refused: Callable[[str], None]) -> ASGIApp:
@@ -30,6 +37,8 @@ def guarded(app: ASGIApp, hosts: Hosts, on_refused: Callable[[str], None]) -> AS
 
 
 def _refusal(scope: Scope, hosts: Hosts) -> tuple[RefusalReason, Response] | None:
+    if (malformed := _malformed(scope)) is not None:
+        return RefusalReason.HTTP_MALFORMED, malformed
     headers: dict[bytes, bytes] = dict(scope["headers"])
     host = headers.get(b"host", b"").decode("latin-1")
     if not hosts.is_ours(host):
@@ -39,4 +48,17 @@ def _refusal(scope: Scope, hosts: Hosts) -> tuple[RefusalReason, Response] | Non
         return RefusalReason.HTTP_HOST, PlainTextResponse(said, 421)
     if hosts.is_from_elsewhere(scope["method"], host, headers):
         return RefusalReason.HTTP_ORIGIN, PlainTextResponse("Another site's page may not ask this collector.\n", 403)
+    return None
+
+
+def _malformed(scope: Scope) -> Response | None:
+    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_URL_BYTES:
+        return PlainTextResponse(f"The URL has more than {MAX_URL_BYTES} bytes.\n", 414, _CLOSE)
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+        said = f"There are more than {MAX_HEADERS} headers, or {MAX_HEADER_BYTES} bytes of them.\n"
+        return PlainTextResponse(said, 431, _CLOSE)
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+        # A proxy before this may go by the other one, and take what follows for another request.
+        return PlainTextResponse("There is a Content-Length and a Transfer-Encoding.\n", 400, _CLOSE)
     return None
