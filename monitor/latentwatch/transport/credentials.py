@@ -52,8 +52,9 @@ class Tokens:
             if self._may_log("token"):
                 log.error("nobody is let in: %s", refusal)
             return False
-        # All are compared, each in constant time.
-        return sum([hmac.compare_digest(token.encode(), one.encode()) for one in known]) > 0
+        # All are compared, each in constant time, and as bytes: a text beyond ASCII is an error there.
+        shown = token.encode("utf-8", "surrogatepass")
+        return sum([hmac.compare_digest(shown, one.encode()) for one in known]) > 0
 
     def accept(self, authorization: str) -> bool:
         """Whether a stream shows one of them: `Bearer TOKEN`."""

@@ -136,7 +136,8 @@ class Receiver:
                 if target.socket_path:
                     self._sockets.bind(target, self._server.add_insecure_port)
             if not all(target.socket_path for target in self._targets):
-                places: Places[asyncio.Task[None]] = Places(self._max_streams, self._peer_streams)
+                # Twice as many for a peer: one stream too many is told why, and one that comes back finds a place.
+                places: Places[asyncio.Task[None]] = Places(self._max_streams, 2 * self._peer_streams)
                 self._listener = Listener(self._tls, self._on_refused, places)
                 self.servicer.listener = self._listener
                 self._server.add_insecure_port(f"unix://{self._listener.inner}")
