@@ -35,7 +35,7 @@ class Places(Generic[T]):
     def __contains__(self, item: T) -> bool:
         return item in self._peers
 
-    def take(self, item: T, peer: str) -> T | None:
+    def reserve(self, item: T, peer: str) -> T | None:
         """Give `item` a place, in which it waits. Returns who lost its place for it. Raises Full."""
         crowded = self._taken[peer] >= self._most_of_peer
         lost: T | None = None

@@ -221,7 +221,7 @@ class Servicer:
         deadline = asyncio.timeout(_HELLO_SECONDS)
         try:
             async with deadline:
-                lost = self._unknown.take(deadline, address)
+                lost = self._unknown.reserve(deadline, address)
                 if lost is not None and not lost.expired():
                     lost.reschedule(0.0)
                 return await _next_message(context)

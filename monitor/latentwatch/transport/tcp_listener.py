@@ -117,7 +117,7 @@ class Listener:
 
     def _has_place(self, task: asyncio.Task[None], address: str) -> bool:
         try:
-            lost = self._places.take(task, address)
+            lost = self._places.reserve(task, address)
         except Full:
             self._on_refused(RefusalReason.TOO_MANY_CONNECTIONS)
             return False

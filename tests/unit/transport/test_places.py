@@ -12,37 +12,37 @@ from latentwatch.transport.places import Full, Places, peer_of
 
 def test_the_one_that_waits_for_longest_of_the_peer_with_most_goes_for_a_newcomer():
     places: Places[int] = Places(4, 3)
-    assert [places.take(number, "flood") for number in (1, 2, 3)] == [None] * 3
-    assert places.take(4, "other") is None
-    assert places.take(5, "third") == 1
+    assert [places.reserve(number, "flood") for number in (1, 2, 3)] == [None] * 3
+    assert places.reserve(4, "other") is None
+    assert places.reserve(5, "third") == 1
     assert 1 not in places and 4 in places and len(places) == 4
 
 
 def test_a_peer_at_its_own_bound_loses_its_own():
     places: Places[int] = Places(10, 2)
-    places.take(1, "a"), places.take(2, "a"), places.take(3, "b")
+    places.reserve(1, "a"), places.reserve(2, "a"), places.reserve(3, "b")
     places.wait(1)  # it waited already, and waits from now on
-    assert places.take(4, "a") == 2
+    assert places.reserve(4, "a") == 2
 
 
 def test_whoever_works_stays_and_when_all_work_nobody_comes():
     places: Places[int] = Places(2, 2)
-    places.take(1, "a"), places.take(2, "a")
+    places.reserve(1, "a"), places.reserve(2, "a")
     places.work(1)
-    assert places.take(3, "b") == 2
+    assert places.reserve(3, "b") == 2
     places.work(3)
     with pytest.raises(Full):
-        places.take(4, "c")
+        places.reserve(4, "c")
     places.leave(1)
-    assert places.take(4, "c") is None
+    assert places.reserve(4, "c") is None
 
 
 def test_a_peer_whose_places_all_work_gets_none_of_another_ones():
     places: Places[int] = Places(10, 1)
-    places.take(1, "a"), places.take(2, "b")
+    places.reserve(1, "a"), places.reserve(2, "b")
     places.work(1)
     with pytest.raises(Full):
-        places.take(3, "a")
+        places.reserve(3, "a")
 
 
 @given(st.lists(st.tuples(st.sampled_from("twlx"), st.integers(0, 9), st.sampled_from("abc")), max_size=80))
@@ -53,7 +53,7 @@ def test_the_bounds_hold_whatever_happens(events):
     for what, item, peer in events:
         if what == "t" and item not in here:
             try:
-                lost = places.take(item, peer)
+                lost = places.reserve(item, peer)
             except Full:
                 continue
             if lost is not None:

@@ -59,7 +59,7 @@ class Doors:
         """Whether there is a place for it, in which it may ask at least for what is reserved."""
         for places in (self._places, self._reserved):
             try:
-                lost = places.take(connection, peer)
+                lost = places.reserve(connection, peer)
             except Full:
                 connection.is_restricted = True
                 continue

@@ -46,7 +46,7 @@ def _refusal(scope: Scope, hosts: Hosts) -> tuple[RefusalReason, Response] | Non
             f"Host {host[:256]!r} is no name of this collector. Ask it by its address, or give it --http-host NAME.\n"
         )
         return RefusalReason.HTTP_HOST, PlainTextResponse(said, 421)
-    if hosts.is_from_elsewhere(scope["method"], host, headers):
+    if hosts.is_cross_site(scope["method"], host, headers):
         return RefusalReason.HTTP_ORIGIN, PlainTextResponse("Another site's page may not ask this collector.\n", 403)
     return None
 

@@ -58,7 +58,7 @@ class Hosts:
         mapped = getattr(address, "ipv4_mapped", None)
         return not self._only_loopback or (mapped or address).is_loopback
 
-    def is_from_elsewhere(self, method: str, authority: str, headers: dict[bytes, bytes]) -> bool:
+    def is_cross_site(self, method: str, authority: str, headers: dict[bytes, bytes]) -> bool:
         """Whether a browser says that another site's page asks, and not by a link that somebody followed."""
         if (origin := headers.get(b"origin")) is not None:
             scheme, _, from_authority = origin.decode("latin-1").lower().partition("://")

@@ -148,7 +148,7 @@ def test_another_sites_page_changes_nothing_not_even_by_a_form_that_navigates(se
 def test_a_name_of_the_operator_is_no_licence_for_other_ports_of_localhost():
     hosts = Hosts(["lw.example.org"])
     hosts.bound("127.0.0.1", "127.0.0.1")
-    elsewhere = lambda origin, host: hosts.is_from_elsewhere("GET", host, {b"origin": origin})  # noqa: E731, a table
+    elsewhere = lambda origin, host: hosts.is_cross_site("GET", host, {b"origin": origin})  # noqa: E731, a table
     assert elsewhere(b"http://127.0.0.1:3000", "127.0.0.1:9464")
     assert not elsewhere(b"http://127.0.0.1:9464", "127.0.0.1:9464")
     assert not elsewhere(b"https://lw.example.org", "127.0.0.1:9464")  # a proxy that asks by address
