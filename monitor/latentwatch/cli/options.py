@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
+from latentwatch import host
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
@@ -112,4 +112,4 @@ def opened_evidence(folder: Path) -> Iterator[tuple[Archive, Audit]]:
 
 def actor() -> str:
     """Who reads, for the audit log."""
-    return f"cli:{getpass.getuser()}"
+    return f"cli:{host.user_name()}"

@@ -37,7 +37,8 @@ class ProcessFacts:
     """What the operating system says of this process."""
 
     start_seconds: float
-    resident_bytes: int
+    resident_bytes: int | None
+    """None where it does not say."""
     cpu_seconds: float
     state: StateFacts = field(default_factory=StateFacts)
     evidence: EvidenceFacts = field(default_factory=EvidenceFacts)
@@ -281,7 +282,8 @@ class Families:
         yield Family(metrics.WATCHLIST_INFO, ((watchlist.name, watchlist.sha256, str(len(self._features))),), [1])
         yield Family(metrics.BUILD_INFO, ((__version__,),), [1])
         yield Family(metrics.PROCESS_START, ((),), [process.start_seconds])
-        yield Family(metrics.PROCESS_MEMORY, ((),), [process.resident_bytes])
+        resident = () if process.resident_bytes is None else (process.resident_bytes,)
+        yield Family(metrics.PROCESS_MEMORY, ((),) * len(resident), resident)
         yield Family(metrics.PROCESS_CPU, ((),), [process.cpu_seconds])
 
     def _feature_rows(self, models: Sequence[ModelTotals], metric: Metric, features: Sequence[int]) -> LabelRows:

@@ -57,6 +57,10 @@ class HttpServer:
                 lifespan="off",
                 access_log=False,
                 log_config=None,
+                # What else uvicorn would take from the environment: WEB_CONCURRENCY and FORWARDED_ALLOW_IPS.
+                workers=1,
+                proxy_headers=False,
+                forwarded_allow_ips=[],
                 server_header=False,
                 limit_concurrency=_MAX_CONNECTIONS,
                 timeout_graceful_shutdown=STOP_SECONDS,
