@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt:
             return 130
-        return code if args.verb in SERVING else _printed(args.verb, code, out)
+        serves = args.verb in SERVING and not getattr(args, "config_schema", False)
+        return code if serves else _printed(args.verb, code, out)
 
 
 def _printed(verb: str, code: int, out: Descriptor) -> int:

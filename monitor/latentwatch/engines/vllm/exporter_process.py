@@ -69,7 +69,7 @@ class ExporterChild:
         self._starts += 1
         try:
             return self._started(own_session=True)
-        except PermissionError:
+        except OSError:
             # A sandbox without setsid: a signal for the server's terminal then reaches the exporter too.
             return self._started(own_session=False)
 
