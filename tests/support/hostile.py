@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import importlib.util
 import json
 import os
 import platform
@@ -66,7 +67,7 @@ CALLS = {
     "timerfd_create": (283, 85),
     "rseq": (334, 293),
 }
-"""What a process of ours can do without. Not uname and getrandom, without which Python has no uuid and OpenSSL no TLS."""
+"""What a process of ours can do without. Without uname Python has no uuid, without getrandom OpenSSL no TLS."""
 DECOYS = ("logging", "json", "random", "signal", "typing", "numpy", "grpc", "latentwatch", "encodings", "time")
 FALLBACK = """
 import errno, os, pwd
@@ -124,7 +125,9 @@ class World:
         }
         url = self.proxies.format(trap=trap)
         names = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-        path = os.pathsep.join((str(ROOT / "monitor"), str(ROOT)))
+        package = importlib.util.find_spec("latentwatch")
+        assert package is not None and package.origin is not None
+        path = os.pathsep.join((str(Path(package.origin).parents[1]), str(ROOT)))
         return {**kept, "PYTHONPATH": path, **dict.fromkeys(names, url), **self.env, **more}
 
     @property
@@ -234,6 +237,7 @@ def _change_folder(kind: str, folder: Path) -> None:
     else:
         for name in DECOYS:
             (place / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working folder was imported')\n")
+        give_away(place)
 
 
 def _change_user() -> bool:

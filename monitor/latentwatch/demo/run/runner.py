@@ -153,7 +153,7 @@ async def _demo(options: DemoOptions, inputs: Inputs, terminal: Terminal, logs: 
         for line in complaints(logs):
             terminal.line(f"  | {line}")
     terminal.line(f"  report   {(options.out / 'report.html').resolve().as_uri()}")
-    terminal.line(f"  figures  {REPORT_FILE}   logs {logs}/")
+    terminal.line(f"  logs     {logs}/")
     return 0 if seen.passed else 1
 
 
@@ -296,16 +296,27 @@ def _installed_version(*distributions: str) -> str:
 
 
 def _leave_reports(seen: Run, options: DemoOptions, terminal: Terminal) -> None:
-    REPORT_FILE.write_text(json.dumps(seen.as_json(), indent=2) + "\n")
+    _write_figures(json.dumps(seen.as_json(), indent=2) + "\n", options.out, terminal)
     (options.out / "report.html").write_text(report.to_html(seen), encoding="utf-8")
     report.to_terminal(seen, terminal)
+
+
+def _write_figures(figures: str, out: Path, terminal: Terminal) -> None:
+    """In the working folder, or beside the report where that one cannot be written."""
+    path = REPORT_FILE
+    try:
+        path.write_text(figures, encoding="utf-8")
+    except OSError:
+        path = out / REPORT_FILE
+        path.write_text(figures, encoding="utf-8")
+    terminal.line(f"  figures  {path}")
 
 
 def complaints(logs: Path) -> list[str]:
     """What our own parts complained of in the logs, the latest COMPLAINTS of them, each text once."""
     found: dict[str, str] = {}
     for path in sorted(logs.glob("*.log")):
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
             if OURS.search(line) and TROUBLE.search(line):
                 found[_NUMBERS.sub("", line)] = f"{path.stem}: {line[:300]}"
     return list(found.values())[-COMPLAINTS:]
