@@ -97,7 +97,7 @@ def socket_folder() -> tempfile.TemporaryDirectory[str]:
     error = OSError("there is no folder for temporary files")
     for place in (None, "/dev/shm", "/run", "/var/run"):  # noqa: S108, a new folder in them, for this user alone
         try:
-            made = tempfile.TemporaryDirectory(prefix="latentwatch-", dir=place)
+            made = tempfile.TemporaryDirectory(prefix="latentwatch-", dir=place, ignore_cleanup_errors=True)
         except OSError as refused:
             error = refused
             continue

@@ -97,6 +97,8 @@ class World:
     """kept, closed (0, 1 and 2), full (a full device), broken (a pipe that nobody reads)."""
     cwd: str = "decoys"
     """decoys (files with the names of modules), deleted, unreadable."""
+    read_only: bool = False
+    """All of the disk but the scratch folder; where this user may not have that, what its user may not write."""
     ignored: tuple[str, ...] = ()
     """Signals that the parent ignored."""
     unset: tuple[str, ...] = (
@@ -164,6 +166,7 @@ WORLDS = (
         error="EINVAL",
         streams="full",
         cwd="unreadable",
+        read_only=True,
         ignored=("SIGCHLD", "SIGPIPE"),
         proxies="socks5h://{trap}",
         env={"HOME": "/proc", "TMPDIR": "/proc", "PYTHONUNBUFFERED": "1", "WEB_CONCURRENCY": "auto", "TERM": "none"},
@@ -208,6 +211,8 @@ def give_away(folder: Path) -> None:
 def become(world: dict[str, object], command: list[str]) -> None:
     """Do to this process what the world wants, and run the command in its place."""
     folder = Path(str(world["folder"]))
+    if world["read_only"]:
+        _forbid_writing(folder)
     _change_folder(str(world["cwd"]), folder)
     for name in world["ignored"]:  # type: ignore[attr-defined]
         signal.signal(signal.Signals[name], signal.SIG_IGN)
@@ -238,6 +243,16 @@ def _change_folder(kind: str, folder: Path) -> None:
         for name in DECOYS:
             (place / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working folder was imported')\n")
         give_away(place)
+
+
+def _forbid_writing(folder: Path) -> None:
+    """In a view of the disk that is this process's own, which only root may have."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    bind, remount, read_only, private = 1 << 12, 1 << 5, 1, (1 << 18) | (1 << 14)
+    if os.geteuid() == 0 and libc.unshare(0x00020000) == 0:  # CLONE_NEWNS
+        libc.mount(b"none", b"/", None, private, None)
+        libc.mount(bytes(folder), bytes(folder), None, bind, None)
+        libc.mount(b"none", b"/", None, remount | bind | read_only, None)
 
 
 def _change_user() -> bool:

@@ -74,7 +74,8 @@ class Telemetry:
         try:
             events = EventSender(settings.endpoint, watched)
             metrics = MetricSender(settings.endpoint) if settings.metrics_seconds else None
-        except ValueError as error:
+        except Exception as error:
+            # ValueError, or a kind of the library's own: what it could not read of the environment.
             raise ConfigRefused(
                 "--otlp with the OTEL_EXPORTER_OTLP_* of the environment",
                 found=str(error),

@@ -13,9 +13,7 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,7 +24,7 @@ from typing import Final
 import httpx
 import numpy as np
 
-from latentwatch import __version__
+from latentwatch import __version__, host
 from latentwatch.demo.run import commands, report
 from latentwatch.demo.run.outcome import PAGING_ALERT, Run
 from latentwatch.demo.run.processes import ChildFailed, ProcessGroup
@@ -343,11 +341,8 @@ async def _serve_until_interrupted(launcher: Launcher, stack: Stack) -> None:
 @contextmanager
 def _scratch() -> Iterator[Path]:
     """A new folder for the socket, configurations and storage: Alertmanager's old log would swallow repeated pages."""
-    folder = Path(tempfile.mkdtemp(prefix="latentwatch-demo-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with host.socket_folder() as folder:
+        yield Path(folder)
 
 
 def _end_on_signals() -> None:
