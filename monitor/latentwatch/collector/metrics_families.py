@@ -183,6 +183,8 @@ class Families:
             tuple((r.replica, r.not_armed_reason) for r in replicas),
             [int(r.armed) for r in replicas],
         )
+        matches = tuple((r.replica, r.model_match) for r in replicas)
+        yield Family(metrics.ENGINE_MODEL, matches, [1] * len(replicas))
         for name, metric in ENGINE_COUNTERS.items():
             yield Family(metric, rows, [getattr(r.counters, name) for r in replicas])
 

@@ -17,6 +17,7 @@ WATCHLIST: Final = "LATENTWATCH_WATCHLIST"
 COLLECTOR: Final = "LATENTWATCH_COLLECTOR"
 REPLICA: Final = "LATENTWATCH_REPLICA"
 DISABLE: Final = "LATENTWATCH_DISABLE"
+STRICT_MODEL: Final = "LATENTWATCH_STRICT_MODEL"
 UNNAMED: Final = "unnamed"
 """The replica where neither the operator nor the system gives a name."""
 
@@ -30,6 +31,8 @@ class PluginSettings:
     replica: str
     """Stable name of this server; the engine index is appended to it."""
     disabled: bool
+    strict_model: bool = False
+    """Whether a model that differs from the watchlist's is refused, and not only told."""
 
     @property
     def wanted(self) -> bool:
@@ -42,6 +45,7 @@ class PluginSettings:
             collector=env.get(COLLECTOR, ""),
             replica=env.get(REPLICA, "") or host.host_name() or UNNAMED,
             disabled=env.get(DISABLE, "") not in ("", "0"),
+            strict_model=env.get(STRICT_MODEL, "") not in ("", "0"),
         )
 
 
