@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file differs")
     check = parser.parse_args().check
     files = rendered()
-    there = {path.name: path.read_text() for path in FOLDER.glob("*.json")}
+    there = {path.name: path.read_text("utf-8") for path in FOLDER.glob("*.json")}
     if check:
         stale = sorted(name for name in files.keys() | there.keys() if files.get(name) != there.get(name))
         for name in stale:
@@ -37,7 +37,7 @@ def main() -> int:
     for name in there.keys() - files.keys():
         (FOLDER / name).unlink()
     for name, text in files.items():
-        (FOLDER / name).write_text(text)
+        (FOLDER / name).write_text(text, encoding="utf-8")
     return 0
 
 

@@ -334,19 +334,21 @@ def _sent_and_stored() -> list[Panel]:
 def _engines() -> Panel:
     return table(
         "Engines",
-        "Each engine process: does it score, and how long ago did it say something.",
+        "Each engine process: does it score, the watchlist's own model, and how long ago did it say something.",
         rows_of(series(metrics.ENGINE_ARMED)),
         rows_of(f"time() - {series(metrics.REPLICA_LAST_SEEN)}"),
         rows_of(series(metrics.STREAM_CONNECTED)),
+        rows_of(series(metrics.ENGINE_MODEL)),
         names={
             "replica": "engine",
             "instance": "collector",
+            "match": "model",
             "Value #A": "scores",
             "reason": "why not",
             "Value #B": "silent for",
             "Value #C": "stream open",
         },
-        hide=("job",),
+        hide=("job", "Value #D"),
     ).override_by_name("silent for", IN_SECONDS)
 
 

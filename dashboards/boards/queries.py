@@ -19,7 +19,9 @@ MODEL: Final = f'{HERE},model_name=~"$model_name"'
 RECORDED: Final = 'model_name=~"$model_name"'
 
 _RULES: Final = Path(__file__).parents[1] / "rules" / "recording.yaml"
-_RECORDED: Final = {rule["record"] for group in yaml.safe_load(_RULES.read_text())["groups"] for rule in group["rules"]}
+_RECORDED: Final = {
+    rule["record"] for group in yaml.safe_load(_RULES.read_text("utf-8"))["groups"] for rule in group["rules"]
+}
 _EXPORTED: Final = {sample: metric for metric in METRICS for sample in metric.samples}
 _PROMETHEUS_OWN: Final = {"up", "ALERTS"}
 _ADDED_LABELS: Final = {"job", "instance", "le"}

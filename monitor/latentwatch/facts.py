@@ -62,6 +62,10 @@ class EngineIdentity:
     not_armed_text: str
     plugin_version: str
     engine_version: str
+    model_match: str = ""
+    """A ModelMatch; empty where nothing was compared, in an engine that is not armed or is older than this."""
+    model_text: str = ""
+    """What differs, or was not compared."""
 
 
 @dataclass(frozen=True)

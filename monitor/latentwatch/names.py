@@ -104,6 +104,17 @@ class Severity(StrEnum):
     NONE = "none"
 
 
+class ModelMatch(StrEnum):
+    """Whether an engine serves the model that its watchlist was built for, by more than its sizes."""
+
+    SAME = "same"
+    DIFFERS = "differs"
+    UNKNOWN = "unknown"
+    """What could be compared is the same; of the weights nothing could, or not all."""
+    NOT_STATED = "not_stated"
+    """The watchlist says nothing of its model but the sizes."""
+
+
 # vLLM 0.20 to 0.33: [<n>_]cmpl-<X-Request-Id>-<prompt index>-<8 hex>, chatcmpl-<X-Request-Id>-<8 hex>.
 _COMPLETION = re.compile(r"(?:\d+_)?(cmpl-.*)-\d+-[0-9a-f]{8}")
 _CHAT = re.compile(r"(?:\d+_)?(chatcmpl-.*?)(?:_\d+)?-[0-9a-f]{8}")

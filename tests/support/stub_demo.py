@@ -49,7 +49,7 @@ def use_stubs(assets: Path) -> None:
 
 
 def stub(*args: str) -> commands.Command:
-    return commands.Command((sys.executable, "-m", "tests.support.stub_servers", *args), {})
+    return commands.Command((sys.executable, "-P", "-m", "tests.support.stub_servers", *args), {})
 
 
 def write_assets(folder: Path) -> None:

@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--collector-url", default="")
     args = parser.parse_args()
     stub = Collector() if args.role == "collector" else Engine(args.collector_url)
-    uvicorn.run(stub.app(), host="127.0.0.1", port=args.port, log_level="critical")
+    uvicorn.run(stub.app(), host="127.0.0.1", port=args.port, log_level="critical", workers=1)
 
 
 if __name__ == "__main__":

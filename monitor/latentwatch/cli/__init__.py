@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Final, Protocol, cast
 
-from latentwatch import __version__
+from latentwatch import __version__, host
+from latentwatch.cli.output import Descriptor, lenient_streams
 from latentwatch.errors import Refusal
 
 VERBS: Final = {
@@ -24,6 +27,10 @@ VERBS: Final = {
     "replay": "latentwatch.cli.replay",
 }
 """Verb to module. A verb is asked for its arguments only when it was named, and imports heavy libraries in run()."""
+
+
+SERVING: Final = ("demo", "collector", "canary", "record")
+"""Verbs whose work is not what they print: without a reader they go on, and end as if there had been one."""
 
 
 class Verb(Protocol):
@@ -77,12 +84,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit code 0 done, 1 the verb found something wrong, 2 refused input, 130 interrupted."""
-    args = build_parser().parse_args(argv)
-    try:
-        return int(args.run(args))
-    except Refusal as refusal:
-        print(f"latentwatch {args.verb}: {refusal}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """Run one verb. Exit code 0 done, 1 the verb found something wrong or what it printed did not arrive, 2 refused
+    input or something that the system refused, 130 interrupted, 141 nobody read on.
+    """
+    host.prepare_process()
+    with lenient_streams() as out:
+        args = build_parser().parse_args(argv)
+        try:
+            code = int(args.run(args))
+        except (Refusal, OSError) as refusal:
+            print(f"latentwatch {args.verb}: {refusal}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        serves = args.verb in SERVING and not getattr(args, "config_schema", False)
+        return code if serves else _printed(args.verb, code, out)
+
+
+def _printed(verb: str, code: int, out: Descriptor) -> int:
+    """The exit code of a verb whose work is what it prints."""
+    sys.stdout.flush()
+    if not out.lost or out.error is None:
+        return code
+    if out.error.errno == errno.EPIPE:
+        return 128 + signal.SIGPIPE
+    print(f"latentwatch {verb}: standard output: {out.error.strerror}", file=sys.stderr)
+    return code or 1

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from latentwatch import host
 from latentwatch.cli import options
+from latentwatch.errors import ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
     from latentwatch.collector.config import CollectorConfig
@@ -117,12 +119,18 @@ def _evidence(config: CollectorConfig) -> EvidenceSettings | None:
 
 
 def _forward(config: CollectorConfig) -> ForwardSettings | None:
-    import socket
-
     from latentwatch.collector.service import ForwardSettings
     from latentwatch.transport.credentials import Credentials
 
     if config.forward_to is None:
         return None
     shown = Credentials(config.forward_ca, config.forward_cert, config.forward_key, config.forward_token_file)
-    return ForwardSettings(config.forward_to, config.forward_name or socket.gethostname(), shown)
+    name = config.forward_name or host.host_name()
+    if not name:
+        raise ConfigRefused(
+            "--forward-name",
+            found="it is not given, and the system does not tell this host's name",
+            instead="Give a name that no other sidecar of the gateway has.",
+            reason=RefusalReason.CONFIG_VALUE,
+        )
+    return ForwardSettings(config.forward_to, name, shown)

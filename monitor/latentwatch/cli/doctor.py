@@ -234,7 +234,7 @@ def shipped_alerts() -> set[str]:
 
     from latentwatch.export import dashboards
 
-    groups = yaml.safe_load((dashboards.folder() / "rules" / "alerts.yaml").read_text())["groups"]
+    groups = yaml.safe_load((dashboards.folder() / "rules" / "alerts.yaml").read_text("utf-8"))["groups"]
     return {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
 
 

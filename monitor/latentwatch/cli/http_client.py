@@ -1,6 +1,6 @@
 """How verbs talk HTTP: to collectors, to Prometheus and Alertmanager, to a model's server.
 
-Proxies and authorities are those of the environment and the system, but no proxy is asked for this host itself. A GET
+Proxies and authorities are those of the environment and the system, but this host itself is asked without any. A GET
 follows redirects, and shows its token to the host it was given for only; a POST follows none, since it would arrive as
 a GET. An answer has a bound.
 """
@@ -15,10 +15,12 @@ from typing import Any, Final
 
 import httpx
 
+from latentwatch import host
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 _MAX_REDIRECTS: Final = 5
 _THIS_HOST: Final = ("localhost", "127.0.0.1", "[::1]")
+"""Where a redirect may lead to."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,24 @@ class Web:
         return bytes(found)
 
     def _client(self) -> httpx.Client:
-        return httpx.Client(
-            headers={"authorization": f"Bearer {self.token}"} if self.token else {},
-            timeout=self.timeout_seconds,
-            max_redirects=_MAX_REDIRECTS,
-            # The authorities that the system trusts; httpx brings its own list otherwise.
-            verify=ssl.create_default_context(),
-            mounts={f"all://{host}": None for host in _THIS_HOST},
-        )
+        try:
+            return httpx.Client(
+                headers={"authorization": f"Bearer {self.token}"} if self.token else {},
+                timeout=self.timeout_seconds,
+                max_redirects=_MAX_REDIRECTS,
+                # The authorities that the system trusts; httpx brings its own list otherwise.
+                verify=ssl.create_default_context(),
+                # A proxy that httpx cannot speak with is refused even for what would not go through it.
+                trust_env=not host.is_loopback(httpx.URL(self.url).host),
+                mounts={f"all://{name}": None for name in _THIS_HOST},
+            )
+        except (ImportError, ValueError) as error:
+            raise ConfigRefused(
+                f"proxy for {self.url}",
+                found=f"{error}",
+                instead="Correct http_proxy, https_proxy and all_proxy, or unset them.",
+                reason=RefusalReason.UNREACHABLE,
+            ) from error
 
     def _unreachable(self, found: str) -> ConfigRefused:
         return ConfigRefused(self.url, found=found, instead="Check the address.", reason=RefusalReason.UNREACHABLE)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import getpass
 import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
+from latentwatch import host
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
@@ -136,4 +136,4 @@ def write_page(path: Path, text: str) -> None:
 
 def actor() -> str:
     """Who reads, for the audit log."""
-    return f"cli:{getpass.getuser()}"
+    return f"cli:{host.user_name()}"

@@ -16,9 +16,10 @@ _BUILD = """Compile a watchlist.yaml and the SAEs and probes that it names into 
 The same input gives the same bytes: the engine and the collector know the file by its SHA-256."""
 _SEARCH = """Search published labels, and print the features found as YAML to paste under a source's 'features'.
 Labels say what somebody made of a feature; measure it on your own traffic before it pages anyone."""
-_VERIFY = """Check that a built file is whole; with --against, that its rows are those of the sources today; with
---activations too, that its scores are those of the source's own library and that the SAE fits this stream, so that a
-wrong hook point or scale is found before serving. Exit code 1 when something does not hold."""
+_VERIFY = """Check that a built file is whole; with --model, that a checkpoint is its model; with --against, that its
+rows are those of the sources today; with --activations too, that its scores are those of the source's own library and
+that the SAE fits this stream, so that a wrong hook point or scale is found before serving. Exit code 1 when something
+does not hold."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("file", type=Path, metavar="FILE", help="a built watchlist file")
     verify.add_argument(
         "--against", type=Path, metavar="YAML", help="the watchlist.yaml it should have been built from"
+    )
+    verify.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="say whether the checkpoint in FOLDER is the model of the file"
     )
     verify.add_argument(
         "--activations",
@@ -137,11 +141,18 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from latentwatch.names import ModelMatch
+    from latentwatch.watchlist import checkpoint, show, verify
     from latentwatch.watchlist import file as watchlist_file
-    from latentwatch.watchlist import verify
 
     watchlist = watchlist_file.read(args.file)
     print(f"{args.file}: whole, {len(watchlist.features)} features, sha256 {watchlist.sha256}")
+    print(f"identity of its model: {show.identity_text(watchlist)}")
+    problems = 0
+    if args.model is not None:
+        found = checkpoint.compare(watchlist.identity, args.model)
+        print(f"{args.model}: {found.match.replace('_', ' ')}" + (f": {found.text}" if found.text else ""))
+        problems += found.match is ModelMatch.DIFFERS
     if args.against is None:
         if args.activations:
             raise ConfigRefused(
@@ -150,12 +161,12 @@ def _verify(args: argparse.Namespace) -> int:
                 instead="Give the YAML too.",
                 reason=RefusalReason.AGAINST_MISSING,
             )
-        return 0
+        return problems
     differences = verify.differences(watchlist, args.against)
     for line in differences:
         print(line)
     print("the rows are those of the sources" if not differences else f"{len(differences)} differences")
-    problems = len(differences)
+    problems += len(differences)
     for measured in verify.measure(watchlist, args.against, args.activations):
         print("\n".join(verify.report(measured)))
         problems += len(measured.problems)

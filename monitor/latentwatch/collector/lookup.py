@@ -27,7 +27,7 @@ from latentwatch.collector.snapshot import (
 )
 from latentwatch.collector.state import CollectorState, open_requests
 from latentwatch.facts import ExceedanceView, RequestProgress, shown_exceedance, shown_features, shown_request
-from latentwatch.names import trace_id
+from latentwatch.names import ModelMatch, trace_id
 
 
 class Lookup:
@@ -150,6 +150,8 @@ def _replica_view(boot: Boot) -> ReplicaView:
         not_armed_text=hello.not_armed_text,
         plugin_version=hello.plugin_version,
         engine_version=hello.engine_version,
+        model_match=hello.model_match or ModelMatch.UNKNOWN,
+        model_text=hello.model_text,
         connected=boot.streams > 0,
         last_seen_seconds=boot.last_seen_seconds,
         open_requests=open_requests(boot),

@@ -37,7 +37,8 @@ class ProcessFacts:
     """What the operating system says of this process."""
 
     start_seconds: float
-    resident_bytes: int
+    resident_bytes: int | None
+    """None where it does not say."""
     cpu_seconds: float
     state: StateFacts = field(default_factory=StateFacts)
     evidence: EvidenceFacts = field(default_factory=EvidenceFacts)
@@ -182,6 +183,8 @@ class Families:
             tuple((r.replica, r.not_armed_reason) for r in replicas),
             [int(r.armed) for r in replicas],
         )
+        matches = tuple((r.replica, r.model_match) for r in replicas)
+        yield Family(metrics.ENGINE_MODEL, matches, [1] * len(replicas))
         for name, metric in ENGINE_COUNTERS.items():
             yield Family(metric, rows, [getattr(r.counters, name) for r in replicas])
 
@@ -281,7 +284,8 @@ class Families:
         yield Family(metrics.WATCHLIST_INFO, ((watchlist.name, watchlist.sha256, str(len(self._features))),), [1])
         yield Family(metrics.BUILD_INFO, ((__version__,),), [1])
         yield Family(metrics.PROCESS_START, ((),), [process.start_seconds])
-        yield Family(metrics.PROCESS_MEMORY, ((),), [process.resident_bytes])
+        resident = () if process.resident_bytes is None else (process.resident_bytes,)
+        yield Family(metrics.PROCESS_MEMORY, ((),) * len(resident), resident)
         yield Family(metrics.PROCESS_CPU, ((),), [process.cpu_seconds])
 
     def _feature_rows(self, models: Sequence[ModelTotals], metric: Metric, features: Sequence[int]) -> LabelRows:

@@ -310,7 +310,7 @@ def _check_labels(hello: Hello) -> None:
         # A collector that forwards has neither model nor engine of its own.
         if name in ("replica", "boot_id") or not hello.forwards:
             _check_label(f"hello of replica {hello.replica[:64]!r}", name, getattr(hello, name))
-    for name in ("not_armed_reason", "not_armed_text", "plugin_version", "engine_version"):
+    for name in ("not_armed_reason", "not_armed_text", "plugin_version", "engine_version", "model_text"):
         if len(getattr(hello, name)) > IDENTITY_TEXT_CHARACTERS:
             raise StreamRefused(
                 f"hello of replica {hello.replica}",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latentwatch import __version__
+from latentwatch import __version__, host
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
@@ -123,10 +123,9 @@ class Parts:
 
     def process(self) -> ProcessFacts:
         """What the operating system and the parts say."""
-        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
         return ProcessFacts(
             self.start_seconds,
-            resident_pages * os.sysconf("SC_PAGE_SIZE"),
+            _resident_bytes(),
             time.process_time(),
             self.durable.facts if self.durable is not None else StateFacts(),
             self.evidence.facts() if self.evidence is not None else EvidenceFacts(),
@@ -134,6 +133,13 @@ class Parts:
             self.report_client.facts if self.report_client is not None else ReportClientFacts(),
             self.receiver.facts,
         )
+
+
+def _resident_bytes() -> int | None:
+    """None where the system does not say."""
+    with host.optional("its memory on /metrics"):
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def wire(settings: CollectorSettings) -> Parts:

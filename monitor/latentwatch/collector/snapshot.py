@@ -42,6 +42,9 @@ class ReplicaView:
     not_armed_text: str
     plugin_version: str
     engine_version: str
+    model_match: str
+    """A ModelMatch."""
+    model_text: str
     connected: bool
     last_seen_seconds: float
     open_requests: int

@@ -60,7 +60,7 @@ class Telemetry:
     """What a collector sends over OTLP."""
 
     def __init__(self, settings: TelemetrySettings, watched: Watched, clock: Callable[[], float]) -> None:
-        """Raises: ConfigRefused "package_missing": OpenTelemetry is not installed."""
+        """Raises: ConfigRefused "package_missing": OpenTelemetry is not installed; "otlp_endpoint"."""
         try:
             from latentwatch.export.otel_events import EventSender
             from latentwatch.export.otel_metrics import MetricSender
@@ -71,12 +71,21 @@ class Telemetry:
                 instead="Run: pip install 'latentwatch[otel]'",
                 reason=RefusalReason.PACKAGE_MISSING,
             ) from error
+        try:
+            events = EventSender(settings.endpoint, watched)
+            metrics = MetricSender(settings.endpoint) if settings.metrics_seconds else None
+        except Exception as error:
+            # ValueError, or a kind of the library's own: what it could not read of the environment.
+            raise ConfigRefused(
+                "--otlp with the OTEL_EXPORTER_OTLP_* of the environment",
+                found=str(error),
+                instead="Correct that variable, or unset it.",
+                reason=RefusalReason.OTLP_ENDPOINT,
+            ) from error
         self._clock = clock
         self._interval = settings.metrics_seconds
-        self._events = Writer(
-            EventSender(settings.endpoint, watched), name="otlp", queue_bytes=_QUEUE_BYTES, clock=clock
-        )
-        self._metrics: MetricSender | None = MetricSender(settings.endpoint) if settings.metrics_seconds else None
+        self._events = Writer(events, name="otlp", queue_bytes=_QUEUE_BYTES, clock=clock)
+        self._metrics: MetricSender | None = metrics
         self._sending = ThreadPoolExecutor(1, "otlp-metrics")
         self._failed = 0
 

@@ -170,6 +170,11 @@ STREAM_CONNECTED = _gauge(
 ENGINE_ARMED = _gauge(
     "latentwatch_engine_armed", (*_REPLICA, "reason"), "Whether an engine process scores: 1, or 0 with the reason."
 )
+ENGINE_MODEL = _info(
+    "latentwatch_engine_model_info",
+    (*_REPLICA, "match"),
+    "Whether an engine process serves the model that the watchlist states: same, differs, unknown or not_stated.",
+)
 STREAMS_REFUSED = _counter(
     "latentwatch_streams_refused_total",
     ("reason",),

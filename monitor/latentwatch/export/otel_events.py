@@ -10,8 +10,9 @@ An event is sent at least once: after a collector was killed, those of its last 
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from opentelemetry._logs import LogRecord, SeverityNumber
 from opentelemetry.exporter.otlp.proto.grpc._log_exporter import OTLPLogExporter
@@ -21,7 +22,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from latentwatch import __version__
+from latentwatch import __version__, host
 from latentwatch.evidence.records import Exceeded, Record
 from latentwatch.evidence.segment import Watched
 from latentwatch.names import response_id
@@ -43,12 +44,22 @@ def resource() -> Resource:
     return own.merge(OTELResourceDetector().detect())
 
 
+def channel_options(endpoint: str) -> tuple[tuple[str, Any], ...]:
+    """Of gRPC: a receiver on this host is reached without the environment's proxy."""
+    direct = host.is_loopback(urllib.parse.urlsplit(endpoint).hostname or "")
+    return (("grpc.enable_http_proxy", 0),) if direct else ()
+
+
 class EventSender:
     """A `RecordTarget` of evidence.writer: the writer's thread, bounds and counts stand around it."""
 
     def __init__(self, endpoint: str, watched: Watched) -> None:
         """Args: endpoint: http://host:port, or https:// for TLS. Headers and certificates by OTEL_EXPORTER_OTLP_*."""
-        self._exporter = OTLPLogExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"))
+        self._exporter = OTLPLogExporter(
+            endpoint=endpoint,
+            insecure=endpoint.startswith("http://"),
+            channel_options=channel_options(endpoint),  # type: ignore[arg-type] # declared as one pair of strings
+        )
         self._watched = watched
         self._resource = resource()
 

@@ -24,7 +24,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.metrics.export import Metric as OtelMetric
 
 from latentwatch.export.families import Family
-from latentwatch.export.otel_events import SCOPE, resource
+from latentwatch.export.otel_events import SCOPE, channel_options, resource
 
 _CUMULATIVE = AggregationTemporality.CUMULATIVE
 
@@ -34,7 +34,11 @@ class MetricSender:
 
     def __init__(self, endpoint: str) -> None:
         """Args: endpoint: http://host:port, or https:// for TLS. Headers and certificates by OTEL_EXPORTER_OTLP_*."""
-        self._exporter = OTLPMetricExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"))
+        self._exporter = OTLPMetricExporter(
+            endpoint=endpoint,
+            insecure=endpoint.startswith("http://"),
+            channel_options=channel_options(endpoint),  # type: ignore[arg-type] # declared as one pair of strings
+        )
         self._resource = resource()
 
     def send(self, families: Iterable[Family], *, start_seconds: float, now: float) -> bool:

@@ -1,16 +1,19 @@
 """`python -m latentwatch.exporter FD`: started by the engine, which writes its configuration there; never by hand."""
 
-import contextlib
 import os
 import sys
 
+from latentwatch import host
+
+host.prepare_process()
+
 # vLLM pins its CPU worker to cores and keeps them busy, and a child inherits the pinning: there even the imports below
 # would take half a minute. On the other cores, where there are any, nothing here ever stands in the forward's way.
-with contextlib.suppress(OSError):
+with host.optional("a choice of processors"):
     os.sched_setaffinity(0, set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0) or range(os.cpu_count() or 1))
 
-from latentwatch.errors import Refusal
-from latentwatch.exporter.process import main
+from latentwatch.errors import Refusal  # noqa: E402, imported on the other cores
+from latentwatch.exporter.process import main  # noqa: E402, as above
 
 try:
     raise SystemExit(main(int(sys.argv[1])))

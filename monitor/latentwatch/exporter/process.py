@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Final
 
+from latentwatch import host
 from latentwatch.exporter.backlog import BacklogDelivery
 from latentwatch.exporter.ledger import Ledger
 from latentwatch.exporter.score_cache import ScoreCache
@@ -185,7 +186,8 @@ def main(config_fd: int) -> int:
         return 0  # the engine ended while its model loaded
     # From here on, with the threads to come, a share of the processor like any other's but never out of turn: a step
     # that has just been handed over wakes nobody who takes the core from the engine's scheduler.
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with host.optional("a place behind others on the processor"):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     # Not `read`: the place in the file is shared with the engine, and with the exporter before this one.
     config = ExporterConfig.from_json(os.pread(config_fd, os.fstat(config_fd).st_size, 0).decode())
     parts = _wire(config, os.environ)

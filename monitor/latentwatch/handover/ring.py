@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from latentwatch.arrays import F32, Array
 from latentwatch.errors import ConfigRefused, RefusalReason
+from latentwatch.handover.memory_file import memory_file
 from latentwatch.step.batch import FIRE_DTYPE
 
 MAGIC: Final = 0x4C57_5249_4E47_0001
@@ -139,8 +140,8 @@ class Ring:
 
     @classmethod
     def create(cls, geometry: Geometry) -> Ring:
-        """A new ring in anonymous shared memory; `fd` is inheritable, so that a child can open it."""
-        return cls(os.memfd_create("latentwatch-ring"), geometry, create=True)
+        """A new ring in anonymous shared memory; a child is given `fd` by name. Raises OSError."""
+        return cls(memory_file("latentwatch-ring"), geometry, create=True)
 
     @property
     def slots(self) -> int:

@@ -14,12 +14,12 @@ import asyncio
 import contextlib
 import socket
 import ssl
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
+from latentwatch import host as this_host
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.transport.credentials import ServerTls, names_of
 from latentwatch.transport.places import Full, Places, peer_of
@@ -50,7 +50,7 @@ class Listener:
     ) -> None:
         """
         Args:   places: of the connections; one without a welcomed stream only waits in its own.
-        Raises: ConfigRefused, "tls_unusable".
+        Raises: ConfigRefused, "tls_unusable" or "address_unusable".
         """
         self._tls = tls
         self._on_refused = on_refused
@@ -63,7 +63,15 @@ class Listener:
         if tls is not None:
             tls.context()
         # A folder that only this user can enter: whoever connects in there has passed TLS.
-        self._folder = tempfile.TemporaryDirectory(prefix="latentwatch-")
+        try:
+            self._folder = this_host.socket_folder()
+        except OSError as error:
+            raise ConfigRefused(
+                "a folder for the socket behind the TCP address",
+                found=error.strerror or str(error),
+                instead="Set TMPDIR to a folder with a short path that this user can write, or listen on unix:///path.",
+                reason=RefusalReason.ADDRESS_UNUSABLE,
+            ) from error
         self.inner = Path(self._folder.name) / "inner.sock"
 
     async def open(self, host: str, port: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint
-from latentwatch.watchlist import canonical, labels, selection, topk
+from latentwatch.watchlist import canonical, checkpoint, labels, selection, topk
 from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.file import Feature, HookRows, ModelCard, Watchlist
@@ -37,7 +37,15 @@ def compile_selection(chosen: selection.Selection, progress: Progress = lambda _
     """The watchlist of a checked YAML, in memory. Raises as `build`."""
     _refuse_duplicate_ids(chosen)
     hooks = tuple(_hook_rows(hook, chosen.model, progress) for hook in chosen.hooks)
-    return Watchlist(name=chosen.name, model=chosen.model, hooks=hooks, notes=chosen.notes)
+    identity = None if chosen.checkpoint is None else checkpoint.of_checkpoint(chosen.checkpoint)
+    if identity is not None and not identity.is_stated:
+        raise _refuse(
+            f"model.checkpoint {chosen.checkpoint}",
+            "it holds no config.json, tokenizer or safetensors",
+            "Name the folder of the model that the features belong to.",
+        )
+    progress(f"model: {identity.summary() if identity else 'not stated beyond its sizes; name its checkpoint'}")
+    return Watchlist(name=chosen.name, model=chosen.model, hooks=hooks, notes=chosen.notes, identity=identity)
 
 
 def _refuse_duplicate_ids(chosen: selection.Selection) -> None:

@@ -35,6 +35,7 @@ from latentwatch.errors import ConfigRefused, RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint, Severity
 from latentwatch.storage import HashedArtifact
 from latentwatch.watchlist.figures import Figures
+from latentwatch.watchlist.identity import ModelIdentity
 
 MAX_FEATURES: Final = 1024
 """Over all hook points; the bound that ring slots, series and page are sized for."""
@@ -202,6 +203,8 @@ class Watchlist:
     hooks: tuple[HookRows, ...]
     notes: str = ""
     """Free text for people: what these features are and are not."""
+    identity: ModelIdentity | None = None
+    """Of the model, beyond its sizes; None in a file whose YAML names no checkpoint, or that an older version built."""
     sha256: str = ""
     """Of the file's bytes; empty until it is written or read."""
 
@@ -294,7 +297,10 @@ def bf16_from_f32(values: F32) -> U16:
 
 
 def _card(watchlist: Watchlist) -> _Card:
+    # Beside the model and not in it: versions that know no identity read the file all the same.
+    stated = {} if watchlist.identity is None else {"identity": dataclasses.asdict(watchlist.identity)}
     return {
+        **stated,
         "name": watchlist.name,
         "notes": watchlist.notes,
         "model": dataclasses.asdict(watchlist.model),
@@ -317,6 +323,7 @@ def _from_card(card: _Card, tensors: Mapping[str, Array]) -> Watchlist:
         name=card["name"],
         notes=card["notes"],
         model=ModelCard(**{**card["model"], "dtypes": tuple(card["model"]["dtypes"])}),
+        identity=ModelIdentity(**card["identity"]) if "identity" in card else None,
         hooks=tuple(
             HookRows(
                 hook_point=HookPoint.parse(hook["hook_point"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -82,7 +83,10 @@ class Location:
         return WatchlistRefused(f"source {self.text!r}", found=found, instead=instead, reason=reason)
 
     def _local(self, name: str) -> Path:
-        path = (self.base / self.text).expanduser()
+        path = self.base / self.text
+        # Where the user has no home, `~` is a name like any other.
+        with contextlib.suppress(RuntimeError):
+            path = path.expanduser()
         return path / name if name else path
 
     def _hub(self, name: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Final
 
 from latentwatch.watchlist.figures import Histogram, Token
 from latentwatch.watchlist.file import Feature, HookRows, Watchlist
-from latentwatch.watchlist.show import limit_text
+from latentwatch.watchlist.show import identity_text, limit_text
 
 SHOWN_CONFOUNDS: Final = 4
 SHOWN_TOKENS: Final = 8
@@ -45,7 +45,7 @@ def as_html(watchlist: Watchlist) -> str:
         name=escape(watchlist.name),
         model=escape(
             f"{model.name}: {model.architecture}, d_model {model.d_model}, {model.layers} layers, "
-            f"right for {', '.join(model.dtypes)}"
+            f"right for {', '.join(model.dtypes)}. Identity: {identity_text(watchlist)}"
         ),
         notes=escape(watchlist.notes),
         tiles="".join(

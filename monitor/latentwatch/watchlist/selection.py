@@ -17,6 +17,7 @@ from latentwatch.watchlist.sources import SourceOptions
 
 MAX_YAML_BYTES: Final = 8 << 20
 _DEFAULT_SKIP: Final = 1
+_CONFIG: Final = "config.json"
 _SIZES: Final = ("architecture", "d_model", "layers", "vocab_size")
 
 
@@ -74,6 +75,7 @@ class _ModelEntry(TypedDict):
     name: str
     dtypes: list[str]
     config: NotRequired[str]
+    checkpoint: NotRequired[str]
     architecture: NotRequired[str]
     d_model: NotRequired[int]
     layers: NotRequired[int]
@@ -163,6 +165,8 @@ class Selection:
     model: ModelCard
     hooks: tuple[HookChoice, ...]
     """In layer order."""
+    checkpoint: Path | None = None
+    """Folder of the model's checkpoint; None where the YAML names none."""
 
 
 def load(path: Path) -> Selection:
@@ -193,7 +197,10 @@ def parse(data: bytes, name: str, base: Path) -> Selection:
     for i, point in enumerate(points):
         if point in points[:i]:
             raise document.refuse(("hook_points", i), f"{point} stands twice", "Put all its sources under one entry.")
-    return Selection(root["name"], root.get("notes", ""), model, tuple(sorted(hooks, key=lambda hook: hook.hook_point)))
+    in_order = tuple(sorted(hooks, key=lambda hook: hook.hook_point))
+    with document.at(("model", "checkpoint")):
+        folder = _checkpoint(root["model"], base)
+    return Selection(root["name"], root.get("notes", ""), model, in_order, folder)
 
 
 def _model(document: Document, fields: _ModelEntry, base: Path) -> ModelCard:
@@ -217,9 +224,22 @@ def _model(document: Document, fields: _ModelEntry, base: Path) -> ModelCard:
     return ModelCard(name=fields["name"], dtypes=tuple(fields["dtypes"]), **sizes)
 
 
+def _checkpoint(fields: _ModelEntry, base: Path) -> Path | None:
+    """The folder that is named, else the one that config.json lies in: of the hub, what was fetched of it."""
+    if (named := fields.get("checkpoint")) is not None:
+        return Location(named, base).file(_CONFIG).parent
+    if "config" not in fields:
+        return None
+    return _config_file(Location(fields["config"], base)).parent
+
+
+def _config_file(location: Location) -> Path:
+    return location.file("" if location.text.endswith(".json") else _CONFIG)
+
+
 def _model_config(location: Location) -> _Sizes:
     """Architecture and sizes out of a Hugging Face config.json."""
-    config = location.json("" if location.text.endswith(".json") else "config.json")
+    config = location.json("" if location.text.endswith(".json") else _CONFIG)
     text_config = config.get("text_config")
     text = text_config if isinstance(text_config, dict) else config
     architectures = config.get("architectures")

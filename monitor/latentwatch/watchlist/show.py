@@ -12,6 +12,7 @@ def as_text(watchlist: Watchlist) -> str:
         f"{watchlist.name}  (sha256 {watchlist.sha256})",
         f"model {model.name}: {model.architecture}, d_model {model.d_model}, {model.layers} layers, "
         f"vocabulary {model.vocab_size}, right for {', '.join(model.dtypes)}",
+        f"identity: {identity_text(watchlist)}",
     ]
     if watchlist.notes:
         lines += ["", watchlist.notes.strip()]
@@ -19,6 +20,11 @@ def as_text(watchlist: Watchlist) -> str:
         lines += ["", f"{rows.hook_point}: {len(rows.features)} features"]
         lines += _columns([_row(feature) for feature in rows.features])
     return "\n".join(lines) + "\n"
+
+
+def identity_text(watchlist: Watchlist) -> str:
+    """What the file states of its model beyond the sizes."""
+    return watchlist.identity.summary() if watchlist.identity else "not stated; an engine cannot tell another model"
 
 
 def limit_text(limit: Limit | None) -> str:

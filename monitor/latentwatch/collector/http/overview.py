@@ -244,6 +244,8 @@ def _engine(replica: ReplicaView, now: float) -> Engine:
         state=state if replica.armed or not replica.connected else "not armed",
         reason=replica.not_armed_reason,
         text=replica.not_armed_text,
+        model_match=replica.model_match,
+        model_text=replica.model_text,
         last_seen_seconds_ago=max(0.0, now - replica.last_seen_seconds),
         open_requests=replica.open_requests,
         engine_version=replica.engine_version,

@@ -57,6 +57,10 @@ class HttpServer:
                 log_config=None,
                 # Whatever a stranger sends that is no HTTP would be a line otherwise.
                 log_level="error",
+                # What else uvicorn would take from the environment: WEB_CONCURRENCY and FORWARDED_ALLOW_IPS.
+                workers=1,
+                proxy_headers=False,
+                forwarded_allow_ips=[],
                 server_header=False,
                 timeout_graceful_shutdown=STOP_SECONDS,
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from latentwatch.facts import ExceedanceView
-from latentwatch.names import Severity
+from latentwatch.names import ModelMatch, Severity
 from latentwatch.watchlist.file import Feature
 
 COVERAGE_GOAL: Final = 0.999
@@ -59,6 +59,10 @@ class Engine:
     open_requests: int
     engine_version: str
     plugin_version: str
+    model_match: str
+    """same, differs, unknown or not_stated: whether it serves the model that the watchlist states."""
+    model_text: str
+    """What differs, or was not compared."""
 
 
 def is_anything_wrong(
@@ -111,6 +115,11 @@ def is_everything_seen(coverage: Coverage, engines: Sequence[Engine], minutes: f
     if len(away) == len(engines):
         heard = f"{away[0].replica} was last heard {_ago(away[0].last_seen_seconds_ago)} ago"
         return Verdict("problem", "No engine is connected", f"{heard}; the figures are the last known.")
+    if others := [engine for engine in engines if engine.model_match == ModelMatch.DIFFERS]:
+        detail = (
+            f"{others[0].model_text[:1].upper()}{others[0].model_text[1:]}. Its scores are of another model's features."
+        )
+        return Verdict("attention", f"{others[0].replica} serves another model", detail)
     if recent is not None and recent < COVERAGE_GOAL:
         reasons = ", ".join(reason.replace("_", " ") for reason in coverage.missing)
         detail = f"{lately.capitalize()}. Missing since the start: {reasons}."

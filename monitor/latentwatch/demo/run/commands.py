@@ -10,6 +10,7 @@ import copy
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,11 @@ def cache_root() -> Path:
     """Where vLLM keeps its compiled graphs between runs: its own setting, else a folder in the user's cache."""
     if kept := os.environ.get("VLLM_CACHE_ROOT"):
         return Path(kept)
-    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "latentwatch" / "vllm"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        cache = Path(tempfile.gettempdir())
+    return cache / "latentwatch" / "vllm"
 
 
 def collector(watchlist: Path, socket: Path, port: int) -> Command:
@@ -99,7 +104,7 @@ def collector(watchlist: Path, socket: Path, port: int) -> Command:
         "--http",
         f"127.0.0.1:{port}",
     )
-    return Command((sys.executable, *argv), {})
+    return Command((sys.executable, "-P", *argv), {})
 
 
 def engine(assets: Assets, socket: Path, port: int) -> Command:
@@ -120,12 +125,12 @@ def engine(assets: Assets, socket: Path, port: int) -> Command:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": str(cache_root()),
     }
-    return Command((sys.executable, *argv), env)
+    return Command((sys.executable, "-P", *argv), env)
 
 
 def engine_phase(log: Path, *, first_start: bool) -> str:
     """What vLLM is doing while it starts, from its log."""
-    text = log.read_text(errors="replace")
+    text = log.read_text("utf-8", errors="replace")
     phase = next((meaning for words, meaning in ENGINE_PHASES if words in text), "importing torch and vLLM")
     return phase + (" (the first start compiles for a minute or more)" if first_start else "")
 
@@ -156,7 +161,7 @@ def prometheus(
 
 def alertmanager(program: str, folder: Path, port: int, *, webhook_port: int) -> Command:
     """Alertmanager with the product's routes and inhibitions; writes its configuration into `folder`."""
-    sample = yaml.safe_load((dashboards.folder() / "alertmanager.yml").read_text())
+    sample = yaml.safe_load((dashboards.folder() / "alertmanager.yml").read_text("utf-8"))
     argv = (
         f"--config.file={_written(folder / 'alertmanager.yml', demo_alertmanager(sample, webhook_port))}",
         f"--storage.path={folder / 'alertmanager'}",
@@ -183,5 +188,5 @@ def installed(program: str) -> str | None:
 
 
 def _written(path: Path, config: Mapping[str, object]) -> Path:
-    path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
     return path

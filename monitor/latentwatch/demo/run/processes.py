@@ -53,7 +53,7 @@ class Child:
 
     def tail(self) -> str:
         """The last TAIL_LINES lines of its log."""
-        lines = self.log.read_text(errors="replace").splitlines()
+        lines = self.log.read_text("utf-8", errors="replace").splitlines()
         return "\n".join(lines[-TAIL_LINES:])
 
     def check(self) -> None:
@@ -74,7 +74,7 @@ class ProcessGroup:
         self._children: list[Child] = []
 
     def __enter__(self) -> Self:
-        self._guard = subprocess.Popen([sys.executable, "-c", GUARD], stdin=subprocess.PIPE, process_group=0)
+        self._guard = subprocess.Popen([sys.executable, "-I", "-c", GUARD], stdin=subprocess.PIPE, process_group=0)
         return self
 
     def start(

@@ -13,9 +13,7 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,7 +24,7 @@ from typing import Final
 import httpx
 import numpy as np
 
-from latentwatch import __version__
+from latentwatch import __version__, host
 from latentwatch.demo.run import commands, report
 from latentwatch.demo.run.outcome import PAGING_ALERT, Run
 from latentwatch.demo.run.processes import ChildFailed, ProcessGroup
@@ -153,7 +151,7 @@ async def _demo(options: DemoOptions, inputs: Inputs, terminal: Terminal, logs: 
         for line in complaints(logs):
             terminal.line(f"  | {line}")
     terminal.line(f"  report   {(options.out / 'report.html').resolve().as_uri()}")
-    terminal.line(f"  figures  {REPORT_FILE}   logs {logs}/")
+    terminal.line(f"  logs     {logs}/")
     return 0 if seen.passed else 1
 
 
@@ -296,16 +294,27 @@ def _installed_version(*distributions: str) -> str:
 
 
 def _leave_reports(seen: Run, options: DemoOptions, terminal: Terminal) -> None:
-    REPORT_FILE.write_text(json.dumps(seen.as_json(), indent=2) + "\n")
+    _write_figures(json.dumps(seen.as_json(), indent=2) + "\n", options.out, terminal)
     (options.out / "report.html").write_text(report.to_html(seen), encoding="utf-8")
     report.to_terminal(seen, terminal)
+
+
+def _write_figures(figures: str, out: Path, terminal: Terminal) -> None:
+    """In the working folder, or beside the report where that one cannot be written."""
+    path = REPORT_FILE
+    try:
+        path.write_text(figures, encoding="utf-8")
+    except OSError:
+        path = out / REPORT_FILE
+        path.write_text(figures, encoding="utf-8")
+    terminal.line(f"  figures  {path}")
 
 
 def complaints(logs: Path) -> list[str]:
     """What our own parts complained of in the logs, the latest COMPLAINTS of them, each text once."""
     found: dict[str, str] = {}
     for path in sorted(logs.glob("*.log")):
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
             if OURS.search(line) and TROUBLE.search(line):
                 found[_NUMBERS.sub("", line)] = f"{path.stem}: {line[:300]}"
     return list(found.values())[-COMPLAINTS:]
@@ -332,11 +341,8 @@ async def _serve_until_interrupted(launcher: Launcher, stack: Stack) -> None:
 @contextmanager
 def _scratch() -> Iterator[Path]:
     """A new folder for the socket, configurations and storage: Alertmanager's old log would swallow repeated pages."""
-    folder = Path(tempfile.mkdtemp(prefix="latentwatch-demo-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with host.socket_folder() as folder:
+        yield Path(folder)
 
 
 def _end_on_signals() -> None:

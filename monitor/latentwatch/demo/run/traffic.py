@@ -102,7 +102,7 @@ def read_prompts(path: Path, *, feared: bool) -> list[Prompt]:
     Raises: Refusal, reason "demo_prompts": the file holds no prompt, or a line is not one.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
         prompts = [Prompt(str(row["topic"]), tuple(dict(m) for m in row["messages"]), feared) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _bad_prompts(path, f"not prompts ({type(error).__name__}: {error})") from error

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from latentwatch import __version__
-from latentwatch.engines.vllm import arming, kv_cache, row_map, settings
+from latentwatch.engines.vllm import arming, kv_cache, row_map, served_model, settings
 from latentwatch.engines.vllm.arming import ArmedHook
 from latentwatch.engines.vllm.exporter_process import ExporterChild
 from latentwatch.engines.vllm.interfaces import ModelRunner, SchedulerOutput, VllmConfig, Worker
@@ -27,6 +27,7 @@ from latentwatch.handover.exporter_config import CachedBlocks, ExporterConfig, W
 from latentwatch.handover.ring import Geometry, Ring
 from latentwatch.kernels.reference import UNWRITTEN
 from latentwatch.names import Reason
+from latentwatch.watchlist.checkpoint import Comparison
 from latentwatch.watchlist.file import Feature, Watchlist
 
 logger = logging.getLogger("vllm.latentwatch")
@@ -43,6 +44,7 @@ class Attachment:
         self._settings = chosen
         self._hooks: tuple[ArmedHook, ...] = ()
         self._refusal: Refusal | None = None
+        self._served: Comparison | None = None
         self._ring: Ring | None = None
         self._tap: StepTap | None = None
         self._exporter: ExporterChild | None = None
@@ -118,6 +120,9 @@ class Attachment:
         self._check_engine()
         config = self._worker.vllm_config
         arming.check_model(config.model_config.hf_config, config.model_config.dtype, watchlist.model)
+        self._served = served_model.compared(config, watchlist)
+        if self._settings.strict_model:
+            served_model.refuse_another(self._served, watchlist)
         self._hooks = arming.arm(
             self._worker.model_runner.get_model(),
             watchlist,
@@ -273,6 +278,8 @@ class Attachment:
             not_armed_text=str(self._refusal or "")[:IDENTITY_TEXT_CHARACTERS],
             plugin_version=__version__,
             engine_version=vllm.__version__,
+            model_match=self._served.match if self._served else "",
+            model_text=self._served.text[:IDENTITY_TEXT_CHARACTERS] if self._served else "",
         )
 
     def _shutting_down(self, *_args: object, **_kwargs: object) -> None:

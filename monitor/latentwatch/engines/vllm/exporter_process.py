@@ -9,13 +9,13 @@ written to a memory file, which takes any size at once, and announced by one byt
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import time
 from typing import Final
 
 from latentwatch.handover.exporter_config import ExporterConfig
+from latentwatch.handover.memory_file import memory_file
 from latentwatch.handover.ring import Ring
 
 logger = logging.getLogger("vllm.latentwatch")
@@ -31,7 +31,7 @@ class ExporterChild:
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
-        self._config_fd = os.memfd_create("latentwatch-exporter-config")
+        self._config_fd = memory_file("latentwatch-exporter-config")
         self._starts = 0
         self._checked = 0.0
         self.process = self._spawn()
@@ -67,11 +67,19 @@ class ExporterChild:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._starts += 1
+        try:
+            return self._started(own_session=True)
+        except OSError:
+            # A sandbox without setsid: a signal for the server's terminal then reaches the exporter too.
+            return self._started(own_session=False)
+
+    def _started(self, *, own_session: bool) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "latentwatch.exporter", str(self._config_fd)],
+            # -P: no file of the server's working folder stands in for a module.
+            [sys.executable, "-P", "-m", "latentwatch.exporter", str(self._config_fd)],
             pass_fds=[self._ring.fd, self._config_fd],
             stdin=subprocess.PIPE,
-            start_new_session=True,
+            start_new_session=own_session,
         )
 
     def _announce_config(self) -> None:

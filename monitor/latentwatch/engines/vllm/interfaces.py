@@ -95,7 +95,17 @@ class TextConfig(Protocol):
     vocab_size: int
 
 
+class LoadConfig(Protocol):
+    load_format: str
+    download_dir: str | None
+
+
 class ModelConfig(Protocol):
+    model: str
+    """A folder, or a name on the hub."""
+    revision: str | None
+    hf_overrides: object
+    """A mapping, or a function."""
     hf_config: Any
     """PretrainedConfig of transformers; see TextConfig."""
     dtype: torch.dtype
@@ -126,6 +136,7 @@ class SpeculativeConfig(Protocol):
 
 class VllmConfig(Protocol):
     model_config: ModelConfig
+    load_config: LoadConfig
     parallel_config: ParallelConfig
     scheduler_config: SchedulerConfig
     cache_config: object

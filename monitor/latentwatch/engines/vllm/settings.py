@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from latentwatch import __version__
+from latentwatch import __version__, host
 from latentwatch.errors import ConfigRefused, Refusal, RefusalReason
 from latentwatch.watchlist import file as watchlist_file
 
@@ -18,6 +17,9 @@ WATCHLIST: Final = "LATENTWATCH_WATCHLIST"
 COLLECTOR: Final = "LATENTWATCH_COLLECTOR"
 REPLICA: Final = "LATENTWATCH_REPLICA"
 DISABLE: Final = "LATENTWATCH_DISABLE"
+STRICT_MODEL: Final = "LATENTWATCH_STRICT_MODEL"
+UNNAMED: Final = "unnamed"
+"""The replica where neither the operator nor the system gives a name."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class PluginSettings:
     replica: str
     """Stable name of this server; the engine index is appended to it."""
     disabled: bool
+    strict_model: bool = False
+    """Whether a model that differs from the watchlist's is refused, and not only told."""
 
     @property
     def wanted(self) -> bool:
@@ -39,8 +43,9 @@ class PluginSettings:
         return cls(
             watchlist=env.get(WATCHLIST, ""),
             collector=env.get(COLLECTOR, ""),
-            replica=env.get(REPLICA, "") or socket.gethostname(),
+            replica=env.get(REPLICA, "") or host.host_name() or UNNAMED,
             disabled=env.get(DISABLE, "") not in ("", "0"),
+            strict_model=env.get(STRICT_MODEL, "") not in ("", "0"),
         )
 
 

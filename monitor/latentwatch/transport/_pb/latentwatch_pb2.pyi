@@ -27,7 +27,7 @@ class StreamReply(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "replica", "boot_id", "engine", "model_name", "watchlist_sha256", "armed", "not_armed_reason", "not_armed_text", "plugin_version", "engine_version", "last_acked_sequence", "time_unix_nano", "forwards")
+    __slots__ = ("protocol", "replica", "boot_id", "engine", "model_name", "watchlist_sha256", "armed", "not_armed_reason", "not_armed_text", "plugin_version", "engine_version", "last_acked_sequence", "time_unix_nano", "model_match", "model_text", "forwards")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,8 @@ class Hello(_message.Message):
     ENGINE_VERSION_FIELD_NUMBER: _ClassVar[int]
     LAST_ACKED_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TIME_UNIX_NANO_FIELD_NUMBER: _ClassVar[int]
+    MODEL_MATCH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_TEXT_FIELD_NUMBER: _ClassVar[int]
     FORWARDS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     replica: str
@@ -55,8 +57,10 @@ class Hello(_message.Message):
     engine_version: str
     last_acked_sequence: int
     time_unix_nano: int
+    model_match: str
+    model_text: str
     forwards: bool
-    def __init__(self, protocol: _Optional[int] = ..., replica: _Optional[str] = ..., boot_id: _Optional[str] = ..., engine: _Optional[str] = ..., model_name: _Optional[str] = ..., watchlist_sha256: _Optional[str] = ..., armed: bool = ..., not_armed_reason: _Optional[str] = ..., not_armed_text: _Optional[str] = ..., plugin_version: _Optional[str] = ..., engine_version: _Optional[str] = ..., last_acked_sequence: _Optional[int] = ..., time_unix_nano: _Optional[int] = ..., forwards: bool = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., replica: _Optional[str] = ..., boot_id: _Optional[str] = ..., engine: _Optional[str] = ..., model_name: _Optional[str] = ..., watchlist_sha256: _Optional[str] = ..., armed: bool = ..., not_armed_reason: _Optional[str] = ..., not_armed_text: _Optional[str] = ..., plugin_version: _Optional[str] = ..., engine_version: _Optional[str] = ..., last_acked_sequence: _Optional[int] = ..., time_unix_nano: _Optional[int] = ..., model_match: _Optional[str] = ..., model_text: _Optional[str] = ..., forwards: bool = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("resume_after_sequence", "collector_id")

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Final
 
 from latentwatch.errors import RefusalReason, StreamRefused
+from latentwatch.names import ModelMatch
 from latentwatch.transport._pb import latentwatch_pb2 as pb
 from latentwatch.transport.codec.fields import malformed, no_unknown_fields
 from latentwatch.transport.hello import PROTOCOL, Hello
@@ -16,6 +17,7 @@ MAX_REPLICA_BYTES: Final = 253
 MAX_TEXT_BYTES: Final = 4096
 """Longest free text of a Hello; its longest real one is a refusal's sentence."""
 
+_MATCHES: Final = frozenset({"", *ModelMatch})
 _HEX_32 = re.compile(r"[0-9a-f]{32}")
 _HEX_64 = re.compile(r"[0-9a-f]{64}")
 _SLUG = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -54,6 +56,7 @@ def check_hello(hello: Hello) -> None:
         ("replica", bool(hello.replica)),
         ("boot_id", bool(_HEX_32.fullmatch(hello.boot_id))),
         ("watchlist_sha256", bool(_HEX_64.fullmatch(hello.watchlist_sha256)) or not hello.armed),
+        ("model_match", hello.model_match in _MATCHES),
         ("not_armed_reason", bool(_SLUG.fullmatch(hello.not_armed_reason)) != hello.armed),
     ):
         if not good:

@@ -14,7 +14,7 @@ from latentwatch.watchlist.file import Limit
 
 from tests.support.streams import Schedule, Tokens, hello, probe, received, sparse, watchlist
 
-ENGINE = Engine("pod-0/0", "toy", "0", "connected", "", "", 0.0, 0, "0.32.0", "0.1.0")
+ENGINE = Engine("pod-0/0", "toy", "0", "connected", "", "", 0.0, 0, "0.32.0", "0.1.0", "same", "")
 SEEN = Verdict("ok", "Everything is seen", "")
 
 

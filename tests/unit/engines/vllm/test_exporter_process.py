@@ -48,8 +48,8 @@ def children(monkeypatch: pytest.MonkeyPatch, program: str, spawned: list[subpro
     popen = subprocess.Popen
 
     def start(command: list[str], **options: object) -> subprocess.Popen[bytes]:
-        assert command[1:3] == ["-m", "latentwatch.exporter"]
-        process = popen([sys.executable, "-c", program, *command[3:]], **options)  # type: ignore[call-overload]
+        assert command[1:4] == ["-P", "-m", "latentwatch.exporter"]
+        process = popen([sys.executable, "-c", program, *command[4:]], **options)  # type: ignore[call-overload]
         spawned.append(process)
         return process
 

@@ -73,6 +73,8 @@ export interface Engine {
   open_requests: number;
   engine_version: string;
   plugin_version: string;
+  model_match: string;
+  model_text: string;
 }
 
 /** Requests that are kept, newest first. */

@@ -223,20 +223,33 @@ function exceedanceRow() {
   };
 }
 
+/** @param {Engine} engine */
+function modelLine(engine) {
+  if (engine.model_match === "same") return "";
+  if (engine.model_match === "differs") return `not the watchlist's model: ${engine.model_text}`;
+  return engine.model_text || "not compared with the watchlist's model";
+}
+
 /** @returns {Row<Engine>} */
 function engineRow() {
   const replica = make("td");
-  const model = make("td");
+  const model = make("span");
+  const identity = make("small", { className: "sub" });
   const state = make("span");
   const reason = make("small", { className: "sub" });
   const open = make("td", { className: "number" });
   const heard = make("td", { className: "number" });
   const versions = make("td", { className: "muted" });
   return {
-    node: make("tr", {}, replica, model, make("td", {}, state, reason), open, heard, versions),
+    node: make(
+      "tr",
+      {},
+      ...[replica, make("td", {}, model, identity), make("td", {}, state, reason), open, heard, versions],
+    ),
     update(engine) {
       setText(replica, engine.replica);
       setText(model, `${engine.model_name} (engine ${engine.engine})`);
+      setText(identity, modelLine(engine));
       state.className = `state ${engine.state.replace(" ", "-")}`;
       setText(state, engine.state);
       setText(reason, engine.text || engine.reason);
