@@ -12,6 +12,7 @@ What it promises:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Final
 
@@ -215,7 +216,9 @@ class Ingest:
             opened_seconds, opening_seen = request.info.opened_seconds, request.info.opening_seen
             request.info = _opened(boot.hello, event, opened_seconds, opening_seen=opening_seen)
             state.index.add(request)
-        for handle in handles_S[boot.handles.find(handles_S) < 0].tolist():
+        unannounced = dict.fromkeys(handles_S[boot.handles.find(handles_S) < 0].tolist())
+        # More than there are slots would find none.
+        for handle in itertools.islice(unannounced, state.bounds.open_requests + len(new)):
             if handle not in new:
                 new[handle] = RequestInfo("", boot.hello.replica, boot.hello.model_name, boot.hello.engine, now)
         self._admit(boot, new, now)

@@ -114,11 +114,13 @@ def test_a_task_runs_once_what_was_put_before_it_is_written_however_much_comes_a
     target = RecordTarget()
     target.gate.clear()
     writer = Writer(target)
+    writer.put(exceedances(5_000))
+    eventually(lambda: not writer.totals().queued_bytes)
     writer.put(exceedances(10))
     done = writer.run(lambda: len(target.records))
     writer.put(exceedances(3 * 5_000))
     assert not done.done()
     target.gate.set()
-    assert 10 <= done.result(10) <= 5_000
+    assert 5_010 <= done.result(10) <= 10_000
     writer.close()
-    assert len(target.records) == 3 * 5_000 + 10
+    assert len(target.records) == 4 * 5_000 + 10

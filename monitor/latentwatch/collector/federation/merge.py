@@ -6,11 +6,11 @@ Shape legend: n requests, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 
 from latentwatch.aggregate.histogram import NORM_EDGES, Histograms
+from latentwatch.aggregate.requests import slices
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
 from latentwatch.collector.remote_requests import features_of
@@ -23,9 +23,6 @@ from latentwatch.names import Outcome
 from latentwatch.transport import report as reports
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import ModelDelta, Report, RequestRow
-
-_ROWS_AT_ONCE: Final = 512
-"""Rows of a report that are unfolded at a time: at 1,024 features some 17 MiB."""
 
 
 class ReportMerge:
@@ -52,8 +49,8 @@ class ReportMerge:
         boot.shed_requests, boot.shed_exceedances = report.shed_requests, report.shed_exceedances
         over = self._state.replicas.merge_report(forwarder, report)
         self._add_deltas(report, now)
-        for first in range(0, len(report.requests), _ROWS_AT_ONCE):
-            self._add_rows(forwarder, report.requests[first : first + _ROWS_AT_ONCE], now)
+        for some in slices(len(report.requests), len(self._state.features)):
+            self._add_rows(forwarder, report.requests[some], now)
         return over
 
     def _add_deltas(self, report: Report, now: float) -> None:

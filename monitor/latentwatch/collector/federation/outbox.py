@@ -21,7 +21,7 @@ from typing import Final
 
 import numpy as np
 
-from latentwatch.aggregate.requests import RequestFeatures
+from latentwatch.aggregate.requests import RequestFeatures, slices
 from latentwatch.arrays import Array, axes, check
 from latentwatch.collector.requests import TrackedRequest
 from latentwatch.collector.state import CollectorState, EngineCountsState, ModelCounts, open_requests
@@ -262,10 +262,11 @@ class ReportOutbox(StepListener):
         """A row of each open request that exceeded a limit since its last one."""
         state = self._state
         slots = np.array([state.slots.by_serial[serial] for serial in self._untold], np.int64)
-        features = state.statistics.features_of(slots)
-        for place, slot in enumerate(slots.tolist()):
-            progress = RequestProgress(None, now, state.slots.accounted[slot].sum(axis=1))
-            self._add(self._row(state.slots.request(slot), progress, features, place))
+        for some in slices(len(slots), len(state.features)):
+            features = state.statistics.features_of(slots[some])
+            for place, slot in enumerate(slots[some].tolist()):
+                progress = RequestProgress(None, now, state.slots.accounted[slot].sum(axis=1))
+                self._add(self._row(state.slots.request(slot), progress, features, place))
 
     def _pop_untold(self, request: TrackedRequest) -> Array:
         """The exceedances of a request that no row told of yet."""
