@@ -18,9 +18,9 @@ from latentwatch.arrays import Array, check, described
 from latentwatch.collector.core_state import CoreState
 from latentwatch.names import Outcome, Phase, Reason, TokenState
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 """Raised with every change of what a state holds, or of how a journal is replayed."""
-FINGERPRINT: Final = "8418da95007014c8"
+FINGERPRINT: Final = "52436243c726994b"
 """Of the schema that FORMAT stands for. A contract test compares them: who changes a field changes both."""
 
 _INDEXES: Final = (TokenState, Reason, Phase, Outcome)

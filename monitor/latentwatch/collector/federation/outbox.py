@@ -24,6 +24,7 @@ import numpy as np
 from latentwatch.aggregate.requests import RequestFeatures, slices
 from latentwatch.arrays import Array, axes, check
 from latentwatch.collector.requests import TrackedRequest
+from latentwatch.collector.served_names import Names
 from latentwatch.collector.state import CollectorState, EngineCountsState, ModelCounts, open_requests
 from latentwatch.collector.step_listener import Ends, Eviction, Step, StepListener
 from latentwatch.collector.totals import EngineTotals, ForwardView, ModelTotals
@@ -115,6 +116,14 @@ class ReportOutbox(StepListener):
         self._told = _Told(len(state.features))
 
     # -- what happens
+
+    def names_gone(self, names: Names) -> None:
+        """See StepListener."""
+        self._told.let_go(names)
+
+    def owed_models(self) -> set[str]:
+        """See StepListener. What was counted since the last report goes into the next."""
+        return self._told.owed(self._state)
 
     def step(self, step: Step) -> None:
         """See StepListener."""
@@ -322,6 +331,30 @@ class _Told:
         """A step of this model had these largest values."""
         before = self.peaks.get(model_name)
         self.peaks[model_name] = peak_F if before is None else np.maximum(before, peak_F)
+
+    def let_go(self, names: Names) -> None:
+        """They begin at zero when they come again."""
+        for engine in names.engines:
+            self.engines.pop(engine, None)
+        for model_name in names.models:
+            self.models.pop(model_name, None)
+            self.peaks.pop(model_name, None)
+
+    def owed(self, collector: CollectorState) -> set[str]:
+        """Model names of which more is counted than was told."""
+        models = {totals.model_name for totals in collector.model_totals() if self._differs(totals)}
+        for totals in collector.engine_totals():
+            told = self.engines.get((totals.model_name, totals.engine))
+            if told is None or (totals.tokens != told.tokens).any() or totals.requests != told.requests:
+                models.add(totals.model_name)
+        return models
+
+    def _differs(self, totals: ModelTotals) -> bool:
+        told = self.models.get(totals.model_name)
+        if told is None:
+            return True
+        now, then = _columns(totals), _columns(told)
+        return any((now[name] != then[name]).any() for name in now)
 
     def engine_deltas(self, engines: Sequence[EngineTotals]) -> Iterable[EngineDelta]:
         """What changed."""
