@@ -33,6 +33,7 @@ class RefusalReason(StrEnum):
     HELLO_MISSING = "hello_missing", "a stream began with something else, or said nothing", True
     HELLO_REPEATED = "hello_repeated", "a stream said hello twice", True
     MALFORMED_BATCH = "malformed_batch", "a batch or report does not parse, does not add up or means nothing", True
+    SCORES_UNARMED = "scores_unarmed", "an engine that said it is not armed sends scores", True
     UNKNOWN_BOOT = "unknown_boot", "a batch came from a boot that never said hello", True
     BOOT_CHANGED = "boot_changed", "an engine boot names another model or engine than before", True
     REPLICA_NAME = "replica_name", "a text that becomes a label is empty, too long or not printable", True

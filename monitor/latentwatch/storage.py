@@ -2,8 +2,9 @@
 
 Logs. A frame has the length and the CRC-32 of its body. Reading goes from frame to frame and ends at the first that is
 not whole; `Tail` says why. A torn frame is one that was being written when the writer died, and counts as never
-written; anything else that is no frame is damage. Neither is guessed across: what is read is the beginning of what was
-written. What a reader makes of damage (refuse, count, begin again) is its own matter.
+written; anything else that is no frame is damage, and so is a length that points past the end of the file while a
+whole frame stands behind it. Neither is guessed across: what is read is the beginning of what was written. What a
+reader makes of damage (refuse, count, begin again) is its own matter.
 
 Locks go with the process, however it ends. A file that is replaced is the old one or the new one, on the disk too, at
 every moment. An artifact is read back as it was written or refused.
@@ -35,6 +36,9 @@ from latentwatch.errors import Refusal, RefusalReason
 _SIZES: Final = struct.Struct("<II")  # bytes of the body, CRC-32
 _METADATA_KEY: Final = "latentwatch"
 _DIGEST_KEY: Final = "content_sha256"
+_PLACES_AT_ONCE: Final = 1 << 18
+_SEARCHED_BYTES: Final = 256 << 20
+"""Checksummed at most in search of a whole frame behind a torn one: some tenths of a second."""
 
 
 class Tail(Enum):
@@ -82,9 +86,9 @@ class Framing:
         packed = head[_SIZES.size :] if self._covered else head[: self._fields.size]
         if not 0 < length <= self._max_body_bytes:
             return Tail.DAMAGED
-        begin = at + self.head_bytes
-        if begin + length > os.fstat(descriptor).st_size:
-            return Tail.TORN
+        begin, size = at + self.head_bytes, os.fstat(descriptor).st_size
+        if begin + length > size:
+            return Tail.DAMAGED if self._frame_behind(descriptor, at + 1, size) else Tail.TORN
         body = os.pread(descriptor, length, begin)
         if len(body) < length or self._crc(packed, body) != crc:
             return Tail.DAMAGED
@@ -92,6 +96,35 @@ class Framing:
 
     def _crc(self, packed: bytes, body: bytes) -> int:
         return zlib.crc32(body, zlib.crc32(packed) if self._covered else 0)
+
+    def _frame_behind(self, descriptor: int, at: int, size: int) -> bool:
+        """Whether a whole frame stands anywhere behind: then what points past the end is no frame's beginning.
+
+        Only at places whose length fits, and behind which the file ends or another length fits, is the checksum made.
+        """
+        data = np.frombuffer(os.pread(descriptor, size - at, at), np.uint8)
+        last = len(data) - self.head_bytes
+        summed = 0
+        for first in range(0, max(0, last), _PLACES_AT_ONCE):
+            places = np.arange(first, min(last, first + _PLACES_AT_ONCE))
+            ends = self._ends(data, places)
+            places, ends = places[ends > 0], ends[ends > 0]
+            followed = (ends > last) | (self._ends(data, np.minimum(ends, last)) > 0)
+            for place, end in zip(places[followed].tolist(), ends[followed].tolist(), strict=True):
+                if isinstance(self.read(descriptor, at + place), Frame):
+                    return True
+                summed += end - place
+                if summed > _SEARCHED_BYTES:
+                    return False
+        return False
+
+    def _ends(self, data: Array, places: Array) -> Array:
+        """Where frames at these places of the bytes would end; 0 where none can stand. int64."""
+        first = places + (0 if self._covered else self._fields.size)
+        length = sum(data[first + i].astype(np.int64) << (8 * i) for i in range(4))
+        ends = places + self.head_bytes + length
+        fits: Array = np.where((length > 0) & (length <= self._max_body_bytes) & (ends <= len(data)), ends, 0)
+        return fits
 
 
 class FrameReader:
@@ -229,11 +262,20 @@ def atomic_write(path: Path, *, private: bool = True) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a host that loses power."""
+def sync_file(path: Path) -> None:
+    """Have the disk hold what was written to a file, by whomever. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a new, renamed or removed name in this folder survive a host that loses power. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

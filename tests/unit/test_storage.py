@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,3 +330,38 @@ def test_what_cannot_be_read_and_what_is_too_large_are_refused_by_name(tmp_path)
         with pytest.raises(BaselineRefused, match=f"thing {tmp_path / name}: .*'latentwatch thing' wrote") as refused:
             ARTIFACT.read(tmp_path / name)
         assert refused.value.reason == reason
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    kind=st.integers(0, 2), bodies=st.lists(st.binary(min_size=1, max_size=40), min_size=2, max_size=8), data=st.data()
+)
+def test_a_length_that_points_past_the_end_is_damage_where_a_whole_frame_stands_behind_it(kind, bodies, data):
+    """And no torn end: that would leave out all that follows without a word."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log"
+        write(path, kind, bodies)
+        flipped = data.draw(st.integers(0, len(bodies) - 2))
+        content = bytearray(path.read_bytes())
+        sizes = [FRAMINGS[kind].head_bytes + len(body) for body in bodies]
+        length = len(HEAD) + sum(sizes[:flipped]) + (12 if kind == 2 else 0)
+        content[length + 1] ^= 2  # 512 more than the file has, and no more than a body may
+        path.write_bytes(content)
+        found, tail, at = read(path, kind)
+        assert tail is Tail.DAMAGED and at == len(HEAD) + sum(sizes[:flipped])
+        assert found == [(FIELDS[kind], body) for body in bodies[:flipped]]
+
+
+def test_a_large_torn_frame_is_told_from_damage_in_some_tenths_of_a_second(tmp_path):
+    rng = np.random.default_rng(0)
+    framing = Framing(max_body_bytes=4 << 20)
+    for name, body in (("random", rng.bytes(4 << 20)), ("zeros", bytes(4 << 20)), ("small", b"\x01\0\0\0" * (1 << 20))):
+        log = FramedLog(tmp_path / name, framing)
+        log.put(body)
+        log.commit()
+        log.close()
+        os.truncate(tmp_path / name, (4 << 20) - 10)
+        with (tmp_path / name).open("rb") as file:
+            reader, began = FrameReader(file, framing), time.process_time()
+            assert not list(reader) and reader.tail is Tail.TORN
+            assert time.process_time() - began < 5

@@ -7,14 +7,17 @@ Guarantee: what is known of a request after its last token does not depend on ho
 which other requests shared those steps, as long as its positions arrive in order. Maxima and counts do not even need
 the order; rolling means and the first exceedance do.
 
-Memory: K * (13 F + 8 L + 2 W per rolling feature) bytes; the operating system backs only the slots that were used.
+Memory: K * (13 F + 8 L + 2 W per rolling feature) bytes; the operating system backs only the slots that were used. A
+step is worked on in slices of some VALUES numbers, so that besides its own columns it takes some tens of MiB whatever
+its shape: a prefix-cache hit brings 128k tokens at once, and each rolling mean has a value at each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
@@ -27,6 +30,8 @@ from latentwatch.names import Phase
 from latentwatch.step.batch import StepBatch, owns_rows
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
+VALUES: Final = 1 << 17
+"""In one slice, rows times features, or activations: 1 MiB of float64, which stays in a cache."""
 
 _FOUND = np.dtype([("slot", "<i8"), ("exceedance", EXCEEDANCE)])
 _NOTHING_FOUND = np.empty(0, _FOUND)
@@ -149,12 +154,19 @@ class RequestStates:
         peak_F = np.full(table.features, NOTHING, np.uint64)
         if not owner_S.any():
             return StepView(np.zeros(table.features, np.int64), values(peak_F, -np.inf), _NONE, _NO_SLOTS, rows)
-        fired_F, sparse = self._sparse(batch.fires_N, rows, peak_F)
-        found = [sparse]
+        fired_F, found = np.zeros(table.features, np.int64), list[Array]()
+        for part in slices(len(batch.fires_N), 1):
+            fired_in_part_F, sparse = self._sparse(batch.fires_N[part], rows, peak_F)
+            fired_F += fired_in_part_F
+            found.append(sparse)
         if len(table.dense_P):
-            found.append(self._dense(batch.dense_RP, rows, peak_F))
-        found += [self._roll(i, batch, rows, peak_F) for i in range(len(self._rolling))]
-        exceedances, slots = self._first([some for some in found if len(some)], now)
+            for part in slices(batch.rows, len(table.dense_P)):
+                found.append(self._dense(batch.dense_RP[part], rows.part(part), peak_F))
+        for i, group in enumerate(table.rolling):
+            scores = _Scores.of(batch, group.features, self._column_F)
+            for part in slices(batch.rows, len(group.features)):
+                found.append(self._roll(i, scores, rows, rows.by_position[part], peak_F))
+        exceedances, slots = self._first(found, now)
         return StepView(fired_F, values(peak_F, -np.inf), exceedances, slots, rows)
 
     def features_of(self, slots: Array) -> RequestFeatures:
@@ -200,7 +212,7 @@ class RequestStates:
         np.maximum.at(peak_F, feature[in_statistic], packed[in_statistic])
         over = np.flatnonzero((act > table.token_limit_F[feature]) & in_statistic)
         found = _found(slot[over], feature[over], position[over], act[over], rows.phase_bit[row[over]])
-        return np.bincount(feature, minlength=F).astype(np.int64), found
+        return np.bincount(feature, minlength=F).astype(np.int64), _earliest(found, F)
 
     def _dense(self, score_RP: Array, rows: Rows, peak_F: Array) -> Array:
         table, P = self.table, self.table.dense_P
@@ -217,45 +229,38 @@ class RequestStates:
         row, column = np.nonzero((score_RP > table.token_limit_F[P]) & (packed_RP != NOTHING))
         in_phase = (rows.phase_bit[row] & table.phases_F[P[column]]) != 0
         row, column = row[in_phase], column[in_phase]
-        return _found(rows.slot[row], P[column], rows.position[row], score_RP[row, column], rows.phase_bit[row])
+        found = _found(rows.slot[row], P[column], rows.position[row], score_RP[row, column], rows.phase_bit[row])
+        return _earliest(found, table.features)
 
-    def _roll(self, index: int, batch: StepBatch, rows: Rows, peak_F: Array) -> Array:
-        group, order = self.table.rolling[index], rows.by_position
-        score_RG = self._scores_of(group.features, batch)
+    def _roll(self, index: int, scores: _Scores, rows: Rows, chosen_R: Array, peak_F: Array) -> Array:
+        """Args: chosen_R: rows, by slot and then by position."""
+        group = self.table.rolling[index]
         step = self._rolling[index].update(
-            rows.slot[order], rows.position[order], rows.phase_bit[order], score_RG[order]
+            rows.slot[chosen_R], rows.position[chosen_R], rows.phase_bit[chosen_R], scores.rows(chosen_R)
         )
         if step is None:
             return _NOTHING_FOUND
         _keep_largest(self._special, step.slot_U, self.table.special_F[group.features], step.packed_UG)
-        peak_F[group.features] = step.packed_UG.max(axis=0)
-        return _found(
-            step.over_slot, group.features[step.over_feature], step.over_position, step.over_value, step.over_phase_bit
+        peak_F[group.features] = np.maximum(peak_F[group.features], step.packed_UG.max(axis=0))
+        return _earliest(
+            _found(
+                step.over_slot,
+                group.features[step.over_feature],
+                step.over_position,
+                step.over_value,
+                step.over_phase_bit,
+            ),
+            self.table.features,
         )
-
-    def _scores_of(self, features: Array, batch: StepBatch) -> Array:
-        """Float16 columns [R, G] of these features; an activation beyond float16 counts as its largest value."""
-        dense = self._column_F[features]
-        if (dense >= 0).all():
-            return batch.dense_RP[:, dense]
-        score_RG = np.zeros((batch.rows, len(features)), np.float16)
-        score_RG[:, dense >= 0] = batch.dense_RP[:, dense[dense >= 0]]
-        column_F = np.full(self.table.features, -1)
-        column_F[features] = np.arange(len(features))
-        fires = batch.fires_N[column_F[batch.fires_N["feature"]] >= 0]
-        score_RG[fires["row"], column_F[fires["feature"]]] = np.clip(fires["act"], -FLOAT16_MAX, FLOAT16_MAX)
-        return score_RG
 
     def _first(self, parts: Sequence[Array], now: float) -> tuple[Array, Array]:
         """The earliest exceedance of each slot and feature that has had none yet, now marked; and the slots."""
-        if not parts:
+        parts = [some[~self._exceeded[some["slot"], some["exceedance"]["feature"]]] for some in parts]
+        if not any(map(len, parts)):
             return _NONE, _NO_SLOTS
         found = np.concatenate(parts)
-        found = found[~self._exceeded[found["slot"], found["exceedance"]["feature"]]]
-        key = found["slot"] * self.table.features + found["exceedance"]["feature"]
-        order = np.lexsort((found["exceedance"]["position"], key))
-        found, key = found[order], key[order]
-        found = found[np.append(True, key[1:] != key[:-1])[: len(key)]]
+        del parts
+        found = _earliest(found, self.table.features)
         self._exceeded[found["slot"], found["exceedance"]["feature"]] = True
         found["exceedance"]["seconds"] = now
         return found["exceedance"].copy(), found["slot"]
@@ -288,11 +293,84 @@ class Rows:
             phase_bit=np.repeat(bit_S, count_S),
         )
 
+    def part(self, part: slice) -> Rows:
+        """Consecutive ones of them; the segment that a cut goes through is in both."""
+        first, end = part.start, min(part.stop, len(self.slot))
+        if end - first == len(self.slot):
+            return self
+        begin = int(np.searchsorted(self.first_S, first, "right")) - 1
+        stop = int(np.searchsorted(self.first_S, end))
+        return Rows(
+            slot_S=self.slot_S[begin:stop],
+            phase_bit_S=self.phase_bit_S[begin:stop],
+            first_S=np.maximum(self.first_S[begin:stop] - first, 0),
+            slot=self.slot[part],
+            position=self.position[part],
+            phase_bit=self.phase_bit[part],
+        )
+
     @cached_property
     def by_position(self) -> Array:
         """Order of the rows by slot, then position."""
         order: Array = np.lexsort((self.position, self.slot))
         return order
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a step says of some features, G of them, at each of its rows."""
+
+    dense_RP: Array
+    column_G: Array
+    """Dense column of each feature, -1 for a sparse one."""
+    row_N: Array
+    """Row of each activation of the sparse ones, ascending."""
+    feature_N: Array
+    """0..G-1 of each one."""
+    act_N: Array
+    """Float16; an activation beyond it counts as its largest value."""
+
+    @classmethod
+    def of(cls, batch: StepBatch, features: Array, column_F: Array) -> _Scores:
+        """Args: column_F: dense column of each feature of the watchlist, -1 for a sparse one."""
+        place_F = np.full(len(column_F), -1)
+        place_F[features] = np.arange(len(features))
+        place_F[column_F >= 0] = -1
+        fires = batch.fires_N[place_F[batch.fires_N["feature"]] >= 0]
+        act_N = np.clip(fires["act"], -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
+        return cls(batch.dense_RP, column_F[features], fires["row"], place_F[fires["feature"]], act_N)
+
+    def rows(self, chosen_R: Array) -> Array:
+        """Float16 [R, G] at these rows."""
+        dense_G = self.column_G >= 0
+        if dense_G.all():
+            return self.dense_RP[chosen_R[:, None], self.column_G]
+        score_RG = np.zeros((len(chosen_R), len(self.column_G)), np.float16)
+        if dense_G.any():
+            score_RG[:, dense_G] = self.dense_RP[chosen_R[:, None], self.column_G[dense_G]]
+        first_R = np.searchsorted(self.row_N, chosen_R)
+        count_R = np.searchsorted(self.row_N, chosen_R, "right") - first_R
+        place = np.repeat(np.arange(len(chosen_R)), count_R)
+        at = np.arange(len(place)) + np.repeat(first_R - np.cumsum(count_R) + count_R, count_R)
+        score_RG[place, self.feature_N[at]] = self.act_N[at]
+        return score_RG
+
+
+def slices(count: int, width: int) -> Iterator[slice]:
+    """Slices of `count` rows of so many values each."""
+    rows = max(1, VALUES // max(1, width))
+    return (slice(first, first + rows) for first in range(0, count, rows))
+
+
+def _earliest(found: Array, features: int) -> Array:
+    """Of _FOUND of one step, the one at the lowest position of each slot and feature, by slot and feature."""
+    if not len(found):
+        return found
+    key = found["slot"] * features + found["exceedance"]["feature"]
+    order = np.lexsort((found["exceedance"]["position"], key))
+    found, key = found[order], key[order]
+    earliest: Array = found[np.append(True, key[1:] != key[:-1])]
+    return earliest
 
 
 def _keep_largest(state_KC: Array, slot_S: Array, columns: Array, packed_SC: Array) -> None:

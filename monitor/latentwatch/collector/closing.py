@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from latentwatch.aggregate.requests import RequestFeatures
+from latentwatch.aggregate.requests import RequestFeatures, slices
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
 from latentwatch.collector.replicas import Boot
@@ -50,8 +50,11 @@ class Closing:
 
     def _close(self, ends: dict[int, RequestClosed | None], now: float) -> None:
         """Close requests of one boot. Args: ends: by slot; None where the engine never said how it ended."""
-        if not ends:
-            return
+        told = list(ends.items())
+        for some in slices(len(told), len(self._state.features)):
+            self._close_some(dict(told[some]), now)
+
+    def _close_some(self, ends: dict[int, RequestClosed | None], now: float) -> None:
         state, slots = self._state, np.array(list(ends), np.int64)
         handles = state.slots.request(int(slots[0])).handles
         features = state.statistics.features_of(slots)

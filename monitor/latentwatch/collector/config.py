@@ -321,6 +321,9 @@ class Bounds:
     """Rows of ended requests that wait for a gateway, bytes; beyond it the oldest without an exceedance go first."""
     request_idle_seconds: float = 3600.0
     """Without a token for so long, a request is closed as lost: its engine forgot to say how it ended."""
+    name_idle_seconds: float = 86_400.0
+    """Without a stream and an open request for so long, what was counted of a model name or engine goes. Sooner where
+    another one needs the place."""
     replica_forgotten_seconds: float = 900.0
     """Without a stream for so long, a replica's health series go: long enough for an alert, and a pod that was replaced
     does not stay for ever."""

@@ -16,6 +16,7 @@ from latentwatch.aggregate.features import FeatureTable
 from latentwatch.aggregate.requests import RequestFeatures
 from latentwatch.arrays import Array
 from latentwatch.collector.requests import RequestSummary
+from latentwatch.collector.served_names import Names
 from latentwatch.collector.step_listener import Ends, RemoteRows, StepListener
 from latentwatch.drift.baseline import Baseline, Fingerprint
 from latentwatch.drift.canary import canary_prompt
@@ -64,6 +65,11 @@ class Drift(StepListener):
         """It has series from now on."""
         if model_name not in self._models:
             self._models[model_name] = self._new(model_name)
+
+    def names_gone(self, names: Names) -> None:
+        """See StepListener."""
+        for model_name in names.models:
+            self._models.pop(model_name, None)
 
     def ended(self, ends: Ends) -> None:
         """See StepListener."""

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import sqlite3
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -148,6 +148,10 @@ class Evidence:
             return vault.open(*found[-1]) if found else None
 
         return await self._read(work)
+
+    def written(self) -> Future[None]:
+        """Done once every record that was put before is on the disk, or counted as dropped."""
+        return self._writer.run(self._store.sync)
 
     def facts(self) -> EvidenceFacts:
         """Counts for /metrics."""

@@ -10,7 +10,7 @@ are recorded too, with what fits into the slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ from latentwatch.evidence.records import (
 )
 from latentwatch.evidence.segment import Watched, WatchedFeature
 from latentwatch.facts import Exceedance
+from latentwatch.names import Phase
 from latentwatch.watchlist.file import Watchlist
 
 EvidenceScope = Literal["exceeded", "all"]
@@ -36,6 +37,9 @@ EvidenceScope = Literal["exceeded", "all"]
 SLOT_BYTES: Final = 16 << 10
 """Per open request, for sparse activations and for dense scores each: 1,638 activations, at 2.5 a token some 650
 tokens. The operating system backs only the slots that were used."""
+_RECORDS_AT_ONCE: Final = 1024
+"""A step may have a million exceedances; whoever takes them has a bound of its own."""
+_PHASES: Final = {int(phase): phase for phase in Phase}
 _SERIAL_BITS: Final = 22
 """What 63 bits leave beside milliseconds since the epoch."""
 
@@ -110,13 +114,20 @@ class EvidenceBuffer(StepListener):
         self._fires.clear(slot)
         self._rows.clear(slot)
 
-    def _sink_exceedances(self, exceedances: Array, requests: Iterable[TrackedRequest]) -> None:
-        self._sink(
-            [
-                Exceeded(_recorded(request), Exceedance.of(exceedance))
-                for request, exceedance in zip(requests, exceedances, strict=True)
-            ]
-        )
+    def _sink_exceedances(self, exceedances: Array, requests: Sequence[TrackedRequest] | Array) -> None:
+        recorded: dict[int, RecordedRequest] = {}
+        for first in range(0, len(exceedances), _RECORDS_AT_ONCE):
+            some = slice(first, first + _RECORDS_AT_ONCE)
+            records: list[Record] = []
+            for request, found in zip(requests[some], exceedances[some].tolist(), strict=True):
+                serial = request.collector_serial
+                if serial not in recorded:
+                    recorded[serial] = _recorded(request)
+                feature, phase, position, value, seconds = found
+                records.append(
+                    Exceeded(recorded[serial], Exceedance(feature, _PHASES[phase], position, value, seconds))
+                )
+            self._sink(records)
 
     def _sink(self, records: Sequence[Record]) -> None:
         for sink in self._sinks:

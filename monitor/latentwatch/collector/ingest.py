@@ -12,6 +12,8 @@ What it promises:
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Final
 
@@ -22,6 +24,7 @@ from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
 from latentwatch.collector.closing import Closing
 from latentwatch.collector.federation.merge import ReportMerge
+from latentwatch.collector.name_places import NamePlaces
 from latentwatch.collector.replicas import Boot
 from latentwatch.collector.requests import TrackedRequest, bounded
 from latentwatch.collector.state import CollectorState
@@ -48,7 +51,8 @@ class Ingest:
         self._listeners = tuple(listeners)
         self._forwards = forwards
         self._closing = Closing(state, self._listeners)
-        self._reports = ReportMerge(state, self._listeners)
+        self._places = NamePlaces(state, self._listeners)
+        self._reports = ReportMerge(state, self._listeners, self._places)
 
     # -- Sink
 
@@ -65,7 +69,10 @@ class Ingest:
                 reason=RefusalReason.FORWARDS_TWICE,
             )
         state = self._state
-        boot, over = state.replicas.admit(hello, now)
+        admitted = state.replicas.admit(hello, now, functools.partial(self._places.in_use, now))
+        boot = admitted.boot
+        self._lose(admitted.over, now)
+        self._places.let_go(admitted.gone)
         if hello.forwards:
             for row in state.remote.restarted(hello):
                 state.index.close(row)
@@ -74,19 +81,19 @@ class Ingest:
         state.model(hello.model_name)
         for listener in self._listeners:
             listener.model_seen(hello.model_name)
-        self._lose(over, now)
         return boot.high_sequence
 
     def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
         """Take one batch into the state, whole or not at all.
 
-        Raises: StreamRefused: "malformed_batch", or "unknown_boot" for a stream that never said hello here.
+        Raises: StreamRefused: "malformed_batch", "scores_unarmed", or "unknown_boot" for a stream that never said hello
+                here.
         """
         state, sequence, batch = self._state, received.sequence, received.batch
         boot = state.replicas.boot(hello)
         if self._is_duplicate(boot, sequence):
             return
-        validate(batch, sparse_F=state.table.sparse_F, hook_points=len(state.watchlist.hooks))
+        validate(batch, sparse_F=state.table.sparse_F, hook_points=len(state.watchlist.hooks), armed=hello.armed)
         self._count(boot, sequence, batch.time_unix_nano, now)
         boot.counters = batch.counters
         self._merge_step(boot, batch, now)
@@ -101,9 +108,11 @@ class Ingest:
         boot = self._state.replicas.boot(hello)
         if self._is_duplicate(boot, sequence):
             return
-        self._reports.check(hello, report)
+        room = self._reports.check(hello, report, now)
         self._count(boot, sequence, report.time_unix_nano, now)
-        self._lose(self._reports.merge(hello, boot, report, now), now)
+        self._lose(self._reports.merge_replicas(hello, boot, report, room, now), now)
+        self._places.let_go(room.names)
+        self._reports.merge_counts(hello, report, now)
 
     def goodbye(self, hello: Hello, now: float) -> None:
         """The stream ended; its open requests wait for it to come back, up to Bounds.stream_gone_seconds."""
@@ -129,6 +138,7 @@ class Ingest:
             state.index.close(row)
         for listener in self._listeners:
             listener.tick(now)
+        self._places.expire(now)
 
     def acknowledged(self, number: int) -> None:
         """The gateway holds every report up to this one."""
@@ -215,7 +225,9 @@ class Ingest:
             opened_seconds, opening_seen = request.info.opened_seconds, request.info.opening_seen
             request.info = _opened(boot.hello, event, opened_seconds, opening_seen=opening_seen)
             state.index.add(request)
-        for handle in handles_S[boot.handles.find(handles_S) < 0].tolist():
+        unannounced = dict.fromkeys(handles_S[boot.handles.find(handles_S) < 0].tolist())
+        # More than there are slots would find none.
+        for handle in itertools.islice(unannounced, state.bounds.open_requests + len(new)):
             if handle not in new:
                 new[handle] = RequestInfo("", boot.hello.replica, boot.hello.model_name, boot.hello.engine, now)
         self._admit(boot, new, now)

@@ -6,14 +6,14 @@ Shape legend: n requests, F features.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from latentwatch.aggregate.requests import RequestFeatures
 from latentwatch.collector.requests import RequestSummary, Roster, SummariesState, TrackedRequest, bounded
-from latentwatch.facts import FEATURE_STAT
+from latentwatch.facts import FEATURE_STAT, RequestInfo
 from latentwatch.names import Outcome
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import RequestRow, joined
@@ -84,6 +84,10 @@ class RemoteRequests:
     def row(self, serial: int) -> RequestSummary | None:
         """The latest row of an open request."""
         return self._summaries.get(serial)
+
+    def infos(self) -> Iterator[RequestInfo]:
+        """Who the open requests are."""
+        return (summary.request.info for summary in self._summaries.values())
 
     def latest(self, count: int) -> list[int]:
         """Serials, latest row first."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Final
 
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.requests import HandleMap, HandleMapState
+from latentwatch.collector.served_names import NEW_SECONDS, InUse, Names, NameState, ServedNames
 from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.facts import IDENTITY_TEXT_CHARACTERS
 from latentwatch.step.batch import EngineCounters
@@ -17,6 +18,9 @@ from latentwatch.transport.report import Report
 
 _LABEL_BYTES: Final = {"replica": 253, "boot_id": 64, "engine": 64, "model_name": 253}
 """253 is the longest DNS name, which a pod's name is."""
+_NO_NAMES: Final = Names()
+_STREAMS: Final = 3
+"""The standing of a replica that makes room for none: it streams."""
 
 
 @dataclass
@@ -61,7 +65,7 @@ _SAME: Final = tuple(field.name for field in fields(BootState) if field.name != 
 class ReplicasState:
     """Everything that a Replicas remembers."""
 
-    engines: list[tuple[str, str]]
+    names: list[NameState]
     """Model names and engines that were counted."""
     marks: list[tuple[str, str, int]]
     """Replica, boot id and highest sequence of boots that were let go."""
@@ -80,6 +84,25 @@ class Replica:
         return next(reversed(self.boots.values()))
 
 
+@dataclass(frozen=True)
+class Room:
+    """What has to go so that something else has a place."""
+
+    replicas: tuple[str, ...]
+    names: Names
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A stream that was taken in."""
+
+    boot: Boot
+    over: list[Boot]
+    """Boots that it shows to be over, or that made room for it."""
+    gone: Names
+    """Names that made room for it."""
+
+
 class Replicas:
     """Every replica known, bounded."""
 
@@ -87,27 +110,30 @@ class Replicas:
         self._sha256 = watchlist_sha256
         self._bounds = bounds
         self.known: dict[str, Replica] = {}
-        self._engines: set[tuple[str, str]] = set()
+        self.names = ServedNames(bounds.models, bounds.replicas)
         # Highest sequence of boots that were let go, the last one let go at the end.
         self._marks: OrderedDict[tuple[str, str], int] = OrderedDict()
 
-    def admit(self, hello: Hello, now: float) -> tuple[Boot, list[Boot]]:
-        """Take a stream in: its boot, and the boots that it shows to be over.
+    def admit(self, hello: Hello, now: float, in_use: InUse) -> Admitted:
+        """Take a stream in, and let go of what has to make room for it.
 
         Raises: StreamRefused: "replica_name", "watchlist_mismatch", "too_many_replicas", "too_many_models" or
                 "boot_changed".
         """
-        self._check((hello,))
-        boot, over = self._boot(hello)
-        if not hello.forwards:
-            self._engines.add((hello.model_name, hello.engine))
+        room = self._check((hello,), now, in_use)
+        over = self._clear(room)
+        boot, others = self._boot(hello)
+        self.names.see(_names_of((hello,)), now)
         boot.forwarded_by = ""
         boot.streams += 1
         boot.last_seen_seconds = now
-        return boot, over
+        return Admitted(boot, over + others, room.names)
 
-    def check_report(self, forwarder: Hello, report: Report) -> None:
-        """Refuse a report of engines that could not stream here themselves. Raises StreamRefused, as `admit` does."""
+    def check_report(self, forwarder: Hello, report: Report, now: float, in_use: InUse) -> Room:
+        """Refuse a report of engines that could not stream here themselves; what has to make room for it.
+
+        Raises StreamRefused, as `admit` does.
+        """
         for state in report.replicas:
             known = self.known.get(state.hello.replica)
             direct = known.boots.get(state.hello.boot_id) if known else None
@@ -119,11 +145,14 @@ class Replicas:
                     reason=RefusalReason.REPLICA_TWICE,
                 )
         hellos = tuple(state.hello for state in report.replicas)
-        self._check(hellos, _counted(report), {model.model_name for model in report.models})
+        return self._check(hellos, now, in_use, _counted(report), forwarder.replica)
 
-    def merge_report(self, forwarder: Hello, report: Report) -> list[Boot]:
-        """Take what a checked report says of engines; the boots that it shows to be over."""
-        over: list[Boot] = []
+    def merge_report(self, forwarder: Hello, report: Report, room: Room, now: float) -> list[Boot]:
+        """Take what a checked report says of engines; the boots that it shows to be over.
+
+        When it last saw each one is by its clock, which may be any: here it is so long ago as it was there.
+        """
+        over = self._clear(room)
         for state in report.replicas:
             boot, others = self._boot(state.hello)
             for other in others:
@@ -131,10 +160,10 @@ class Replicas:
             over += others
             boot.forwarded_by = forwarder.replica
             boot.streams = int(state.connected)
-            boot.last_seen_seconds = state.last_seen_seconds
+            boot.last_seen_seconds = now - max(0.0, report.time_unix_nano / 1e9 - state.last_seen_seconds)
             boot.remote_open_requests = state.open_requests
             boot.counters = state.counters
-        self._engines |= _counted(report)
+        self.names.see(_names_of([state.hello for state in report.replicas]) | _counted(report), now)
         return over
 
     def _boot(self, hello: Hello) -> tuple[Boot, list[Boot]]:
@@ -152,19 +181,20 @@ class Replicas:
         return boot, over
 
     def _check(
-        self, hellos: Sequence[Hello], engines: Set[tuple[str, str]] = frozenset(), models: Set[str] = frozenset()
-    ) -> None:
+        self, hellos: Sequence[Hello], now: float, in_use: InUse, counted: Names = _NO_NAMES, speaker: str = ""
+    ) -> Room:
         for hello in hellos:
             _check_labels(hello)
             self._check_watchlist(hello)
             replica = self.known.get(hello.replica)
             if replica and (boot := replica.boots.get(hello.boot_id)):
                 _check_same_engine(boot.hello, hello)
-        for model_name, engine in (*engines, *((name, "0") for name in models)):
+        for model_name, engine in (*counted.engines, *((name, "0") for name in counted.models)):
             _check_label("report", "model_name", model_name)
             _check_label("report", "engine", engine)
-        engines = engines | {(hello.model_name, hello.engine) for hello in hellos if not hello.forwards}
-        self._check_capacity({hello.replica for hello in hellos}, engines, models | {name for name, _ in engines})
+        # Whoever speaks makes no room for what it tells of.
+        replicas = {hello.replica for hello in hellos} | ({speaker} & self.known.keys())
+        return self._room(replicas, _names_of(hellos) | counted, now, in_use)
 
     def boot(self, hello: Hello) -> Boot:
         """The boot of an accepted stream. Raises StreamRefused "unknown_boot" when it was forgotten meanwhile."""
@@ -187,12 +217,16 @@ class Replicas:
             boot.last_seen_seconds = now
         if hello.forwards:
             # Nobody here knows how they are now.
-            for other in self._boots():
+            for other in self.boots():
                 if other.forwarded_by == hello.replica:
                     other.streams = 0
 
     def gone(self, now: float) -> list[Boot]:
-        """Boots without a stream for so long that their open requests are over. Forgets replicas gone for longer."""
+        """Boots without a stream for so long that their open requests are over. Forgets replicas gone for longer.
+
+        Names of engines that stream are heard of now.
+        """
+        self.names.see(_names_of([boot.hello for boot in self.boots() if boot.streams]), now)
         silent = [
             (name, boot)
             for name, replica in self.known.items()
@@ -203,36 +237,35 @@ class Replicas:
             boots = self.known[name].boots.values()
             newest = max(boot.last_seen_seconds for boot in boots)
             if not any(boot.streams for boot in boots) and now - newest > self._bounds.replica_forgotten_seconds:
-                del self.known[name]
-                for boot in boots:
-                    self._forget(boot)
+                self._forget_replica(name)
         return [boot for _, boot in silent]
 
     def shift(self, seconds: float) -> None:
         """The clock jumped by so much: who was seen before was seen as long ago as it was."""
-        for boot in self._boots():
+        self.names.shift(seconds)
+        for boot in self.boots():
             boot.last_seen_seconds += seconds
 
     def disconnect_all(self) -> None:
         """No stream outlives the process that served it."""
-        for boot in self._boots():
+        for boot in self.boots():
             boot.streams = 0
 
     def state(self) -> ReplicasState:
         """Every boot and mark."""
         return ReplicasState(
-            engines=sorted(self._engines),
+            names=self.names.state(),
             marks=[(*key, sequence) for key, sequence in self._marks.items()],
             boots=[
                 BootState(**{name: getattr(boot, name) for name in _SAME}, handles=boot.handles.state())
-                for boot in self._boots()
+                for boot in self.boots()
             ],
         )
 
     def restore(self, state: ReplicasState) -> dict[int, HandleMap]:
         """Go on from `state`. Returns the handles of each boot by the slots in them."""
         by_slot: dict[int, HandleMap] = {}
-        self._engines = set(state.engines)
+        self.names.restore(state.names)
         self._marks.update(((replica, boot_id), sequence) for replica, boot_id, sequence in state.marks)
         for boot_state in state.boots:
             boot = Boot(**{name: getattr(boot_state, name) for name in _SAME})
@@ -241,9 +274,16 @@ class Replicas:
             self.known.setdefault(boot.hello.replica, Replica()).boots[boot.hello.boot_id] = boot
         return by_slot
 
-    def _boots(self) -> Iterator[Boot]:
+    def boots(self) -> Iterator[Boot]:
+        """Every boot that is known."""
         for replica in self.known.values():
             yield from replica.boots.values()
+
+    def _forget_replica(self, name: str) -> list[Boot]:
+        boots = list(self.known.pop(name).boots.values())
+        for boot in boots:
+            self._forget(boot)
+        return boots
 
     def _forget(self, boot: Boot) -> None:
         """Let a boot go, but not what it has delivered."""
@@ -261,37 +301,62 @@ class Replicas:
                 reason=RefusalReason.WATCHLIST_MISMATCH,
             )
 
-    def _check_capacity(self, replicas: Set[str], engines: Set[tuple[str, str]], models: Set[str]) -> None:
-        known_models = {model for model, _ in self._engines}
+    def _room(self, replicas: Set[str], names: Names, now: float, in_use: InUse) -> Room:
+        """Who has to go so that these have a place. Raises StreamRefused, "too_many_replicas" or "too_many_models"."""
+        gone = self.names.room(names, in_use)
+        excess = len(replicas - self.known.keys()) and len(replicas | self.known.keys()) - self._bounds.replicas
+        standing = {name: self._standing(name, now) for name in self.known.keys() - replicas} if excess > 0 else {}
+        idle = sorted((name for name in standing if standing[name][0] < _STREAMS), key=lambda name: standing[name])
         name = min(replicas, default="report")
-        checks = (
-            (
-                RefusalReason.TOO_MANY_REPLICAS,
-                len(replicas - self.known.keys()) + len(self.known) > self._bounds.replicas
-                and not replicas <= self.known.keys(),
-                f"this collector already knows {len(self.known)} replicas, and its bound is {self._bounds.replicas}",
-            ),
-            (
-                RefusalReason.TOO_MANY_MODELS,
-                (not models <= known_models and len(models | known_models) > self._bounds.models)
-                or (not engines <= self._engines and len(engines | self._engines) > self._bounds.replicas),
-                f"this collector already counts {len(known_models)} models and {len(self._engines)} engines",
-            ),
-        )
-        for reason, beyond, found in checks:
-            if beyond:
-                raise StreamRefused(
-                    f"replica {name}",
-                    found=found,
-                    instead="Start another collector for it, one per pod.",
-                    reason=reason,
-                )
+        if len(idle) < excess:
+            found = f"this collector already knows {len(self.known)} replicas, and its bound is {self._bounds.replicas}"
+            raise _full(name, found, RefusalReason.TOO_MANY_REPLICAS)
+        if gone is None:
+            known = self.names.known
+            found = f"this collector already counts {len(known.models)} models and {len(known.engines)} engines"
+            raise _full(name, found, RefusalReason.TOO_MANY_MODELS)
+        return Room(tuple(idle[: max(0, excess)]), gone)
+
+    def _standing(self, name: str, now: float) -> tuple[int, float]:
+        """Who goes first: without stream and requests, without stream, without a batch so far; each by time."""
+        boots = self.known[name].boots.values()
+        seen = max(boot.last_seen_seconds for boot in boots)
+        if any(boot.streams for boot in boots):
+            holds = now - seen < NEW_SECONDS or any(boot.high_sequence for boot in boots)
+            return (_STREAMS if holds else _STREAMS - 1), seen
+        return int(any(len(boot.handles) or boot.remote_open_requests for boot in boots)), seen
+
+    def _clear(self, room: Room) -> list[Boot]:
+        """Forget the replicas that make room and the boots of names that do; these boots: their requests are over."""
+        over = [boot for name in room.replicas for boot in self._forget_replica(name)]
+        self.names.let_go(room.names)
+        for name, replica in list(self.known.items()) if room.names else ():
+            for boot_id, boot in list(replica.boots.items()):
+                if not boot.hello.forwards and (boot.hello.model_name, boot.hello.engine) in room.names.engines:
+                    self._forget(replica.boots.pop(boot_id))
+                    over.append(boot)
+            if not replica.boots:
+                del self.known[name]
+        return over
 
 
-def _counted(report: Report) -> set[tuple[str, str]]:
+def _full(name: str, found: str, reason: RefusalReason) -> StreamRefused:
+    instead = "Start another collector for it, one per pod."
+    return StreamRefused(f"replica {name}", found=found, instead=instead, reason=reason)
+
+
+def _names_of(hellos: Iterable[Hello]) -> Names:
+    """Model names and engines of those that are engines."""
+    engines = {(hello.model_name, hello.engine) for hello in hellos if not hello.forwards}
+    return Names({model for model, _ in engines}, engines)
+
+
+def _counted(report: Report) -> Names:
     """Every model name and engine that a report has counts or requests of."""
-    counts = {(delta.model_name, delta.engine) for delta in report.engines}
-    return counts | {(row.info.model_name, row.info.engine) for row in report.requests}
+    engines = {(delta.model_name, delta.engine) for delta in report.engines}
+    engines |= {(row.info.model_name, row.info.engine) for row in report.requests}
+    models = {delta.model_name for delta in report.models}
+    return Names(models | {model for model, _ in engines}, engines)
 
 
 def _check_same_engine(first: Hello, again: Hello) -> None:

@@ -163,7 +163,10 @@ def wire(settings: CollectorSettings) -> Parts:
         pseudonyms=pseudonyms,
     )
     # What its journal tells again may not have been written down before: evidence hears it again.
-    durable = DurableSink(core, settings.state, time.time()) if settings.state else None
+    durable = None
+    if settings.state is not None:
+        written = evidence.written if evidence is not None else None
+        durable = DurableSink(core, settings.state, time.time(), evidence_written=written)
     sink = durable or core.ingest
     receiver = Receiver(
         PseudonymSink(sink, pseudonyms) if pseudonyms else sink,
@@ -269,6 +272,8 @@ class Service:
             asyncio.create_task(self._tick(), name="tick"),
         ]
         parts, core = self._parts, self.core
+        if parts.durable is not None:
+            self._tasks.append(asyncio.create_task(self._maintain(parts.durable), name="state"))
         if parts.report_client is not None:
             self._tasks.append(asyncio.create_task(parts.report_client.run(), name="forward"))
         if parts.telemetry is not None and parts.telemetry.pushes:
@@ -322,8 +327,12 @@ class Service:
             parts.sink.tick(now)
             if parts.report_client is not None:
                 parts.report_client.news()
-            if parts.durable is not None:
-                await parts.durable.maintain(now)
+
+    async def _maintain(self, durable: DurableSink) -> None:
+        """Beside the tick: a checkpoint may wait for a disk."""
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            await durable.maintain(time.time())
 
 
 async def serve(settings: CollectorSettings, *, started: Callable[[Service], None]) -> None:

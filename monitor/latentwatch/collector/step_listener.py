@@ -5,12 +5,13 @@ Shape legend: K request slots, n requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 from latentwatch.aggregate.requests import RequestFeatures, StepView
 from latentwatch.arrays import Array
 from latentwatch.collector.requests import RequestSummary, TrackedRequest
+from latentwatch.collector.served_names import Names
 from latentwatch.step.batch import StepBatch
 from latentwatch.transport.report import RequestRow
 
@@ -70,6 +71,13 @@ class StepListener:
 
     def model_seen(self, model_name: str) -> None:
         """Something is said of this model; told again and again."""
+
+    def names_gone(self, names: Names) -> None:
+        """Nothing is counted under these model names and engines any more."""
+
+    def owed_models(self) -> Set[str]:
+        """Model names of which it still has to tell somebody; they do not go before it has."""
+        return frozenset()
 
     def step(self, step: Step) -> None:
         """A step was merged."""

@@ -169,8 +169,8 @@ def side_files(path: Path) -> tuple[Path, ...]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file with what belongs to it."""
-    for part in side_files(path):
+    """Remove a file with what belongs to it: first its log, which without it nothing would find again."""
+    for part in reversed(side_files(path)):
         part.unlink(missing_ok=True)
 
 

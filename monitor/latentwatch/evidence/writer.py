@@ -73,7 +73,9 @@ class Writer:
         self._clock = clock
         self._queue_bytes = queue_bytes
         self._queue: deque[Record] = deque()
-        self._tasks: deque[Callable[[], None]] = deque()
+        self._tasks: deque[tuple[int, Callable[[], None]]] = deque()
+        """Each with the number of records that were queued before it."""
+        self._put = self._done = 0
         self._queued_bytes = 0
         self._written: Counter[str] = Counter()
         self._dropped: Counter[tuple[str, str]] = Counter()
@@ -92,15 +94,16 @@ class Writer:
                     self._dropped[kind(record), "queue_full"] += 1
                 else:
                     self._queue.append(record)
+                    self._put += 1
                     self._queued_bytes += size
             if len(self._queue) >= BATCH_RECORDS:
                 self._changed.notify()
 
     def run(self, task: Callable[[], T]) -> Future[T]:
-        """Do something in the writer's thread, after every record that was put before."""
+        """Do something in the writer's thread, after every record that was put before, whatever comes after it."""
         future: Future[T] = Future()
         with self._changed:
-            self._tasks.append(functools.partial(_resolve, task, future))
+            self._tasks.append((self._put, functools.partial(_resolve, task, future)))
             self._changed.notify()
         return future
 
@@ -125,10 +128,10 @@ class Writer:
                 batch = [self._queue.popleft() for _ in range(min(BATCH_RECORDS, len(self._queue)))]
                 self._queued_bytes -= sum(map(size_bytes, batch))
                 done = self._closing and not batch and not self._tasks
-                tasks = [] if self._queue else [self._tasks.popleft() for _ in range(len(self._tasks))]
             if batch:
                 self._write(batch)
-            for task in tasks:
+                self._done += len(batch)
+            while (task := self._next_task()) is not None:
                 task()
             now = self._clock()
             if now - pruned >= _PRUNE_SECONDS or now < pruned:
@@ -137,6 +140,10 @@ class Writer:
             if done:
                 self._guarded(self._target.close)
                 return
+
+    def _next_task(self) -> Callable[[], None] | None:
+        with self._changed:
+            return self._tasks.popleft()[1] if self._tasks and self._tasks[0][0] <= self._done else None
 
     def _wanted(self) -> bool:
         return bool(self._closing or self._tasks or len(self._queue) >= BATCH_RECORDS)

@@ -66,7 +66,8 @@ class Ledger:
         cached_reason: why tokens that the engine did not compute are unseen, where they inherit nothing.
         """
         self._armed = armed
-        self._inheritance = Inheritance(score_cache, cached_reason)
+        # Of an engine that is not armed nothing is seen, for that reason alone.
+        self._inheritance = Inheritance(score_cache, cached_reason if armed else Reason.NOT_ARMED)
         self._pending = PendingSteps(drafts=drafts)
         self._hits: list[Hit] = []
         self._open: dict[int, Opened] = {}

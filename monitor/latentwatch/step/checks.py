@@ -22,13 +22,14 @@ _UNKNOWN: Final = {
 }
 
 
-def validate(batch: StepBatch, *, sparse_F: Array, hook_points: int) -> None:
+def validate(batch: StepBatch, *, sparse_F: Array, hook_points: int, armed: bool = True) -> None:
     """Refuse a batch that does not keep the contract of step.batch, so that nothing behind it has to look again.
 
     Args:   sparse_F: bool [F], which features of the watchlist may appear in `fires_N`; the others are dense.
-    Raises: StreamRefused, reason "malformed_batch", naming the column and the offending value.
+            armed: what the engine said of itself.
+    Raises: StreamRefused, reason "malformed_batch", naming the column and the offending value, or "scores_unarmed".
     """
-    validate_segments(batch)
+    validate_segments(batch, armed=armed)
     _check_shapes(batch, int((~sparse_F).sum()), hook_points)
     if len(batch.fires_N):
         _check_fires(batch, sparse_F)
@@ -37,9 +38,17 @@ def validate(batch: StepBatch, *, sparse_F: Array, hook_points: int) -> None:
             raise _malformed(batch, f"column {name} holds NaN or infinity")
 
 
-def validate_segments(batch: StepBatch) -> None:
+def validate_segments(batch: StepBatch, *, armed: bool = True) -> None:
     """The part of `validate` that needs no watchlist."""
     segments_S = batch.segments_S
+    if not armed and owns_rows(segments_S).any():
+        raise StreamRefused(
+            f"step {batch.step}",
+            found=f"it brings scores of {batch.rows} tokens, and its engine said that it is not armed",
+            instead="Scores without an armed watchlist mean nothing. Run the same version in engine and exporter, and "
+            "report this as a bug.",
+            reason=RefusalReason.SCORES_UNARMED,
+        )
     for name, unknown in _UNKNOWN.items():
         foreign = unknown[segments_S[name]]
         if foreign.any():

@@ -58,8 +58,8 @@ class RecordingSink:
         return self._held.get((hello.replica, hello.boot_id), 0)
 
     def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
-        """See Sink. Raises StreamRefused "malformed_batch" for segments that no collector takes."""
-        validate_segments(received.batch)
+        """See Sink. Raises StreamRefused, "malformed_batch" or "scores_unarmed", for what no collector takes."""
+        validate_segments(received.batch, armed=hello.armed)
         key = hello.replica, hello.boot_id
         if received.sequence > self._held.get(key, 0):
             self._held[key] = received.sequence

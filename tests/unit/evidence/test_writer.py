@@ -107,3 +107,20 @@ def test_the_target_is_pruned_about_once_a_second_by_the_given_clock():
     now[0] += 5
     eventually(lambda: target.pruned == 1)
     writer.close()
+
+
+def test_a_task_runs_once_what_was_put_before_it_is_written_however_much_comes_after_it():
+    """A checkpoint of the state waits for it: a queue that is never empty must not hold it up."""
+    target = RecordTarget()
+    target.gate.clear()
+    writer = Writer(target)
+    writer.put(exceedances(5_000))
+    eventually(lambda: not writer.totals().queued_bytes)
+    writer.put(exceedances(10))
+    done = writer.run(lambda: len(target.records))
+    writer.put(exceedances(3 * 5_000))
+    assert not done.done()
+    target.gate.set()
+    assert 5_010 <= done.result(10) <= 10_000
+    writer.close()
+    assert len(target.records) == 4 * 5_000 + 10

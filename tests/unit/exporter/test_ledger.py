@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.exporter.ledger import Ledger
@@ -194,6 +195,16 @@ def test_an_aborted_request_stops_where_the_engine_stopped():
 def test_an_engine_that_is_not_armed_counts_every_token_as_unseen():
     books = run(raw([(0, 0, 4)], [opened(0, 1, 4)], scored_rows=0), raw([], [Closed(0, 1, False)]), armed=False)
     assert books.tokens == {(1, TokenState.UNSEEN, Reason.NOT_ARMED, Phase.PROMPT): 4}
+
+
+@pytest.mark.parametrize("reason", [Reason.PREFIX_CACHE, Reason.KV_CONNECTOR])
+def test_a_prefix_hit_of_an_engine_that_is_not_armed_is_unseen_for_that_reason_and_no_other(reason):
+    ledger, books = Ledger(armed=False, drafts=False, cached_reason=reason), Books()
+    hit = raw([(0, 32, 4)], [opened(0, 1, 36, cached=32)], scored_rows=0)
+    for each in (hit, raw([], [Closed(0, 1, False)])):
+        books.take(ledger.settle(each, EngineCounters()))
+    books.take(ledger.finish())
+    assert books.tokens == {(1, TokenState.UNSEEN, Reason.NOT_ARMED, Phase.PROMPT): 36}
 
 
 def test_a_step_without_a_trace_of_the_op_is_unseen_not_zero():

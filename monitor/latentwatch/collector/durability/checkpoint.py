@@ -6,6 +6,7 @@ them; see `schema`. Nothing in it is executed on reading, and the zip's checksum
 
 from __future__ import annotations
 
+import errno
 import json
 import zipfile
 from collections.abc import Mapping
@@ -37,23 +38,24 @@ def write(path: Path, header: Mapping[str, Any], state: CoreState) -> None:
 def read(path: Path, header: Mapping[str, Any]) -> CoreState:
     """The state in a file that was written under an equal header.
 
-    Raises: StateRefused, "state_header" for another header, "state_damaged" for a file that is not whole.
+    Raises: StateRefused, "state_header" for another header, "state_damaged" for a file that is not whole; OSError where
+            the disk does not give it out.
     """
     try:
-        with np.load(path, allow_pickle=False) as members:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
             arrays = {name: members[name] for name in members.files}
         tree = json.loads(arrays[_TREE].tobytes())
         found, plain = dict(tree["header"]), tree["state"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        # With a number it is the system's; a file that is cut off within a member has none.
+        if error.errno not in (None, errno.EINVAL):
+            raise
+        raise damaged(path, f"it cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise damaged(path, f"it cannot be read: {error}") from error
     for name, value in header.items():
         if found.get(name) != value:
-            raise StateRefused(
-                f"state {path}",
-                found=f"its {name} is {found.get(name)!r}, this collector's is {value!r}",
-                instead="Start with what the state was made by, or give another --state folder.",
-                reason=RefusalReason.STATE_HEADER,
-            )
+            raise _other_header(path, name, found.get(name), value)
     try:
         return schema.from_tree(plain, arrays)
     except (ValueError, TypeError, RecursionError) as error:
@@ -68,3 +70,13 @@ def damaged(path: Path, found: str) -> StateRefused:
         instead="Restore the file, or remove its folder to begin again at zero.",
         reason=RefusalReason.STATE_DAMAGED,
     )
+
+
+def _other_header(path: Path, name: str, found: Any, value: Any) -> StateRefused:
+    """Of bounds only those that differ are named."""
+    instead = "Start with what the state was made by, or give another --state folder."
+    if isinstance(found, dict) and isinstance(value, dict):
+        names = sorted(key for key in found.keys() | value.keys() if found.get(key) != value.get(key))
+        found, value = ({key: part.get(key) for key in names} for part in (found, value))
+    what = f"its {name} is {found!r}, this collector's is {value!r}"
+    return StateRefused(f"state {path}", found=what, instead=instead, reason=RefusalReason.STATE_HEADER)

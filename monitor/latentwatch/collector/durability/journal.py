@@ -7,10 +7,16 @@ else. A new pair begins every minute or every 64 MiB, and the older one is remov
 
 What survives. Events are written (not synced) before they are acknowledged, so the death of the process costs nothing;
 they are synced once a second, so the death of the host costs the acknowledged events of about that second, which show
-up as a gap in the sequence numbers. Of a journal whose end is torn or damaged everything before that place counts.
+up as a gap in the sequence numbers. Of a journal whose end is torn or damaged everything before that place counts; one
+that is damaged is set aside, see `folder`.
 
-A disk that is full or gone does not stop the monitoring: what is merged is acknowledged as without a disk, `durable`
-turns false, and a new checkpoint is tried every few seconds until one succeeds and makes up for it.
+The order in which files come and go: a journal is removed only after the checkpoint behind it is on the disk, and that
+is written only after the evidence that its events gave is. So evidence that still waited in memory as a collector was
+killed is made again from the journal.
+
+A disk that is full or gone, now or as a collector starts, does not stop the monitoring: what is merged is acknowledged
+as without a disk, `durable` turns false, and a new checkpoint is tried every few seconds until one succeeds and makes
+up for it. A state that could not be read at the start is set aside then: the collector began at zero and says so.
 
 A folder belongs to one process (a lock), and within it each watchlist and format has a folder of its own: a collector
 that is started with another watchlist begins at zero and leaves the earlier state where it is. So does one of a version
@@ -20,21 +26,25 @@ with another format, which says in its log what it did not read.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
-import re
 import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from filelock import BaseFileLock
 
 from latentwatch import storage
 from latentwatch.collector.core import Core
 from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.durability import checkpoint, schema
+from latentwatch.collector.durability.folder import StateFolder
 from latentwatch.collector.durability.state_facts import StateFacts
 from latentwatch.collector.ingest import Ingest
 from latentwatch.errors import Refusal, RefusalReason, StateRefused
@@ -50,11 +60,34 @@ _JOURNAL_BYTES: Final = 64 << 20
 _RETRY_SECONDS: Final = 5.0
 _SYNC_SECONDS: Final = 1.0
 _WAIT_SECONDS: Final = 0.02
+_EVIDENCE_SECONDS: Final = 30.0
+"""How long a checkpoint waits for the evidence before it; then the journals stay, and the next one tries again."""
+_JOURNALS_BYTES: Final = 8 * _JOURNAL_BYTES
+"""Beyond it a checkpoint replaces them though the evidence is not written: the disk is for the state first."""
+_REPLAYED_AT_ONCE: Final = 512
+"""Events that are taken again before what they gave is written: more would not fit into the queue of evidence."""
+_MISTAKES: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST, errno.EINVAL})
+"""What a path says that can be no folder, whatever becomes of the disk. ENOSYS: its file system has no locks."""
 
-_FRAMING: Final = storage.Framing()
+_FRAMING: Final = storage.Framing(max_body_bytes=codec.MAX_MESSAGE_BYTES + (64 << 10))
 _EVENT: Final = struct.Struct("<cdI")  # kind, the collector's time, number of the stream's hello in this journal
 _HEADER, _NAME, _HELLO, _BATCH, _GOODBYE, _TICK, _REFUSED, _SHIFT = b"J", b"N", b"H", b"B", b"G", b"T", b"R", b"S"
 _HELD = b"A"
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A checkpoint that is to be written."""
+
+    state: CoreState
+    number: int
+    seconds: float
+    before: storage.FramedLog | None
+    """The journal that ends where the state was taken."""
+    journal: storage.FramedLog
+    """The one that begins there, open once more."""
+    evidence: Future[None] | None
+    """Done when all evidence that was given until then is on its disk."""
 
 
 class DurableSink:
@@ -63,10 +96,13 @@ class DurableSink:
     Every method is called from one event loop; only the bytes of a checkpoint are written in another thread.
     """
 
-    def __init__(self, core: Core, folder: Path, now: float) -> None:
+    def __init__(
+        self, core: Core, folder: Path, now: float, *, evidence_written: Callable[[], Future[None]] | None = None
+    ) -> None:
         """Resume from what the folder holds, or begin in it.
 
-        Args:   core: has seen nothing yet.   now: seconds since the Unix epoch.
+        Args:   core: has seen nothing yet.   now: seconds since the Unix epoch.   evidence_written: what is done once
+                all evidence that the core gave until now is on a disk; None where it gives none.
         Raises: StateRefused: "state_in_use", "state_unusable", "state_header", "state_damaged" or "state_journal".
         """
         self._core = core
@@ -77,30 +113,46 @@ class DurableSink:
             "watchlist_sha256": core.watchlist.sha256,
             "bounds": dataclasses.asdict(core.bounds),
         }
-        self._folder = folder / f"{core.watchlist.sha256[:16]}-{schema.FORMAT}"
+        self._folder = StateFolder(folder, f"{core.watchlist.sha256[:16]}-{schema.FORMAT}")
+        self._evidence_written = evidence_written
         self._names: dict[Hello, int] = {}
         self._journal: storage.FramedLog | None = None
         """None after a failure, until a checkpoint succeeds."""
         self._whole = False
-        self._number = 0
-        self._failures = 0
+        self._unread = False
+        """Whether the folder may hold files that this collector did not go on from."""
+        self._number = self._failures = self._resumed = 0
         self._checkpoint_seconds = 0.0
         self._next_checkpoint = self._next_sync = now
         self._writing = False
+        self._keeping = threading.Lock()
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = _lock(folder)
-        except OSError as error:
-            raise _unusable(folder, error) from error
-        try:
-            self._resumed = self._resume()
-            core.ingest.disconnect_all()
-            self._keep(self._begin(now), self._number, now)
-        except BaseException as error:
-            self._lock.release()
-            if isinstance(error, OSError):
-                raise _unusable(folder, error) from error
+            self._start(folder, now)
+        except BaseException:
+            self._folder.release()
             raise
+
+    def _start(self, folder: Path, now: float) -> None:
+        try:
+            self._folder.open()
+            self._resumed = self._resume()
+        except OSError as error:
+            if error.errno in _MISTAKES or error.errno == errno.ENOSYS:
+                raise _unusable(folder, error) from error
+            self._unread = True
+            log.error(
+                "the state in %s cannot be read: %s. This collector begins without what it did not read; it is set "
+                "aside once the folder can be written.",
+                self._folder.path,
+                error.strerror or error,
+            )
+            self._fail(error)
+        self._ingest.disconnect_all()
+        if not self._unread:
+            try:
+                self._keep(self._begin(now))
+            except OSError as error:
+                self._fail(error)
 
     # -- Sink
 
@@ -165,6 +217,7 @@ class DurableSink:
             journal_bytes=self._journal.size if self._journal is not None else 0,
             write_failures=self._failures,
             resumed_events=self._resumed,
+            files_aside=len(self._folder.aside()),
         )
 
     async def maintain(self, now: float) -> None:
@@ -185,67 +238,96 @@ class DurableSink:
     async def forget(self, name: str, now: float) -> bool:
         """See Core.forget; and have the files say nothing of it any more. Returns whether they do.
 
-        A new checkpoint takes the place of the files that tell of it. Killed before that, it is all there again.
+        A new checkpoint takes the place of the files that tell of it. Killed before that, it is all there again. Files
+        that were set aside may tell of it for ever.
         """
         while self._writing:
             await asyncio.sleep(_WAIT_SECONDS)
         self._core.forget(name)
-        await self._checkpoint(now)
-        return self._whole
+        return await self._checkpoint(now) and not self._folder.aside()
 
     def close(self, now: float) -> None:
         """Leave one checkpoint behind, so that the next start reads no journal."""
         self.commit()
         try:
-            self._keep(self._begin(now), self._number, now)
+            self._keep(self._begin(now))
         except OSError as error:
             self._fail(error)
         if self._journal is not None:
             self._journal.close()
-        self._lock.release()
+        self._folder.release()
 
-    async def _checkpoint(self, now: float) -> None:
+    async def _checkpoint(self, now: float) -> bool:
+        """Whether it took the place of everything before it."""
         self._writing = True
         self.commit()
         try:
-            state = self._begin(now)
-            await asyncio.to_thread(self._keep, state, self._number, now)
+            return await asyncio.to_thread(self._keep, self._begin(now))
         except OSError as error:
             self._fail(error)
             self._next_checkpoint = now + _RETRY_SECONDS
+            return False
         finally:
             self._writing = False
 
-    def _begin(self, now: float) -> CoreState:
-        """Begin the next journal; the state at its beginning. Raises OSError."""
+    def _begin(self, now: float) -> _Due:
+        """Begin the next journal; what `_keep` is to be given. Raises OSError."""
+        if self._unread:
+            self._folder.open()
+            self._number = max(self._number, self._folder.newest())
+            self._folder.set_all_aside("it could not be read as this collector started")
+            self._unread = False
         first = _FRAMING.pack(_EVENT.pack(_HEADER, now, self._whole))
-        journal = storage.FramedLog(self._path("journal", self._number + 1), _FRAMING, first, replace=True)
-        if self._journal is not None:
-            self._journal.close()
-        self._journal = journal
+        path = self._folder.file("journal", self._number + 1)
+        journal = storage.FramedLog(path, _FRAMING, first, replace=True)
+        before, self._journal = self._journal, journal
         self._number += 1
         self._names.clear()
         self._next_checkpoint = now + _CHECKPOINT_SECONDS
-        return self._core.state()
+        evidence = self._evidence_written() if self._evidence_written is not None else None
+        return _Due(self._core.state(), self._number, now, before, journal.duplicate(), evidence)
 
-    def _keep(self, state: CoreState, number: int, now: float) -> None:
-        """Write a checkpoint, then remove what it replaces. Raises OSError."""
-        checkpoint.write(self._path("checkpoint", number), self._header, state)
-        self._checkpoint_seconds = now
-        self._whole = True
-        for kind in ("checkpoint", "journal"):
-            for older in self._numbers(kind):
-                if older < number:
-                    self._path(kind, older).unlink(missing_ok=True)
+    def _keep(self, due: _Due) -> bool:
+        """Write a checkpoint, then remove what it replaces. Raises OSError.
+
+        False where the evidence before it is not on its disk: then it is not written, and the journals stay.
+        """
+        with self._keeping, contextlib.closing(due.journal):
+            if due.before is not None:
+                with contextlib.closing(due.before):
+                    due.before.sync()
+            storage.sync_folder(self._folder.path)
+            if due.evidence is not None and not self._may_replace(due.journal, due.evidence):
+                return False
+            checkpoint.write(self._folder.file("checkpoint", due.number), self._header, due.state)
+            self._checkpoint_seconds = due.seconds
+            self._whole = True
+            self._folder.remove_before(due.number)
+            return True
+
+    def _may_replace(self, journal: storage.FramedLog, evidence: Future[None]) -> bool:
+        """Wait until the evidence is written; whether the journals that it came from may go. Raises OSError."""
+        waited = 0.0
+        while waited < _EVIDENCE_SECONDS and not evidence.done():
+            concurrent.futures.wait((evidence,), _SYNC_SECONDS)
+            journal.sync()
+            waited += _SYNC_SECONDS
+        if evidence.done() and evidence.exception() is None:
+            return True
+        if not self._whole or self._folder.journal_bytes() > _JOURNALS_BYTES:
+            log.error("evidence is not written; if this collector is killed now, what waits of it is lost")
+            return True
+        log.warning("evidence is not written yet: the journals that it can be made of again stay")
+        return False
 
     def _fail(self, error: OSError) -> None:
         """Go on in memory until a checkpoint succeeds."""
         self._failures += 1
-        if self._whole:
+        if self._whole or self._failures == 1:
             log.error(
                 "the state in %s cannot be written: %s. Until it can, a collector that dies loses what it counted "
                 "since; free space there or restore the disk.",
-                self._folder,
+                self._folder.path,
                 error.strerror or error,
             )
         if self._journal is not None:
@@ -269,38 +351,41 @@ class DurableSink:
     # -- resuming
 
     def _resume(self) -> int:
-        """Put the collector where the files end; the number of events that it was given again."""
-        numbers = self._numbers("checkpoint")
+        """Put the collector where the files end; the number of events that it was given again. Raises OSError."""
+        folder = self._folder
+        numbers = folder.numbers("checkpoint")
         if not numbers:
             self._name_other_formats()
             return 0
-        self._restore(self._path("checkpoint", numbers[-1]))
-        self._number = max(numbers[-1], *self._numbers("journal"), 0)
+        self._restore(folder.file("checkpoint", numbers[-1]))
+        self._number = folder.newest()
         events = 0
         for number in range(numbers[-1], self._number + 1):
-            path = self._path("journal", number)
-            records, left_out_bytes = _records(path)
+            path = folder.file("journal", number)
+            records, damage = _records(path)
             # A journal that was begun after a failure has events missing before it; only its checkpoint leads to it.
             if not records or not (_EVENT.unpack_from(records[0])[2] or number == numbers[-1]):
+                if damage:
+                    folder.set_aside(path, damage)
                 break
             events += self._replay(path, records[1:])
-            if left_out_bytes:
-                log.warning("%s: its last %d bytes are no whole event and are left out", path, left_out_bytes)
+            if damage:
+                for later in range(number, self._number + 1):
+                    if folder.file("journal", later).exists():
+                        folder.set_aside(folder.file("journal", later), damage)
                 break
-        log.info("resumed from %s with %d events after it", self._path("checkpoint", numbers[-1]), events)
+        log.info("resumed from %s with %d events after it", folder.file("checkpoint", numbers[-1]), events)
         return events
 
     def _name_other_formats(self) -> None:
         """Say what of this watchlist another version left here, before a collector begins at zero beside it."""
-        mine, _, _ = self._folder.name.rpartition("-")
-        for other in sorted(self._folder.parent.glob(f"{mine}-*")):
-            if other != self._folder and any(other.glob("checkpoint-*.npz")):
-                log.warning(
-                    "the state in %s is of another version of latentwatch (this one writes format %d) and is not read: "
-                    "the counters begin at zero. Start the version that wrote it to go on from there, or remove it.",
-                    other,
-                    schema.FORMAT,
-                )
+        for other in self._folder.of_other_formats():
+            log.warning(
+                "the state in %s is of another version of latentwatch (this one writes format %d) and is not read: "
+                "the counters begin at zero. Start the version that wrote it to go on from there, or remove it.",
+                other,
+                schema.FORMAT,
+            )
 
     def _restore(self, path: Path) -> None:
         state = checkpoint.read(path, self._header)
@@ -312,7 +397,9 @@ class DurableSink:
     def _replay(self, path: Path, records: list[bytes]) -> int:
         names: dict[int, Hello] = {}
         try:
-            for record in records:
+            for i, record in enumerate(records, start=1):
+                if i % _REPLAYED_AT_ONCE == 0 and self._evidence_written is not None:
+                    concurrent.futures.wait((self._evidence_written(),), _EVIDENCE_SECONDS)
                 kind, now, name = _EVENT.unpack_from(record)
                 text = record[_EVENT.size :]
                 if kind == _NAME:
@@ -327,14 +414,6 @@ class DurableSink:
                 reason=RefusalReason.STATE_JOURNAL,
             ) from error
         return len(records) - len(names)
-
-    def _path(self, kind: str, number: int) -> Path:
-        return self._folder / f"{kind}-{number:012d}.{'npz' if kind == 'checkpoint' else 'log'}"
-
-    def _numbers(self, kind: str) -> list[int]:
-        """Numbers of the files of one kind, ascending."""
-        shape = re.compile(rf"{kind}-(\d+)\.(npz|log)")
-        return sorted(int(match[1]) for path in self._folder.iterdir() if (match := shape.fullmatch(path.name)))
 
 
 def _repeat(ingest: Ingest, kind: bytes, now: float, hello: Hello | None, text: bytes) -> None:
@@ -365,26 +444,21 @@ def _repeat(ingest: Ingest, kind: bytes, now: float, hello: Hello | None, text: 
         raise ValueError(f"event of unknown kind {kind!r}")
 
 
-def _records(path: Path) -> tuple[list[bytes], int]:
-    """Every event of a journal up to the first that is torn or damaged, and how many bytes that leaves out."""
-    if not path.exists():
-        return [], 0
-    with path.open("rb") as file:
+def _records(path: Path) -> tuple[list[bytes], str]:
+    """Every event of a journal up to the first that is torn or damaged; and the damage, empty where there is none.
+
+    Raises OSError.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return [], ""
+    with file:
         frames = storage.FrameReader(file, _FRAMING)
-        return [frame.body for frame in frames], path.stat().st_size - frames.at
-
-
-def _lock(folder: Path) -> BaseFileLock:
-    """Raises OSError, StateRefused "state_in_use"."""
-    lock = storage.lock_folder(folder)
-    if lock is None:
-        raise StateRefused(
-            f"state folder {folder}",
-            found="another collector uses it",
-            instead="Give each collector a --state folder of its own.",
-            reason=RefusalReason.STATE_IN_USE,
-        )
-    return lock
+        records = [frame.body for frame in frames]
+        damaged = frames.tail is storage.Tail.DAMAGED
+        left_out = path.stat().st_size - frames.at
+        return records, f"its last {left_out} bytes, behind byte {frames.at}, are no whole event" if damaged else ""
 
 
 def _unusable(folder: Path, error: OSError) -> StateRefused:

@@ -17,3 +17,5 @@ class StateFacts:
     write_failures: int = 0
     resumed_events: int = 0
     """Events that were read back from the journal at the start."""
+    files_aside: int = 0
+    """Files of a state that could not be read, or not to their end; nothing reads or removes them."""

@@ -5,16 +5,18 @@ Shape legend: n requests, F features.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 
 from latentwatch.aggregate.histogram import NORM_EDGES, Histograms
+from latentwatch.aggregate.requests import slices
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
+from latentwatch.collector.name_places import NamePlaces
 from latentwatch.collector.remote_requests import features_of
-from latentwatch.collector.replicas import Boot
+from latentwatch.collector.replicas import Boot, Room
 from latentwatch.collector.requests import RequestSummary, summarise
 from latentwatch.collector.state import CollectorState, ModelCounts
 from latentwatch.collector.step_listener import RemoteRows, StepListener
@@ -24,19 +26,20 @@ from latentwatch.transport import report as reports
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import ModelDelta, Report, RequestRow
 
-_ROWS_AT_ONCE: Final = 512
-"""Rows of a report that are unfolded at a time: at 1,024 features some 17 MiB."""
-
 
 class ReportMerge:
     """Merges reports into a state."""
 
-    def __init__(self, state: CollectorState, listeners: Sequence[StepListener]) -> None:
+    def __init__(self, state: CollectorState, listeners: Sequence[StepListener], places: NamePlaces) -> None:
         self._state = state
         self._listeners = listeners
+        self._places = places
 
-    def check(self, forwarder: Hello, report: Report) -> None:
-        """Refuse a report that does not fit, before it changes anything. Raises StreamRefused, as Ingest.merge says."""
+    def check(self, forwarder: Hello, report: Report, now: float) -> Room:
+        """Refuse a report that does not fit, before it changes anything; what has to make room for it.
+
+        Raises StreamRefused, as Ingest.merge says.
+        """
         state = self._state
         reports.validate(
             report,
@@ -45,16 +48,21 @@ class ReportMerge:
             statistic_buckets=state.table.edges_FB.shape[1] + 1,
             norm_buckets=len(NORM_EDGES) + 1,
         )
-        state.replicas.check_report(forwarder, report)
+        return state.replicas.check_report(forwarder, report, now, functools.partial(self._places.in_use, now))
 
-    def merge(self, forwarder: Hello, boot: Boot, report: Report, now: float) -> list[Boot]:
-        """Take a checked report. Args: boot: the forwarder's. Returns the boots of engines that it shows to be over."""
+    def merge_replicas(self, forwarder: Hello, boot: Boot, report: Report, room: Room, now: float) -> list[Boot]:
+        """Take what a checked report says of engines. Args: boot: the forwarder's.
+
+        Returns the boots of engines that it shows to be over, or that make room for it.
+        """
         boot.shed_requests, boot.shed_exceedances = report.shed_requests, report.shed_exceedances
-        over = self._state.replicas.merge_report(forwarder, report)
+        return self._state.replicas.merge_report(forwarder, report, room, now)
+
+    def merge_counts(self, forwarder: Hello, report: Report, now: float) -> None:
+        """Take what a checked report counted."""
         self._add_deltas(report, now)
-        for first in range(0, len(report.requests), _ROWS_AT_ONCE):
-            self._add_rows(forwarder, report.requests[first : first + _ROWS_AT_ONCE], now)
-        return over
+        for some in slices(len(report.requests), len(self._state.features)):
+            self._add_rows(forwarder, report.requests[some], now)
 
     def _add_deltas(self, report: Report, now: float) -> None:
         state, window = self._state, FeatureWindow.empty(len(self._state.features))

@@ -21,9 +21,10 @@ from typing import Final
 
 import numpy as np
 
-from latentwatch.aggregate.requests import RequestFeatures
+from latentwatch.aggregate.requests import RequestFeatures, slices
 from latentwatch.arrays import Array, axes, check
 from latentwatch.collector.requests import TrackedRequest
+from latentwatch.collector.served_names import Names
 from latentwatch.collector.state import CollectorState, EngineCountsState, ModelCounts, open_requests
 from latentwatch.collector.step_listener import Ends, Eviction, Step, StepListener
 from latentwatch.collector.totals import EngineTotals, ForwardView, ModelTotals
@@ -115,6 +116,14 @@ class ReportOutbox(StepListener):
         self._told = _Told(len(state.features))
 
     # -- what happens
+
+    def names_gone(self, names: Names) -> None:
+        """See StepListener."""
+        self._told.let_go(names)
+
+    def owed_models(self) -> set[str]:
+        """See StepListener. What was counted since the last report goes into the next."""
+        return self._told.owed(self._state)
 
     def step(self, step: Step) -> None:
         """See StepListener."""
@@ -262,10 +271,11 @@ class ReportOutbox(StepListener):
         """A row of each open request that exceeded a limit since its last one."""
         state = self._state
         slots = np.array([state.slots.by_serial[serial] for serial in self._untold], np.int64)
-        features = state.statistics.features_of(slots)
-        for place, slot in enumerate(slots.tolist()):
-            progress = RequestProgress(None, now, state.slots.accounted[slot].sum(axis=1))
-            self._add(self._row(state.slots.request(slot), progress, features, place))
+        for some in slices(len(slots), len(state.features)):
+            features = state.statistics.features_of(slots[some])
+            for place, slot in enumerate(slots[some].tolist()):
+                progress = RequestProgress(None, now, state.slots.accounted[slot].sum(axis=1))
+                self._add(self._row(state.slots.request(slot), progress, features, place))
 
     def _pop_untold(self, request: TrackedRequest) -> Array:
         """The exceedances of a request that no row told of yet."""
@@ -321,6 +331,30 @@ class _Told:
         """A step of this model had these largest values."""
         before = self.peaks.get(model_name)
         self.peaks[model_name] = peak_F if before is None else np.maximum(before, peak_F)
+
+    def let_go(self, names: Names) -> None:
+        """They begin at zero when they come again."""
+        for engine in names.engines:
+            self.engines.pop(engine, None)
+        for model_name in names.models:
+            self.models.pop(model_name, None)
+            self.peaks.pop(model_name, None)
+
+    def owed(self, collector: CollectorState) -> set[str]:
+        """Model names of which more is counted than was told."""
+        models = {totals.model_name for totals in collector.model_totals() if self._differs(totals)}
+        for totals in collector.engine_totals():
+            told = self.engines.get((totals.model_name, totals.engine))
+            if told is None or (totals.tokens != told.tokens).any() or totals.requests != told.requests:
+                models.add(totals.model_name)
+        return models
+
+    def _differs(self, totals: ModelTotals) -> bool:
+        told = self.models.get(totals.model_name)
+        if told is None:
+            return True
+        now, then = _columns(totals), _columns(told)
+        return any((now[name] != then[name]).any() for name in now)
 
     def engine_deltas(self, engines: Sequence[EngineTotals]) -> Iterable[EngineDelta]:
         """What changed."""

@@ -20,6 +20,7 @@ from latentwatch.transport.codec.fields import (
     DENSE_DTYPE,
     NORM_DTYPE,
     counters_message,
+    few,
     malformed,
     no_unknown_fields,
     outcome,
@@ -76,6 +77,8 @@ def batch_message(number: int, batch: StepBatch) -> pb.StepBatch:
 
 def read_batch(message: pb.StepBatch) -> StepBatch:
     what = f"batch {message.sequence} of step {message.step}"
+    few(what, "requests that open", message.opened)
+    few(what, "requests that end", message.closed)
     no_unknown_fields(what, message, *message.opened, *message.closed, message.counters)
     sequence(what, message.sequence)
     segments_S = records(what, "segments", message.segments, SEGMENT_DTYPE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import fields
 from typing import Any, Final
 
@@ -20,6 +21,9 @@ NORM_DTYPE: Final = np.dtype("<f4")
 MAX_COUNT: Final = 1 << 48
 """Largest number of a message and largest count in one: years of a fleet's tokens, and far below what makes a sum
 overflow."""
+MAX_EVENTS: Final = 1 << 16
+"""Openings and ends, or rows of a report, in one message. An honest one comes to fewer: each is counted as 64 bytes of
+MAX_MESSAGE_BYTES or more by who sends it. One of four bytes each would unfold to a hundred times its size."""
 _COUNTERS: Final = tuple(field.name for field in fields(EngineCounters))
 
 
@@ -47,6 +51,12 @@ def packed(what: str, name: str, column: Array, dtype: np.dtype[Any], shape: tup
     if column.dtype != dtype or column.shape != shape:
         raise malformed(what, f"{name} is {column.dtype} {column.shape}, not {dtype} {shape}")
     return column.tobytes()
+
+
+def few(what: str, name: str, events: Sized) -> None:
+    """Look at how many there are before any of them is unfolded."""
+    if len(events) > MAX_EVENTS:
+        raise malformed(what, f"it has {len(events)} {name}, more than {MAX_EVENTS}")
 
 
 def records(what: str, name: str, data: bytes, dtype: np.dtype[Any]) -> Array:

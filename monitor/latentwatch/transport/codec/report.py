@@ -16,6 +16,7 @@ from latentwatch.transport.codec.fields import (
     NORM_DTYPE,
     count,
     counters_message,
+    few,
     malformed,
     no_unknown_fields,
     outcome,
@@ -98,6 +99,8 @@ def _replica_message(replica: ReplicaState) -> pb.ReplicaState:
 
 def read_report(message: pb.Report) -> Report:
     what = f"report {message.sequence}"
+    for name in ("replicas", "engines", "models", "requests"):
+        few(what, name, getattr(message, name))
     no_unknown_fields(what, message, *message.replicas, *message.engines, *message.models, *message.requests)
     no_unknown_fields(what, *(replica.counters for replica in message.replicas))
     sequence(what, message.sequence)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import os
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
-from latentwatch.collector.durability import checkpoint, schema
+from latentwatch.collector.durability import checkpoint, journal, schema
 from latentwatch.collector.durability.journal import DurableSink
 from latentwatch.errors import StateRefused
 from latentwatch.names import Severity
@@ -134,7 +137,7 @@ def test_a_journal_that_ends_anywhere_resumes_at_a_whole_batch_and_the_sender_fi
 def killed(sink: DurableSink) -> None:
     """What the system does when a process is killed: its descriptors are closed, and nothing else."""
     sink._journal.close()
-    sink._lock.release()
+    sink._folder.release()
 
 
 def test_the_journal_holds_what_was_received_to_the_byte(tmp_path):
@@ -221,6 +224,141 @@ def test_a_full_disk_stops_no_counting_and_a_later_checkpoint_makes_up_for_it(tm
     assert DurableSink(second, tmp_path, 4000.0).hello(hello(), 4000.0) == len(steps)
     second.ingest.goodbye(hello(), 1000.0)
     assert np.array_equal(second.lookup.snapshot(0).engines[0].tokens, made.lookup.snapshot(0).engines[0].tokens)
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file here can be begun or written; what is there can be read."""
+
+    def opened(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_CREAT and not Path(path).exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, flags, *rest, **options)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = os.open
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "open", opened)
+        patched.setattr(os, "write", full)
+        yield
+
+
+def test_a_collector_starts_from_its_state_while_the_disk_is_full_says_so_and_makes_up_for_it_later(tmp_path, caplog):
+    steps = batches(1)
+    first = DurableSink(core(), tmp_path, 1000.0)
+    first.hello(hello(), 1000.0)
+    run(first, steps[:4])
+    killed(first)
+    with full_disk():
+        second = DurableSink(core(), tmp_path, 1001.0)
+        assert not second.facts.durable and second.facts.write_failures == 1
+        assert "cannot be written: No space left on device" in caplog.text
+        assert second.hello(hello(), 1001.0) == 4, "what the disk has is counted"
+        run(second, steps[4:6], 5)
+        asyncio.run(second.maintain(1010.0))
+        assert not second.facts.durable
+    asyncio.run(second.maintain(1020.0))
+    assert second.facts.durable and second.facts.files_aside == 0
+    killed(second)
+    assert DurableSink(core(), tmp_path, 1021.0).hello(hello(), 1021.0) == 6
+
+
+def test_a_state_that_cannot_be_read_is_set_aside_once_that_is_possible_and_never_removed(
+    tmp_path, monkeypatch, caplog
+):
+    """A folder that another user owns, a disk that gives errors: the engines are monitored meanwhile."""
+    steps = batches(1)
+    first = DurableSink(core(), tmp_path, 1000.0)
+    first.hello(hello(), 1000.0)
+    run(first, steps[:4])
+    killed(first)
+    (before,) = tmp_path.rglob("journal-*.log")
+    content = before.read_bytes()
+
+    def denied(*_: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "read", denied)
+        patched.setattr(Path, "rename", denied)
+        patched.setattr(os, "write", denied)
+        second = DurableSink(core(), tmp_path, 1001.0)
+        assert "cannot be read: Permission denied" in caplog.text
+        assert second.hello(hello(), 1001.0) == 0 and not second.facts.durable
+        run(second, steps[:5])
+        asyncio.run(second.maintain(1010.0))
+        assert not second.facts.durable
+    assert before.read_bytes() == content
+    asyncio.run(second.maintain(1020.0))
+    assert second.facts.durable and second.facts.files_aside == 2
+    assert before.with_name(before.name + ".aside").read_bytes() == content
+    assert not asyncio.run(second.forget("chatcmpl-1", 1021.0)), "what is set aside may tell of it"
+    killed(second)
+    third = DurableSink(core(), tmp_path, 1022.0)
+    assert third.hello(hello(), 1022.0) == 5 and third.facts.files_aside == 2
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT, errno.ENOSPC])
+def test_a_state_folder_that_cannot_be_made_now_costs_the_state_and_not_the_collector(tmp_path, monkeypatch, code):
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    made = core()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", failing)
+        sink = DurableSink(made, tmp_path / "state", 1000.0)
+        sink.hello(hello(), 1000.0)
+        run(sink, batches(1)[:3])
+        asyncio.run(sink.maintain(1010.0))
+    assert made.lookup.snapshot(0).collector.messages == 3 and not sink.facts.durable
+    asyncio.run(sink.maintain(1020.0))
+    assert sink.facts.durable
+    killed(sink)
+    assert DurableSink(core(), tmp_path / "state", 1021.0).hello(hello(), 1021.0) == 3
+
+
+def test_a_journal_that_is_damaged_before_its_end_is_set_aside_whole_and_what_came_before_counts(tmp_path, caplog):
+    steps = batches(1)
+    sink = DurableSink(core(), tmp_path, 1000.0)
+    sink.hello(hello(), 1000.0)
+    run(sink, steps[:6])
+    killed(sink)
+    (path,) = tmp_path.rglob("journal-*.log")
+    content = bytearray(path.read_bytes())
+    at = content.index(received(4, steps[3]).message) - 13 - 8  # the frame of the fourth batch: its length
+    content[at + 2] ^= 1  # 65,536 more bytes than the file has
+    path.write_bytes(content)
+    again = DurableSink(core(), tmp_path, 1001.0)
+    assert again.hello(hello(), 1001.0) == 3
+    assert again.facts.files_aside == 1 and "set aside" in caplog.text
+    assert path.with_name(path.name + ".aside").read_bytes() == content
+
+
+def test_evidence_that_is_not_written_keeps_the_journal_that_it_can_be_made_of_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "_EVIDENCE_SECONDS", 0.2)
+    monkeypatch.setattr(journal, "_SYNC_SECONDS", 0.1)
+    waiting = list[Future[None]]()
+
+    def written() -> Future[None]:
+        waiting.append(Future())
+        if len(waiting) == 1:  # that of the start
+            waiting[0].set_result(None)
+        return waiting[-1]
+
+    steps = batches(1)
+    sink = DurableSink(core(), tmp_path, 1000.0, evidence_written=written)
+    sink.hello(hello(), 1000.0)
+    run(sink, steps[:4])
+    asyncio.run(sink.maintain(1100.0))
+    run(sink, steps[4:6], 5)
+    assert sink.facts.durable and len(list(tmp_path.rglob("journal-*"))) == 2
+    assert not asyncio.run(sink.forget("chatcmpl-1", 1101.0)), "the journals tell of it"
+    killed(sink)
+    again = core()
+    assert DurableSink(again, tmp_path, 1102.0).hello(hello(), 1102.0) == 6, "one journal leads to the next"
+    assert len(list(tmp_path.rglob("journal-*"))) == 1
 
 
 def test_each_watchlist_has_a_state_of_its_own(tmp_path):

@@ -282,7 +282,7 @@ def test_a_killed_sidecar_makes_the_same_reports_from_its_journal(tmp_path):
     assert made.outbox is not None
     sent = [codec.encode_report(number, report) for number, report in made.outbox.reports]
     first._journal.close()
-    first._lock.release()
+    first._folder.release()
     second = DurableSink(again := sidecar(2), tmp_path, 1000.0)
     assert again.outbox is not None and again.outbox.boot_id == made.outbox.boot_id
     assert [codec.encode_report(number, report) for number, report in again.outbox.reports] == sent
