@@ -79,7 +79,9 @@ def named(location: Location, pattern: str, within: int) -> re.Match[str] | None
     found = [match for part in location.parts[-within:] if (match := re.fullmatch(pattern, part, re.ASCII))]
     if len({match.groups() for match in found}) > 1:
         names = " and ".join(repr(match[0]) for match in found)
-        raise location.refuse(f"its path names both {names}", "Move it out of the other.", RefusalReason.SOURCE_HOOK_POINT)
+        raise location.refuse(
+            f"its path names both {names}", "Move it out of the other.", RefusalReason.SOURCE_HOOK_POINT
+        )
     return found[-1] if found else None
 
 

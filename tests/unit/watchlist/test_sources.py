@@ -140,7 +140,7 @@ def test_a_gemma_scope_folder_without_its_site_in_the_path_still_checks_the_laye
     folder = copy_of("gemma_scope")
     (folder / "gemma-scope-2b-pt-res").rename(folder / "downloaded")
     edit_json(folder / "case.json", path="downloaded/layer_3/width_16k/average_l0_71")
-    with pytest.raises(WatchlistRefused, match="option trained_on: resid_post.3"):
+    with pytest.raises(WatchlistRefused, match=r"option trained_on: resid_post\.3"):
         opened("gemma_scope", folder)
     source = opened("gemma_scope", folder, trained_on="resid_post.3")
     assert source.about.notes == {"declared_l0": 71}

@@ -72,7 +72,9 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         notes=trainer.noted("lm_name", "submodule_name", "layer"),
         k=int(tensors.scalar("k")) if name == "AutoEncoderTopK" else None,
     )
-    decoder = Decoder(lambda index_K: _decoder(tensors, name, index_K), lambda: tensors.whole(_CLASSES[name].decoder_bias))
+    decoder = Decoder(
+        lambda index_K: _decoder(tensors, name, index_K), lambda: tensors.whole(_CLASSES[name].decoder_bias)
+    )
     files = (location.file("config.json"), tensors.path)
     return Source(about, files, functools.partial(class_rows, tensors), decoder=decoder)
 

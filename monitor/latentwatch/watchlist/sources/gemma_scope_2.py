@@ -42,9 +42,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     options.refuse_unused(location)
     single = location.text.endswith(".safetensors")
     configured = not single and location.has("config.json")
-    config = (
-        location.config("config.json", _KNOWN) if configured else Config(location, "config.json", {}, _KNOWN)
-    )
+    config = location.config("config.json", _KNOWN) if configured else Config(location, "config.json", {}, _KNOWN)
     architecture = config.text("architecture") or "jump_relu"
     if architecture != "jump_relu":
         raise refuse_architecture(location, architecture, "this format has JumpReLU encoders only")

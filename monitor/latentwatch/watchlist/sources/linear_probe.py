@@ -27,7 +27,8 @@ from latentwatch.watchlist.tensors import SafetensorsFile
 
 _BESIDE: Final = Known(
     used=frozenset(("names", "hook_point")),
-    unread=dict.fromkeys(("model", "licence", "format"), "a fact for people"),
+    unread=dict.fromkeys(("model", "licence", "format"), "a fact for people")
+    | {"window": "the mean that its threshold is for; limits stand in the YAML"},
 )
 
 

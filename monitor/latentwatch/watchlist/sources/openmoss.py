@@ -50,6 +50,15 @@ class _Tensors:
 
     def _declare(self, location: Location, config: Config) -> None:
         width, d_in, former = self.width, self.d_in, self._former
+        decoder = ("decoder.weight", (d_in, width)) if former else ("W_D", (width, d_in))
+        encoder = ("encoder.weight", (width, d_in)) if former else ("W_E", (d_in, width))
+        used: dict[str, tuple[int, ...]] = {self._bias: (width,)} | dict((encoder, decoder))
+        if config.text("act_fn") == "jumprelu":
+            used[self._threshold] = (width,)
+        unread = {self._decoder_bias: Unread("of the decoder", (d_in,))}
+        for key in ("hook_point_in", "hook_point_out"):
+            unread[f"dataset_average_activation_norm.{config.text(key)}"] = Unread("used if norms are dataset-wise")
+        self.file.declare(location, used, unread, _BESIDE)
         config.agrees("d_model", d_in)
         config.agrees("d_sae", width)
         factor = config.number("expansion_factor")
@@ -57,15 +66,6 @@ class _Tensors:
             raise location.refuse(
                 f"config.json means {int(d_in * factor)} features, and there are {width}", "Fetch both files again."
             )
-        decoder = ("decoder.weight", (d_in, width)) if former else ("W_D", (width, d_in))
-        used = {"encoder.weight" if former else "W_E": (width, d_in) if former else (d_in, width)}
-        used |= {self._bias: (width,), decoder[0]: decoder[1]}
-        if config.text("act_fn") == "jumprelu":
-            used[self._threshold] = (width,)
-        unread = {self._decoder_bias: Unread("of the decoder", (d_in,))}
-        for key in ("hook_point_in", "hook_point_out"):
-            unread[f"dataset_average_activation_norm.{config.text(key)}"] = Unread("used if norms are dataset-wise")
-        self.file.declare(location, used, unread, _BESIDE)
 
     @property
     def _decoder_bias(self) -> str:

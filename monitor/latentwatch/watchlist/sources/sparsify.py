@@ -41,9 +41,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     config.agrees("d_in", d_in)
     latents = config.index("num_latents") or d_in * (config.count("expansion_factor") or 0)
     if latents not in (0, width):
-        raise location.refuse(
-            f"cfg.json means {latents} latents, and there are {width}", "Fetch both files again."
-        )
+        raise location.refuse(f"cfg.json means {latents} latents, and there are {width}", "Fetch both files again.")
     transcode = config.flag("transcode", False)
     used = {"encoder.weight": (width, d_in), "encoder.bias": (width,)} | ({} if transcode else {"b_dec": (d_in,)})
     unread = {"W_dec": Unread("of the decoder", (width, d_in)), "b_dec": Unread("of the decoder", (d_in,))}
