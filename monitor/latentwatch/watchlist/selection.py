@@ -282,6 +282,13 @@ def _source(document: Document, path: Place, fields: _SourceEntry, base: Path) -
     )
 
 
+def options_of(text: str, what: str) -> SourceOptions:
+    """The options of a source, as they stand in a watchlist.yaml; `what` names them in errors. Raises as `load`."""
+    document = Document(what, text.encode())
+    document.check("options")
+    return _options(cast(_OptionsEntry, document.value))
+
+
 def _options(fields: _OptionsEntry) -> SourceOptions:
     plain: dict[str, Any] = {**fields}
     return SourceOptions(**plain | {"ignore": tuple(fields.get("ignore", ()))})
