@@ -126,7 +126,12 @@ class RefusalReason(StrEnum):
     SOURCE_FILE = "source_file", "a source's file is missing or damaged"
     SOURCE_PACKAGE = "source_package", "a source needs a package that is not installed"
     SOURCE_OPTION = "source_option", "a source has an option that is not known or not supported"
-    SOURCE_NUMBERS = "source_numbers", "a source's numbers are not finite or do not fit each other"
+    SOURCE_NUMBERS = (
+        "source_numbers",
+        "a source's numbers are not finite, or not what its other files or its own library say",
+    )
+    SOURCE_UNKNOWN = "source_unknown", "a source's file has a key or tensor that its reader does not know"
+    SOURCE_PLACE_MISSING = "source_place_missing", "a source does not say what place of the model it was trained on"
     SOURCE_HOOK_POINT = "source_hook_point", "a source is of another hook point than the one named"
     SOURCE_ARCHITECTURE = "source_architecture", "a source is of an architecture that is not scored exactly"
     SOURCE_SCALE_MISSING = "source_scale_missing", "a source does not say by what its input was scaled"

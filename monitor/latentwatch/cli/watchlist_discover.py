@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from latentwatch.errors import ConfigRefused, RefusalReason
 
@@ -29,6 +29,7 @@ probe.safetensors and a watchlist.yaml beside it."""
 class _Source(TypedDict):
     format: str
     path: str
+    options: NotRequired[Mapping[str, object]]
     features: Sequence[Mapping[str, object]]
 
 
@@ -58,6 +59,12 @@ def add_arguments(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _contrast_arguments(discover)
     discover.add_argument("--sae", required=True, metavar="PATH", help="the SAE's folder, file or hf: reference")
     discover.add_argument("--format", default="saelens", help="of the SAE (default: %(default)s)")
+    discover.add_argument(
+        "--options",
+        default="{}",
+        metavar="YAML",
+        help="what the SAE's files do not say, as under 'options' in a watchlist.yaml: {trained_on: resid_post.12}",
+    )
     discover.add_argument("--top", type=int, default=20, metavar="N", help="features to write (default: %(default)s)")
     discover.add_argument("--permutations", type=int, default=1000, metavar="N", help="default: %(default)s")
     discover.add_argument("--out", type=Path, required=True, metavar="PATH", help="watchlist.yaml to write")
@@ -142,9 +149,11 @@ def _discover(args: argparse.Namespace) -> int:
 
     from latentwatch.watchlist.discover import discover
     from latentwatch.watchlist.location import Location
-    from latentwatch.watchlist.sources import SourceOptions, open_source
+    from latentwatch.watchlist.selection import options_of
+    from latentwatch.watchlist.sources import open_source
 
-    source = open_source(args.format, Location(args.sae, Path()), _hook_point(args), SourceOptions())
+    options = options_of(args.options, "--options")
+    source = open_source(args.format, Location(args.sae, Path()), _hook_point(args), options)
     recording, (positive, negative), groups = _recorded(args, [args.positive, args.negative])
     positive_R = np.arange(positive + negative) < positive
     found = discover(source, recording, positive_R, groups, permutations=args.permutations, seed=args.seed)
@@ -158,7 +167,11 @@ def _discover(args: argparse.Namespace) -> int:
         return 1
     path = args.sae if args.sae.startswith("hf:") else os.path.relpath(args.sae, args.out.resolve().parent)
     features = [_feature_of(one, args) for one in found[: args.top]]
-    _write_yaml(args, args.out, {"format": args.format, "path": path, "features": features})
+    stated = {name: value for name, value in vars(options).items() if value not in (None, ())}
+    chosen: _Source = {"format": args.format, "path": path, "features": features}
+    if stated:
+        chosen["options"] = {name: list(value) if name == "ignore" else value for name, value in stated.items()}
+    _write_yaml(args, args.out, chosen)
     return 0
 
 

@@ -5,12 +5,11 @@ Legend: R requests, T their tokens one after another, D d_model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import safetensors.numpy
@@ -19,12 +18,16 @@ from latentwatch import storage
 from latentwatch.arrays import F32, I64
 from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint
+from latentwatch.watchlist.location import strict_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_LINE_BYTES: Final = 4 << 20
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+_NOTES: Final = ("id", "topic", "kind", "near", "label", "source", "category", "tags", "note", "comment", "metadata")
+"""Fields of a line that are for people."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,19 @@ class Recording:
 def requests(path: Path) -> list[Request]:
     """Read a .jsonl file of {"text": ...} or {"messages": [{"role", "content"}]}, each with an optional "group".
 
-    Raises: WatchlistRefused: the file is missing or empty, or a line is neither.
+    A content is text, or a list of OpenAI's content parts of which one is text and no other stands.
+
+    Raises: WatchlistRefused: the file is missing or empty, or a line is neither or holds what would not reach the
+            model: a part that is not text, null, tool calls, an unknown role or field. The line is named.
     """
     found: list[Request] = []
     try:
         with path.open("rb") as stream:
             while line := stream.readline(MAX_LINE_BYTES):
-                found.append(_request(json.loads(line), f"{path.name}:{len(found) + 1}"))
+                found.append(_request(strict_json(line), f"{path.name}:{len(found) + 1}"))
     except OSError as error:
         raise _refuse(str(path), f"it cannot be read ({error.strerror})", "Give a .jsonl file.") from error
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         place = f"{path.name} line {len(found) + 1}"
         raise _refuse(place, f"not a request ({error})", 'Write {"text": "..."} or {"messages": [...]}.') from error
     if not found:
@@ -80,12 +86,64 @@ def requests(path: Path) -> list[Request]:
     return found
 
 
-def _request(fields: Mapping[str, Any], own_group: str) -> Request:
-    group = str(fields.get("group", own_group))
-    if isinstance(fields.get("text"), str):
-        return Request(fields["text"], group)
-    messages = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in fields["messages"])
-    return Request(messages, group)
+def _request(fields: object, own_group: str) -> Request:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{_kind(fields)}, not an object")
+    if unknown := sorted(set(fields) - {"text", "messages", "group", *_NOTES}):
+        raise ValueError(f"field {unknown[0]!r} is not read, and may belong to the prompt")
+    if ("text" in fields) == ("messages" in fields):
+        raise ValueError("it has both text and messages" if "text" in fields else "it has neither text nor messages")
+    group = fields.get("group")
+    if isinstance(group, bool) or not isinstance(group, str | int | None):
+        raise ValueError(f"its group is {_kind(group)}")
+    content = _text(fields["text"], "text") if "text" in fields else _messages(fields["messages"])
+    return Request(content, own_group if group is None else str(group))
+
+
+def _messages(messages: object) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages is {_kind(messages)}, not a list of messages")
+    return tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages))
+
+
+def _message(message: object, place: str) -> Mapping[str, str]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{place} is {_kind(message)}, not an object")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ValueError(f"{place}.role is {str(role)[:40]!r}, not one of {', '.join(ROLES)}")
+    for name, value in message.items():
+        if name not in ("role", "content") and value not in (None, []):
+            raise ValueError(f"{place}.{name} would not reach the model's template")
+    if "content" not in message:
+        raise ValueError(f"{place} has no content")
+    return {"role": role, "content": _content(message["content"], f"{place}.content")}
+
+
+def _content(content: object, place: str) -> str:
+    """The text of a message; how several parts are joined depends on the template, so that only one is read."""
+    if not isinstance(content, list):
+        return _text(content, place)
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = repr(str(part.get("type"))[:40]) if isinstance(part, dict) else _kind(part)
+            raise ValueError(f"{place}[{i}] is a part of type {kind}, not text")
+        if more := sorted(set(part) - {"type", "text"}):
+            raise ValueError(f"{place}[{i}].{more[0]} would not reach the model")
+    if len(content) != 1:
+        raise ValueError(f"{place} has {len(content)} parts; write them as one text, as your template joins them")
+    return _text(content[0].get("text"), f"{place}[0].text")
+
+
+def _text(value: object, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place} is {_kind(value)}, not text")
+    return value
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "true or false"}
+    return kinds.get(type(value), "a number")
 
 
 def record(

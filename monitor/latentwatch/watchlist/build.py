@@ -1,16 +1,21 @@
-"""Compile a watchlist.yaml and the sources that it names into one file. The same input gives the same bytes."""
+"""Compile a watchlist.yaml and the sources that it names into one file.
+
+The same input gives the same bytes where the same libraries of sources are installed: they are asked whether the rows
+say what they say, and the card tells who was asked.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint
-from latentwatch.watchlist import canonical, checkpoint, labels, selection, topk
+from latentwatch.watchlist import agreement, canonical, checkpoint, labels, selection, topk
 from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.file import Feature, HookRows, ModelCard, Watchlist
@@ -20,6 +25,10 @@ from latentwatch.watchlist.selection import FeatureChoice, HookChoice, SourceCho
 from latentwatch.watchlist.sources import Source, open_source
 
 Progress = Callable[[str], None]
+Identity = tuple[str, ...]
+"""Of a source, whatever it is called: the SHA-256 of each of its files."""
+CHECKED: Final = "checked_against"
+"""On the card: who said that the rows are right, which depends on what is installed."""
 
 
 def build(yaml_path: Path, out_path: Path, progress: Progress = lambda _: None) -> Watchlist:
@@ -65,18 +74,21 @@ def _refuse_duplicate_ids(chosen: selection.Selection) -> None:
 def _hook_rows(hook: HookChoice, model: ModelCard, progress: Progress) -> HookRows:
     features: list[Feature] = []
     parts = []
-    taken: dict[tuple[str, int], str] = {}
+    taken: dict[tuple[Identity, int], str] = {}
     for choice in hook.sources:
         progress(f"{hook.hook_point}: {len(choice.features)} features of {choice.location.text} ({choice.format})")
         with _at(choice.where):
             source = open_source(choice.format, choice.location, hook.hook_point, choice.options)
-            _check_width(source, choice, model)
+            _check_model(source, choice, model, hook.hook_point)
+            hashes = tuple(sha256_of(path) for path in source.files)
         index_K = [row_index(feature, source) for feature in choice.features]
-        _refuse_duplicate_rows(choice, index_K, taken)
+        _refuse_duplicate_rows(choice, index_K, hashes, taken)
         with _at(choice.where):
             rows, gates = _gated_rows(choice, source, index_K, hook.hook_point)
             parts.append(canonical.fold(rows))
-        features += _cards(choice, hook.hook_point, source, index_K, gates)
+            judge = agreement.checked(choice, source, index_K)
+        shared = _provenance(choice, source, hashes) | {CHECKED: judge}
+        features += _cards(choice, hook.hook_point, source, index_K, gates, shared)
     hi, lo, scale = (list(arrays) for arrays in zip(*parts, strict=True))
     return HookRows(
         hook.hook_point, tuple(features), np.concatenate(hi), np.concatenate(lo), np.concatenate(scale, axis=1)
@@ -103,12 +115,24 @@ def _gated_rows(
     return matched.rows, [{"gate_calibration": note} for note in matched.notes]
 
 
-def _check_width(source: Source, choice: SourceChoice, model: ModelCard) -> None:
+def _check_model(source: Source, choice: SourceChoice, model: ModelCard, hook_point: HookPoint) -> None:
     if source.about.d_in != model.d_model:
         raise choice.location.refuse(
             f"its rows are {source.about.d_in} wide, the model's residual stream {model.d_model}",
             f"Use a source trained on {model.name}, or correct the model's size.",
             RefusalReason.WATCHLIST_WIDTH,
+        )
+    if source.about.layers not in (None, model.layers):
+        raise choice.location.refuse(
+            f"it has entries for {source.about.layers} layers, and the model has {model.layers}",
+            f"Use a source made for {model.name}, or correct the model's layers.",
+            RefusalReason.WATCHLIST_WIDTH,
+        )
+    if source.about.normed_last and hook_point.layer == model.layers - 1:
+        raise choice.location.refuse(
+            "its direction of the last layer is taken behind the final norm, which is no hook point",
+            f"Use resid_post.0 to resid_post.{model.layers - 2}.",
+            RefusalReason.SOURCE_HOOK_POINT,
         )
 
 
@@ -128,12 +152,17 @@ def row_index(feature: FeatureChoice, source: Source) -> int:
     return feature.index
 
 
-def _refuse_duplicate_rows(choice: SourceChoice, index_K: Sequence[int], taken: dict[tuple[str, int], str]) -> None:
+def _refuse_duplicate_rows(
+    choice: SourceChoice, index_K: Sequence[int], identity: Identity, taken: dict[tuple[Identity, int], str]
+) -> None:
+    """A source is its files' content: another spelling, link, revision or copy of it is the same source."""
     for feature, index in zip(choice.features, index_K, strict=True):
-        row = (choice.location.text, index)
+        row = (identity, index)
         if row in taken:
             raise _refuse(
-                feature.where, f"row {index} of {row[0]!r} is watched already at {taken[row]}", "Keep one of them."
+                feature.where,
+                f"row {index} of {choice.location.text!r} is watched already at {taken[row]}",
+                "Keep one of them.",
             )
         taken[row] = feature.where
 
@@ -144,10 +173,10 @@ def _cards(
     source: Source,
     index_K: Sequence[int],
     gates: Sequence[Mapping[str, object]],
+    shared: Mapping[str, object],
 ) -> Iterator[Feature]:
     with _at(choice.where):
-        lists = [labels.load(item.format, item.location) for item in choice.labels]
-    shared = _provenance(choice, hook_point, source)
+        lists = [labels.for_source(item, source.about, hook_point) for item in choice.labels]
     for feature, index, gate in zip(choice.features, index_K, gates, strict=True):
         label = _label(feature, index, lists)
         with _at(feature.where):
@@ -166,15 +195,15 @@ def _cards(
         yield made
 
 
-def _provenance(choice: SourceChoice, hook_point: HookPoint, source: Source) -> dict[str, object]:
+def _provenance(choice: SourceChoice, source: Source, hashes: Identity) -> dict[str, object]:
     """What the cards of all features of a source say of it."""
     shared: dict[str, object] = {
         "format": choice.format,
         "path": choice.location.text,
         "architecture": source.about.architecture,
-        "trained_on": source.about.hook or f"not stated; taken to be {hook_point}",
-        "sha256": {path.name: sha256_of(path) for path in source.files},
-        "options": {name: value for name, value in vars(choice.options).items() if value is not None},
+        "trained_on": source.about.places[0],
+        "sha256": {path.name: digest for path, digest in zip(source.files, hashes, strict=True)},
+        "options": {name: value for name, value in vars(choice.options).items() if value not in (None, ())},
         **source.about.notes,
     }
     if choice.licence is not None:

@@ -80,9 +80,10 @@ class Document:
                 reason=refusal.reason,
             ) from refusal
 
-    def check(self) -> None:
-        """Raise the most telling error against the schema, if there is one."""
-        validator = jsonschema.Draft202012Validator(schema())
+    def check(self, part: str | None = None) -> None:
+        """Raise the most telling error against the schema, or against one of its definitions, if there is one."""
+        whole = schema()
+        validator = jsonschema.Draft202012Validator(whole if part is None else whole["$defs"][part])
         error = jsonschema.exceptions.best_match(validator.iter_errors(self.value))
         if error is not None:
             raise self.refuse(tuple(error.absolute_path), *_explain(error))

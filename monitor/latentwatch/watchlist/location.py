@@ -1,4 +1,7 @@
-"""Where a source lies: a folder or file on disk, or `hf:owner/name[@revision]/path` in the Hugging Face hub."""
+"""Where a source lies: a folder or file on disk, or `hf:owner/name[@revision]/path` in the Hugging Face hub.
+
+Every configuration is read against what its reader declares: a name that the reader does not know is refused.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from latentwatch.errors import RefusalReason, WatchlistRefused
+from latentwatch.watchlist.declared import Known
 
 MAX_CONFIG_BYTES: Final = 16 << 20
 _T = TypeVar("_T")
@@ -28,6 +32,10 @@ class Location:
     """As written; this is what errors and cards show, never a path of the machine that built the watchlist."""
     base: Path
     """The folder that a relative path starts from: the one that the YAML lies in."""
+    ignored: frozenset[str] = frozenset()
+    """Unknown names in its files of which a person says that activations do not depend on them."""
+    met: set[str] = field(default_factory=set, compare=False, repr=False)
+    """Those of them that a file has."""
 
     def file(self, name: str = "") -> Path:
         """The path of a file in the source's folder, or of the source itself.
@@ -61,9 +69,46 @@ class Location:
         """Whether the source is one file and not a folder."""
         return self.has("")
 
-    def config(self, name: str) -> Config:
-        """A JSON object from the source's folder, whose values are checked as they are asked for."""
-        return Config(self, name, self.json(name))
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names on the way to where the source really lies, its own last: `..` and links are followed.
+
+        A file's own name is taken as written, since a hub's cache links it to one that says nothing.
+        """
+        if match := _HUB.fullmatch(self.text):
+            return (*match["repo"].split("/"), *(part for part in (match["path"] or "").split("/") if part))
+        path = self._local("")
+        return path.resolve().parts if path.is_dir() else (*path.parent.resolve().parts, path.name)
+
+    def passes_over(self, name: str) -> bool:
+        """Whether a person says that activations do not depend on this unknown name."""
+        if name in self.ignored:
+            self.met.add(name)
+        return name in self.ignored
+
+    def refuse_unmet(self) -> None:
+        """Refuse a name to be ignored that no file of the source has, or that its reader knows."""
+        if unmet := sorted(self.ignored - self.met):
+            raise self.refuse(
+                f"option ignore names {', '.join(unmet)}, which is no unknown name of its files",
+                "Remove it.",
+                RefusalReason.SOURCE_OPTION,
+            )
+
+    def refuse_unknown(self, place: str, names: Iterable[str]) -> None:
+        """Refuse names that the reader of this source does not know; `place` says where they stand."""
+        if unknown := [name for name in names if not self.passes_over(name)]:
+            shown = ", ".join(repr(name) for name in unknown[:6]) + (", ..." if len(unknown) > 6 else "")
+            raise self.refuse(
+                f"{place} has {shown}, which the reader of this format does not know and which may change the numbers",
+                "Check the 'format' of this source. If you know that activations do not depend on it, name it under "
+                "option ignore.",
+                RefusalReason.SOURCE_UNKNOWN,
+            )
+
+    def config(self, name: str, known: Known) -> Config:
+        """A JSON object from the source's folder, of which the reader knows these names."""
+        return Config(self, name, self.json(name), known)
 
     def json(self, name: str) -> dict[str, object]:
         """A JSON object from the source's folder."""
@@ -71,7 +116,7 @@ class Location:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise self.refuse(f"{path.name} has {path.stat().st_size} bytes", "This is not a configuration file.")
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = strict_json(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise self.refuse(f"{path.name} is not JSON ({error})", "Fetch the file again.") from error
         if not isinstance(value, dict):
@@ -93,6 +138,8 @@ class Location:
         match = _HUB.fullmatch(self.text)
         if match is None:
             raise self.refuse("it is not hf:owner/name[@revision]/path", "Write it like hf:google/gemma-scope/layer_1.")
+        if {".", ".."} & set((match["path"] or "").split("/")):
+            raise self.refuse("its path in the hub has '.' or '..'", "Write the path out.")
         try:
             hub = importlib.import_module("huggingface_hub")
         except ImportError as error:
@@ -114,18 +161,39 @@ class Location:
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a source's configuration. A value of another type than asked for is refused, never converted."""
+    """The fields of a source's configuration, all of which its reader knows.
+
+    A value of another type than asked for is refused, never converted. Only declared names can be asked for.
+
+    Raises: WatchlistRefused: a name that the reader does not know, or a value that it does not implement.
+    """
 
     location: Location
     file: str
     fields: Mapping[str, object]
+    known: Known
+    prefix: str = ""
+    """Of the names in errors: the section that these fields are of."""
+
+    def __post_init__(self) -> None:
+        unknown = [self.prefix + name for name in self.known.unknown(self.fields)]
+        self.location.refuse_unknown(self.file, unknown)
+        for name, values in self.known.unimplemented(self.fields):
+            raise self.location.refuse(
+                f"{self.file} has {self.prefix}{name} = {str(self.fields[name])[:80]!r}; only "
+                f"{' and '.join(map(repr, values))} can be read exactly",
+                "Use another source, or one of another architecture.",
+                RefusalReason.SOURCE_ARCHITECTURE,
+            )
 
     def text(self, key: str) -> str | None:
         """A string; None where the key is missing or null."""
         return self._typed(key, "text", str)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """True or false; the default only where the key is missing."""
+        if key in self.fields and self.fields[key] is None:
+            raise self.refuse(key, "true or false")
         value = self._typed(key, "true or false", bool)
         return default if value is None else value
 
@@ -136,6 +204,13 @@ class Config:
             raise self.refuse(key, "a whole number above zero")
         return value
 
+    def index(self, key: str) -> int | None:
+        """A whole number from zero on: a layer."""
+        value = self._typed(key, "a whole number", int)
+        if value is not None and value < 0:
+            raise self.refuse(key, "a whole number from 0 on")
+        return value
+
     def number(self, key: str) -> float | None:
         """A finite number."""
         value = self._typed(key, "a number", int, float)
@@ -143,9 +218,20 @@ class Config:
             raise self.refuse(key, "a finite number")
         return None if value is None else float(value)
 
-    def section(self, key: str) -> Config:
-        """An object; an empty one where the key is missing or null."""
-        return Config(self.location, self.file, self._typed(key, "an object", dict) or {})
+    def section(self, key: str, known: Known) -> Config:
+        """An object, of which the reader knows these names; an empty one where the key is missing or null."""
+        fields = self._typed(key, "an object", dict) or {}
+        return Config(self.location, self.file, fields, known, f"{self.prefix}{key}.")
+
+    def agrees(self, key: str, size: int) -> None:
+        """Refuse a whole number, where one stands there, that is not what the tensors or other fields say."""
+        stated = self.index(key)
+        if stated is not None and stated != size:
+            raise self.location.refuse(
+                f"{self.file} has {self.prefix}{key} = {stated} where the rest of the source says {size}",
+                "Check that the configuration and the weights belong together.",
+                RefusalReason.SOURCE_NUMBERS,
+            )
 
     def noted(self, *keys: str) -> dict[str, object]:
         """Those of the fields that are plain values, for a card."""
@@ -157,12 +243,26 @@ class Config:
         return self.location.refuse(found, "Fetch the file again, or check the 'format' of this source.")
 
     def _typed(self, key: str, expected: str, *types: type[_T]) -> _T | None:
+        assert key in self.known.used, f"{key} is read and not declared as used"
         value = self.fields.get(key)
         if value is None:
             return None
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise self.refuse(key, expected)
         return value
+
+
+def strict_json(text: str | bytes) -> Any:
+    """JSON in which no key of an object stands twice. Raises ValueError or RecursionError."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return fields
 
 
 def sha256_of(path: Path) -> str:

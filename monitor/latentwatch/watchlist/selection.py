@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NotRequired, TypedDict, cast
+from typing import Any, Final, NotRequired, TypedDict, cast
 
 from latentwatch.errors import RefusalReason
 from latentwatch.names import HookPoint, Severity
@@ -43,6 +43,10 @@ class _OptionsEntry(TypedDict, total=False):
     input_scale: float
     centre: bool
     k: int
+    norm: str
+    written_by: str
+    trained_on: str
+    ignore: list[str]
 
 
 class _CalibrationEntry(TypedDict):
@@ -53,6 +57,7 @@ class _CalibrationEntry(TypedDict):
 class _LabelsEntry(TypedDict):
     format: str
     path: str
+    layer: NotRequired[int]
 
 
 class _SourceEntry(TypedDict):
@@ -131,6 +136,8 @@ class LabelList:
 
     format: str
     location: Location
+    layer: int | None = None
+    """That its labels are for, where the list itself does not say it."""
 
 
 @dataclass(frozen=True)
@@ -284,12 +291,27 @@ def _source(document: Document, path: Place, fields: _SourceEntry, base: Path) -
         where=document.where(path),
         format=fields["format"],
         location=Location(fields["path"], base),
-        options=SourceOptions(**fields.get("options", {})),
+        options=_options(fields.get("options", {})),
         licence=fields.get("licence"),
         calibration=_calibration(fields.get("calibration"), base),
-        labels=tuple(LabelList(item["format"], Location(item["path"], base)) for item in fields.get("labels", ())),
+        labels=tuple(
+            LabelList(item["format"], Location(item["path"], base), item.get("layer"))
+            for item in fields.get("labels", ())
+        ),
         features=tuple(features),
     )
+
+
+def options_of(text: str, what: str) -> SourceOptions:
+    """The options of a source, as they stand in a watchlist.yaml; `what` names them in errors. Raises as `load`."""
+    document = Document(what, text.encode())
+    document.check("options")
+    return _options(cast(_OptionsEntry, document.value))
+
+
+def _options(fields: _OptionsEntry) -> SourceOptions:
+    plain: dict[str, Any] = {**fields}
+    return SourceOptions(**plain | {"ignore": tuple(fields.get("ignore", ()))})
 
 
 def _calibration(fields: _CalibrationEntry | None, base: Path) -> Calibration | None:

@@ -21,11 +21,14 @@ import safetensors
 
 from latentwatch.arrays import F64, Array, Dtype
 from latentwatch.errors import RefusalReason, WatchlistRefused
+from latentwatch.watchlist.declared import Known, Unread
 from latentwatch.watchlist.file import f32_from_bf16
+from latentwatch.watchlist.location import Config, Location
 
 BLOCK_BYTES: Final = 32 << 20
 """Rows read at once when columns are picked out of them: large enough to stream, small beside any limit on memory."""
 
+_BESIDE: Final = Known(unread={"format": "it names the library that wrote the file"})
 _SAFETENSORS_DTYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 
 
@@ -57,11 +60,37 @@ class Tensors(ABC):
         self.entries: Final = dict(entries)
         self._unreadable: Final = dict(unreadable or {})
         """Tensors of a dtype that cannot be read exactly, by name."""
+        self._declared: frozenset[str] | None = None
 
     @property
-    def metadata(self) -> Mapping[str, str]:
-        """Free text that the container carries beside the tensors."""
+    def metadata(self) -> Mapping[str, object]:
+        """Free values that the container carries beside the tensors."""
         return {}
+
+    def declare(
+        self,
+        location: Location,
+        used: Mapping[str, tuple[int, ...]],
+        unread: Mapping[str, Unread] | None = None,
+        beside: Known = _BESIDE,
+    ) -> Config:
+        """Say what every tensor and value in the file is; from here on, only the used ones can be read.
+
+        Args:    used: the tensors that are read and the shape that each must have.   unread: those that activations
+                 do not depend on, which may be missing.   beside: what is known of the values beside the tensors.
+        Returns: the values beside the tensors.
+        Raises:  WatchlistRefused: a tensor or value that is not declared, one that is missing, or another shape.
+        """
+        unread = unread or {}
+        present = [*self.entries, *self._unreadable]
+        location.refuse_unknown(self.path.name, (name for name in present if name not in {*used, *unread}))
+        for name, shape in used.items():
+            self.expect(name, shape)
+        for name, tensor in unread.items():
+            if name in self.entries and tensor.shape is not None:
+                self.expect(name, tensor.shape)
+        self._declared = frozenset(used) | frozenset(unread)
+        return Config(location, self.path.name, self.metadata, beside)
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> Array:
@@ -122,7 +151,7 @@ class Tensors(ABC):
 
     def rows(self, name: str, index_K: Sequence[int]) -> F64:
         """The chosen slices along the first axis, float64 [K, ...], in the order asked for."""
-        entry = self.entries[name]
+        entry = self._entry(name)
         if isinstance(index_K, range) and index_K.step == 1 and len(index_K) > 0:
             return self._finite(name, entry.decode(self.read(name, index_K.start, index_K.stop)))
         by_row = {row: self.read(name, row, row + 1)[0] for row in sorted(set(index_K))}
@@ -130,7 +159,7 @@ class Tensors(ABC):
 
     def columns(self, name: str, index_K: Sequence[int]) -> F64:
         """The chosen slices along the second axis as rows, float64 [K, D]."""
-        entry = self.entries[name]
+        entry = self._entry(name)
         step = max(1, BLOCK_BYTES // max(1, entry.row_bytes))
         index = np.asarray(index_K)
         parts = [
@@ -142,13 +171,17 @@ class Tensors(ABC):
     def whole(self, name: str) -> F64:
         """A small tensor, all of it, as float64."""
         self.shape(name)
-        entry = self.entries[name]
+        entry = self._entry(name)
         raw = self.read(name, 0, entry.shape[0] if entry.shape else 1)
         return self._finite(name, entry.decode(raw).reshape(entry.shape))
 
     def refuse(self, found: str, instead: str) -> WatchlistRefused:
         """The error of this file."""
         return refuse_file(self.path, found, instead)
+
+    def _entry(self, name: str) -> Entry:
+        assert self._declared is None or name in self._declared, f"{name} is read and not declared"
+        return self.entries[name]
 
     def _finite(self, name: str, values: F64) -> F64:
         if not np.isfinite(values).all():
@@ -181,7 +214,7 @@ class SafetensorsFile(Tensors):
         super().__init__(path, entries, unreadable)
 
     @property
-    def metadata(self) -> Mapping[str, str]:
+    def metadata(self) -> Mapping[str, object]:
         return self._metadata
 
     def read(self, name: str, start: int, stop: int) -> Array:

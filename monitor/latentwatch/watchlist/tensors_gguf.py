@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -45,6 +46,10 @@ class GgufFile(Tensors):
                 if tensor.name not in self._data
             },
         )
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        return self.pairs
 
     def read(self, name: str, start: int, stop: int) -> Array:
         return self._data[name][start:stop]

@@ -42,6 +42,10 @@ class TorchFile(Tensors):
                 entries[name] = Entry(tuple(tensor.shape), dtype, tensor.dtype == torch.bfloat16)
         super().__init__(path, entries, unreadable)
 
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        return self.other
+
     def read(self, name: str, start: int, stop: int) -> Array:
         tensor = self._tensors[name].detach()
         rows = (tensor.reshape(1) if tensor.ndim == 0 else tensor[start:stop]).contiguous()

@@ -22,12 +22,14 @@ from latentwatch.arrays import F64, Bool
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
+from latentwatch.watchlist.declared import Known
 from latentwatch.watchlist.location import Location, sha256_of
 from latentwatch.watchlist.sources import Source
 from latentwatch.watchlist.tensors import SafetensorsFile
 
 CHUNK: Final = 4096
 """Encoder rows held at once: 128 MiB of float64 at d_model 4096."""
+_RECORDED: Final = Known(used=frozenset(("hook_point",)), unread={"format": "it names the library that wrote the file"})
 MIN_TOKENS: Final = 64
 MAX_TOKENS: Final = 65536
 
@@ -47,7 +49,8 @@ def recorded(location: Location, d_model: int, hook_point: HookPoint) -> F64:
     """
     tensors = SafetensorsFile(location.file())
     shape = tensors.shape("x")
-    stated = tensors.metadata.get("hook_point", str(hook_point))
+    metadata = tensors.declare(location, {"x": shape}, beside=_RECORDED)
+    stated = metadata.text("hook_point") or str(hook_point)
     if stated != str(hook_point):
         raise location.refuse(f"it was recorded at {stated}, not at {hook_point}", "Record it at this hook point.")
     if len(shape) != 2 or shape[1] != d_model or not MIN_TOKENS <= shape[0] <= MAX_TOKENS:

@@ -6,7 +6,7 @@ Legend: T tokens, D d_model, K watched features of a source, F all features of a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,7 @@ import numpy as np
 from latentwatch.arrays import F32, F64, U16
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical, selection, topk, upstream
-from latentwatch.watchlist.build import compile_selection, row_index
+from latentwatch.watchlist.build import CHECKED, compile_selection, row_index
 from latentwatch.watchlist.file import SCALE_ROWS, HookRows, Watchlist
 from latentwatch.watchlist.location import Location
 from latentwatch.watchlist.selection import SourceChoice
@@ -115,7 +115,7 @@ def _by_hook(recordings: Sequence[Path], points: Sequence[HookPoint]) -> dict[Ho
                 f"its metadata names no hook_point and the watchlist has {len(points)}",
                 "Write metadata hook_point, e.g. resid_post.12.",
             )
-        point = points[0] if stated is None else HookPoint.parse(stated)
+        point = points[0] if stated is None else HookPoint.parse(str(stated))
         if point not in points:
             raise location.refuse(f"it was recorded at {point}", f"The watchlist has {', '.join(map(str, points))}.")
         found[point] = location
@@ -127,9 +127,9 @@ def _measure_source(choice: SourceChoice, hook_point: HookPoint, rows: HookRows,
     index = [row_index(feature, source) for feature in choice.features]
     hi, lo, scale = rows.w_hi_KD[columns], rows.w_lo_KD[columns], rows.scale_6K[:, columns]
     ours_TK = canonical.activations(hi, lo, scale, x_TD)
-    oracle = upstream.load(choice)
+    oracle = upstream.load(choice, source)
     whole = _whole(source, x_TD)
-    theirs_TK = oracle.encode(x_TD)[:, index] if oracle else _encoded(source, index, x_TD, whole.kth_T)
+    theirs_TK = oracle.encode(x_TD)[:, index] if oracle.encode else _encoded(source, index, x_TD, whole.kth_T)
     largest = float(np.abs(theirs_TK).max())
     same = (ours_TK != 0) == (theirs_TK != 0)
     near = np.minimum(np.abs(ours_TK - theirs_TK), _margin(hi, lo, scale, x_TD)) <= NEAR_THRESHOLD * max(1.0, largest)
@@ -137,7 +137,7 @@ def _measure_source(choice: SourceChoice, hook_point: HookPoint, rows: HookRows,
     return Measured(
         hook_point=hook_point,
         source=choice.location.text,
-        compared_with=oracle.library if oracle else "the authors' formula in float64 (library not installed)",
+        compared_with=oracle.library if oracle.encode else f"the authors' formula in float64 ({oracle.library})",
         tokens=len(x_TD),
         features=len(index),
         max_abs_error=float(np.abs(ours_TK - theirs_TK)[same].max(initial=0.0)),
@@ -246,5 +246,10 @@ def _compare_rows(old: HookRows, new: HookRows) -> Iterator[str]:
             if old.scale_6K[row, i] != new.scale_6K[row, i]:
                 yield f"{a.id}: {name} is {old.scale_6K[row, i]:g} in the file, {new.scale_6K[row, i]:g} now"
         for field in dataclasses.fields(a):
-            if getattr(a, field.name) != getattr(b, field.name):
+            if _plain(getattr(a, field.name)) != _plain(getattr(b, field.name)):
                 yield f"{a.id}: {field.name} differs"
+
+
+def _plain(value: object) -> object:
+    """Without who checked the rows: another library may be installed now."""
+    return {name: one for name, one in value.items() if name != CHECKED} if isinstance(value, Mapping) else value

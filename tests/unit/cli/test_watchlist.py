@@ -20,7 +20,7 @@ def only_this_verb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def yaml_path(tmp_path: Path) -> Path:
-    probe(tmp_path / "p.safetensors")
+    probe(tmp_path / "p.safetensors", metadata={"hook_point": "resid_post.1"})
     return write_yaml(tmp_path / "w.yaml", document(hook(1, source("linear_probe", "p.safetensors")), notes="a toy"))
 
 
@@ -66,7 +66,7 @@ def test_search_prints_features_as_yaml_to_paste(tmp_path: Path, capsys: pytest.
     (feature,) = yaml.safe_load(capsys.readouterr().out)
     assert feature["index"] == 7
     assert feature["label"] == "says: it lies, 'knowingly'"
-    probe(tmp_path / "p.safetensors", rows=8)
+    probe(tmp_path / "p.safetensors", rows=8, metadata={"hook_point": "resid_post.1"})
     build(
         write_yaml(tmp_path / "w.yaml", document(hook(1, source("linear_probe", "p.safetensors", [feature])))),
         tmp_path / "o",

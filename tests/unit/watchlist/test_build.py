@@ -64,7 +64,9 @@ def test_sparse_features_and_probes_share_a_hook_point(tmp_path: Path) -> None:
 def test_a_standard_scaler_is_folded_into_its_probe(tmp_path: Path) -> None:
     mean, scale = np.linspace(-3, 3, D), np.linspace(0.5, 4, D)
     path = probe(tmp_path / "p.safetensors", mean=mean, scale=scale, threshold=np.array([0.5, 1.0, 2.0]))
-    (rows,) = built(tmp_path, document(hook(0, source("linear_probe", "p.safetensors", 2)))).hooks
+    (rows,) = built(
+        tmp_path, document(hook(0, source("linear_probe", "p.safetensors", 2, options={"trained_on": "resid_post.0"})))
+    ).hooks
     x = stream(50)
     w = {name: array.astype(np.float64) for name, array in safetensors.numpy.load_file(path).items()}
     logit = ((x - w["mean"]) / w["scale"]) @ w["direction"][:2].T + w["bias"][:2]

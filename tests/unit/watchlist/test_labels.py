@@ -15,12 +15,16 @@ from latentwatch.watchlist.location import Location
 from tests.support.sources import document, hook, saelens, source, write_yaml
 
 
-def neuronpedia(folder: Path) -> Path:
+def neuronpedia(folder: Path, layer: str | None = "2-res-16k") -> Path:
     """An export: `index` is text, batches are in text order, and a feature may have several explanations."""
+    described = [
+        ("10", "lies about\n capabilities", "gpt-4o-mini"),
+        ("0", "full stops", "gpt-4o-mini"),
+        ("10", "a second opinion", "other"),
+    ]
     rows = [
-        {"index": "10", "description": "lies about\n capabilities", "explanationModelName": "gpt-4o-mini"},
-        {"index": "0", "description": "full stops", "explanationModelName": "gpt-4o-mini"},
-        {"index": "10", "description": "a second opinion", "explanationModelName": "other"},
+        {"modelId": "tiny", "layer": layer, "index": index, "description": text, "explanationModelName": model}
+        for index, text, model in described
     ]
     (folder / "explanations").mkdir(parents=True)
     with gzip.open(folder / "explanations" / "batch-0.jsonl.gz", "wt") as stream:

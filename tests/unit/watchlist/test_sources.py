@@ -18,7 +18,8 @@ from latentwatch.errors import WatchlistRefused
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.location import Location
-from latentwatch.watchlist.sources import Source, SourceOptions, hook_point_of, open_source
+from latentwatch.watchlist.places import hook_point_of
+from latentwatch.watchlist.sources import Source, SourceOptions, open_source
 
 from tests.support.parity import GOLDEN
 
@@ -139,8 +140,9 @@ def test_a_gemma_scope_folder_without_its_site_in_the_path_still_checks_the_laye
     folder = copy_of("gemma_scope")
     (folder / "gemma-scope-2b-pt-res").rename(folder / "downloaded")
     edit_json(folder / "case.json", path="downloaded/layer_3/width_16k/average_l0_71")
-    source = opened("gemma_scope", folder)
-    assert source.about.hook is None
+    with pytest.raises(WatchlistRefused, match=r"option trained_on: resid_post\.3"):
+        opened("gemma_scope", folder)
+    source = opened("gemma_scope", folder, trained_on="resid_post.3")
     assert source.about.notes == {"declared_l0": 71}
     with pytest.raises(WatchlistRefused, match=r"layer 3, not for resid_post\.4"):
         opened("gemma_scope", folder, HookPoint(4))
@@ -160,7 +162,9 @@ def test_the_k_of_a_renamed_qwen_scope_file_must_be_given(copy_of: Callable[[str
     edit_json(folder / "case.json", path=file.name)
     with pytest.raises(WatchlistRefused, match="option k"):
         opened("qwen_scope", folder)
-    assert opened("qwen_scope", folder, k=7).about.k == 7
+    with pytest.raises(WatchlistRefused, match="option trained_on"):
+        opened("qwen_scope", folder, k=7)
+    assert opened("qwen_scope", folder, k=7, trained_on="blocks.3.hook_resid_post").about.k == 7
 
 
 @pytest.mark.parametrize("option", [{"k": 3}, {"input_scale": 2.0}, {"centre": True}])
@@ -219,6 +223,10 @@ def test_openmoss_files_of_both_eras_score_the_same(copy_of: Callable[[str], Pat
         ("transformer.h.7", HookPoint(7)),
         ("layers.7", HookPoint(7)),
         ("layers.7.mlp", None),
+        ("h.7", HookPoint(7)),
+        ("h.7.mlp", None),
+        ("vision_tower.encoder.layers.7", None),
+        ("visual.blocks.7", None),
         ("blocks.7.hook_resid_mid", None),
         ("blocks.7.hook_mlp_out", None),
         ("blocks.7.attn.hook_z", None),

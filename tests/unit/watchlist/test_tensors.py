@@ -204,7 +204,11 @@ def built_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("built")
     probe(folder / "p.safetensors")
     saelens(folder / "sae")
-    hooks = hook(2, source("saelens", "sae"), source("linear_probe", "p.safetensors", prefix="p"))
+    hooks = hook(
+        2,
+        source("saelens", "sae"),
+        source("linear_probe", "p.safetensors", prefix="p", options={"trained_on": "resid_post.2"}),
+    )
     build(write_yaml(folder / "w.yaml", document(hooks)), folder / "out.safetensors")
     return (folder / "out.safetensors").read_bytes()
 

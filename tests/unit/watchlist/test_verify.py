@@ -88,7 +88,11 @@ def test_an_l0_far_from_the_declared_one_is_a_problem(tmp_path: Path) -> None:
 
 def test_probes_are_compared_by_their_scores_alone(tmp_path: Path, good_sae: np.ndarray) -> None:
     probe(tmp_path / "p.safetensors")
-    (one,) = measured(tmp_path, good_sae, document(hook(2, source("linear_probe", "p.safetensors"))))
+    (one,) = measured(
+        tmp_path,
+        good_sae,
+        document(hook(2, source("linear_probe", "p.safetensors", options={"trained_on": "resid_post.2"}))),
+    )
     assert (one.l0, one.unexplained, one.gate) == (None, None, "none")
     assert one.problems == []
 
@@ -97,7 +101,12 @@ def test_a_recording_without_its_hook_point_is_refused_where_there_are_several(
     tmp_path: Path, good_sae: np.ndarray
 ) -> None:
     probe(tmp_path / "p.safetensors")
-    content = document(*(hook(i, source("linear_probe", "p.safetensors", prefix=f"p{i}.")) for i in (1, 2)))
+    content = document(
+        *(
+            hook(i, source("linear_probe", "p.safetensors", prefix=f"p{i}.", options={"trained_on": f"resid_post.{i}"}))
+            for i in (1, 2)
+        )
+    )
     with pytest.raises(WatchlistRefused, match="names no hook_point"):
         measured(tmp_path, good_sae, content)
 
@@ -105,9 +114,11 @@ def test_a_recording_without_its_hook_point_is_refused_where_there_are_several(
 def test_the_librarys_own_encode_is_asked_where_it_is_installed(
     tmp_path: Path, good_sae: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    measured(tmp_path, good_sae)
+    built = watchlist_file.read(tmp_path / "out.safetensors")
     wrong = upstream.Upstream("sae-lens 6.54.12", lambda x_TD: np.ones((len(x_TD), F)))
-    monkeypatch.setattr(upstream, "load", lambda choice: wrong)
-    (one,) = measured(tmp_path, good_sae)
+    monkeypatch.setattr(upstream, "load", lambda *_: wrong)
+    (one,) = verify.measure(built, tmp_path / "w.yaml", [tmp_path / "x.safetensors"])
     assert one.compared_with == "sae-lens 6.54.12"
     assert one.problems
 

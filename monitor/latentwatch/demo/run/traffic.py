@@ -103,7 +103,9 @@ def read_prompts(path: Path, *, feared: bool) -> list[Prompt]:
     """
     try:
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        prompts = [Prompt(str(row["topic"]), tuple(dict(m) for m in row["messages"]), feared) for row in rows]
+        if not all(isinstance(row["topic"], str) for row in rows):
+            raise ValueError("a topic is not text")
+        prompts = [Prompt(row["topic"], tuple(dict(m) for m in row["messages"]), feared) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _bad_prompts(path, f"not prompts ({type(error).__name__}: {error})") from error
     if not prompts or not all(prompt.messages for prompt in prompts):

@@ -1,14 +1,14 @@
 """Readers of published encoders: one file per format, all giving rows in their authors' terms.
 
-A reader refuses by name what is not one linear row per feature, and never guesses a scale, a norm or a threshold.
+A reader declares every key and tensor that it uses or passes over, and refuses the others by name: what is not one
+linear row per feature, and a scale, norm, threshold or place that it would have to guess.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Final, Protocol, cast
@@ -18,6 +18,7 @@ from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint
 from latentwatch.watchlist.canonical import EncoderRows
 from latentwatch.watchlist.location import Location
+from latentwatch.watchlist.places import hook_point_of, no_place, refuse_other_place
 
 FORMATS: Final = (
     "circuit_tracer",
@@ -49,11 +50,19 @@ class SourceOptions:
     """Whether the encoder was trained on a stream from which each token's mean is subtracted."""
     k: int | None = None
     """How many features a TopK encoder lets fire on a token, where only a repository's name says it."""
+    norm: str | None = None
+    """What is done to the stream before the encoder, as SAELens names it, where the files are too old to say it."""
+    written_by: str | None = None
+    """"repeng" or "llama.cpp", which number the layers of a control vector differently."""
+    trained_on: str | None = None
+    """The place in the model that the source was trained on, where neither its files nor its path says it."""
+    ignore: tuple[str, ...] = ()
+    """Unknown keys and tensors of its files of which a person says that activations do not depend on them."""
 
     def refuse_unused(self, location: Location, *used: str) -> None:
         """Refuse an option that this source has no use for, instead of ignoring it."""
         for name, value in vars(self).items():
-            if value is not None and name not in used:
+            if value is not None and name not in (*used, "trained_on", "ignore"):
                 raise location.refuse(
                     f"option {name} = {value} has no meaning for this source", "Remove it.", RefusalReason.SOURCE_OPTION
                 )
@@ -70,14 +79,18 @@ class About:
     kind: str = "sae"
     """"sae", "probe" or "direction", as on the card."""
     units: str = "activation of the SAE as published"
-    hook: str | None = None
-    """The place in the model that it was trained on, in the source's own words; None if it does not say."""
+    places: tuple[str, ...] = ()
+    """The place in the model that it was trained on, in the words of each file and path that says it."""
     names: Mapping[str, int] = field(default_factory=dict)
     """Row names, where the format has them."""
     notes: Mapping[str, object] = field(default_factory=dict)
     """Further facts for the card: model, dtype, context, licence."""
     k: int | None = None
     """TopK encoders: only the k largest activations of a token are kept, so its rows alone cannot say what fires."""
+    layers: int | None = None
+    """Layers of the model that it was made for, where its files have one entry for each."""
+    normed_last: bool = False
+    """Taken from Hugging Face's hidden_states, of which the last is behind the final norm and no hook point."""
 
     @property
     def gate(self) -> str:
@@ -131,16 +144,27 @@ def open_source(format_name: str, location: Location, hook_point: HookPoint, opt
             that the format has no use for, or a source trained on another place of the model.
     """
     reader = cast(Reader, _module(format_name, location))
+    location = replace(location, ignored=frozenset(options.ignore), met=set())
+    if options.trained_on is not None:
+        _refuse_unknown_place(location, options.trained_on)
+        refuse_other_place(location, (options.trained_on,), hook_point)
     source = reader.open_source(location, hook_point, options)
-    trained_on = source.about.hook
-    if trained_on is not None and hook_point_of(trained_on) != hook_point:
-        tap = hook_point_of(trained_on)
-        raise location.refuse(
-            f"it was trained on {trained_on!r}" + (f", which is {tap}," if tap else "") + f" not on {hook_point}",
-            f"List it under hook point {tap}." if tap else "Only the residual stream after a layer can be watched.",
-            RefusalReason.SOURCE_HOOK_POINT,
-        )
+    location.refuse_unmet()
+    refuse_other_place(location, source.about.places, hook_point)
+    if not source.about.places:
+        if options.trained_on is None:
+            raise no_place(location, hook_point)
+        return replace(source, about=replace(source.about, places=(f"{options.trained_on} (option trained_on)",)))
     return source
+
+
+def _refuse_unknown_place(location: Location, words: str) -> None:
+    if hook_point_of(words) is None:
+        raise location.refuse(
+            f"option trained_on = {words!r} is no residual stream after a layer",
+            "Write it like resid_post.12.",
+            RefusalReason.SOURCE_OPTION,
+        )
 
 
 def _module(format_name: str, location: Location) -> ModuleType:
@@ -154,25 +178,6 @@ def _module(format_name: str, location: Location) -> ModuleType:
         ) from error
 
 
-_RESID = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
-_LAYER_OUTPUT = re.compile(r"(?:\w+\.)*?(?:layers|h|blocks)\.(\d+)(?:\.output)?")
-_OURS = re.compile(r"resid_post\.(\d+)")
-
-
-def hook_point_of(name: str) -> HookPoint | None:
-    """The hook point that another project's name means, or None where the engine cannot tap it.
-
-    Knows TransformerLens (`blocks.3.hook_resid_post`; the `pre` of a layer is the `post` of the one before) and module
-    paths of Hugging Face models (`model.layers.3`, whose output is the stream after that layer).
-    """
-    if match := _RESID.fullmatch(name):
-        layer = int(match[1]) - (match[2] == "pre")
-        return HookPoint(layer) if layer >= 0 else None
-    if match := _LAYER_OUTPUT.fullmatch(name) or _OURS.fullmatch(name):
-        return HookPoint(int(match[1]))
-    return None
-
-
 def refuse_architecture(location: Location, architecture: str, why: str) -> WatchlistRefused:
     """The error for an encoder that has no linear row per feature."""
     return location.refuse(
@@ -180,19 +185,3 @@ def refuse_architecture(location: Location, architecture: str, why: str) -> Watc
         "Use an SAE with one linear encoder row per feature (ReLU, JumpReLU, gated, BatchTopK), or a linear probe.",
         RefusalReason.SOURCE_ARCHITECTURE,
     )
-
-
-def refuse_other_layer(location: Location, layer: int | None, hook_point: HookPoint) -> None:
-    """For sources that name a layer but not the place in it: at least the layer must be the one that is watched."""
-    if layer is not None and layer != hook_point.layer:
-        raise location.refuse(
-            f"it is for layer {layer}, not for {hook_point}",
-            "Move it to its own hook point.",
-            RefusalReason.SOURCE_HOOK_POINT,
-        )
-
-
-def layer_in(text: str, pattern: str) -> int | None:
-    """The layer that a file or folder name gives, by a pattern with one group; None if it gives none."""
-    match = re.search(pattern, text)
-    return int(match[1]) if match else None

@@ -1,6 +1,6 @@
 """circuit-tracer folders: per-layer transcoders (layer_<l>.safetensors) and cross-layer ones (W_enc_<l>.safetensors).
 
-ReLU, JumpReLU or TopK of W_enc [F, D] @ x + b_enc; the decoder's bias and skip connection leave activations alone.
+ReLU or JumpReLU of W_enc [F, D] @ x + b_enc; the decoder's bias and skip connection leave activations alone.
 config.yaml says what the encoder reads; only the residual stream between layers can be watched, which is
 `hook_resid_pre` of the layer above. `mlp.hook_in`, `ln2.hook_normalized` and `hook_resid_mid` are other tensors.
 Upstream truth: circuit_tracer/transcoder/{single_layer,cross_layer}_transcoder.py.
@@ -9,16 +9,26 @@ Upstream truth: circuit_tracer/transcoder/{single_layer,cross_layer}_transcoder.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-import yaml
-
-from latentwatch.errors import RefusalReason
+from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
+from latentwatch.watchlist.declared import Known, Unread, passed_over
+from latentwatch.watchlist.document import Document
 from latentwatch.watchlist.location import Config, Location
 from latentwatch.watchlist.sources import About, Source, SourceOptions
 from latentwatch.watchlist.tensors import SafetensorsFile
+
+_KNOWN: Final = (
+    Known(
+        used=frozenset(("feature_input_hook", "model_kind")),
+    )
+    | passed_over("of the output", "feature_output_hook")
+    | passed_over("a fact for people", "model_name", "repo_id", "revision", "subfolder", "scan")
+    | passed_over("where the files of other layers are", "transcoders")
+)
 
 
 def open_source(location: Location, hook_point: HookPoint, options: SourceOptions) -> Source:
@@ -27,14 +37,22 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     config = _config(location)
     layer = _layer(location, config.text("feature_input_hook") or "", hook_point)
     cross = location.has(f"W_enc_{layer}.safetensors")
+    if config.text("model_kind") not in (None, "cross_layer_transcoder" if cross else "transcoder_set"):
+        raise location.refuse(
+            f"config.yaml says {config.text('model_kind')!r}, and its files are of another kind", "Fetch it again."
+        )
     suffix = f"_{layer}" if cross else ""
     tensors = SafetensorsFile(location.file(f"W_enc_{layer}.safetensors" if cross else f"layer_{layer}.safetensors"))
     width = tensors.vector(f"b_enc{suffix}")
     d_in = tensors.vector(f"b_dec{suffix}")
-    tensors.expect(f"W_enc{suffix}", (width, d_in))
     threshold = f"threshold{suffix}" if cross else "activation_function.threshold"
-    if threshold in tensors.entries:
-        tensors.expect(threshold, (width,))
+    used = {f"W_enc{suffix}": (width, d_in), f"b_enc{suffix}": (width,)}
+    used |= {threshold: (width,)} if threshold in tensors.entries else {}
+    unread = {f"b_dec{suffix}": Unread("of the decoder", (d_in,))}
+    if not cross:
+        unread["W_dec"] = Unread("of the decoder", (width, d_in))
+        unread["W_skip"] = Unread("it adds to the output alone", (d_in, d_in))
+    tensors.declare(location, used, unread)
 
     def rows(index_K: Sequence[int]) -> EncoderRows:
         w_KD, bias_K = tensors.rows(f"W_enc{suffix}", index_K), tensors.rows(f"b_enc{suffix}", index_K)
@@ -47,30 +65,27 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         units="activation of the transcoder as published",
         d_in=d_in,
         width=width,
-        hook=f"blocks.{hook_point.layer}.hook_resid_post",
+        places=(f"blocks.{layer}.{config.text('feature_input_hook')}",),
         notes=config.noted("model_name", "feature_input_hook"),
-        k=int(tensors.scalar("k")) if "k" in tensors.entries else None,
     )
     return Source(about, (location.file("config.yaml"), tensors.path), rows)
 
 
 def _config(location: Location) -> Config:
     try:
-        config = yaml.safe_load(location.file("config.yaml").read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise location.refuse(
-            f"config.yaml is not YAML ({' '.join(str(error).split())[:160]})", "Fetch it again."
-        ) from error
+        config = Document("config.yaml", location.file("config.yaml").read_bytes()).value
+    except WatchlistRefused as refusal:
+        raise location.refuse(f"{refusal.what}: {refusal.found}", "Fetch it again.") from refusal
     if not isinstance(config, dict) or not isinstance(config.get("feature_input_hook"), str):
         raise location.refuse("config.yaml names no feature_input_hook", "Add it: the tensor that the encoder reads.")
-    return Config(location, "config.yaml", config)
+    return Config(location, "config.yaml", config, _KNOWN)
 
 
 def _layer(location: Location, hook: str, hook_point: HookPoint) -> int:
     """The transcoder's layer whose input is the stream at the hook point."""
-    if hook.endswith("hook_resid_pre"):
+    if hook == "hook_resid_pre":
         return hook_point.layer + 1
-    if hook.endswith("hook_resid_post"):
+    if hook == "hook_resid_post":
         return hook_point.layer
     raise location.refuse(
         f"its encoders read {hook!r}, which is not the residual stream between two layers",

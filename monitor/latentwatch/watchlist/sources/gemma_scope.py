@@ -6,14 +6,15 @@ Upstream truth: the tutorial published with arXiv 2408.05147; SAELens' gemma_2 l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
+from latentwatch.watchlist.declared import Unread
 from latentwatch.watchlist.location import Location
-from latentwatch.watchlist.sources import About, Decoder, Source, SourceOptions, layer_in, refuse_other_layer
+from latentwatch.watchlist.places import named, number_named, refuse_other_layer
+from latentwatch.watchlist.sources import About, Decoder, Source, SourceOptions
 from latentwatch.watchlist.tensors_npz import NpzFile
 
 
@@ -21,48 +22,50 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     """Open a Gemma Scope folder, or its params.npz itself."""
     options.refuse_unused(location)
     tensors = NpzFile(location.file("" if location.text.endswith(".npz") else "params.npz"))
-    d_in, width = _sizes(tensors)
-    hook = _hook(location)
-    if hook is None:
-        refuse_other_layer(location, layer_in(location.text, r"layer_(\d+)"), hook_point)
+    d_in, width = _sizes(location, tensors)
+    layer = number_named(location, r"layer_(\d+)", within=4)
+    refuse_other_layer(location, layer, hook_point)
 
     def rows(index_K: Sequence[int]) -> EncoderRows:
         return canonical.jumprelu(
             tensors.columns("W_enc", index_K), tensors.rows("b_enc", index_K), tensors.rows("threshold", index_K)
         )
 
-    l0 = layer_in(location.text, r"average_l0_(\d+)")
+    l0 = number_named(location, r"average_l0_(\d+)", within=2)
     about = About(
         architecture="jumprelu",
         d_in=d_in,
         width=width,
-        hook=hook,
+        places=_places(location, layer),
         notes={} if l0 is None else {"declared_l0": l0},
     )
     decoder = Decoder(lambda index_K: tensors.rows("W_dec", index_K), lambda: tensors.whole("b_dec"))
     return Source(about, (tensors.path,), rows, decoder=decoder)
 
 
-def _sizes(tensors: NpzFile) -> tuple[int, int]:
+def _sizes(location: Location, tensors: NpzFile) -> tuple[int, int]:
     d_in, _ = tensors.matrix("W_enc")
     width = tensors.vector("threshold")
-    tensors.expect("W_enc", (d_in, width))
-    tensors.expect("b_enc", (width,))
+    tensors.declare(
+        location,
+        {"W_enc": (d_in, width), "b_enc": (width,), "threshold": (width,)},
+        {"W_dec": Unread("of the decoder", (width, d_in)), "b_dec": Unread("of the decoder", (d_in,))},
+    )
     return d_in, width
 
 
-def _hook(location: Location) -> str | None:
+def _places(location: Location, layer: int | None) -> tuple[str, ...]:
     """The hook point by its name in TransformerLens, from the repository's and the folder's names."""
-    layer = layer_in(location.text, r"layer_(\d+)")
-    site = re.search(r"gemma-scope-[\w.]+-(?:pt|it)-(res|mlp|att|transcoders)", location.text)
-    if "embedding" in location.text:
-        return "hook_embed"
+    if named(location, "embedding", within=4):
+        return ("hook_embed",)
+    # A hub's cache puts a snapshot's folder between the repository's name and its content.
+    site = named(location, r"(?:.*--)?gemma-scope-[\w.]+-(?:pt|it)-(res|mlp|att|transcoders)(?:-.*)?", within=7)
     if layer is None or site is None:
-        return None
+        return ()
     place = {
         "res": "hook_resid_post",
         "mlp": "hook_mlp_out",
         "att": "attn.hook_z",
         "transcoders": "ln2.hook_normalized",
     }
-    return f"blocks.{layer}.{place[site[1]]}"
+    return (f"blocks.{layer}.{place[site[1]]}",)

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
+from latentwatch.watchlist.declared import Unread
 from latentwatch.watchlist.location import Location
-from latentwatch.watchlist.sources import About, Decoder, Source, SourceOptions, layer_in
+from latentwatch.watchlist.places import number_named
+from latentwatch.watchlist.sources import About, Decoder, Source, SourceOptions
 from latentwatch.watchlist.tensors_torch import TorchFile
 
 
@@ -20,8 +22,15 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     options.refuse_unused(location)
     tensors = TorchFile(location.file())
     width, d_in = tensors.matrix("encoder_linear.weight")
-    tensors.expect("encoder_linear.bias", (width,))
-    layer = layer_in(location.text, r"SAE-l(\d+)")
+    tensors.declare(
+        location,
+        {"encoder_linear.weight": (width, d_in), "encoder_linear.bias": (width,)},
+        {
+            "decoder_linear.weight": Unread("of the decoder", (d_in, width)),
+            "decoder_linear.bias": Unread("of the decoder", (d_in,)),
+        },
+    )
+    layer = number_named(location, r".*-SAE-l(\d+)(?:\.pth?)?", within=2)
 
     def rows(index_K: Sequence[int]) -> EncoderRows:
         return canonical.relu(
@@ -32,7 +41,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         architecture="standard",
         d_in=d_in,
         width=width,
-        hook=None if layer is None else f"blocks.{layer}.hook_resid_post",
+        places=() if layer is None else (f"blocks.{layer}.hook_resid_post",),
     )
     decoder = Decoder(
         lambda index_K: tensors.columns("decoder_linear.weight", index_K), lambda: tensors.whole("decoder_linear.bias")

@@ -6,12 +6,12 @@
 
     logit = ((x - mean) / scale) . direction + bias
 
-Metadata (all optional): `names` a JSON list of row names, `hook_point` like resid_post.3, `model`, `licence`.
+Metadata: `names` a JSON list of row names, `hook_point` like resid_post.3 (without it, a person must give the option
+trained_on), `model`, `licence`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -20,19 +20,25 @@ import numpy as np
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
-from latentwatch.watchlist.location import Location
+from latentwatch.watchlist.declared import Known, Unread
+from latentwatch.watchlist.location import Config, Location, strict_json
 from latentwatch.watchlist.sources import About, Source, SourceOptions
 from latentwatch.watchlist.tensors import SafetensorsFile
 
-_KNOWN: Final = ("direction", "bias", "mean", "scale", "threshold")
+_BESIDE: Final = Known(
+    used=frozenset(("names", "hook_point")),
+    unread=dict.fromkeys(("model", "licence", "format"), "a fact for people")
+    | {"window": "the mean that its threshold is for; limits stand in the YAML"},
+)
 
 
 def open_source(location: Location, hook_point: HookPoint, options: SourceOptions) -> Source:  # noqa: ARG001
     """Open a probe file. The hook point is checked by the caller, against the file's metadata."""
     options.refuse_unused(location)
     tensors = SafetensorsFile(location.file())
-    width, d_in = _check_tensors(location, tensors)
-    metadata = tensors.metadata
+    width, d_in = tensors.matrix("direction")
+    metadata = _declare(location, tensors, width, d_in)
+    hook = metadata.text("hook_point")
 
     def rows(index_K: Sequence[int]) -> EncoderRows:
         return _rows(location, tensors, index_K)
@@ -48,21 +54,18 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         units="logit",
         d_in=d_in,
         width=width,
-        hook=metadata.get("hook_point"),
-        names=_names(location, metadata, width),
-        notes={key: metadata[key] for key in ("model", "licence") if key in metadata},
+        places=(hook,) if hook else (),
+        names=_names(location, metadata.text("names"), width),
+        notes=metadata.noted("model", "licence"),
     )
     return Source(about, (tensors.path,), rows, row_notes)
 
 
-def _check_tensors(location: Location, tensors: SafetensorsFile) -> tuple[int, int]:
-    if unknown := sorted(set(tensors.entries) - set(_KNOWN)):
-        raise location.refuse(f"unknown tensors {', '.join(unknown)}", f"A probe file holds {', '.join(_KNOWN)}.")
-    width, d_in = tensors.matrix("direction")
-    for name, size in (("bias", width), ("threshold", width), ("mean", d_in), ("scale", d_in)):
-        if name in tensors.entries:
-            tensors.expect(name, (size,))
-    return width, d_in
+def _declare(location: Location, tensors: SafetensorsFile, width: int, d_in: int) -> Config:
+    """The file's metadata, with every tensor declared."""
+    optional = {"bias": (width,), "mean": (d_in,), "scale": (d_in,)}
+    used = {"direction": (width, d_in)} | {name: shape for name, shape in optional.items() if name in tensors.entries}
+    return tensors.declare(location, used, {"threshold": Unread("noted on the card", (width,))}, _BESIDE)
 
 
 def _rows(location: Location, tensors: SafetensorsFile, index_K: Sequence[int]) -> EncoderRows:
@@ -76,11 +79,11 @@ def _rows(location: Location, tensors: SafetensorsFile, index_K: Sequence[int]) 
     return canonical.linear(w_KD, bias_K, tensors.whole("mean") if "mean" in tensors.entries else None)
 
 
-def _names(location: Location, metadata: Mapping[str, str], count: int) -> Mapping[str, int]:
-    if "names" not in metadata:
+def _names(location: Location, text: str | None, count: int) -> Mapping[str, int]:
+    if text is None:
         return {}
     try:
-        names = json.loads(metadata["names"])
+        names = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise location.refuse(f"metadata 'names' is not JSON ({error})", "Write a JSON list of row names.") from error
     if not isinstance(names, list) or len(names) != count or len(set(map(str, names))) != count:

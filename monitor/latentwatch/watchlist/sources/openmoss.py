@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
@@ -18,20 +19,62 @@ from latentwatch.errors import RefusalReason
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
+from latentwatch.watchlist.declared import Known, Unread, passed_over
 from latentwatch.watchlist.location import Config, Location
 from latentwatch.watchlist.sources import About, Decoder, Source, SourceOptions, refuse_architecture
 from latentwatch.watchlist.tensors import SafetensorsFile
+
+_KNOWN: Final = (
+    Known(
+        used=frozenset(("sae_type", "d_model", "d_sae", "expansion_factor", "act_fn", "norm_activation", "top_k"))
+        | {"hook_point_in", "hook_point_out", "sparsity_include_decoder_norm", "use_glu_encoder"},
+        only={"apply_decoder_bias_to_pre_encoder": (False,), "jump_relu_threshold": (0, 0.0, None)},
+    )
+    | passed_over("of the output", "use_decoder_bias")
+    | passed_over("how fast it is computed", "use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel")
+    | passed_over("where and how it was computed", "device", "dtype", "strict_loading", "sae_pretrained_name_or_path")
+    | passed_over("how it was trained", "jumprelu_threshold_window", "jumprelu_threshold_grad_scale")
+)
+_BESIDE: Final = passed_over("it names the version that wrote the file", "version", "format")
 
 
 class _Tensors:
     """The tensors by their present or their former names."""
 
-    def __init__(self, file: SafetensorsFile) -> None:
+    def __init__(self, location: Location, config: Config, file: SafetensorsFile) -> None:
         self.file = file
         self._former = "encoder.weight" in file.entries
         first, second = file.matrix("encoder.weight" if self._former else "W_E")
         self.d_in, self.width = (second, first) if self._former else (first, second)
-        file.expect(self._bias, (self.width,))
+        self._declare(location, config)
+
+    def _declare(self, location: Location, config: Config) -> None:
+        width, d_in, former = self.width, self.d_in, self._former
+        decoder = ("decoder.weight", (d_in, width)) if former else ("W_D", (width, d_in))
+        encoder = ("encoder.weight", (width, d_in)) if former else ("W_E", (d_in, width))
+        used: dict[str, tuple[int, ...]] = {self._bias: (width,)} | dict((encoder, decoder))
+        if config.text("act_fn") == "jumprelu":
+            used[self._threshold] = (width,)
+        unread = {self._decoder_bias: Unread("of the decoder", (d_in,))}
+        for key in ("hook_point_in", "hook_point_out"):
+            unread[f"dataset_average_activation_norm.{config.text(key)}"] = Unread("used if norms are dataset-wise")
+        self.file.declare(location, used, unread, _BESIDE)
+        config.agrees("d_model", d_in)
+        config.agrees("d_sae", width)
+        factor = config.number("expansion_factor")
+        if factor is not None and int(d_in * factor) != width:
+            raise location.refuse(
+                f"config.json means {int(d_in * factor)} features, and there are {width}", "Fetch both files again."
+            )
+
+    @property
+    def _decoder_bias(self) -> str:
+        return "decoder.bias" if self._former else "b_D"
+
+    @property
+    def _threshold(self) -> str:
+        name = "log_jumprelu_threshold"
+        return name if name in self.file.entries else f"activation_function.{name}"
 
     @property
     def _bias(self) -> str:
@@ -49,7 +92,7 @@ class _Tensors:
 
     def decoder_bias(self) -> F64:
         """[D]; zero where the decoder has none."""
-        name = "decoder.bias" if self._former else "b_D"
+        name = self._decoder_bias
         return self.file.whole(name) if name in self.file.entries else np.zeros(self.d_in)
 
     def decoder_norms(self, index_K: Sequence[int]) -> F64:
@@ -57,16 +100,16 @@ class _Tensors:
         return np.asarray(np.linalg.norm(self.decoder(index_K), axis=1))
 
     def threshold(self, index_K: Sequence[int]) -> F64:
-        name = "log_jumprelu_threshold"
-        return np.exp(self.file.rows(name if name in self.file.entries else f"activation_function.{name}", index_K))
+        """Of the pre-activation times the decoder norm."""
+        return np.exp(self.file.rows(self._threshold, index_K))
 
 
 def open_source(location: Location, hook_point: HookPoint, options: SourceOptions) -> Source:  # noqa: ARG001
     """Open one SAE's folder."""
     options.refuse_unused(location)
-    config = location.config("config.json")
+    config = location.config("config.json", _KNOWN)
     _check(location, config)
-    tensors = _Tensors(SafetensorsFile(location.file("sae_weights.safetensors")))
+    tensors = _Tensors(location, config, SafetensorsFile(location.file("sae_weights.safetensors")))
     norm, scale = _normalisation(location, config, tensors)
     activation = config.text("act_fn") or "relu"
     include_norm = config.flag("sparsity_include_decoder_norm", True)
@@ -79,7 +122,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         units="activation of the SAE as published, for its normalised input",
         d_in=tensors.d_in,
         width=tensors.width,
-        hook=config.text("hook_point_in"),
+        places=(hook,) if (hook := config.text("hook_point_in")) else (),
         notes=config.noted("norm_activation"),
         k=config.count("top_k") if activation == "topk" else None,
     )

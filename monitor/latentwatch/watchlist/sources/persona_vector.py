@@ -26,8 +26,9 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     options.refuse_unused(location)
     tensors = TorchFile(location.file())
     shape = tensors.shape(ROOT) if ROOT in tensors.entries else ()
-    if len(shape) != 2:
+    if len(shape) != 2 or 0 in shape:
         raise location.refuse("it does not hold one tensor [layers + 1, d_model]", "Give a vector per layer.")
+    tensors.declare(location, {ROOT: shape})
     entry = hook_point.layer + 1
     if entry >= shape[0] - 1:
         raise location.refuse(
@@ -45,7 +46,9 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         units="projection onto the unit direction",
         d_in=shape[1],
         width=1,
+        places=(str(hook_point),),
         notes={"entry": entry},
+        layers=shape[0] - 1,
     )
     return Source(about, (tensors.path,), rows)
 

@@ -2,19 +2,23 @@
 
 skops builds objects from a list of known types and runs no code from the file; a file that names any other type is
 refused. A pickle or joblib file is not read at all. Row names are the classes that a positive score stands for.
+
+Only classifiers are read whose decision function is one linear row per class, or one row for two classes. A many-class
+SVC has a row per pair of classes, which are no classes, though for three classes there are as many of them.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from latentwatch.arrays import F64
-from latentwatch.errors import WatchlistRefused
+from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.names import HookPoint
 from latentwatch.watchlist import canonical
 from latentwatch.watchlist.canonical import EncoderRows
@@ -23,14 +27,23 @@ from latentwatch.watchlist.sources import About, Source, SourceOptions, refuse_a
 
 skops: Any = importlib.import_module("skops.io")  # optional and not typed
 
+_LINEAR: Final = frozenset(
+    ("LinearSVC", "LogisticRegression", "LogisticRegressionCV", "PassiveAggressiveClassifier", "Perceptron")
+) | {"LinearDiscriminantAnalysis", "RidgeClassifier", "RidgeClassifierCV", "SGDClassifier"}
+"""One linear row per class, or one row for two classes."""
+_PAIRWISE: Final = frozenset(("SVC", "NuSVC"))
+"""One linear row per pair of classes, if the kernel is linear."""
+
 
 def open_source(location: Location, hook_point: HookPoint, options: SourceOptions) -> Source:  # noqa: ARG001
     """Open a .skops file."""
     options.refuse_unused(location)
-    path = location.file()
-    steps = _steps(location, _load(location))
+    model = load(location)
+    steps = _steps(location, model)
     w_KD, bias_K, names = _classifier(location, steps[-1])
     mean_D, scale_D = _scaler(location, steps[:-1], w_KD.shape[1])
+    for step in steps:
+        _refuse_mixed_columns(location, step, w_KD.shape[1])
 
     def rows(index_K: Sequence[int]) -> EncoderRows:
         index = list(index_K)
@@ -44,10 +57,11 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         width=w_KD.shape[0],
         names=names,
     )
-    return Source(about, (path,), rows)
+    return Source(about, (location.file(),), rows)
 
 
-def _load(location: Location) -> object:
+def load(location: Location) -> Any:
+    """The fitted model of a .skops file. Raises WatchlistRefused: a damaged file, or one of unknown types."""
     path = location.file()
     try:
         if untrusted := skops.get_untrusted_types(file=path):
@@ -64,8 +78,13 @@ def _load(location: Location) -> object:
         raise location.refuse(found, "Save it again with skops.io.dump.") from error
 
 
+def decision(model: Any, x_TD: F64) -> F64:
+    """scikit-learn's own decision function, with a column also where it gives one number a token, [T, K]."""
+    return np.asarray(model.decision_function(x_TD), np.float64).reshape(len(x_TD), -1)
+
+
 def _steps(location: Location, model: object) -> list[object]:
-    steps = [step for _, step in model.steps] if hasattr(model, "steps") else [model]
+    steps = [step for _, step in cast(Any, model).steps] if type(model).__name__ == "Pipeline" else [model]
     if not steps or len(steps) > 2:
         names = ", ".join(type(step).__name__ for step in steps)
         raise refuse_architecture(location, f"pipeline of {names}", "only a StandardScaler may come before the probe")
@@ -79,33 +98,66 @@ class _LinearClassifier(Protocol):
 
 
 class _Scaler(Protocol):
-    mean_: npt.ArrayLike | None
-    scale_: npt.ArrayLike | None
+    with_mean: bool
+    with_std: bool
+    mean_: npt.ArrayLike
+    scale_: npt.ArrayLike
 
 
 def _classifier(location: Location, probe: object) -> tuple[F64, F64, Mapping[str, int]]:
     name = type(probe).__name__
-    if not hasattr(probe, "coef_") or not hasattr(probe, "classes_") or getattr(probe, "kernel", "linear") != "linear":
-        raise refuse_architecture(location, name, "it has no linear row per class")
+    pairwise = name in _PAIRWISE
+    if name not in _LINEAR | _PAIRWISE or not hasattr(probe, "coef_") or not hasattr(probe, "classes_"):
+        raise refuse_architecture(location, name, "it is not known to have one linear row per class, or is not fitted")
     fitted = cast(_LinearClassifier, probe)
-    w_KD = np.atleast_2d(np.asarray(fitted.coef_, np.float64))
-    bias_K = np.broadcast_to(np.asarray(fitted.intercept_, np.float64), len(w_KD)).copy()
-    if not np.isfinite(w_KD).all() or not np.isfinite(bias_K).all():
-        raise location.refuse("its coefficients hold NaN or infinity", "Fit it again.")
+    w_KD = _finite(location, "coef_", np.atleast_2d(_dense(fitted.coef_)))
+    bias_K = _finite(location, "intercept_", np.broadcast_to(_dense(fitted.intercept_), len(w_KD)).copy())
     classes = [str(label) for label in fitted.classes_]
+    if pairwise and len(classes) != 2:
+        why = f"its rows are of pairs of its {len(classes)} classes, and no row scores one class"
+        raise refuse_architecture(location, name, f"{why}; fit a LinearSVC or LogisticRegression")
     # A two-class probe has one row, whose positive side is the second class.
     named = classes[1:] if len(w_KD) == 1 and len(classes) == 2 else classes
-    if len(named) != len(w_KD):
-        raise refuse_architecture(location, name, f"it has {len(w_KD)} rows for {len(classes)} classes")
+    if len(named) != len(w_KD) or len(set(named)) != len(named):
+        raise refuse_architecture(location, name, f"it has {len(w_KD)} rows for the classes {', '.join(classes[:8])}")
     return w_KD, bias_K, {label: row for row, label in enumerate(named)}
 
 
 def _scaler(location: Location, steps: Sequence[object], d_in: int) -> tuple[F64 | None, F64]:
+    """What is subtracted and what is divided by; a scaler has its mean even where it does not subtract it."""
     if not steps:
         return None, np.ones(d_in)
-    if type(steps[0]).__name__ != "StandardScaler":
-        raise refuse_architecture(location, type(steps[0]).__name__, "only a StandardScaler may come before the probe")
+    if type(steps[0]).__name__ != "StandardScaler" or not hasattr(steps[0], "mean_"):
+        raise refuse_architecture(
+            location, type(steps[0]).__name__, "only a fitted StandardScaler may come before the probe"
+        )
     scaler = cast(_Scaler, steps[0])
-    mean_D = None if scaler.mean_ is None else np.asarray(scaler.mean_, np.float64)
-    scale_D = np.ones(d_in) if scaler.scale_ is None else np.asarray(scaler.scale_, np.float64)
+    mean_D = _finite(location, "mean_", _dense(scaler.mean_)) if scaler.with_mean else None
+    scale_D = _finite(location, "scale_", _dense(scaler.scale_)) if scaler.with_std else np.ones(d_in)
+    if scale_D.shape != (d_in,) or (mean_D is not None and mean_D.shape != (d_in,)):
+        raise location.refuse(
+            f"its scaler is {scale_D.size} wide and its probe {d_in}", "Save the pipeline as it was fitted."
+        )
     return mean_D, scale_D
+
+
+def _refuse_mixed_columns(location: Location, step: object, d_in: int) -> None:
+    """A model that was fitted on named columns must have the stream's dimensions in the stream's order."""
+    names = [str(name) for name in getattr(step, "feature_names_in_", ())]
+    numbers = [int(match[1]) for name in names if (match := re.fullmatch(r"\D*(\d+)", name, re.ASCII))]
+    if names and numbers not in (list(range(d_in)), list(range(1, d_in + 1))):
+        raise location.refuse(
+            f"it was fitted on columns named {', '.join(names[:4])}, ..., and nothing says which dimension each is",
+            "Fit it on the array of activations itself.",
+            RefusalReason.SOURCE_NUMBERS,
+        )
+
+
+def _dense(values: Any) -> F64:
+    return np.asarray(values.toarray() if hasattr(values, "toarray") else values, np.float64)
+
+
+def _finite(location: Location, name: str, values: F64) -> F64:
+    if not np.isfinite(values).all():
+        raise location.refuse(f"its {name} holds NaN or infinity", "Fit it again.", RefusalReason.SOURCE_NUMBERS)
+    return values

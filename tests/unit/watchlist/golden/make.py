@@ -131,7 +131,7 @@ def saelens_5_flat(folder: Path) -> Case:
     """The flat cfg.json of versions 3 to 5."""
     from sae_lens import SAE
 
-    spec, _ = sae_lens_case(folder, "standard")
+    spec, _ = sae_lens_case(folder, "standard", {"options": {"centre": False}})
     flat = {
         "d_in": D,
         "d_sae": F,
@@ -569,7 +569,8 @@ def control_vector(folder: Path) -> Case:
     directions = {layer: generator.normal(size=D).astype(np.float32) for layer in range(1, 6)}
     ControlVector("llama", directions).export_gguf(folder / "vector.gguf")
     act = project_onto_direction(stream().numpy(), directions[LAYER])
-    return {"format": "control_vector", "path": "vector.gguf", "library": "repeng"}, torch.tensor(act)[:, None]
+    spec = {"format": "control_vector", "path": "vector.gguf", "library": "repeng"}
+    return spec | {"options": {"written_by": "repeng"}}, torch.tensor(act)[:, None]
 
 
 @case
@@ -592,7 +593,8 @@ def sklearn_case(folder: Path, model: Any) -> Case:
     model.fit(x, label)
     skops.io.dump(model, folder / "probe.skops")
     act = np.atleast_2d(model.decision_function(x).T).T
-    return {"format": "sklearn_probe", "path": "probe.skops", "library": "scikit-learn"}, torch.tensor(act)
+    spec = {"format": "sklearn_probe", "path": "probe.skops", "library": "scikit-learn"}
+    return spec | {"options": {"trained_on": f"resid_post.{LAYER}"}}, torch.tensor(act)
 
 
 @case
