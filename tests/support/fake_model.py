@@ -139,6 +139,12 @@ class Worker:
         self.model(torch.randn(rows, tiny.D_MODEL))
 
 
+def lone_forward(worker: Any, rows: int) -> Any:
+    """What the attachment proves the stream's place with: rows that are alike."""
+    with torch.inference_mode():
+        return worker.model(torch.ones(rows, tiny.D_MODEL))
+
+
 def scheduled(
     counts: dict[str, int],
     *,

@@ -16,8 +16,11 @@ from tests.support import tiny
 from tests.support.fake_model import FusedLayer, Model, OtherNorm, PairLayer, PlainLayer
 
 
-def arm(model: Model, watchlist: Any) -> Any:
-    return arming.arm(model, watchlist, max_rows=16, dtype=torch.float32, device=torch.device("cpu"))
+def arm(model: Model, watchlist: Any, *, dtype: torch.dtype = torch.float32) -> Any:
+    def forward(rows: int) -> Any:
+        return model(torch.ones(rows, tiny.D_MODEL))
+
+    return arming.arm(model, watchlist, forward, max_rows=16, dtype=dtype, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("layer", [FusedLayer, OtherNorm, PlainLayer])
@@ -74,7 +77,7 @@ def test_a_stream_that_is_scaled_in_float16_is_refused_there(tmp_path):
     model.layers[2].routed_scaling_factor = 2.5
     watchlist = tiny.watchlist(tmp_path / "w.safetensors")
     with pytest.raises(EngineRefused, match="--dtype bfloat16"):
-        arming.arm(model, watchlist, max_rows=16, dtype=torch.float16, device=torch.device("cpu"))
+        arm(model, watchlist, dtype=torch.float16)
     arm(model, watchlist)
 
 

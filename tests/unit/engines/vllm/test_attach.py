@@ -17,7 +17,7 @@ from latentwatch.names import Severity
 from latentwatch.watchlist.file import Limit
 
 from tests.support import tiny
-from tests.support.fake_model import Worker
+from tests.support.fake_model import Worker, lone_forward
 from tests.support.streams import probe, sparse
 
 
@@ -25,7 +25,7 @@ def attached(worker: Any, folder: Any) -> Attachment:
     """Loaded and warmed up, without a collector: no process is started."""
     path = folder / "w.safetensors"
     tiny.watchlist(path)
-    attachment = Attachment(worker, PluginSettings(str(path), "", "here", disabled=False))
+    attachment = Attachment(worker, PluginSettings(str(path), "", "here", disabled=False), lone_forward)
     worker.load_model()
     worker.compile_or_warm_up_model()
     return attachment
