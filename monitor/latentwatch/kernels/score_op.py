@@ -123,7 +123,9 @@ def _without_raising(
         if stream is not None:
             launch(stream)
             return
-        shapes = ["None" if half is None else f"{half.dtype} {tuple(half.shape)} on {half.device}" for half in (x, residual)]
+        shapes = [
+            "None" if half is None else f"{half.dtype} {tuple(half.shape)} on {half.device}" for half in (x, residual)
+        ]
         _report_once(f"a stream of {shapes[0]}, residual {shapes[1]}, cannot be read by the score op")
     except Exception as error:  # whatever a kernel or an allocation may raise, the forward goes on
         _report_once(f"the score op failed with {type(error).__name__}: {error}")

@@ -67,16 +67,23 @@ def prove(
     Raises: EngineRefused, reason "stream_unproven", with the layer, what was compared, and what was found. What the
             forward raises is passed on.
     """
-    places: list[Place] = []
+    last = len(layers) - 1
+    wanted = sorted({*hooked, last - 1} if last in hooked and last > 0 else {*hooked})
+    places: dict[int, Place] = {}
     at_once = max(1, max_rows // ROWS)
-    for start in range(0, len(hooked), at_once):
-        trials = [_Trial(model, layers, layer, d_model, i) for i, layer in enumerate(hooked[start : start + at_once])]
+    for start in range(0, len(wanted), at_once):
+        trials = [_Trial(model, layers, layer, d_model, i) for i, layer in enumerate(wanted[start : start + at_once])]
         with ExitStack() as hooks:
             for trial in trials:
                 hooks.enter_context(trial.watching())
             out_TE = outcome(forward(ROWS * len(trials)), ROWS * len(trials))
-        places += [trial.place(out_TE) for trial in trials]
-    return places
+        places.update({trial.layer: trial.place(out_TE) for trial in trials})
+        for trial in trials:
+            # What only the model's end reads of a layer may be something that was made for it, as a normed stream. A
+            # layer of the same kind before it has a layer behind it, which reads what is carried on.
+            if trial.layer == last > 0 and type(layers[last]) is type(layers[last - 1]):
+                trial.agree(places[last].indices, places[last - 1].indices)
+    return [places[layer] for layer in hooked]
 
 
 def outcome(returned: object, rows: int) -> Tensor:
@@ -130,14 +137,15 @@ class _Trial:
     """One hook point in the forward: its layer, its rows, and what was seen."""
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, layer: int, d_model: int, group: int) -> None:
-        self._name = f"resid_post.{layer}"
+        self.layer = layer
         self._layer = layers[layer]
         self._d_model = d_model
         self._rows = slice(group * ROWS, (group + 1) * ROWS)
-        # What may read the two halves and give their sum: a module of the next layer, or one behind all layers.
+        # What may read the two halves and give their sum: a module in the next layer, or one behind all layers.
         last = layer + 1 == len(layers)
-        within = {id(module) for module in layers.modules()}
-        self._behind = [m for m in model.modules() if id(m) not in within] if last else [*layers[layer + 1].modules()]
+        elsewhere = {id(module) for module in (layers.modules() if last else layers)}
+        behind = model if last else layers[layer + 1]
+        self._behind = [module for module in behind.modules() if id(module) not in elsewhere]
         self._runs = 0
         self._found = ""
         self._returned: tuple[Tensor, ...] = ()
@@ -247,9 +255,14 @@ class _Trial:
             )
         return tuple(self._indices[n] for n in deciding)
 
+    def agree(self, indices: tuple[int, ...], before: tuple[int, ...]) -> None:
+        """Raises: EngineRefused: the layer before has its stream in another place."""
+        if indices != before:
+            raise self._refused(f"the stream is in the tensors {indices} of the last layer, and {before} of the others")
+
     def _refused(self, found: str) -> EngineRefused:
         return EngineRefused(
-            f"residual stream at {self._name} ({type(self._layer).__name__})",
+            f"residual stream at resid_post.{self.layer} ({type(self._layer).__name__})",
             found=f"in a dummy forward at the start, {found}",
             instead="What would be scored there is not proven to be the stream: watch another layer, or report it with "
             "the model's name.",
