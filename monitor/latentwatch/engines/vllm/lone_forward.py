@@ -1,4 +1,4 @@
-"""One eager forward of the loaded model, by this rank alone and without a KV cache: what engines/vllm/proof.py looks at.
+"""One eager forward of the loaded model, by this rank alone and without a KV cache, for engines/vllm/proof.py.
 
 It is what vLLM's own profiling run does, for a few rows: attention has nothing to attend to. All rows have the same
 token at the same position, so they are alike. Collectives are answered from this rank's own part, for the other ranks
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentwatch.engines.vllm.interfaces import Worker
+from latentwatch.engines.vllm.interfaces import Group, ModelRunner, Worker
 from latentwatch.errors import EngineRefused, RefusalReason
 
 _UNFILLED: Final = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -39,8 +40,7 @@ def run(worker: Worker, rows: int) -> object:
     across = torch.full((getattr(parallel, "data_parallel_size", 1),), rows, dtype=torch.int32)
     with ExitStack() as during:
         during.enter_context(torch.inference_mode())
-        # torch leaves it without types.
-        during.enter_context(torch.compiler.set_stance("force_eager"))  # type: ignore[no-untyped-call]
+        during.enter_context(torch.compiler.set_stance("force_eager"))
         if across.numel() > 1 or int(parallel.world_size) > 1:
             during.enter_context(_alone())
         during.enter_context(_without_adapters(runner, rows))
@@ -49,7 +49,8 @@ def run(worker: Worker, rows: int) -> object:
                 None, worker.vllm_config, num_tokens=rows, num_tokens_across_dp=across, skip_compiled=True
             )
         )
-        during.enter_context(_Filled())
+        # torch leaves its modes without types.
+        during.enter_context(_Filled())  # type: ignore[no-untyped-call]
         return runner.get_model()(
             input_ids=torch.ones(rows, dtype=torch.int32, device=worker.device),
             positions=_positions(worker, rows),
@@ -59,13 +60,13 @@ def run(worker: Worker, rows: int) -> object:
 
 
 def _positions(worker: Worker, rows: int) -> torch.Tensor:
-    config: Any = worker.model_config
+    config = worker.model_config
     parts = 3 if getattr(config, "uses_mrope", False) else int(getattr(config, "uses_xdrope_dim", 0) or 0)
     return torch.zeros((parts, rows) if parts else (rows,), dtype=torch.int64, device=worker.device)
 
 
 @contextmanager
-def _without_adapters(runner: Any, rows: int) -> Iterator[None]:
+def _without_adapters(runner: ModelRunner, rows: int) -> Iterator[None]:
     """LoRA layers want to be told whose row is whose, here that no row has an adapter."""
     lora = getattr(runner, "lora_config", None)
     if lora is None:
@@ -76,12 +77,19 @@ def _without_adapters(runner: Any, rows: int) -> Iterator[None]:
         yield
 
 
-class _Filled(TorchDispatchMode):
+# torch leaves its modes without types.
+class _Filled(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """New memory holds zeros: attention without a cache leaves its output as it was, which may be anything."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         made = func(*args, **(kwargs or {}))
-        if func.namespace == "aten" and func._schema.name.removeprefix("aten::") in _UNFILLED:
+        if isinstance(made, torch.Tensor) and func._schema.name.removeprefix("aten::") in _UNFILLED:
             made.zero_()
         return made
 
@@ -114,11 +122,11 @@ def _alone() -> Iterator[None]:
             setattr(GroupCoordinator, name, original)
 
 
-def _gathered(group: Any, x: Any, dim: int = -1) -> Any:
+def _gathered(group: Group, x: Tensor | list[Tensor], dim: int = -1) -> Tensor | list[Tensor]:
     if isinstance(x, list):
-        return [_gathered(group, one, dim) for one in x]
+        return [torch.cat([one] * group.world_size, dim=dim) for one in x]
     return torch.cat([x] * group.world_size, dim=dim)
 
 
-def _scattered(group: Any, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+def _scattered(group: Group, x: Tensor, dim: int = -1) -> Tensor:
     return x.chunk(group.world_size, dim=dim)[group.rank_in_group].contiguous()

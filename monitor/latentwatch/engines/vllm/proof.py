@@ -116,7 +116,7 @@ def known_halves(place: Place, rows: int, d_model: int, *, seed: int) -> list[Te
 
 @contextmanager
 def injected(place: Place, known: Sequence[Tensor]) -> Iterator[None]:
-    """For as long as this lasts, the layer returns these as the parts of its stream. Before any hook that reads them."""
+    """For as long as this lasts, the layer returns these as the parts of its stream, before any hook reads them."""
 
     def replace(_module: nn.Module, _args: object, output: Any) -> object:
         if not place.indices:

@@ -49,7 +49,7 @@ def arm(model: Model, watchlist: Any, *, dtype: torch.dtype = torch.float32) -> 
     ],
 )
 @pytest.mark.parametrize("layers", [(0, 1), (1, 3), (3,)], ids=str)
-def test_every_kind_of_layer_is_scored_on_the_stream_wherever_it_leaves_it(layer, layers, tmp_path):
+def test_every_kind_of_layer_is_scored_on_the_summed_stream(layer, layers, tmp_path):
     watchlist = tiny.watchlist(tmp_path / "w.safetensors", layers=layers)
     model = Model(layer)
     hooks = arm(model, watchlist)
