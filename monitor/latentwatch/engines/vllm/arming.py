@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from latentwatch.engines.vllm import hook, proof
@@ -43,7 +44,7 @@ class ArmedHook:
 
 
 def arm(
-    model: torch.nn.Module,
+    model: nn.Module,
     watchlist: Watchlist,
     forward: Forward,
     *,
@@ -56,7 +57,7 @@ def arm(
     Raises: EngineRefused: the layers cannot be found without guessing, it is not proven what of their output the
             stream is, or the op did not score it. Whatever `forward` raises is passed on. No hook is left then.
     """
-    layers = find_layers(model, watchlist.model.layers)
+    layers = find_layers(model, watchlist.model.layers, forward)
     if dtype == torch.float16 and any(hasattr(module, "routed_scaling_factor") for module in layers.modules()):
         raise EngineRefused(
             f"{type(model).__name__} in float16",
@@ -114,26 +115,25 @@ def check_model(hf_config: Any, dtype: torch.dtype, expected: ModelCard) -> None
         )
 
 
-def find_layers(model: torch.nn.Module, count: int) -> torch.nn.ModuleList:
-    """The decoder layers.
+def find_layers(model: nn.Module, count: int, forward: Forward) -> nn.ModuleList:
+    """The decoder layers: the one list of `count` modules that is named `layers` or `h`; where that does not tell, the
+    one list whose modules run one after the other in a dummy forward, each given what the one before it returned.
 
-    Raises: EngineRefused: not exactly one list of `count` modules is named `layers` or `h`.
+    Raises: EngineRefused: there is no such list, or more than one.
     """
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList)
-        and name.rpartition(".")[2] in ("layers", "h")
-        and len(module) == count
-    ]
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    found = [name for name in lists if name.rpartition(".")[2] in ("layers", "h")]
+    if len(found) != 1:
+        found = proof.chains(lists, forward)
     if len(found) != 1:
         raise EngineRefused(
             f"decoder layers of {type(model).__name__}",
-            found=f"{len(found)} lists of {count} modules are named 'layers' or 'h': {[name for name, _ in found]}",
+            found=f"{len(lists)} lists have {count} modules, {list(lists)}, and in {len(found)} of them each runs on "
+            f"what the one before it returned: {found}",
             instead="This architecture is not supported; report it with the model's name.",
             reason=RefusalReason.ARCHITECTURE_UNKNOWN,
         )
-    return found[0][1]
+    return lists[found[0]]
 
 
 def confirm(places: Sequence[Place], hooks: Sequence[ArmedHook], forward: Forward) -> None:

@@ -44,10 +44,9 @@ def run(worker: Worker, rows: int) -> object:
         if across.numel() > 1 or int(parallel.world_size) > 1:
             during.enter_context(_alone())
         during.enter_context(_without_adapters(runner, rows))
+        during.enter_context(_uncompiled(runner.get_model()))
         during.enter_context(
-            set_forward_context(
-                None, worker.vllm_config, num_tokens=rows, num_tokens_across_dp=across, skip_compiled=True
-            )
+            set_forward_context(None, worker.vllm_config, num_tokens=rows, num_tokens_across_dp=across)
         )
         # torch leaves its modes without types.
         during.enter_context(_Filled())  # type: ignore[no-untyped-call]
@@ -63,6 +62,19 @@ def _positions(worker: Worker, rows: int) -> torch.Tensor:
     config = worker.model_config
     parts = 3 if getattr(config, "uses_mrope", False) else int(getattr(config, "uses_xdrope_dim", 0) or 0)
     return torch.zeros((parts, rows) if parts else (rows,), dtype=torch.int64, device=worker.device)
+
+
+@contextmanager
+def _uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """vLLM compiles a module in its first call, unless this attribute of it says otherwise."""
+    compiled = [module for module in model.modules() if getattr(module, "do_not_compile", None) is False]
+    try:
+        for module in compiled:
+            module.do_not_compile = True  # type: ignore[assignment]  # torch wants tensors; vLLM has a bool there
+        yield
+    finally:
+        for module in compiled:
+            module.do_not_compile = False  # type: ignore[assignment]  # as above
 
 
 @contextmanager

@@ -15,7 +15,7 @@ Legend: T rows, D d_model, n tensors that a layer returns, E numbers that come o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -84,6 +84,29 @@ def prove(
             if trial.layer == last > 0 and type(layers[last]) is type(layers[last - 1]):
                 trial.agree(places[last].indices, places[last - 1].indices)
     return [places[layer] for layer in hooked]
+
+
+def chains(lists: Mapping[str, nn.ModuleList], forward: Forward) -> list[str]:
+    """Of these lists, those whose modules run in order, each given a tensor that the one before it returned."""
+    place_of = {id(module): (name, i) for name, modules in lists.items() for i, module in enumerate(modules)}
+    returned: dict[tuple[str, int], list[Tensor]] = {}
+    broken: set[str] = set()
+
+    def see(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        name, i = place_of[id(module)]
+        given = {id(value) for value in (*args, *kwargs.values())}
+        if (name, i) in returned or (i and not given & {id(value) for value in returned.get((name, i - 1), [])}):
+            broken.add(name)
+        parts = output if isinstance(output, tuple) else (output,)
+        returned[name, i] = [part for part in parts if isinstance(part, Tensor)]
+
+    handles = [m.register_forward_hook(see, with_kwargs=True) for modules in lists.values() for m in modules]
+    try:
+        forward(1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in lists if name not in broken and (name, len(lists[name]) - 1) in returned]
 
 
 def outcome(returned: object, rows: int) -> Tensor:

@@ -184,11 +184,44 @@ def test_our_buffers_stay_out_of_the_models_checkpoint(tmp_path):
     assert set(model.state_dict()) == before
 
 
-def test_two_lists_of_the_same_length_are_refused_not_guessed():
-    model = torch.nn.Module()
-    model.text, model.draft = Model(PlainLayer), Model(PlainLayer)
-    with pytest.raises(EngineRefused, match="2 lists of 4 modules") as caught:
-        arming.find_layers(model, tiny.LAYERS)
+def lists(**models: Model) -> Any:
+    """A model with a list of layers under each name."""
+    owner: Any = torch.nn.Module()
+    for name, model in models.items():
+        owner.add_module(name, model)
+    return owner
+
+
+def test_of_two_lists_of_the_same_length_the_one_that_runs_is_the_decoder():
+    """A picture's encoder may have as many layers as the language model."""
+    model = lists(text=Model(PlainLayer), vision=Model(PlainLayer))
+    found = arming.find_layers(model, tiny.LAYERS, lambda rows: model.text(torch.ones(rows, tiny.D_MODEL)))
+    assert found is model.text.layers
+
+
+def test_a_list_of_another_name_is_found_by_what_runs_on_what():
+    model: Any = Model(PlainLayer)
+    model.blocks = model.layers
+    model.norms = torch.nn.ModuleList(layer.input_layernorm for layer in model.layers)
+    del model.layers
+
+    def forward(rows: int) -> Any:
+        stream, residual = torch.ones(rows, tiny.D_MODEL), None
+        for layer in model.blocks:
+            stream, residual = layer.carried(layer(stream, residual))
+        return stream
+
+    assert arming.find_layers(model, tiny.LAYERS, forward) is model.blocks
+
+
+def test_two_lists_that_both_run_are_refused_not_guessed():
+    model = lists(text=Model(PlainLayer), draft=Model(PlainLayer))
+
+    def forward(rows: int) -> Any:
+        return model.draft(model.text(torch.ones(rows, tiny.D_MODEL)))
+
+    with pytest.raises(EngineRefused, match="in 2 of them each runs") as caught:
+        arming.find_layers(model, tiny.LAYERS, forward)
     assert caught.value.reason == "architecture_unknown"
 
 
