@@ -109,6 +109,8 @@ class RefusalReason(StrEnum):
     ENGINE_MODE = "engine_mode", "the engine runs in a mode in which scores could not be attributed"
     CANARY_DEAD = "canary_dead", "the score op left no trace in the engine's first step"
     ARCHITECTURE_UNKNOWN = "architecture_unknown", "a model's layers are not where any known architecture has them"
+    STREAM_UNPROVEN = "stream_unproven", "what is read at a hook point is not proven to be the residual stream"
+    CHECK_FAILED = "check_failed", "a check at the engine's start raised an exception"
     MODEL_DTYPE = "model_dtype", "the model computes in a type that is not scored exactly"
     RING_GEOMETRY = "ring_geometry", "the shared-memory ring would not hold a step"
     WATCHLIST_MISSING = "watchlist_missing", "no watchlist file was named, or it cannot be read"

@@ -71,7 +71,8 @@ class Reason(IntEnum):
     NOT_ARMED = 2
     """unseen: the plugin runs without scoring, because the watchlist or the engine mode was refused."""
     OP_SILENT = 3
-    """unseen: the step ran, but the score op left no trace in it (a graph without the op)."""
+    """unseen: the step ran, but the score op left no trace in it: the graph is without it, or it cannot read such a
+    stream."""
     RING_FULL = 4
     """dropped: the exporter was too slow and the shared-memory ring had no free slot."""
     BUFFER_FULL = 5

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import tiny
 from tests.support.engines import ROOT
-from tests.support.fake_model import Worker, scheduled
+from tests.support.fake_model import Worker, lone_forward, scheduled
 
 pytestmark = pytest.mark.e2e
 
@@ -71,7 +71,9 @@ class Engine:
 
     def __init__(self, watchlist: Path, target: str) -> None:
         self.worker: Any = Worker()
-        self.attachment = Attachment(self.worker, PluginSettings(str(watchlist), target, "fake", disabled=False))
+        self.attachment = Attachment(
+            self.worker, PluginSettings(str(watchlist), target, "fake", disabled=False), lone_forward
+        )
         self.worker.load_model()
         self.worker.compile_or_warm_up_model()
         self._requests = 0
@@ -205,7 +207,9 @@ def test_a_monitor_that_keeps_failing_takes_itself_off_and_the_engine_never_noti
 
 def test_an_exporter_whose_engine_never_gets_to_serve_ends_by_itself(watchlist: Path, collector: Collector):
     worker: Any = Worker()
-    attachment = Attachment(worker, PluginSettings(str(watchlist), collector.target, "fake", disabled=False))
+    attachment = Attachment(
+        worker, PluginSettings(str(watchlist), collector.target, "fake", disabled=False), lone_forward
+    )
     worker.load_model()
     exporter = attachment._exporter.process
     assert exporter.poll() is None

@@ -36,12 +36,14 @@ def score(
         s_TK *= torch.where(constant_norm, unit_T[:, None], 1.0)
     torch.maximum(torch.addcmul(bias_K, gain_K, s_TK), lo_K, out=act)
     act.masked_fill_(s_TK <= tau_K, 0.0)
-    stat[:, 0] = length_T
     # Two passes over what is there take a thirtieth of vector_norm's largest-element norm on a CPU.
     torch.maximum(x.amax(dim=1), x.amin(dim=1).neg_(), out=stat[:, 1])
     stat[:, 2] = 0.0
     broken_T = ~torch.isfinite(length_T)
     if broken_T.any():
         act[broken_T] = 0.0
-        stat[broken_T, :2] = math.inf
+        stat[broken_T, 1] = math.inf
         stat[broken_T, 2] = (~torch.isfinite(x[broken_T])).sum(dim=1).clamp(min=1).float()
+        length_T = length_T.masked_fill(broken_T, math.inf)
+    # Last, for it is what says that the rows are scored.
+    stat[:, 0] = length_T

@@ -3,13 +3,16 @@
 Dimension key: T tokens in the step (padded), D d_model, K features at one hook point.
 
 It keeps no state, allocates nothing that outlives the call and never waits for the device, so that it can be traced
-into a compiled graph and captured into a CUDA graph. Importing this module twice, or in many processes, is harmless.
+into a compiled graph and captured into a CUDA graph. It never raises, whatever it is given: what it cannot read is left
+unscored, which the untouched sentinel in its buffer shows. Importing this module twice, or in many processes, is
+harmless.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final
+import logging
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +25,8 @@ SCHEMA: Final = (
     "score(Tensor x_TD, Tensor? residual_TD, Tensor w_hi_KD, Tensor? w_lo_KD, Tensor scale_6K, "
     "Tensor(a!) act_TK, Tensor(b!) stat_T3, Tensor(c!)? scratch=None) -> ()"
 )
-"""x_TD         the residual stream, or one half of it; model dtype, rows contiguous
-residual_TD  the other half, same dtype; the stream is their sum ROUNDED to that dtype. None: x_TD is the stream
+"""x_TD         the residual stream, or one half of it; one of MODEL_DTYPES; [T, D], or [1, T, D] as a batch of one
+residual_TD  the other half, same shape; the stream is their sum ROUNDED to that dtype. None: x_TD is the stream
 w_hi_KD      encoder rows; on a CPU the float32 rows with w_lo_KD None, on a GPU bfloat16
 w_lo_KD      bfloat16 rest of the rows (w_hi + w_lo), or None for the coarser w_hi alone
 scale_6K     tau, gain, bias, lo, colsum, norm of the card, float32
@@ -34,6 +37,17 @@ scratch      what `scratch()` gave for this device, zeroed once; without it a GP
 A row whose stream is not finite has act 0.0 throughout and stat (inf, inf, >= 1); other rows never notice."""
 
 MODEL_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+
+
+logger = logging.getLogger("vllm.latentwatch")
+_reported: set[str] = set()
+
+
+class _Stream(NamedTuple):
+    """The stream, or its two halves, as rows."""
+
+    x_TD: Tensor
+    residual_TD: Tensor | None
 
 
 def _score_cpu(
@@ -47,8 +61,11 @@ def _score_cpu(
     scratch: Tensor | None = None,
 ) -> None:
     del w_lo_KD, scratch  # the float32 rows are whole, and one thread pool needs no partial sums
-    if _fits(x_TD, act_TK, stat_T3):
-        score_cpu.score(x_TD, residual_TD, w_hi_KD, scale_6K, act_TK, stat_T3)
+
+    def launch(stream: _Stream) -> None:
+        score_cpu.score(stream.x_TD, stream.residual_TD, w_hi_KD, scale_6K, act_TK, stat_T3)
+
+    _without_raising(launch, x_TD, residual_TD, w_hi_KD, act_TK)
 
 
 def _score_cuda(
@@ -61,11 +78,26 @@ def _score_cuda(
     stat_T3: Tensor,
     scratch: Tensor | None = None,
 ) -> None:
-    # Imported here, so that a CPU engine never loads Triton.
-    from latentwatch.kernels import score_triton as gpu
+    def launch(stream: _Stream) -> None:
+        # Imported here, so that a CPU engine never loads Triton.
+        from latentwatch.kernels import score_triton as gpu
 
-    if _fits(x_TD, act_TK, stat_T3):
-        gpu.score(x_TD, residual_TD, w_hi_KD, w_lo_KD, scale_6K, act_TK, stat_T3, scratch)
+        gpu.score(stream.x_TD, stream.residual_TD, w_hi_KD, w_lo_KD, scale_6K, act_TK, stat_T3, scratch)
+
+    _without_raising(launch, x_TD, residual_TD, w_hi_KD, act_TK)
+
+
+def _score_elsewhere(
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    w_hi_KD: Tensor,
+    w_lo_KD: Tensor | None,
+    scale_6K: Tensor,
+    act_TK: Tensor,
+    stat_T3: Tensor,
+    scratch: Tensor | None = None,
+) -> None:
+    """On a device that has no kernel of ours nothing is scored; without it the dispatcher would raise."""
 
 
 def _score_fake(
@@ -78,13 +110,54 @@ def _score_fake(
     stat_T3: Tensor,
     scratch: Tensor | None = None,
 ) -> None:
-    """Nothing is returned, so there is no shape to tell Dynamo."""
+    """Nothing is returned, so there is no shape to tell Dynamo, and nothing about which it could raise."""
 
 
-def _fits(x_TD: Tensor, act_TK: Tensor, stat_T3: Tensor) -> bool:
-    """Whether the step has room in the buffers. One that has none is left unscored, which its untouched sentinel
-    shows: to raise here would fail the forward, and with it the server."""
-    return x_TD.shape[0] <= min(act_TK.shape[0], stat_T3.shape[0])
+def _without_raising(
+    launch: Callable[[_Stream], None], x: Tensor, residual: Tensor | None, w_KD: Tensor, act_TK: Tensor
+) -> None:
+    """Score what can be read. What cannot, or fails, is left unscored: to raise here would fail the forward, and with
+    it the server (I4)."""
+    try:
+        stream = _readable(x, residual, w_KD, act_TK)
+        if stream is not None:
+            launch(stream)
+            return
+        shapes = [
+            "None" if half is None else f"{half.dtype} {tuple(half.shape)} on {half.device}" for half in (x, residual)
+        ]
+        _report_once(f"a stream of {shapes[0]}, residual {shapes[1]}, cannot be read by the score op")
+    except Exception as error:  # whatever a kernel or an allocation may raise, the forward goes on
+        _report_once(f"the score op failed with {type(error).__name__}: {error}")
+
+
+def _report_once(what: str) -> None:
+    """One line for each thing that happens, and for few things: this runs in every forward."""
+    if what not in _reported and len(_reported) < 8:
+        _reported.add(what)
+        logger.error("latentwatch: %s; such steps are counted as unseen{op_silent}", what)
+
+
+def _readable(x: Tensor, residual: Tensor | None, w_KD: Tensor, act_TK: Tensor) -> _Stream | None:
+    """The stream as rows of d_model that have room in the buffers; None where it is anything else."""
+    halves = [half for half in (x, residual) if half is not None]
+    if not all(_are_rows(half, w_KD.shape[1]) and half.device == act_TK.device for half in halves):
+        return None
+    rows = [half.reshape(-1, half.shape[-1]) for half in halves]
+    if rows[0].shape[0] > act_TK.shape[0] or rows[0].shape != rows[-1].shape:
+        return None
+    return _Stream(rows[0], rows[1] if len(rows) == 2 else None)
+
+
+def _are_rows(half: Tensor, d_model: int) -> bool:
+    """[T, D], or the same in a batch of one: Hugging Face's models have that dimension, also inside vLLM."""
+    shape = half.shape
+    return (
+        half.dtype in MODEL_DTYPES
+        and half.layout == torch.strided
+        and (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1))
+        and shape[-1] == d_model
+    )
 
 
 def pack(rows: HookRows, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -107,6 +180,13 @@ def pack(rows: HookRows, device: torch.device | str, dtype: torch.dtype) -> tupl
         torch.tensor(bits.view("int16")).view(torch.bfloat16).to(device) for bits in (rows.w_hi_KD, rows.w_lo_KD)
     )
     return hi_KD, lo_KD, scale_6K
+
+
+def expected(rows: HookRows, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """What the op must make of a float32 stream on the host: (act_TK, stat_T3), on the host."""
+    act_TK, stat_T3 = torch.zeros(len(x_TD), len(rows.features)), torch.zeros(len(x_TD), 3)
+    score_cpu.score(x_TD, None, torch.tensor(rows.w_KD), torch.tensor(rows.scale_6K), act_TK, stat_T3)
+    return act_TK, stat_T3
 
 
 def scratch(tokens: int, features: Iterable[int], d_model: int, device: torch.device | str) -> Tensor | None:
@@ -155,6 +235,7 @@ def _register() -> torch.library.Library:
     library.define(SCHEMA)  # type: ignore[no-untyped-call]
     library.impl("score", _score_cpu, "CPU")  # type: ignore[no-untyped-call]
     library.impl("score", _score_cuda, "CUDA")  # type: ignore[no-untyped-call]
+    library.impl("score", _score_elsewhere, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake("latentwatch::score", _score_fake, lib=library)
     return library
 

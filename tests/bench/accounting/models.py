@@ -41,7 +41,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "n_positions": 512,
         "initializer_range": 0.2,
     },
-    # vLLM's layer returns a pair whose second half is its input: the sum is not the stream.
+    # vLLM's layer returns a pair whose second half is its input: the first is the stream, the sum is not.
     "Cohere": {"logit_scale": 1.0},
     "OPT": {"ffn_dim": 128, "word_embed_proj_dim": tiny.D_MODEL, "init_std": 0.2, "do_layer_norm_before": True},
 }

@@ -198,3 +198,79 @@ def test_the_reference_applies_each_norm_as_its_definition_says() -> None:
         reference.normalised(x_TD, "layer_norm"), torch.tensor([[-1.0, 0, 1]], dtype=torch.float64), rtol=1e-5, atol=0
     )
     assert reference.normalised(x_TD, "constant_norm").norm().item() == pytest.approx(math.sqrt(3))
+
+
+def test_a_batch_of_one_is_scored_as_its_rows() -> None:
+    """Hugging Face's models have that dimension, also inside vLLM."""
+    case = make_case(7, 64, 5, residual=True)
+    expected_TK, expected_T3 = run(case)
+    assert case.residual_TD is not None
+    for x_TD, residual_TD in (
+        (case.x_TD[None], case.residual_TD[None]),
+        (case.x_TD[None], case.residual_TD),
+        (case.x_TD.t().contiguous().t(), case.residual_TD),
+    ):
+        act_TK, stat_T3 = poisoned_buffers(7, 5)
+        torch.ops.latentwatch.score(x_TD, residual_TD, case.w_KD, None, case.scale_6K, act_TK, stat_T3)
+        torch.testing.assert_close(act_TK, expected_TK)
+        torch.testing.assert_close(stat_T3, expected_T3)
+
+
+UNREADABLE = {
+    "rank 4": torch.ones(1, 1, 7, 64),
+    "rank 1": torch.ones(64),
+    "rank 0": torch.tensor(1.0),
+    "two batches": torch.ones(2, 7, 64),
+    "too wide": torch.ones(7, 65),
+    "too many rows": torch.ones(10, 64),
+    "float64": torch.ones(7, 64, dtype=torch.float64),
+    "float8": torch.ones(7, 64).to(torch.float8_e4m3fn),
+    "complex": torch.ones(7, 64, dtype=torch.complex64),
+    "integers": torch.ones(7, 64, dtype=torch.int64),
+    "no device": torch.ones(7, 64, device="meta"),
+    "sparse": torch.ones(7, 64).to_sparse(),
+    "wants a gradient": torch.ones(7, 64, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("as_residual", [False, True], ids=["stream", "residual"])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_raises_nothing_and_leaves_the_sentinel(name: str, as_residual: bool) -> None:
+    """To raise in a forward would end the server."""
+    case = make_case(7, 64, 5)
+    act_TK, stat_T3 = torch.zeros(9, 5), torch.full((9, 3), reference.UNWRITTEN)
+    given = UNREADABLE[name]
+    x_TD, residual_TD = (torch.ones(7, 64), given) if as_residual else (given, None)
+    torch.ops.latentwatch.score(x_TD, residual_TD, case.w_KD, None, case.scale_6K, act_TK, stat_T3)
+    assert stat_T3[0, 0] == reference.UNWRITTEN
+
+
+def test_a_kernel_that_fails_raises_nothing_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_args: object) -> None:
+        raise MemoryError("no room")
+
+    case = make_case(7, 64, 5)
+    monkeypatch.setattr(score_op.score_cpu, "score", failing)
+    monkeypatch.setattr(score_op, "_reported", set())
+    stat_T3 = torch.full((9, 3), reference.UNWRITTEN)
+    for _ in range(3):
+        torch.ops.latentwatch.score(case.x_TD, None, case.w_KD, None, case.scale_6K, torch.zeros(9, 5), stat_T3)
+    assert stat_T3[0, 0] == reference.UNWRITTEN
+    assert len(caplog.records) == 1 and "MemoryError: no room" in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 64), (2, 7, 64), (7, 65), (1, 1, 7, 64)], ids=str)
+def test_a_compiled_graph_holds_the_op_whatever_the_stream_is(shape: tuple[int, ...]) -> None:
+    """Nothing of ours may fail while a model is traced either."""
+    case = make_case(7, 64, 5)
+    act_TK, stat_T3 = torch.zeros(9, 5), torch.full((9, 3), reference.UNWRITTEN)
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def model(x: torch.Tensor) -> torch.Tensor:
+        torch.ops.latentwatch.score(x * 2, None, case.w_KD, None, case.scale_6K, act_TK, stat_T3)
+        return x + 1
+
+    torch.testing.assert_close(model(torch.ones(shape)), torch.full(shape, 2.0))
+    assert (stat_T3[0, 0] != reference.UNWRITTEN) == (shape == (1, 7, 64))

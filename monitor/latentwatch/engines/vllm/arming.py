@@ -1,15 +1,21 @@
-"""Putting a watchlist onto a loaded model: find the layers, make the static buffers, register the hooks."""
+"""Putting a watchlist onto a loaded model: find the layers, prove where their stream is, make the static buffers,
+register the hooks, and see that they score it.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from latentwatch.engines.vllm import hook
+from latentwatch.engines.vllm import hook, proof
+from latentwatch.engines.vllm.proof import Forward, Place
 from latentwatch.errors import EngineRefused, RefusalReason, WatchlistRefused
 from latentwatch.kernels import score_op
 from latentwatch.kernels.reference import UNWRITTEN
@@ -25,20 +31,33 @@ class ArmedHook:
     """float32 [max_rows, K]"""
     stat_T3: torch.Tensor
     """float32 [max_rows, 3]: Euclidean norm (inf where the row is not finite), max |x|, non-finite elements"""
+    registered: RemovableHandle | None = None
 
     def reset(self) -> None:
         """Mark the buffer as unwritten, so that a step without the op can be told from one with it."""
         self.stat_T3[0, 0] = UNWRITTEN
 
+    def remove(self) -> None:
+        """Take the hook off an eager model. A compiled graph goes on calling the op, and needs the module's buffers."""
+        if self.registered is not None:
+            self.registered.remove()
+
 
 def arm(
-    model: torch.nn.Module, watchlist: Watchlist, *, max_rows: int, dtype: torch.dtype, device: torch.device
+    model: nn.Module,
+    watchlist: Watchlist,
+    forward: Forward,
+    *,
+    max_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[ArmedHook, ...]:
-    """Register the op at every hook point. Call after the weights are loaded and before the first forward.
+    """Register the op at every hook point. Call after the weights are loaded and before the first forward is traced.
 
-    Raises: EngineRefused: the model's layers cannot be found without guessing.
+    Raises: EngineRefused: the layers cannot be found without guessing, it is not proven what of their output the
+            stream is, or the op did not score it. Whatever `forward` raises is passed on. No hook is left then.
     """
-    layers, owner = find_layers(model, watchlist.model.layers)
+    layers = find_layers(model, watchlist.model.layers, forward)
     if dtype == torch.float16 and any(hasattr(module, "routed_scaling_factor") for module in layers.modules()):
         raise EngineRefused(
             f"{type(model).__name__} in float16",
@@ -46,14 +65,24 @@ def arm(
             instead="Serve it with --dtype bfloat16.",
             reason=RefusalReason.ARCHITECTURE_UNKNOWN,
         )
-    places = [_place(layers, owner, rows.hook_point.layer) for rows in watchlist.hooks]
+    hooked = [rows.hook_point.layer for rows in watchlist.hooks]
+    places = proof.prove(model, layers, hooked, watchlist.model.d_model, forward, max_rows=max_rows)
     scratch = score_op.scratch(
         max_rows, [len(rows.features) for rows in watchlist.hooks], watchlist.model.d_model, device
     )
-    return tuple(
-        _arm_one(place, rows, max_rows, dtype, device, scratch)
-        for place, rows in zip(places, watchlist.hooks, strict=True)
-    )
+    hooks: list[ArmedHook] = []
+    try:
+        hooks += [
+            _arm_one(place, rows, max_rows, dtype, device, scratch)
+            for place, rows in zip(places, watchlist.hooks, strict=True)
+        ]
+        confirm(places, hooks, forward)
+    except Exception:
+        _remove_all(places)
+        raise
+    for hook_ in hooks:
+        hook_.reset()
+    return tuple(hooks)
 
 
 def check_model(hf_config: Any, dtype: torch.dtype, expected: ModelCard) -> None:
@@ -86,72 +115,58 @@ def check_model(hf_config: Any, dtype: torch.dtype, expected: ModelCard) -> None
         )
 
 
-def find_layers(model: torch.nn.Module, count: int) -> tuple[torch.nn.ModuleList, torch.nn.Module]:
-    """The decoder layers and the module that owns them.
+def find_layers(model: nn.Module, count: int, forward: Forward) -> nn.ModuleList:
+    """The decoder layers: the one list of `count` modules that is named `layers` or `h`; where that does not tell, the
+    one list whose modules run one after the other in a dummy forward, each given what the one before it returned.
 
-    Raises: EngineRefused: not exactly one list of `count` modules is named `layers` or `h`.
+    Raises: EngineRefused: there is no such list, or more than one.
     """
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList)
-        and name.rpartition(".")[2] in ("layers", "h")
-        and len(module) == count
-    ]
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    found = [name for name in lists if name.rpartition(".")[2] in ("layers", "h")]
+    if len(found) != 1:
+        found = proof.chains(lists, forward)
     if len(found) != 1:
         raise EngineRefused(
             f"decoder layers of {type(model).__name__}",
-            found=f"{len(found)} lists of {count} modules are named 'layers' or 'h': {[name for name, _ in found]}",
+            found=f"{len(lists)} lists have {count} modules, {list(lists)}, and in {len(found)} of them each runs on "
+            f"what the one before it returned: {found}",
             instead="This architecture is not supported; report it with the model's name.",
             reason=RefusalReason.ARCHITECTURE_UNKNOWN,
         )
-    name, layers = found[0]
-    return layers, model.get_submodule(name.rpartition(".")[0])
+    return lists[found[0]]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the hook for one hook point goes."""
+def confirm(places: Sequence[Place], hooks: Sequence[ArmedHook], forward: Forward) -> None:
+    """See that each hook scores the stream: known numbers are put where the proof found it, in a forward of few rows.
 
-    module: torch.nn.Module
-    function: Callable[[torch.nn.Module, object, object], None]
-    residual: bool
-    """The hook sees the stream as two halves."""
-
-
-def _place(layers: torch.nn.ModuleList, owner: torch.nn.Module, layer: int) -> _Place:
-    """The place for resid_post.<layer>.
-
-    A layer whose forward takes `residual` returns it unsummed; the norm behind it then returns the sum. Not every such
-    layer does: that the sum is meant shows in the final norm, which takes both halves.
-
-    Raises: EngineRefused: the layer takes `residual`, and no norm behind it adds it.
+    Raises: EngineRefused, reason "stream_unproven": scores differ from those of the known numbers.
     """
-    decoder = layers[layer]
-    if not _takes_residual(decoder):
-        return _Place(decoder, hook.after_whole_layer, residual=False)
-    last = layer + 1 == len(layers)
-    norm = getattr(owner, "norm", None) if last else getattr(layers[layer + 1], "input_layernorm", None)
-    if norm is not None and _takes_residual(norm):
-        return _Place(norm, hook.after_norm, residual=False)
-    if not any(_takes_residual(child) for child in owner.children()):
-        raise EngineRefused(
-            f"residual stream of {type(decoder).__name__}",
-            found="the layer returns two tensors, and no norm of the model adds them: their sum may not be the stream",
-            instead="This architecture is not supported; report it with the model's name.",
-            reason=RefusalReason.ARCHITECTURE_UNKNOWN,
-        )
-    return _Place(decoder, hook.after_layer, residual=True)
-
-
-def _takes_residual(module: torch.nn.Module) -> bool:
-    """vLLM's norms dispatch from forward(*args) to forward_native(x, residual=None)."""
-    forward = getattr(module, "forward_native", module.forward)
-    return "residual" in inspect.signature(forward).parameters
+    rows = min(8, hooks[0].act_TK.shape[0])
+    expected = []
+    with ExitStack() as injected:
+        for i, (place, hook_) in enumerate(zip(places, hooks, strict=True)):
+            known = proof.known_halves(place, rows, hook_.rows.w_hi_KD.shape[1], seed=100 + 10 * i)
+            injected.enter_context(proof.injected(place, known))
+            expected.append(score_op.expected(hook_.rows, torch.stack(known).sum(dim=0)))
+            hook_.reset()
+        forward(rows)
+    for place, hook_, (act_TK, stat_T3) in zip(places, hooks, expected, strict=True):
+        found_TK, found_T3 = hook_.act_TK[:rows].cpu(), hook_.stat_T3[:rows].cpu()
+        largest_K = np.abs(hook_.rows.scale_6K[1]) * np.linalg.norm(hook_.rows.w_KD, axis=1) * float(stat_T3.max())
+        # A score at its very threshold may be on either side of it.
+        wrong = int(((found_TK - act_TK).abs() > 1e-3 * torch.tensor(largest_K)).sum())
+        if wrong > 1 + act_TK.numel() // 100 or not torch.allclose(found_T3[:, 0], stat_T3[:, 0], rtol=1e-3):
+            raise EngineRefused(
+                f"scores at {hook_.rows.hook_point} ({type(place.layer).__name__})",
+                found=f"{wrong} of {act_TK.numel()} scores of known numbers are wrong, their lengths are "
+                f"{found_T3[0, 0]:.4g} and not {stat_T3[0, 0]:.4g}",
+                instead="Serve without latentwatch, and report it with the model's name.",
+                reason=RefusalReason.STREAM_UNPROVEN,
+            )
 
 
 def _arm_one(
-    place: _Place,
+    place: Place,
     rows: HookRows,
     max_rows: int,
     dtype: torch.dtype,
@@ -161,10 +176,20 @@ def _arm_one(
     w_hi, w_lo, scale = score_op.pack(rows, device, dtype)
     act = torch.zeros(max_rows, len(rows.features), dtype=torch.float32, device=device)
     stat = torch.zeros(max_rows, 3, dtype=torch.float32, device=device)
-    score_op.warm_up(w_hi, w_lo, scale, act, stat, scratch, dtype=dtype, residual=place.residual)
+    score_op.warm_up(w_hi, w_lo, scale, act, stat, scratch, dtype=place.dtype, residual=place.residual)
     for name, tensor in zip(hook.BUFFERS, (w_hi, w_lo, scale, act, stat, scratch), strict=True):
         place.module.register_buffer(hook.PREFIX + name, tensor, persistent=False)
-    place.module.register_forward_hook(place.function)
-    armed = ArmedHook(rows, act, stat)
+    armed = ArmedHook(rows, act, stat, place.module.register_forward_hook(place.function))
     armed.reset()
     return armed
+
+
+def _remove_all(places: Sequence[Place]) -> None:
+    """Leave the modules as they were; nothing has been traced yet."""
+    for place in places:
+        for key, function in list(place.module._forward_hooks.items()):
+            if function is place.function:
+                del place.module._forward_hooks[key]
+        for name in hook.BUFFERS:
+            place.module._buffers.pop(hook.PREFIX + name, None)
+            place.module._non_persistent_buffers_set.discard(hook.PREFIX + name)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from latentwatch import __version__
-from latentwatch.engines.vllm import arming, kv_cache, row_map, served_model, settings
+from latentwatch.engines.vllm import arming, kv_cache, lone_forward, row_map, served_model, settings
 from latentwatch.engines.vllm.arming import ArmedHook
 from latentwatch.engines.vllm.exporter_process import ExporterChild
 from latentwatch.engines.vllm.interfaces import ModelRunner, SchedulerOutput, VllmConfig, Worker
@@ -39,14 +39,21 @@ MAX_FAILURES: Final = 3
 class Attachment:
     """The monitor of one worker, from load to shutdown."""
 
-    def __init__(self, worker: Worker, chosen: PluginSettings) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        chosen: PluginSettings,
+        forward: Callable[[Worker, int], object] = lone_forward.run,
+    ) -> None:
         self._worker = worker
         self._settings = chosen
+        self._forward = forward
         self._hooks: tuple[ArmedHook, ...] = ()
         self._refusal: Refusal | None = None
         self._served: Comparison | None = None
         self._ring: Ring | None = None
         self._tap: StepTap | None = None
+        self._cache: kv_cache.KvCache | None = None
         self._exporter: ExporterChild | None = None
         self._failures = 0
         self._boot_id = uuid.uuid4().hex
@@ -99,10 +106,7 @@ class Attachment:
     def _loaded(self, *_args: object, **_kwargs: object) -> None:
         if not self._reports():
             return
-        try:
-            self._arm()
-        except Refusal as refusal:
-            self._disarm(refusal)
+        self._or_disarmed(self._arm)
         self._ring = Ring.create(self._geometry())
         if self._settings.collector:
             self._exporter = ExporterChild(self._ring)
@@ -126,6 +130,7 @@ class Attachment:
         self._hooks = arming.arm(
             self._worker.model_runner.get_model(),
             watchlist,
+            lambda rows: self._forward(self._worker, rows),
             max_rows=config.scheduler_config.max_num_batched_tokens,
             dtype=config.model_config.dtype,
             device=self._worker.device,
@@ -177,7 +182,28 @@ class Attachment:
                 reason=RefusalReason.ENGINE_MODE,
             )
 
+    def _or_disarmed(self, check: Callable[[], None]) -> None:
+        """A check that raises has failed, whatever it raises: the model is served unwatched, and says why."""
+        try:
+            check()
+        except Refusal as refusal:
+            self._disarm(refusal)
+        except Exception as error:
+            # vLLM, the model and torch may raise anything here, and none of it may reach the engine (I4).
+            logger.exception("latentwatch: %s raised", check.__name__.strip("_"))
+            self._disarm(
+                EngineRefused(
+                    "a check at the start",
+                    found=f"{check.__name__.strip('_')} raised {type(error).__name__}: {error}",
+                    instead="The log has the traceback; report it with the model's name.",
+                    reason=RefusalReason.CHECK_FAILED,
+                )
+            )
+
     def _disarm(self, refusal: Refusal) -> None:
+        if self._worker.model_config.enforce_eager:
+            for hook in self._hooks:
+                hook.remove()
         self._hooks = ()
         self._refusal = refusal
         logger.error("latentwatch: NOT ARMED, the model is served unwatched: %s", refusal)
@@ -187,23 +213,20 @@ class Attachment:
     def _warmed_up(self, *_args: object, **_kwargs: object) -> None:
         if self._ring is None:
             return
-        if self._hooks and not self._canary_alive():
-            self._disarm(
-                EngineRefused(
-                    "score op in the compiled graph",
-                    found="a forward left no trace in the score buffers: the graph that runs does not hold the op, or "
-                    "this model's layers return something else than their stream",
-                    instead="Delete vLLM's compile cache (VLLM_CACHE_ROOT) and start again; if that does not help, "
-                    "report it with the model's name.",
-                    reason=RefusalReason.CANARY_DEAD,
-                )
-            )
+        if self._hooks:
+            self._or_disarmed(self._check_canary)
+        self._or_disarmed(self._start_tap)
+        if self._tap is None:
+            self._start_tap()
+        if self._exporter is not None:
+            self._exporter.configure(self._exporter_config(self._ring, self._cache))
+
+    def _start_tap(self) -> None:
+        assert self._ring is not None  # _warmed_up
         for hook in self._hooks:
             hook.reset()
-        cache = self._followed_cache()
-        self._tap = StepTap(self._ring, self._hooks, on_gpu=self._worker.device.type != "cpu", cache=cache)
-        if self._exporter is not None:
-            self._exporter.configure(self._exporter_config(self._ring, cache))
+        self._cache = self._followed_cache()
+        self._tap = StepTap(self._ring, self._hooks, on_gpu=self._worker.device.type != "cpu", cache=self._cache)
 
     def _followed_cache(self) -> kv_cache.KvCache | None:
         """The KV cache whose hits inherit scores; None, with a line in the log, where it cannot be followed."""
@@ -219,16 +242,22 @@ class Attachment:
             logger.info("latentwatch: tokens from the prefix cache are counted as unseen, they inherit no scores")
         return cache
 
-    def _canary_alive(self) -> bool:
-        """Whether a forward since arming went through every armed op."""
-        if not self._silent():
-            return True
+    def _check_canary(self) -> None:
+        """Raises: EngineRefused: no forward since arming went through every armed op."""
         # An eager CPU engine warms nothing up. One dummy forward decides it, but not where it would wait for other
         # ranks, which make none: eager hooks run in any forward, and a step without their trace is booked as such.
-        if self._worker.parallel_config.world_size > 1:
-            return bool(self._worker.model_config.enforce_eager)
-        self._worker.model_runner._dummy_run(1)
-        return not self._silent()
+        if self._silent() and self._worker.parallel_config.world_size == 1:
+            self._worker.model_runner._dummy_run(1)
+        elif self._worker.model_config.enforce_eager:
+            return
+        if self._silent():
+            raise EngineRefused(
+                "score op in the compiled graph",
+                found="a forward left no trace in the score buffers: the graph that runs does not hold the op",
+                instead="Delete vLLM's compile cache (VLLM_CACHE_ROOT) and start again; if that does not help, "
+                "report it with the model's name.",
+                reason=RefusalReason.CANARY_DEAD,
+            )
 
     def _silent(self) -> bool:
         return any(float(hook.stat_T3[0, 0]) == UNWRITTEN for hook in self._hooks)

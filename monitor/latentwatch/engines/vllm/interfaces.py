@@ -7,6 +7,7 @@ where it is needed. Verified against vLLM 0.26, 0.32 and 0.33.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +85,15 @@ class ModelRunner(Protocol):
 
     def get_model(self) -> torch.nn.Module: ...
 
+    def maybe_dummy_run_with_lora(
+        self,
+        lora_config: object,
+        num_scheduled_tokens: Array,
+        num_sampled_tokens: Array,
+        *,
+        num_active_loras: int,
+    ) -> AbstractContextManager[None]: ...
+
     def _dummy_run(self, num_tokens: int) -> object: ...
 
 
@@ -118,6 +128,13 @@ class ParallelConfig(Protocol):
     world_size: int
     pipeline_parallel_size: int
     data_parallel_rank: int
+
+
+class Group(Protocol):
+    """GroupCoordinator: ranks that exchange tensors."""
+
+    world_size: int
+    rank_in_group: int
 
 
 class SchedulerConfig(Protocol):

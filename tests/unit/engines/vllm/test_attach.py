@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from latentwatch.engines.vllm.attach import Attachment, _as_the_sender_sees_it
 from latentwatch.engines.vllm.settings import PluginSettings
 from latentwatch.errors import EngineRefused, RefusalReason
@@ -17,7 +18,7 @@ from latentwatch.names import Severity
 from latentwatch.watchlist.file import Limit
 
 from tests.support import tiny
-from tests.support.fake_model import Worker
+from tests.support.fake_model import Worker, lone_forward, scheduled
 from tests.support.streams import probe, sparse
 
 
@@ -25,7 +26,7 @@ def attached(worker: Any, folder: Any) -> Attachment:
     """Loaded and warmed up, without a collector: no process is started."""
     path = folder / "w.safetensors"
     tiny.watchlist(path)
-    attachment = Attachment(worker, PluginSettings(str(path), "", "here", disabled=False))
+    attachment = Attachment(worker, PluginSettings(str(path), "", "here", disabled=False), lone_forward)
     worker.load_model()
     worker.compile_or_warm_up_model()
     return attachment
@@ -39,6 +40,53 @@ def test_one_rank_of_an_engine_reports(rank, world, reports, tmp_path):
     attachment = attached(worker, tmp_path)
     assert (attachment._tap is not None) == reports
     assert bool(attachment.salt) == reports
+
+
+def hooks_of(worker: Any) -> int:
+    return sum(len(module._forward_hooks) for module in worker.model.modules())
+
+
+def raising(*_args: Any) -> Any:
+    raise RuntimeError("no kernel image is available")
+
+
+def test_a_forward_of_the_proof_that_raises_is_a_failed_check_and_leaves_nothing(tmp_path, monkeypatch):
+    worker: Any = Worker()
+    monkeypatch.setattr(worker.model, "forward", raising)
+    refusal = attached(worker, tmp_path)._refusal
+    assert refusal is not None and refusal.reason == "check_failed"
+    assert "RuntimeError: no kernel image is available" in str(refusal)
+    assert hooks_of(worker) == 0
+
+
+def test_a_canary_that_raises_is_a_failed_check_and_the_hooks_go(tmp_path):
+    worker: Any = Worker()
+    worker.model_runner._dummy_run = raising
+    attachment = attached(worker, tmp_path)
+    assert attachment._refusal is not None and attachment._refusal.reason == "check_failed"
+    assert attachment._tap is not None and attachment._failures == 0
+    assert hooks_of(worker) == 0
+
+
+def test_a_canary_that_raises_leaves_a_compiled_graph_what_it_calls(tmp_path):
+    """The op stands in it and takes the module's buffers; it raises nowhere, so it may stay."""
+    worker: Any = Worker()
+    worker.model_runner._dummy_run = raising
+    worker.model_config.enforce_eager = False
+    attachment = attached(worker, tmp_path)
+    assert attachment._refusal is not None and attachment._refusal.reason == "check_failed"
+    assert hooks_of(worker) == 2
+    worker.model(torch.ones(3, tiny.D_MODEL))
+
+
+def test_buffers_that_cannot_be_read_are_a_failed_check_and_every_step_is_still_told(tmp_path, monkeypatch):
+    worker: Any = Worker()
+    monkeypatch.setattr("latentwatch.engines.vllm.step_tap.HostBuffers", raising)
+    attachment = attached(worker, tmp_path)
+    assert attachment._refusal is not None and attachment._refusal.reason == "check_failed"
+    assert attachment._tap is not None
+    assert worker.execute_model(scheduled({"a": 3}, new=[("a", 3)], starts={"a": 0})) == "the engine's own result"
+    assert attachment._failures == 0
 
 
 def ngram(config: Any) -> None:
