@@ -80,6 +80,9 @@ bench-collector: $(VENV)/.dev ## the collector's throughput per core, step to /m
 bench-chaos: $(VENV)/.dev ## 100 collector kills, cuts, stops, full disks, clock jumps; the reconciliation printed
 	$(BIN)/python -m tests.bench.chaos
 
+bench-mutants: $(VENV)/.dev $(VENV)/.mutants ## faults planted in the core and the transport, and how many the tests notice; an hour
+	nice $(BIN)/python -m tests.bench.mutants
+
 bench-house: $(VENV)/.dev ## the package in numbers: sizes, imports, types, errors, names, beside the goals for them
 	$(BIN)/python -m tests.bench.house
 
@@ -109,6 +112,7 @@ lock: ## resolve the lock files again (needs uv)
 	  -o $(REQ)/engine-cpu.txt $(REQ)/engine-cpu.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/dev.txt $(REQ)/dev.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/docs.txt $(REQ)/docs.in
+	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/mutants.txt $(REQ)/mutants.in
 	# A CPU torch has neither a local version on every index nor CUDA packages behind it.
 	sed -i -E 's/^(torch==[0-9.]+)\+cpu/\1/; /^(nvidia|cuda)-/d' $(REQ)/engine-cpu.txt $(REQ)/dev.txt
 
@@ -139,4 +143,8 @@ tests/page/node_modules/.installed: tests/page/package-lock.json
 # Alone, so that nobody needs an engine to read. The versions that it shares with the others are theirs.
 $(VENV)/.docs: $(REQ)/docs.txt | $(VENV)/bin/python
 	$(PIP) --no-deps -r $(REQ)/docs.txt
+	@touch $@
+
+$(VENV)/.mutants: $(REQ)/mutants.txt | $(VENV)/bin/python
+	$(PIP) --no-deps -r $(REQ)/mutants.txt
 	@touch $@

@@ -296,6 +296,17 @@ def _largest_error(row: dict[str, Any]) -> str:
     return "not compared" if row["i2_max_error"] is None else f"{row['i2_max_error']:.1e}"
 
 
+def mutants() -> str:
+    result = _result("mutants")
+    rows = [
+        [row["room"], f"{row['made']:,}", f"{row['killed']:,}", f"{row['killed'] / row['made']:.0%}", row["survivors"]]
+        for row in result["rows"]
+    ]
+    header = ["room", "planted", "killed", "share", "what most survivors are"]
+    drawn = f"{result['drawn_each']} drawn in each room" if result["drawn_each"] else "all mutants"
+    return f"{table(header, rows)}\n\n{drawn}, seed {result['seed']}. {_made(result)}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "accounting": accounting,
     "step-time": step_time,

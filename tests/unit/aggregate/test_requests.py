@@ -198,3 +198,35 @@ def test_a_step_without_scores_changes_nothing(rows):
     got, exceedances, fired, peak = run([step_batch([Piece(request, 0, rows)], FEATURES)], [request.handle])
     assert not exceedances and not fired.any() and np.isneginf(peak).all()
     assert np.isnan(got[request.handle]["max"]).all()
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        sparse("s", limit=Limit("max", 3.0)),
+        probe("d", limit=Limit("max", 3.0)),
+        probe("r", limit=Limit("rolling_mean", 3.0, 2)),
+        sparse("rs", limit=Limit("rolling_mean", 3.0, 2)),
+    ],
+    ids=["sparse", "dense", "rolling", "rolling_sparse"],
+)
+def test_a_score_at_the_limit_is_within_it_and_the_next_one_above_is_not(feature):
+    """The limit is the largest value that pages nobody: calibration picks it as one that was seen in normal traffic."""
+    next_above = np.nextafter(np.float16(3.0), np.float16(np.inf))
+    for value, expected in ((3.0, []), (next_above, [1] if feature.limit.statistic == "rolling_mean" else [0])):
+        act = np.full((2, 1), value, np.float32)
+        request = Tokens(1, 2, act, np.ones(2, int), np.ones((2, 1), np.float32))
+        states = RequestStates(FeatureTable.of((feature,)), 1)
+        found = states.update(step_batch([Piece(request, 0, 2)], (feature,)), np.zeros(1, np.int64), 1000.0).exceedances
+        assert [int(exceedance["position"]) for exceedance in found] == expected
+
+
+def test_an_activation_beyond_float16_counts_as_its_largest_value_in_a_rolling_mean():
+    """An infinity would stay in the sum for ever, as NaN once it leaves the window."""
+    features = (sparse("r", limit=Limit("rolling_mean", 1.0, 2)),)
+    act = np.array([[1e6], [0.0], [0.0], [4.0]], np.float32)
+    request = Tokens(1, 4, act, np.ones(4, int), np.ones((4, 1), np.float32))
+    states = RequestStates(FeatureTable.of(features), 1)
+    found = states.update(step_batch([Piece(request, 0, 4)], features), np.zeros(1, np.int64), 1000.0)
+    assert [int(exceedance["position"]) for exceedance in found.exceedances] == [1]
+    assert states.statistic(0, 0) == 65504 / 2

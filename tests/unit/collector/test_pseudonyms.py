@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -160,3 +161,16 @@ def test_a_key_that_protects_nothing_is_refused(tmp_path, content, mode):
     with pytest.raises(ConfigRefused) as refused:
         Pseudonyms.read(path, lambda _: False)
     assert refused.value.reason == "request_id_key"
+
+
+def test_a_pseudonym_is_the_hmac_under_the_key_and_nobody_without_it_can_name_a_request():
+    """RFC 2104 written out, so that neither the key nor a part of the digest can go missing."""
+
+    def expected(key: bytes, name: str) -> str:
+        padded = key.ljust(64, b"\0")
+        inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in padded) + name.encode()).digest()
+        return "hmac-" + hashlib.sha256(bytes(byte ^ 0x5C for byte in padded) + inner).hexdigest()[:32]
+
+    one, other = (Pseudonyms(key, lambda _: False) for key in (b"k" * 32, b"k" * 31 + b"l"))
+    assert one.of("session") == expected(b"k" * 32, "session")
+    assert other.of("session") == expected(b"k" * 31 + b"l", "session") != one.of("session")

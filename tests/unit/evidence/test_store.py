@@ -153,6 +153,15 @@ def test_a_deleted_request_leaves_no_byte_behind(tmp_path, by):
     assert len(list(Archive(tmp_path).requests())) == 3000, "nothing else went"
 
 
+def test_a_deletion_overwrites_and_need_not_rewrite_the_file(tmp_path):
+    """Rewriting is for copies left behind by others; if it were needed each time, large segments would take minutes."""
+    with store(tmp_path) as written:
+        for number in range(1, 40):
+            written.write(one_request(number, activations=20), NOW)
+        erased = stores.erase(tmp_path, one_request(20)[0].request.info.request_id)
+    assert (erased.requests, erased.rewritten_files, erased.clean) == (1, 0, True)
+
+
 def stored_blobs(folder: Path, key: int) -> list[bytes]:
     (path,) = stores.segments(folder)
     connection = segment.connect(path, "ro")

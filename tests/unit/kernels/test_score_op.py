@@ -89,6 +89,17 @@ def test_a_dense_feature_is_scored_on_every_row_and_a_sparse_one_is_exactly_zero
     assert 0 < act_TK[:, ~dense_K].eq(0).sum() < act_TK[:, ~dense_K].numel()
 
 
+def test_a_feature_at_its_threshold_does_not_fire_and_just_above_it_does() -> None:
+    """JumpReLU's definition: s > tau."""
+    x_TD = torch.tensor([[2.0], [math.nextafter(2.0, 3.0)], [2.0 + 2.0**-20]])
+    scale_6K = torch.tensor([2.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None].contiguous()
+    act_TK, stat_T3 = poisoned_buffers(3, 1)
+    torch.ops.latentwatch.score(x_TD, None, torch.ones(1, 1), None, scale_6K, act_TK, stat_T3)
+    assert act_TK[:, 0].tolist() == [0.0, 0.0, 2.0 + 2.0**-20]
+    expected_TK, _ = reference.score(x_TD, None, torch.ones(1, 1), scale_6K)
+    assert torch.equal(act_TK, expected_TK)
+
+
 def test_the_stream_is_rounded_to_the_model_dtype_before_it_is_scored() -> None:
     """1 + 2^-9 rounds to 1 in bfloat16; Hugging Face's own stream holds 1, so scores must come from 1."""
     x_TD = torch.ones(1, 2, dtype=torch.bfloat16)

@@ -256,3 +256,21 @@ def test_a_stream_shows_its_token_as_bearer(tmp_path, header, let_in):
 )
 def test_a_certificate_speaks_for_its_replica_only(names, replica, may):
     assert may_speak_for(frozenset(names), replica) is may
+
+
+@pytest.mark.parametrize("at", range(len(TOKEN)))
+def test_a_token_that_differs_in_one_character_is_no_token(tmp_path, at):
+    secrets.write(tmp_path / "token", TOKEN.encode())
+    tokens = Tokens([tmp_path / "token"])
+    other = TOKEN[:at] + chr(ord(TOKEN[at]) ^ 1) + TOKEN[at + 1 :]
+    assert TOKEN in tokens and tokens.accept(f"Bearer {TOKEN}")
+    for wrong in (other, TOKEN[:at], TOKEN[at + 1 :], TOKEN + TOKEN[at], TOKEN[at] + TOKEN):
+        assert wrong not in tokens and not tokens.accept(f"Bearer {wrong}")
+
+
+def test_while_a_token_is_rotated_both_open_the_door_and_neither_half(tmp_path):
+    old, new = "0123456789abcdef-old", "0123456789abcdef-new"
+    for name in (old, new):
+        secrets.write(tmp_path / name, name.encode())
+    tokens = Tokens([tmp_path / old, tmp_path / new])
+    assert old in tokens and new in tokens and old[:16] not in tokens and old + new not in tokens

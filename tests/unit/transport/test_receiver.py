@@ -126,6 +126,38 @@ def test_no_ack_leaves_before_observe_returned(socket_path):
         assert got.get(timeout=5) == codec.Ack(1)
 
 
+class DurableSink(FakeSink):
+    """Looks whether an ack left before what it acknowledges was committed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leave = threading.Event()
+        self.committed: list[list[int]] = []
+
+    def commit(self) -> None:
+        if self.batches:
+            self.leave.wait(5)
+        self.committed.append(self.sequences)
+
+
+def test_no_ack_leaves_before_its_batch_was_committed(socket_path):
+    """A crash between the two would lose for good what the engine has let go."""
+    sink = DurableSink()
+    with ServerThread(sink, f"unix://{socket_path}"), Peer(f"unix://{socket_path}", HELLO) as peer:
+        peer.read()
+        assert sink.committed == [[]], "a welcome says what is stored, so the hello is committed before it"
+        peer.send(codec.encode_batch(1, batch(1)))
+        got = Queue()
+        reader = threading.Thread(target=lambda: got.put((peer.read(), list(sink.committed))), daemon=True)
+        reader.start()
+        eventually(lambda: sink.batches)
+        time.sleep(0.15)
+        assert got.empty()
+        sink.leave.set()
+        ack, committed = got.get(timeout=5)
+    assert ack == codec.Ack(1) and [1] in committed
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [

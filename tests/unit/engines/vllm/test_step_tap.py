@@ -265,6 +265,17 @@ def test_what_a_gpu_compacted_lies_in_the_slot_as_what_a_cpu_compacted(hooks):
     np.testing.assert_array_equal(slot.norm_TH[:5], norm)
 
 
+def test_dense_scores_beyond_float16_are_clipped_on_their_way_into_the_slot(hooks):
+    """An infinity in the wire's float16 would be refused by the collector, with the whole step."""
+    forward(hooks, 2)
+    column, hook = next((i, hook) for hook in hooks for i, feature in enumerate(hook.rows.features) if feature.dense)
+    hook.act_TK[:2, column] = torch.tensor([1e6, -1e6])
+    slot = Ring.create(geometry(hooks)).reserve()
+    HostBuffers(hooks).write(slot, 2)
+    assert {-65504.0, 65504.0} <= set(slot.dense_TP[:2].ravel().tolist())
+    assert np.isfinite(slot.dense_TP[:2]).all()
+
+
 def test_the_sentinel_is_put_back_after_every_step(hooks):
     tap = StepTap(Ring.create(geometry(hooks)), hooks, on_gpu=False)
     forward(hooks, 2)
