@@ -113,6 +113,7 @@ class RefusalReason(StrEnum):
     CHECK_FAILED = "check_failed", "a check at the engine's start raised an exception"
     MODEL_DTYPE = "model_dtype", "the model computes in a type that is not scored exactly"
     RING_GEOMETRY = "ring_geometry", "the shared-memory ring would not hold a step"
+    RING_EVENTS = "ring_events", "the ring holds events that the engine of this version does not write"
     WATCHLIST_MISSING = "watchlist_missing", "no watchlist file was named, or it cannot be read"
     WATCHLIST_FORMAT = "watchlist_format", "a watchlist file is damaged or of another format"
     WATCHLIST_BUILD = "watchlist_build", "a watchlist cannot be built as it is written"

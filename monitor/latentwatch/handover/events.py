@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from latentwatch.errors import ConfigRefused, RefusalReason
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -67,6 +69,14 @@ def encode_events(events: Sequence[Event]) -> bytes:
 
 
 def decode_events(data: bytes) -> list[Event]:
-    """The inverse of encode_events()."""
+    """The inverse of encode_events(). Raises ConfigRefused, "ring_events", for what it did not write."""
     kinds = {tag: kind for kind, tag in _TAGS.items()}
-    return [kinds[line[0]](*line[1:]) for line in map(json.loads, data.splitlines())]
+    try:
+        return [kinds[line[0]](*line[1:]) for line in map(json.loads, data.splitlines())]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ConfigRefused(
+            "events in the shared-memory ring",
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+            instead="Start engine and exporter from the same latentwatch version.",
+            reason=RefusalReason.RING_EVENTS,
+        ) from error
