@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from latentwatch.names import Reason, TokenState
+from latentwatch.watchlist import checkpoint
+from latentwatch.watchlist import file as watchlist_file
 
 from tests.engine.conftest import SMALL, monitored
 from tests.support import tiny
@@ -95,3 +98,34 @@ def test_an_engine_mode_without_exact_rows_is_refused_by_name(model: Path, watch
     assert [hello.not_armed_reason for hello in sink.hellos] == ["engine_mode"]
     assert "KV-sharing fast prefill" in sink.hellos[0].not_armed_text
     assert sum(int(batch.segments_S["count"].sum()) for batch in sink.batches) == tokens(result)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["told", "strict"])
+def test_another_model_of_the_same_shape_is_told_or_refused_and_served_either_way(
+    strict: bool, plain: EngineResult, model: Path, watchlist_path: Path, tmp_path: Path
+):
+    """The watchlist states a checkpoint whose weights came from another seed; its sizes and tensor names are equal."""
+    stated = checkpoint.of_checkpoint(tiny.llama(tmp_path / "other", seed=1))
+    path = tmp_path / "w.safetensors"
+    watchlist_file.write(dataclasses.replace(watchlist_file.read(watchlist_path), identity=stated), path)
+    env = {"LATENTWATCH_STRICT_MODEL": "1"} if strict else {}
+    with monitored(tmp_path) as engine:
+        result = engine.run(path, engine={"model": str(model), **ENGINE}, waves=WAVES, env=env)
+        sink = engine.sink
+    assert result.outputs == plain.outputs
+    (hello,) = sink.hellos
+    assert hello.model_match == "differs" and "are others" in hello.model_text
+    assert (hello.armed, hello.not_armed_reason) == (not strict, "watchlist_model" if strict else "")
+    assert "ANOTHER MODEL" in result.log
+    states = {TokenState(s["state"]) for batch in sink.batches for s in batch.segments_S}
+    assert states == ({TokenState.UNSEEN} if strict else {TokenState.SCORED})
+
+
+def test_the_watchlists_own_model_is_the_same(model: Path, watchlist_path: Path, tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    stated = checkpoint.of_checkpoint(model)
+    watchlist_file.write(dataclasses.replace(watchlist_file.read(watchlist_path), identity=stated), path)
+    with monitored(tmp_path) as engine:
+        engine.run(path, engine={"model": str(model), **ENGINE}, waves=WAVES, env={"LATENTWATCH_STRICT_MODEL": "1"})
+        (hello,) = engine.sink.hellos
+    assert hello.armed and (hello.model_match, hello.model_text) == ("same", "")

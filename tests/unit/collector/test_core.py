@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
+from latentwatch.collector.http.overview import overview
+from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.snapshot import RequestView
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.names import Outcome, Phase, Reason, Severity, TokenState
@@ -492,3 +494,22 @@ def test_a_snapshot_does_not_move_when_more_arrives():
     before = made.lookup.snapshot(0)
     feed(made, who, Schedule.one_step(some_requests(8)).batches(FEATURES))
     assert before.engines[0].tokens.sum() == 0 and before.models[0].fired_F.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [("same", "same"), ("differs", "differs"), ("unknown", "unknown"), ("not_stated", "not_stated"), ("", "unknown")],
+)
+def test_whether_it_serves_the_watchlists_model_is_a_metric_and_a_line_on_the_page(said, label):
+    """Empty: an engine of before that was asked nothing, or one that is not armed."""
+    made = Core(watchlist(FEATURES))
+    made.ingest.hello(hello(model_match=said, model_text="the values of x are others"), 1000.0)
+    snapshot = made.lookup.snapshot(1001.0)
+    families = {
+        family.metric.name: family for family in Families(made.watchlist).of(snapshot, ProcessFacts(1.0, 2, 3.0))
+    }
+    shown = families["latentwatch_engine_model_info"]
+    assert (shown.labels, list(shown.values)) == ((("pod-0/0", label),), [1])
+    page = overview(made.lookup, 1001.0, most_features=1)
+    assert (page.engines[0].model_match, page.engines[0].model_text) == (label, "the values of x are others")
+    assert ("another model" in page.seen.headline) == (label == "differs")

@@ -177,6 +177,7 @@ def test_a_value_that_does_not_fit_its_field_is_not_sent(changes):
 def test_a_hello_is_read_as_it_was_written():
     for value in (
         hello(),
+        hello(model_match="differs", model_text="the values of x are others"),
         hello(armed=False, watchlist_sha256="", not_armed_reason="watchlist_width", not_armed_text="what: found."),
     ):
         assert codec.decode_request(codec.encode_hello(value, last_acked_sequence=7, time_unix_nano=8)) == value
@@ -194,6 +195,7 @@ def test_a_hello_is_read_as_it_was_written():
         {"not_armed_reason": "watchlist_width"},
         {"armed": False, "not_armed_reason": "No Slug"},
         {"model_name": "m" * 5000},
+        {"model_match": "perhaps"},
     ],
 )
 def test_a_hello_that_no_collector_accepts_is_refused_on_both_sides(changes):

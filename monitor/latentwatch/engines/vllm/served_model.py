@@ -60,14 +60,15 @@ def refuse_another(found: Comparison, watchlist: Watchlist) -> None:
 
 
 def _compared(config: VllmConfig, watchlist: Watchlist) -> Comparison:
+    if watchlist.identity is None:
+        return checkpoint.compare(None, Path())
     model, load = config.model_config, config.load_config
     load_format = str(getattr(load, "load_format", "auto"))
-    if watchlist.identity is not None and load_format == "dummy":
+    if load_format == "dummy":
         return Comparison(ModelMatch.DIFFERS, "its weights are made up (--load-format dummy)")
     folder = _folder(model.model, model.revision, load.download_dir)
     if folder is None:
-        text = "its checkpoint is in no folder of this host"
-        return Comparison(ModelMatch.UNKNOWN if watchlist.identity else ModelMatch.NOT_STATED, text)
+        return Comparison(ModelMatch.UNKNOWN, "its checkpoint is in no folder of this host")
     until = time.monotonic() + SECONDS
     overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else {}
     found = checkpoint.compare(watchlist.identity, folder, overrides=overrides, go_on=lambda: time.monotonic() < until)
