@@ -98,7 +98,7 @@ class StateFolder:
         return []
 
     def name_other_formats(self, mine: int) -> None:
-        """Say what of this watchlist another version left beside it, before a collector begins at zero. Raises OSError."""
+        """Say what of this watchlist another version left beside it, where this one begins at zero. Raises OSError."""
         name, _, _ = self.path.name.rpartition("-")
         for other in sorted(self.path.parent.glob(f"{name}-*")):
             if other != self.path and any(other.glob("checkpoint-*.npz")):
