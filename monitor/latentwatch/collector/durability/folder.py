@@ -97,8 +97,14 @@ class StateFolder:
             return sorted(self.path.glob(f"*{_ASIDE}"))
         return []
 
-    def of_other_formats(self) -> list[Path]:
-        """Folders beside it with a state of the same watchlist that another version wrote. Raises OSError."""
-        mine, _, _ = self.path.name.rpartition("-")
-        others = sorted(self.path.parent.glob(f"{mine}-*"))
-        return [other for other in others if other != self.path and any(other.glob("checkpoint-*.npz"))]
+    def name_other_formats(self, mine: int) -> None:
+        """Say what of this watchlist another version left beside it, where this one begins at zero. Raises OSError."""
+        name, _, _ = self.path.name.rpartition("-")
+        for other in sorted(self.path.parent.glob(f"{name}-*")):
+            if other != self.path and any(other.glob("checkpoint-*.npz")):
+                log.warning(
+                    "the state in %s is of another version of latentwatch (this one writes format %d) and is not read: "
+                    "the counters begin at zero. Start the version that wrote it to go on from there, or remove it.",
+                    other,
+                    mine,
+                )

@@ -43,12 +43,11 @@ from typing import Final
 from latentwatch import storage
 from latentwatch.collector.core import Core
 from latentwatch.collector.core_state import CoreState
-from latentwatch.collector.durability import checkpoint, schema
+from latentwatch.collector.durability import checkpoint, events, schema
 from latentwatch.collector.durability.folder import StateFolder
+from latentwatch.collector.durability.resume import EVIDENCE_SECONDS, replay
 from latentwatch.collector.durability.state_facts import StateFacts
-from latentwatch.collector.ingest import Ingest
-from latentwatch.errors import Refusal, RefusalReason, StateRefused
-from latentwatch.transport import codec
+from latentwatch.errors import RefusalReason, StateRefused
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 
@@ -60,19 +59,10 @@ _JOURNAL_BYTES: Final = 64 << 20
 _RETRY_SECONDS: Final = 5.0
 _SYNC_SECONDS: Final = 1.0
 _WAIT_SECONDS: Final = 0.02
-_EVIDENCE_SECONDS: Final = 30.0
-"""How long a checkpoint waits for the evidence before it; then the journals stay, and the next one tries again."""
 _JOURNALS_BYTES: Final = 8 * _JOURNAL_BYTES
 """Beyond it a checkpoint replaces them though the evidence is not written: the disk is for the state first."""
-_REPLAYED_AT_ONCE: Final = 512
-"""Events that are taken again before what they gave is written: more would not fit into the queue of evidence."""
 _MISTAKES: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST, errno.EINVAL})
 """What a path says that can be no folder, whatever becomes of the disk. ENOSYS: its file system has no locks."""
-
-_FRAMING: Final = storage.Framing(max_body_bytes=codec.MAX_MESSAGE_BYTES + (64 << 10))
-_EVENT: Final = struct.Struct("<cdI")  # kind, the collector's time, number of the stream's hello in this journal
-_HEADER, _NAME, _HELLO, _BATCH, _GOODBYE, _TICK, _REFUSED, _SHIFT = b"J", b"N", b"H", b"B", b"G", b"T", b"R", b"S"
-_HELD = b"A"
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ class DurableSink:
     def _start(self, folder: Path, now: float) -> None:
         try:
             self._folder.open()
-            self._resumed = self._resume()
+            self._resume()
         except OSError as error:
             if error.errno in _MISTAKES or error.errno == errno.ENOSYS:
                 raise _unusable(folder, error) from error
@@ -154,24 +144,40 @@ class DurableSink:
             except OSError as error:
                 self._fail(error)
 
+    def _resume(self) -> None:
+        """Put the collector where the files end. Raises OSError, StateRefused."""
+        numbers = self._folder.numbers("checkpoint")
+        if not numbers:
+            self._folder.name_other_formats(schema.FORMAT)
+            return
+        path = self._folder.file("checkpoint", numbers[-1])
+        state = checkpoint.read(path, self._header)
+        try:
+            self._core.restore(state)
+        except (ValueError, IndexError) as error:
+            raise checkpoint.damaged(path, f"it does not hold together: {error}") from error
+        self._number = self._folder.newest()
+        self._resumed = replay(self._core, self._folder, numbers[-1], self._evidence_written)
+        log.info("resumed from %s with %d events after it", path, self._resumed)
+
     # -- Sink
 
     def hello(self, hello: Hello, now: float) -> int:
         held = self._ingest.hello(hello, now)
-        self._note(_HELLO, now, hello)
+        self._note(events.HELLO, now, hello)
         return held
 
     def observe(self, hello: Hello, received: ReceivedBatch, now: float) -> None:
         self._ingest.observe(hello, received, now)
-        self._note(_BATCH, now, hello, received.message)
+        self._note(events.BATCH, now, hello, received.message)
 
     def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
         self._ingest.merge(hello, received, now)
-        self._note(_BATCH, now, hello, received.message)
+        self._note(events.BATCH, now, hello, received.message)
 
     def goodbye(self, hello: Hello, now: float) -> None:
         self._ingest.goodbye(hello, now)
-        self._note(_GOODBYE, now, hello)
+        self._note(events.GOODBYE, now, hello)
 
     def commit(self) -> None:
         """Write what was noted; on failure the state is merged but not durable, which `facts` tells."""
@@ -186,25 +192,25 @@ class DurableSink:
     def refused(self, reason: str) -> None:
         """See Ingest.refused."""
         self._ingest.refused(reason)
-        self._note(_REFUSED, 0.0, text=reason.encode())
+        self._note(events.REFUSED, 0.0, text=reason.encode())
 
     def tick(self, now: float) -> None:
         """See Ingest.tick; and what was noted is written, acknowledged or not."""
         self._ingest.tick(now)
-        self._note(_TICK, now)
+        self._note(events.TICK, now)
         self.commit()
 
     def acknowledged(self, number: int) -> None:
         """See Ingest.acknowledged."""
         self._ingest.acknowledged(number)
-        self._note(_HELD, 0.0, text=struct.pack("<Q", number))
+        self._note(events.ACKNOWLEDGED, 0.0, text=struct.pack("<Q", number))
 
     def shift_clock(self, seconds: float) -> None:
         """See Ingest.shift_clock. Due times here move along."""
         self._ingest.shift_clock(seconds)
         self._next_checkpoint += seconds
         self._next_sync += seconds
-        self._note(_SHIFT, 0.0, text=struct.pack("<d", seconds))
+        self._note(events.SHIFT, 0.0, text=struct.pack("<d", seconds))
 
     # -- files
 
@@ -277,9 +283,9 @@ class DurableSink:
             self._number = max(self._number, self._folder.newest())
             self._folder.set_all_aside("it could not be read as this collector started")
             self._unread = False
-        first = _FRAMING.pack(_EVENT.pack(_HEADER, now, self._whole))
+        first = events.FRAMING.pack(events.EVENT.pack(events.HEADER, now, self._whole))
         path = self._folder.file("journal", self._number + 1)
-        journal = storage.FramedLog(path, _FRAMING, first, replace=True)
+        journal = storage.FramedLog(path, events.FRAMING, first, replace=True)
         before, self._journal = self._journal, journal
         self._number += 1
         self._names.clear()
@@ -308,7 +314,7 @@ class DurableSink:
     def _may_replace(self, journal: storage.FramedLog, evidence: Future[None]) -> bool:
         """Wait until the evidence is written; whether the journals that it came from may go. Raises OSError."""
         waited = 0.0
-        while waited < _EVIDENCE_SECONDS and not evidence.done():
+        while waited < EVIDENCE_SECONDS and not evidence.done():
             concurrent.futures.wait((evidence,), _SYNC_SECONDS)
             journal.sync()
             waited += _SYNC_SECONDS
@@ -344,121 +350,9 @@ class DurableSink:
             if hello not in self._names:
                 self._names[hello] = len(self._names) + 1
                 words = json.dumps(dataclasses.asdict(hello)).encode()
-                self._journal.put(_EVENT.pack(_NAME, now, self._names[hello]) + words)
+                self._journal.put(events.EVENT.pack(events.NAME, now, self._names[hello]) + words)
             name = self._names[hello]
-        self._journal.put(_EVENT.pack(kind, now, name) + text)
-
-    # -- resuming
-
-    def _resume(self) -> int:
-        """Put the collector where the files end; the number of events that it was given again. Raises OSError."""
-        folder = self._folder
-        numbers = folder.numbers("checkpoint")
-        if not numbers:
-            self._name_other_formats()
-            return 0
-        self._restore(folder.file("checkpoint", numbers[-1]))
-        self._number = folder.newest()
-        events = 0
-        for number in range(numbers[-1], self._number + 1):
-            path = folder.file("journal", number)
-            records, damage = _records(path)
-            # A journal that was begun after a failure has events missing before it; only its checkpoint leads to it.
-            if not records or not (_EVENT.unpack_from(records[0])[2] or number == numbers[-1]):
-                if damage:
-                    folder.set_aside(path, damage)
-                break
-            events += self._replay(path, records[1:])
-            if damage:
-                for later in range(number, self._number + 1):
-                    if folder.file("journal", later).exists():
-                        folder.set_aside(folder.file("journal", later), damage)
-                break
-        log.info("resumed from %s with %d events after it", folder.file("checkpoint", numbers[-1]), events)
-        return events
-
-    def _name_other_formats(self) -> None:
-        """Say what of this watchlist another version left here, before a collector begins at zero beside it."""
-        for other in self._folder.of_other_formats():
-            log.warning(
-                "the state in %s is of another version of latentwatch (this one writes format %d) and is not read: "
-                "the counters begin at zero. Start the version that wrote it to go on from there, or remove it.",
-                other,
-                schema.FORMAT,
-            )
-
-    def _restore(self, path: Path) -> None:
-        state = checkpoint.read(path, self._header)
-        try:
-            self._core.restore(state)
-        except (ValueError, IndexError) as error:
-            raise checkpoint.damaged(path, f"it does not hold together: {error}") from error
-
-    def _replay(self, path: Path, records: list[bytes]) -> int:
-        names: dict[int, Hello] = {}
-        try:
-            for i, record in enumerate(records, start=1):
-                if i % _REPLAYED_AT_ONCE == 0 and self._evidence_written is not None:
-                    concurrent.futures.wait((self._evidence_written(),), _EVIDENCE_SECONDS)
-                kind, now, name = _EVENT.unpack_from(record)
-                text = record[_EVENT.size :]
-                if kind == _NAME:
-                    names[name] = Hello(**json.loads(text))
-                else:
-                    _repeat(self._ingest, kind, now, names.get(name), text)
-        except (Refusal, KeyError, ValueError, TypeError, struct.error) as error:
-            raise StateRefused(
-                f"state {path}",
-                found=f"an event in it is not taken again: {error}",
-                instead="Start the version that wrote it, or remove its folder to begin again at zero.",
-                reason=RefusalReason.STATE_JOURNAL,
-            ) from error
-        return len(records) - len(names)
-
-
-def _repeat(ingest: Ingest, kind: bytes, now: float, hello: Hello | None, text: bytes) -> None:
-    """Give a collector an event of a journal. Raises ValueError, struct.error, Refusal."""
-    if kind == _TICK:
-        ingest.tick(now)
-    elif kind == _REFUSED:
-        ingest.refused(text.decode())
-    elif kind == _SHIFT:
-        ingest.shift_clock(*struct.unpack("<d", text))
-    elif kind == _HELD:
-        ingest.acknowledged(*struct.unpack("<Q", text))
-    elif hello is None:
-        raise ValueError(f"event {kind!r} of a stream without a hello")
-    elif kind == _HELLO:
-        ingest.hello(hello, now)
-    elif kind == _GOODBYE:
-        ingest.goodbye(hello, now)
-    elif kind == _BATCH:
-        received = codec.decode_request(text)
-        if isinstance(received, Hello):
-            raise ValueError("a hello where a batch was written")
-        if isinstance(received, ReceivedReport):
-            ingest.merge(hello, received, now)
-            return
-        ingest.observe(hello, received, now)
-    else:
-        raise ValueError(f"event of unknown kind {kind!r}")
-
-
-def _records(path: Path) -> tuple[list[bytes], str]:
-    """Every event of a journal up to the first that is torn or damaged; and the damage, empty where there is none.
-
-    Raises OSError.
-    """
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return [], ""
-    with file:
-        frames = storage.FrameReader(file, _FRAMING)
-        records = [frame.body for frame in frames]
-        damaged = frames.tail is storage.Tail.DAMAGED
-        left_out = path.stat().st_size - frames.at
-        return records, f"its last {left_out} bytes, behind byte {frames.at}, are no whole event" if damaged else ""
+        self._journal.put(events.EVENT.pack(kind, now, name) + text)
 
 
 def _unusable(folder: Path, error: OSError) -> StateRefused:

@@ -337,7 +337,7 @@ def test_a_journal_that_is_damaged_before_its_end_is_set_aside_whole_and_what_ca
 
 
 def test_evidence_that_is_not_written_keeps_the_journal_that_it_can_be_made_of_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(journal, "_EVIDENCE_SECONDS", 0.2)
+    monkeypatch.setattr(journal, "EVIDENCE_SECONDS", 0.2)
     monkeypatch.setattr(journal, "_SYNC_SECONDS", 0.1)
     waiting = list[Future[None]]()
 
