@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Final
-from unittest import mock
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ def run(worker: Worker, rows: int) -> object:
 
 
 def _check_alone(worker: Worker) -> None:
-    """Raises: EngineRefused: parts of the model exchange tensors past what `_alone` answers, and would wait for ever."""
+    """Raises: EngineRefused: a part of the model exchanges tensors past what `_alone` answers, and would never end."""
     parallel, config = worker.parallel_config, worker.model_config
     found = ""
     if getattr(parallel, "data_parallel_size", 1) > 1 and (
@@ -172,10 +171,20 @@ def _alone() -> Iterator[None]:
     with ExitStack() as patched:
         for name, answer in answers.items():
             if name in GroupCoordinator.__dict__:
-                patched.enter_context(mock.patch.object(GroupCoordinator, name, answer))
+                patched.enter_context(_replaced(GroupCoordinator, name, answer))
         for name in _COLLECTIVES:
-            patched.enter_context(mock.patch.object(torch.distributed, name, _unanswered))
+            patched.enter_context(_replaced(torch.distributed, name, _unanswered))
         yield
+
+
+@contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def _unanswered(*_args: object, **_kwargs: object) -> None:
