@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +79,53 @@ def test_a_layer_that_returns_the_whole_stream_and_a_stale_half_is_scored_exactl
     assert_exact(result, sink, watchlist, tmp_path / "model")
 
 
-def test_layers_that_return_something_else_later_fail_no_request_and_show_in_the_books(model: Path, tmp_path: Path):
+@dataclass(frozen=True)
+class Hostile:
+    """A model whose layers return what no hook reads, after so many forwards; with and without the monitor."""
+
+    plain: EngineResult
+    watched: EngineResult
+    sink: RecordingSink
+
+    def books(self) -> Counter[tuple[int, int]]:
+        """Tokens by state and reason."""
+        books: Counter[tuple[int, int]] = Counter()
+        for batch in self.sink.batches:
+            for segment in batch.segments_S:
+                books[int(segment["state"]), int(segment["reason"])] += int(segment["count"])
+        return books
+
+
+def hostile(folder: Path, model: Path, *, after: int) -> Hostile:
     path = os.pathsep.join([str(ROOT / "tests/support/hostile_layers"), os.environ.get("PYTHONPATH", "")])
-    # Of the forwards before it, three are of the start.
-    env = {"PYTHONPATH": path, "HOSTILE_AFTER": "8"}
+    env = {"PYTHONPATH": path, "HOSTILE_AFTER": str(after)}
     engine = {"model": str(model), **ENGINE, "enforce_eager": True}
-    plain = run_engine(tmp_path, engine=engine, waves=WAVES, env=env)
-    watchlist = tmp_path / "w.safetensors"
+    plain = run_engine(folder, engine=engine, waves=WAVES, env=env)
+    watchlist = folder / "w.safetensors"
     tiny.watchlist(watchlist)
-    with monitored(tmp_path) as watched:
-        result = watched.run(watchlist, engine=engine, waves=WAVES, env=env)
-        sink = watched.sink
-    assert result.outputs == plain.outputs
-    assert [hello.not_armed_text for hello in sink.hellos] == [""]
-    books: Counter[tuple[int, int]] = Counter()
-    for batch in sink.batches:
-        for segment in batch.segments_S:
-            books[int(segment["state"]), int(segment["reason"])] += int(segment["count"])
+    with monitored(folder) as watched:
+        return Hostile(plain, watched.run(watchlist, engine=engine, waves=WAVES, env=env), watched.sink)
+
+
+def fed(result: EngineResult) -> int:
+    return sum(len(item["prompt"]) for item in WAVES[0]) + sum(len(output) - 1 for output in result.outputs)
+
+
+def test_layers_that_return_something_else_later_fail_no_request_and_show_in_the_books(model: Path, tmp_path: Path):
+    # Of the forwards before it, three are of the start.
+    run = hostile(tmp_path, model, after=8)
+    assert run.watched.outputs == run.plain.outputs
+    assert [hello.not_armed_text for hello in run.sink.hellos] == [""]
+    books = run.books()
     assert set(books) == {(TokenState.SCORED, Reason.NONE), (TokenState.UNSEEN, Reason.OP_SILENT)}
-    fed = sum(len(item["prompt"]) for item in WAVES[0]) + sum(len(output) - 1 for output in result.outputs)
-    assert sum(books.values()) == fed
+    assert sum(books.values()) == fed(run.watched)
+
+
+def test_layers_that_return_no_rows_from_the_start_are_refused_by_name_and_the_server_serves(
+    model: Path, tmp_path: Path
+):
+    run = hostile(tmp_path, model, after=0)
+    assert run.watched.outputs == run.plain.outputs
+    assert [hello.not_armed_reason for hello in run.sink.hellos] == ["stream_unproven"]
+    assert "residual stream at resid_post.1 (LlamaDecoderLayer)" in run.sink.hellos[0].not_armed_text
+    assert run.books() == {(TokenState.UNSEEN, Reason.NOT_ARMED): fed(run.watched)}

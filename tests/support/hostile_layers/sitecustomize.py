@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-AFTER = int(os.environ.get("HOSTILE_AFTER", "0"))
+AFTER = int(os.environ.get("HOSTILE_AFTER", "-1"))
 forwards = 0
 
 
@@ -84,5 +84,5 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if AFTER:
+if AFTER >= 0:
     sys.meta_path.insert(0, Finder())

@@ -51,9 +51,11 @@ def arm(
     max_rows: int,
     dtype: torch.dtype,
     device: torch.device,
+    between_layers: bool = False,
 ) -> tuple[ArmedHook, ...]:
     """Register the op at every hook point. Call after the weights are loaded and before the first forward is traced.
 
+    Args:   between_layers: the model may add something there, so that only the layer itself gives its own stream.
     Raises: EngineRefused: the layers cannot be found without guessing, it is not proven what of their output the
             stream is, or the op did not score it. Whatever `forward` raises is passed on. No hook is left then.
     """
@@ -66,7 +68,8 @@ def arm(
             reason=RefusalReason.ARCHITECTURE_UNKNOWN,
         )
     hooked = [rows.hook_point.layer for rows in watchlist.hooks]
-    places = proof.prove(model, layers, hooked, watchlist.model.d_model, forward, max_rows=max_rows)
+    norms = None if between_layers else model
+    places = proof.prove(layers, hooked, watchlist.model.d_model, forward, norms_of=norms, max_rows=max_rows)
     scratch = score_op.scratch(
         max_rows, [len(rows.features) for rows in watchlist.hooks], watchlist.model.d_model, device
     )

@@ -123,6 +123,8 @@ class ModelConfig(Protocol):
     served_model_name: str | list[str]
     enforce_eager: bool
 
+    def get_inputs_embeds_size(self) -> int: ...
+
 
 class ParallelConfig(Protocol):
     world_size: int

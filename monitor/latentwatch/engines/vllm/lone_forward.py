@@ -19,6 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentwatch.engines.vllm.interfaces import Group, ModelRunner, Worker
 from latentwatch.errors import EngineRefused, RefusalReason
 
+_TALKS_BY_ITSELF: Final = ("MiniMaxText01RMSNormTP",)
+"""Modules of vLLM's whose kernels wait for those of other ranks."""
+_COLLECTIVES: Final = (
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all", "all_to_all_single"),
+    *("reduce_scatter", "reduce_scatter_tensor", "broadcast", "barrier"),
+)
+"""Of torch.distributed: what calls them past vLLM's groups is not answered."""
 _UNFILLED: Final = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -30,13 +37,7 @@ def run(worker: Worker, rows: int) -> object:
     from vllm.forward_context import set_forward_context
 
     parallel, runner = worker.parallel_config, worker.model_runner
-    if getattr(parallel, "enable_expert_parallel", False) and getattr(parallel, "data_parallel_size", 1) > 1:
-        raise EngineRefused(
-            "residual stream of experts that are spread over engines",
-            found="one rank cannot make a forward alone there, so where the stream is cannot be proven",
-            instead="Serve without --enable-expert-parallel, or without latentwatch.",
-            reason=RefusalReason.STREAM_UNPROVEN,
-        )
+    _check_alone(worker)
     across = torch.full((getattr(parallel, "data_parallel_size", 1),), rows, dtype=torch.int32)
     with ExitStack() as during:
         during.enter_context(torch.inference_mode())
@@ -50,12 +51,55 @@ def run(worker: Worker, rows: int) -> object:
         )
         # torch leaves its modes without types.
         during.enter_context(_Filled())  # type: ignore[no-untyped-call]
-        return runner.get_model()(
-            input_ids=torch.ones(rows, dtype=torch.int32, device=worker.device),
-            positions=_positions(worker, rows),
-            intermediate_tensors=None,
-            inputs_embeds=None,
+        return runner.get_model()(**_arguments(worker, rows))
+
+
+def _check_alone(worker: Worker) -> None:
+    """Raises: EngineRefused: a part of the model exchanges tensors past what `_alone` answers, and would never end."""
+    parallel, config = worker.parallel_config, worker.model_config
+    found = ""
+    if getattr(parallel, "data_parallel_size", 1) > 1 and (
+        getattr(parallel, "enable_expert_parallel", False)
+        or getattr(parallel, "is_moe_model", False)
+        or getattr(config, "is_moe", False)
+    ):
+        found = "its experts are spread over data-parallel engines"
+    elif int(parallel.world_size) > 1:
+        found = ", ".join(
+            f"{type(module).__name__} exchanges tensors by itself"
+            for module in worker.model_runner.get_model().modules()
+            if type(module).__name__ in _TALKS_BY_ITSELF
+        )[:200]
+    if found:
+        raise EngineRefused(
+            f"residual stream of {type(worker.model_runner.get_model()).__name__}",
+            found=f"{found}, so one rank cannot make a forward alone, and where the stream is cannot be proven",
+            instead="Serve it on one rank, or without latentwatch.",
+            reason=RefusalReason.STREAM_UNPROVEN,
         )
+
+
+def takes_embeddings(worker: Worker) -> bool:
+    """Whether the model is given embeddings, since pictures or sounds may stand between its tokens. Such a model may
+    also add something to the stream between two layers, where a prompt has them.
+    """
+    return bool(getattr(worker.model_runner, "supports_mm_inputs", False))
+
+
+def _arguments(worker: Worker, rows: int) -> dict[str, Tensor | None]:
+    """As vLLM's own profiling run has them."""
+    config, model = worker.model_config, worker.model_runner.get_model()
+    embeddings = None
+    if takes_embeddings(worker):
+        size = config.get_inputs_embeds_size()
+        embeddings = torch.ones(rows, size, dtype=config.dtype, device=worker.device)
+    raw = embeddings is None or getattr(model, "requires_raw_input_tokens", False)
+    return {
+        "input_ids": torch.ones(rows, dtype=torch.int32, device=worker.device) if raw else None,
+        "positions": _positions(worker, rows),
+        "intermediate_tensors": None,
+        "inputs_embeds": embeddings,
+    }
 
 
 def _positions(worker: Worker, rows: int) -> torch.Tensor:
@@ -124,14 +168,27 @@ def _alone() -> Iterator[None]:
         "broadcast": lambda _group, x, *_a, **_k: x,
         "barrier": lambda _group: None,
     }
-    kept = {name: GroupCoordinator.__dict__[name] for name in answers if name in GroupCoordinator.__dict__}
+    with ExitStack() as patched:
+        for name, answer in answers.items():
+            if name in GroupCoordinator.__dict__:
+                patched.enter_context(_replaced(GroupCoordinator, name, answer))
+        for name in _COLLECTIVES:
+            patched.enter_context(_replaced(torch.distributed, name, _unanswered))
+        yield
+
+
+@contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        for name in kept:
-            setattr(GroupCoordinator, name, answers[name])
         yield
     finally:
-        for name, original in kept.items():
-            setattr(GroupCoordinator, name, original)
+        setattr(owner, name, original)
+
+
+def _unanswered(*_args: object, **_kwargs: object) -> None:
+    raise RuntimeError("the model calls torch.distributed itself, and no other rank makes this forward")
 
 
 def _gathered(group: Group, x: Tensor | list[Tensor], dim: int = -1) -> Tensor | list[Tensor]:

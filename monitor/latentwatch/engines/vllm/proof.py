@@ -60,10 +60,18 @@ class Place:
 
 
 def prove(
-    model: nn.Module, layers: nn.ModuleList, hooked: Sequence[int], d_model: int, forward: Forward, *, max_rows: int
+    layers: nn.ModuleList,
+    hooked: Sequence[int],
+    d_model: int,
+    forward: Forward,
+    *,
+    norms_of: nn.Module | None,
+    max_rows: int,
 ) -> list[Place]:
     """The places of resid_post.<layer> for the layers `hooked`, in their order. Leaves no hook behind.
 
+    Args:   norms_of: the model, in which a norm behind the layer that gives the sum of its halves may be read instead.
+            max_rows: of one forward.
     Raises: EngineRefused, reason "stream_unproven", with the layer, what was compared, and what was found. What the
             forward raises is passed on.
     """
@@ -72,7 +80,9 @@ def prove(
     places: dict[int, Place] = {}
     at_once = max(1, max_rows // ROWS)
     for start in range(0, len(wanted), at_once):
-        trials = [_Trial(model, layers, layer, d_model, i) for i, layer in enumerate(wanted[start : start + at_once])]
+        trials = [
+            _Trial(norms_of, layers, layer, d_model, i) for i, layer in enumerate(wanted[start : start + at_once])
+        ]
         with ExitStack() as hooks:
             for trial in trials:
                 hooks.enter_context(trial.watching())
@@ -159,16 +169,12 @@ def injected(place: Place, known: Sequence[Tensor]) -> Iterator[None]:
 class _Trial:
     """One hook point in the forward: its layer, its rows, and what was seen."""
 
-    def __init__(self, model: nn.Module, layers: nn.ModuleList, layer: int, d_model: int, group: int) -> None:
+    def __init__(self, model: nn.Module | None, layers: nn.ModuleList, layer: int, d_model: int, group: int) -> None:
         self.layer = layer
         self._layer = layers[layer]
         self._d_model = d_model
         self._rows = slice(group * ROWS, (group + 1) * ROWS)
-        # What may read the two halves and give their sum: a module in the next layer, or one behind all layers.
-        last = layer + 1 == len(layers)
-        elsewhere = {id(module) for module in (layers.modules() if last else layers)}
-        behind = model if last else layers[layer + 1]
-        self._behind = [module for module in behind.modules() if id(module) not in elsewhere]
+        self._behind = [] if model is None else _behind(model, layers, layer)
         self._runs = 0
         self._found = ""
         self._returned: tuple[Tensor, ...] = ()
@@ -291,6 +297,14 @@ class _Trial:
             "the model's name.",
             reason=RefusalReason.STREAM_UNPROVEN,
         )
+
+
+def _behind(model: nn.Module, layers: nn.ModuleList, layer: int) -> list[nn.Module]:
+    """What may read a layer's two halves and give their sum: modules in the next layer, or those behind all layers."""
+    last = layer + 1 == len(layers)
+    elsewhere = {id(module) for module in (layers.modules() if last else layers)}
+    within = model if last else layers[layer + 1]
+    return [module for module in within.modules() if id(module) not in elsewhere]
 
 
 @dataclass

@@ -86,6 +86,22 @@ def test_what_is_not_proven_to_be_the_stream_is_refused_by_name(model, found, la
     assert untouched(made)
 
 
+def test_of_a_model_that_may_add_something_between_layers_the_layer_itself_is_read(tmp_path):
+    """Pictures do that to the first layers of some: resid_post is the stream before it."""
+    model = Model(FusedLayer)
+    arming.arm(
+        model,
+        tiny.watchlist(tmp_path / "w.safetensors"),
+        lambda rows: model(torch.ones(rows, tiny.D_MODEL)),
+        max_rows=16,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        between_layers=True,
+    )
+    assert [bool(layer._forward_hooks) for layer in model.layers] == [False, True, False, True]
+    assert not model.norm._forward_hooks
+
+
 def test_a_skip_connection_from_a_whole_stream_leaves_it_the_stream(tmp_path):
     """A later layer may read it too: it is still what the layer returns, and all that is read of it."""
     model = Model(PlainLayer, skips=True)
