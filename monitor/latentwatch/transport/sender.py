@@ -19,15 +19,14 @@ across I/O.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import grpc
 
@@ -44,6 +43,7 @@ from latentwatch.transport.hello import Hello
 from latentwatch.transport.send_buffer import Drop, SendBuffer, tokens_of
 from latentwatch.transport.send_stream import SendStream
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
+from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.transport.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,15 @@ class SenderStats:
         )
 
 
+class Numbered(NamedTuple):
+    """A batch with the number that it has for good."""
+
+    sequence: int
+    batch: StepBatch
+    message: bytes
+    """As it goes on the wire; empty where it was not encoded, or cannot be."""
+
+
 class _Blame:
     """Which batch keeps those behind it from getting through, by the refusals that it drew."""
 
@@ -147,7 +156,9 @@ class Sender:
         credentials: Credentials | None = None,
         max_buffer_bytes: int = 64 << 20,
         spool: Spool | None = None,
-        next_sequence: Callable[[], int] | None = None,
+        earlier: int = 0,
+        encodes: bool = False,
+        on_drop: Callable[[int, int], None] | None = None,
         priority: ShedPriority | None = None,
         backoff: Backoff | None = None,
         reply_timeout_seconds: float = 30.0,
@@ -161,7 +172,9 @@ class Sender:
                 max_buffer_bytes: memory for what no collector acknowledged yet, bytes; scores are shed above it,
                 books above twice of it.   priority: whose scores are shed last; None makes no difference.
                 spool: where batches wait until they are acknowledged; it outlives the sender and is not closed by it.
-                next_sequence: gives numbers that rise from 1 over all senders of this boot.
+                earlier: the highest number that senders of this boot before this one gave a batch.
+                encodes: each batch when it is numbered, so that `number` tells its message.
+                on_drop: told the numbers of each batch that is dropped, first and last, 0 for none; with the lock held.
                 reply_timeout_seconds: a stream that owes us a reply for longer is ended and another one opened.
                 clock: seconds, rising.   wall_clock_ns: nanoseconds since the Unix epoch.
         Raises: ConfigRefused, "target_invalid".   StreamRefused, "malformed_hello": no collector would accept it.
@@ -177,13 +190,15 @@ class Sender:
         codec.encode_hello(hello, last_acked_sequence=0, time_unix_nano=0)
 
         self._spool = spool
-        self._next_sequence = next_sequence or itertools.count(1).__next__
+        self._encodes = encodes or spool is not None
         self._may_log = LogLimit(_LOG_AGAIN_SECONDS, clock)
         self._lock = threading.Condition()
         # What a sender before this one spooled, it may have sent as well.
         sent, acked = (spool.last, spool.acked) if spool is not None else (0, 0)
-        self._buffer = SendBuffer(max_buffer_bytes, priority=priority, highest_sent=sent, acked=acked)
-        self._sequence = 0
+        self._buffer = SendBuffer(
+            max_buffer_bytes, priority=priority, highest_sent=max(sent, earlier), acked=acked, on_drop=on_drop
+        )
+        self._sequence = earlier
         self._welcomes = 0
         self._last_refusal: StreamRefused | None = None
         self._last_error = ""
@@ -202,24 +217,66 @@ class Sender:
 
     def offer(self, batch: StepBatch) -> None:
         """Take one batch for delivery. Never waits for the collector, never raises; after `close` it only counts."""
+        self.send(self.number(batch))
+
+    def number(self, batch: StepBatch) -> list[Numbered]:
+        """The batch in pieces that fit a message, each with its number. They are for `send`. Never raises."""
         try:
+            numbered = []
             for piece in pieces(batch, codec.fits_a_message):
-                self._sequence = self._next_sequence()
-                if self._to_spool(self._sequence, piece):
-                    continue
-                with self._lock:
-                    if self._closing:
-                        self._buffer.books.drop(tokens_of(piece), Drop.CLOSED)
-                    else:
-                        self._buffer.add(self._sequence, piece)
-            with self._lock:
-                self._lock.notify_all()
+                message = self._message(self._sequence + 1, piece) if self._encodes else b""
+                self._sequence += 1
+                numbered.append(Numbered(self._sequence, piece, message))
+            return numbered
         except Exception:
             # The caller drains the engine's ring: a batch that cannot be taken must not stop those after it.
             if self._may_log("offer"):
                 log.exception("latentwatch's sender could not take a batch")
             with self._lock:
-                self._buffer.books.drop(0, Drop.REFUSED)
+                self._buffer.give_up(0, 0, Drop.REFUSED)
+            return []
+
+    def send(self, numbered: Sequence[Numbered]) -> list[int]:
+        """Take batches for delivery, in the order of their numbers; those numbers that the spool took. Never raises."""
+        spooled = []
+        for sequence, batch, message in numbered:
+            if self._to_spool(sequence, batch, message):
+                spooled.append(sequence)
+                continue
+            with self._lock:
+                if self._closing:
+                    self._buffer.give_up(sequence, tokens_of(batch), Drop.CLOSED)
+                else:
+                    self._buffer.add(sequence, batch, message)
+        with self._lock:
+            self._lock.notify_all()
+        return spooled
+
+    def resume(self, messages: Sequence[tuple[int, bytes]]) -> list[int]:
+        """Send what a sender of this boot before this one had numbered; before `start` and before anything new.
+
+        Returns: the numbers of those that the spool has.
+        """
+        spooled = []
+        for sequence, message in messages:
+            if self._spool is not None and sequence in self._spool.found:
+                spooled.append(sequence)  # the sender before this one ended right after it had written it
+                continue
+            try:
+                received = codec.decode_request(message)
+                assert isinstance(received, ReceivedBatch)
+            except Exception:
+                log.exception("latentwatch: batch %d of the exporter before this one cannot be read", sequence)
+                with self._lock:
+                    self._buffer.give_up(sequence, 0, Drop.REFUSED)
+                continue
+            if self._spool is not None and sequence < self._spool.last:
+                # The spool did not take it then, and holds later ones by now: there it would stand behind them.
+                with self._lock:
+                    self._buffer.add(sequence, received.batch, message)
+                continue
+            spooled += self.send([Numbered(sequence, received.batch, message)])
+        return spooled
 
     def stats(self) -> SenderStats:
         """The state now; cheap enough to read for every batch."""
@@ -258,16 +315,27 @@ class Sender:
             self._buffer.close()
         return self.stats()
 
-    def _to_spool(self, sequence: int, batch: StepBatch) -> bool:
-        """Whether the spool took a batch; one that cannot be sent is left to the stream to tell."""
-        if self._spool is None or self._closing:
-            return False
+    @property
+    def acked(self) -> int:
+        """Highest number of which a collector said that it holds it, and everything before."""
+        return self._buffer.acked
+
+    def _message(self, sequence: int, batch: StepBatch) -> bytes:
+        """Empty for a batch that cannot be sent: it waits as it is until the stream meets the same failure, and counts
+        it.
+        """
         try:
             message = codec.encode_batch(sequence, batch)
         except Exception:
-            # It waits in memory, where the stream meets the same failure and counts it.
+            # Whatever is wrong with it, the stream says so in the log.
+            return b""
+        return message if len(message) <= codec.MAX_MESSAGE_BYTES else b""
+
+    def _to_spool(self, sequence: int, batch: StepBatch, message: bytes) -> bool:
+        """Whether the spool took a batch."""
+        if self._spool is None or self._closing or not message:
             return False
-        return len(message) <= codec.MAX_MESSAGE_BYTES and self._spool.append(sequence, tokens_of(batch), message)
+        return self._spool.append(sequence, tokens_of(batch), message)
 
     # The stream. These run in the sender's own thread; gRPC's pulls the stream's messages.
 

@@ -11,7 +11,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from latentwatch import __version__
@@ -101,7 +101,8 @@ class Attachment:
             self._arm()
         except Refusal as refusal:
             self._disarm(refusal)
-        self._ring = Ring.create(self._geometry())
+        features = [feature for hook in self._hooks for feature in hook.rows.features]
+        self._ring = Ring.create(self._geometry(features, len(self._hooks)))
         if self._settings.collector:
             self._exporter = ExporterChild(self._ring)
         else:
@@ -118,6 +119,7 @@ class Attachment:
         self._check_engine()
         config = self._worker.vllm_config
         arming.check_model(config.model_config.hf_config, config.model_config.dtype, watchlist.model)
+        self._geometry(watchlist.features, len(watchlist.hooks)).check()
         self._hooks = arming.arm(
             self._worker.model_runner.get_model(),
             watchlist,
@@ -131,15 +133,14 @@ class Attachment:
             ", ".join(str(h.rows.hook_point) for h in self._hooks),
         )
 
-    def _geometry(self) -> Geometry:
+    def _geometry(self, features: Sequence[Feature], hook_points: int) -> Geometry:
         scheduler = self._worker.vllm_config.scheduler_config
-        features = [feature for hook in self._hooks for feature in hook.rows.features]
         return Geometry(
             max_requests=scheduler.max_num_seqs,
             max_rows=scheduler.max_num_batched_tokens,
             features=len(features),
             dense=sum(feature.dense for feature in features),
-            hook_points=len(self._hooks),
+            hook_points=hook_points,
         )
 
     def _reports(self) -> bool:
@@ -235,7 +236,7 @@ class Attachment:
             return
         self._tap.after_step(self._worker.model_runner, scheduler_output)
         if self._exporter is not None and self._exporter.restart_if_ended(time.monotonic()):
-            self._tap.announce_again()
+            self._tap.exporter_restarted()
         self._failures = 0
 
     # The exporter process.
