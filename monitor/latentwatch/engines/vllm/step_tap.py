@@ -90,7 +90,7 @@ class Requests:
 
     def reach(self, slot_Q: Array, end_Q: Array) -> None:
         """A step computed these requests up to here."""
-        self._reached[slot_Q] = end_Q
+        self._reached[slot_Q] = np.maximum(self._reached[slot_Q], end_Q)  # one that was preempted begins further back
 
     def blocks_again(self) -> list[Event]:
         """The KV blocks of every live request, for an exporter that does not know what became of them."""
