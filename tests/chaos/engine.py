@@ -45,7 +45,7 @@ class Engine:
     """A scheduler's steps, one forward each."""
 
     def __init__(self, config: Config) -> None:
-        geometry = Geometry(config.requests, ROWS, SPARSE + DENSE, DENSE, HOOKS)
+        geometry = Geometry(config.requests, config.slot_rows, SPARSE + DENSE, DENSE, HOOKS)
         self.ring = Ring.create(geometry)
         self.scheduler = Scheduler(config.requests, np.random.default_rng(config.seed or os.getpid()))
         self.computed_seconds = 0.0

@@ -34,8 +34,8 @@ def kills(count: int, seed: int) -> Books:
 
 
 def exporter_kills(count: int, seed: int, *, spool: bool = True, collector_kills: bool = False, **engine: Any) -> Books:
-    """SIGKILL of the exporter at random moments, every third time within milliseconds of its start or of its first
-    step; while requests begin, hit the prefix cache, are preempted, aborted and end.
+    """SIGKILL of the exporter at random moments, every third time within milliseconds of its first step, every tenth
+    time SIGTERM; while requests begin, hit the prefix cache, are preempted, aborted and end.
 
     Args: collector_kills: every fourth time the collector too.   engine: see engine.Config.
     """
@@ -58,7 +58,7 @@ def exporter_kills(count: int, seed: int, *, spool: bool = True, collector_kills
                     time.sleep(rng.uniform(0.0, 0.5))
                     collector.start()
                 else:
-                    running.kill_exporter()
+                    running.kill_exporter(signal.SIGTERM if i % 10 == 9 else signal.SIGKILL)
         handed = running.stop([collector])
         how = ("spool" if spool else "no spool") + (", collector too" if collector_kills else "")
         return reconcile(f"exporter SIGKILL, {how}", made, [handed], [collector.totals()], [running])

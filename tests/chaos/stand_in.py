@@ -23,6 +23,9 @@ class Config:
     restart_seconds: float = 0.05
     """What an exporter that dies again and again is waited for at most; in production a minute."""
     max_owed: int = 4096
+    """step_tap.MAX_OWED."""
+    slot_rows: int = 48
+    """Rows that a slot of the ring has room for: the more, the fewer slots."""
     seed: int = 0
 
 

@@ -213,13 +213,13 @@ class Engine:
         except OSError:
             return False
 
-    def kill_exporter(self) -> None:
-        """SIGKILL, wherever it is: importing, resuming, or at work."""
+    def kill_exporter(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Wherever it is: importing, resuming, or at work."""
         deadline = time.monotonic() + 60
         while (process := self.exporter) is None or _is_dead(process):
             assert time.monotonic() < deadline, "the engine starts no exporter"
             time.sleep(0.001)
-        os.kill(process, signal.SIGKILL)
+        os.kill(process, number)
 
     def stop(self, collectors: list[Collector], earlier: int = 0) -> dict[str, int]:
         """End its requests and let what waits in its exporter arrive; what it handed over.

@@ -28,8 +28,9 @@ from latentwatch.names import Reason
 from latentwatch.step.batch import EngineCounters, StepBatch
 from latentwatch.step.reshape import without_scores
 from latentwatch.transport import codec
+from latentwatch.transport.intake import Numbered
 from latentwatch.transport.send_buffer import tokens_of
-from latentwatch.transport.sender import Numbered, Sender
+from latentwatch.transport.sender import Sender
 from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.transport.spool import SpoolFolder
 
@@ -156,9 +157,9 @@ class Exporter:
 
     def _offer(self, batch: StepBatch, read: int) -> None:
         """Number a batch, commit it with the ledger and the place in the ring, and send it."""
-        numbered = self._sender.number(batch)
+        numbered = self._sender.intake.number(batch)
         self._commit(numbered, read)
-        for sequence in self._sender.send(numbered):
+        for sequence in self._sender.intake.send(numbered):
             self._ring.checkpoint.done(sequence)
 
     def _commit(self, numbered: Sequence[Numbered], read: int) -> None:
@@ -207,7 +208,7 @@ class Exporter:
         """Send again what nobody may have, under its own number."""
         given_up = {n for first, last in before.state.dropped for n in range(first, last + 1)}
         again = [batch for batch in before.batches if batch.sequence not in given_up]
-        for sequence in (*given_up, *self._sender.resume([(batch.sequence, batch.message) for batch in again])):
+        for sequence in (*given_up, *self._sender.intake.resume([(batch.sequence, batch.message) for batch in again])):
             self._ring.checkpoint.done(sequence)
         self._counters()
         self._commit([], self._ring.read)

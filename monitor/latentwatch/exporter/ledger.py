@@ -77,6 +77,27 @@ class _Settled:
         return dataclasses.replace(batch, fires_N=rows.fires_N, dense_RP=rows.dense_RP, norm_RH=rows.norm_RH)
 
 
+class _BySlot:
+    """What is known of the requests, by their slot in the engine's tables."""
+
+    def __init__(self) -> None:
+        self.handle = np.full(64, -1, np.int64)
+        self.prompt = np.zeros(64, np.int64)
+        self.next = np.zeros(64, np.int64)
+        """First position not accounted for."""
+        self.rows_at = np.zeros(64, np.int64)
+        """Number of the last step with rows of the request."""
+
+    def place(self, slot: int, handle: int, prompt: int) -> None:
+        """A request has this slot now."""
+        while slot >= len(self.handle):
+            self.handle = np.concatenate([self.handle, np.full_like(self.handle, -1)])
+            self.prompt = np.concatenate([self.prompt, np.zeros_like(self.prompt)])
+            self.next = np.concatenate([self.next, np.zeros_like(self.next)])
+            self.rows_at = np.concatenate([self.rows_at, np.zeros_like(self.rows_at)])
+        self.handle[slot], self.prompt[slot] = handle, prompt
+
+
 class Ledger:
     """State per engine; `settle()` turns each raw step into the batch that settles what the step decides."""
 
@@ -101,13 +122,9 @@ class Ledger:
         self._open: dict[int, Opened] = {}
         self._lines: dict[int, bytes] = {}
         """The same as lines for the checkpoint."""
-        # Tables by slot. `next` is the first position not accounted for. `rows_at` is the number of the last step with
-        # rows of the request; `lost_at` that of the last one before which steps were lost.
-        self._handle = np.full(64, -1, np.int64)
-        self._prompt = np.zeros(64, np.int64)
-        self._next = np.zeros(64, np.int64)
-        self._rows_at = np.zeros(64, np.int64)
+        self._by_slot = _BySlot()
         self._newest = self._lost_at = 0
+        """Number of the newest step, and of the last one before which steps were lost."""
         self.recomputed_tokens = 0
         self.surplus_tokens = 0
         self.op_silent_steps = 0
@@ -170,8 +187,8 @@ class Ledger:
             lost_at=self._newest if brief and parts else self._lost_at,
             counts={name: getattr(self, name) for name in _COUNTS},
             opened=b"".join(lines),
-            next_n=self._next[slots],
-            rows_at_n=self._rows_at[slots],
+            next_n=self._by_slot.next[slots],
+            rows_at_n=self._by_slot.rows_at[slots],
             hits=[(hit.request.slot, hit.start, hit.stop) for hit in self._hits],
             parts=() if brief else parts,
         )
@@ -180,7 +197,7 @@ class Ledger:
         """Go on from another ledger's state; what it knew of the KV cache is forgotten. `last`: the step that waits."""
         self._open.clear()
         self._lines.clear()
-        self._handle[:] = -1
+        self._by_slot.handle[:] = -1
         self._hits = []
         self._inheritance.clear()
         for event, reached, rows_at in zip(
@@ -188,7 +205,7 @@ class Ledger:
         ):
             assert isinstance(event, Opened)
             self._place(event)
-            self._next[event.slot], self._rows_at[event.slot] = reached, rows_at
+            self._by_slot.next[event.slot], self._by_slot.rows_at[event.slot] = reached, rows_at
         self._hits = [Hit(self._open[slot], start, stop) for slot, start, stop in state.hits]
         self._newest, self._lost_at = state.newest, state.lost_at
         for name in _COUNTS:
@@ -197,7 +214,7 @@ class Ledger:
 
     def finish(self) -> StepBatch:
         """The steps that wait as they stand, once the engine will say no more. Requests still open stay open."""
-        return self._decide(None, np.full(len(self._handle), NO_BOUND)).batch(None)
+        return self._decide(None, np.full(len(self._by_slot.handle), NO_BOUND)).batch(None)
 
     def _fold(self, event: Unannounced, settled: _Settled) -> None:
         """Book requests of which only sums are known; what became of the KV blocks meanwhile is not known."""
@@ -210,22 +227,16 @@ class Ledger:
     def _begin(self, event: Opened) -> None:
         self.untraced_requests += event.untraced
         self._place(event)
-        self._next[event.slot] = event.cached
-        self._rows_at[event.slot] = self._newest
+        self._by_slot.next[event.slot] = event.cached
+        self._by_slot.rows_at[event.slot] = self._newest
         if event.cached:
             self._hits.append(Hit(event, 0, event.cached))
 
     def _place(self, event: Opened) -> None:
         """Give a request its slot of the tables."""
-        while event.slot >= len(self._handle):
-            self._handle = np.concatenate([self._handle, np.full_like(self._handle, -1)])
-            self._prompt = np.concatenate([self._prompt, np.zeros_like(self._prompt)])
-            self._next = np.concatenate([self._next, np.zeros_like(self._next)])
-            self._rows_at = np.concatenate([self._rows_at, np.zeros_like(self._rows_at)])
         self._open[event.slot] = event
         self._lines[event.slot] = encode_events([event])
-        self._handle[event.slot] = event.handle
-        self._prompt[event.slot] = event.prompt_tokens
+        self._by_slot.place(event.slot, event.handle, event.prompt_tokens)
         self._inheritance.open(event.slot)
 
     def _close(self, event: Closed, settled: _Settled) -> RequestClosed:
@@ -236,12 +247,12 @@ class Ledger:
         settled.add(self._missing(request, event))
         closed = self._closed(request, event)
         del self._open[event.slot], self._lines[event.slot]
-        self._handle[event.slot] = -1
+        self._by_slot.handle[event.slot] = -1
         return closed
 
     def _ends(self, events: Sequence[Event]) -> I64:
         """By slot: the first position past what a request that ended has computed, NO_BOUND for the others."""
-        end = np.full(len(self._handle), NO_BOUND)
+        end = np.full(len(self._by_slot.handle), NO_BOUND)
         for event in reversed(events):
             if isinstance(event, Closed) and event.slot in self._open:
                 # Overwrites: the first closing of a slot is that of the request in the steps that wait.
@@ -250,7 +261,7 @@ class Ledger:
 
     def _decide(self, raw: RawStep | None, end: I64) -> _Settled:
         steps, hits = _Settled(), _Settled()
-        for decided in self._pending.settled(raw, self._prompt, end):
+        for decided in self._pending.settled(raw, self._by_slot.prompt, end):
             self._attribute(decided, steps)
         # Read behind the rows that were just stored, and put before them: they are earlier positions.
         for hit in self._hits:
@@ -272,9 +283,9 @@ class Ledger:
         self.recomputed_tokens += attributed.recomputed - unattributed
         self.surplus_tokens += attributed.beyond
         self._account_for_gaps(rows, slot_Q, settled)
-        self._rows_at[slot_Q[known_Q]] = decided.raw.step
+        self._by_slot.rows_at[slot_Q[known_Q]] = decided.raw.step
         reached_Q = np.maximum(np.minimum(rows.start_Q + rows.count_Q, rows.to_Q), rows.from_Q)
-        self._next[slot_Q[known_Q]] = reached_Q[known_Q]
+        self._by_slot.next[slot_Q[known_Q]] = reached_Q[known_Q]
         settled.add(attributed.segments_S, attributed.scored)
 
     def _rows(self, decided: DecidedStep) -> tuple[StepRows, I64]:
@@ -283,12 +294,13 @@ class Ledger:
         slot_Q = raw.requests_Q["slot"].astype(np.int64)
         start_Q = raw.requests_Q["start"].astype(np.int64)
         count_Q = raw.requests_Q["count"].astype(np.int64)
-        known_Q = (slot_Q < len(self._handle)) & (self._handle[np.minimum(slot_Q, len(self._handle) - 1)] >= 0)
+        table = self._by_slot
+        known_Q = (slot_Q < len(table.handle)) & (table.handle[np.minimum(slot_Q, len(table.handle) - 1)] >= 0)
         at_Q = np.where(known_Q, slot_Q, 0)
-        from_Q = self._next[at_Q]
+        from_Q = self._by_slot.next[at_Q]
         rows = StepRows(
-            handle_Q=self._handle[at_Q],
-            prompt_Q=self._prompt[at_Q],
+            handle_Q=self._by_slot.handle[at_Q],
+            prompt_Q=self._by_slot.prompt[at_Q],
             start_Q=start_Q,
             count_Q=count_Q,
             # An unknown request's rows are all "computed before": they belong to an account that is lost.
@@ -309,7 +321,7 @@ class Ledger:
             strict=True,
         ):
             request = self._open[slot]
-            if self._rows_at[slot] < self._lost_at:
+            if self._by_slot.rows_at[slot] < self._lost_at:
                 settled.add(span(request.handle, first, stop, request.prompt_tokens, Reason.RING_FULL))
             else:
                 # Preempted, and resumed behind what it had computed: others have filled the cache for it meanwhile.
@@ -334,7 +346,7 @@ class Ledger:
 
     def _total(self, request: Opened, closing: Closed) -> int:
         """Positions that the request's segments must cover."""
-        return positions_computed(request.prompt_tokens, closing, int(self._next[closing.slot]))
+        return positions_computed(request.prompt_tokens, closing, int(self._by_slot.next[closing.slot]))
 
     def _missing(self, request: Opened, closing: Closed) -> Array:
         """Positions up to the end that no step covered.
@@ -342,9 +354,9 @@ class Ledger:
         Their steps found the ring full, or they were drafts of a request that was preempted before the next step could
         say that they were accepted, and that ended before it computed them again.
         """
-        lost = self._rows_at[closing.slot] < self._lost_at
+        lost = self._by_slot.rows_at[closing.slot] < self._lost_at
         reason = Reason.RING_FULL if lost else Reason.LOST
-        reached, stop = int(self._next[closing.slot]), self._total(request, closing)
+        reached, stop = int(self._by_slot.next[closing.slot]), self._total(request, closing)
         return span(request.handle, reached, stop, request.prompt_tokens, reason)
 
     def _closed(self, request: Opened, closing: Closed) -> RequestClosed:

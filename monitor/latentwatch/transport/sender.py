@@ -24,9 +24,9 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import grpc
 
@@ -34,16 +34,15 @@ from latentwatch.errors import ConfigRefused, RefusalReason, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.names import Severity
 from latentwatch.step.batch import StepBatch
-from latentwatch.step.reshape import pieces
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
 from latentwatch.transport.channel import CHANNEL_OPTIONS, Backoff
 from latentwatch.transport.credentials import Credentials
 from latentwatch.transport.hello import Hello
-from latentwatch.transport.send_buffer import Drop, SendBuffer, tokens_of
+from latentwatch.transport.intake import Intake
+from latentwatch.transport.send_buffer import Drop, SendBuffer
 from latentwatch.transport.send_stream import SendStream
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
-from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.transport.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -119,15 +118,6 @@ class SenderStats:
         )
 
 
-class Numbered(NamedTuple):
-    """A batch with the number that it has for good."""
-
-    sequence: int
-    batch: StepBatch
-    message: bytes
-    """As it goes on the wire; empty where it was not encoded, or cannot be."""
-
-
 class _Blame:
     """Which batch keeps those behind it from getting through, by the refusals that it drew."""
 
@@ -173,7 +163,7 @@ class Sender:
                 books above twice of it.   priority: whose scores are shed last; None makes no difference.
                 spool: where batches wait until they are acknowledged; it outlives the sender and is not closed by it.
                 earlier: the highest number that senders of this boot before this one gave a batch.
-                encodes: each batch when it is numbered, so that `number` tells its message.
+                encodes: each batch when it is numbered; see Intake.
                 on_drop: told the numbers of each batch that is dropped, first and last, 0 for none; with the lock held.
                 reply_timeout_seconds: a stream that owes us a reply for longer is ended and another one opened.
                 clock: seconds, rising.   wall_clock_ns: nanoseconds since the Unix epoch.
@@ -190,7 +180,6 @@ class Sender:
         codec.encode_hello(hello, last_acked_sequence=0, time_unix_nano=0)
 
         self._spool = spool
-        self._encodes = encodes or spool is not None
         self._may_log = LogLimit(_LOG_AGAIN_SECONDS, clock)
         self._lock = threading.Condition()
         # What a sender before this one spooled, it may have sent as well.
@@ -198,7 +187,8 @@ class Sender:
         self._buffer = SendBuffer(
             max_buffer_bytes, priority=priority, highest_sent=max(sent, earlier), acked=acked, on_drop=on_drop
         )
-        self._sequence = earlier
+        self.intake = Intake(self._buffer, spool, self._lock, earlier=earlier, encodes=encodes, may_log=self._may_log)
+        """What `offer` does, in its parts."""
         self._welcomes = 0
         self._last_refusal: StreamRefused | None = None
         self._last_error = ""
@@ -217,73 +207,14 @@ class Sender:
 
     def offer(self, batch: StepBatch) -> None:
         """Take one batch for delivery. Never waits for the collector, never raises; after `close` it only counts."""
-        self.send(self.number(batch))
-
-    def number(self, batch: StepBatch) -> list[Numbered]:
-        """The batch in pieces that fit a message, each with its number. They are for `send`. Never raises."""
-        try:
-            numbered = []
-            for piece in pieces(batch, codec.fits_a_message):
-                message = self._message(self._sequence + 1, piece) if self._encodes else b""
-                self._sequence += 1
-                numbered.append(Numbered(self._sequence, piece, message))
-            return numbered
-        except Exception:
-            # The caller drains the engine's ring: a batch that cannot be taken must not stop those after it.
-            if self._may_log("offer"):
-                log.exception("latentwatch's sender could not take a batch")
-            with self._lock:
-                self._buffer.give_up(0, 0, Drop.REFUSED)
-            return []
-
-    def send(self, numbered: Sequence[Numbered]) -> list[int]:
-        """Take batches for delivery, in the order of their numbers; those numbers that the spool took. Never raises."""
-        spooled = []
-        for sequence, batch, message in numbered:
-            if self._to_spool(sequence, batch, message):
-                spooled.append(sequence)
-                continue
-            with self._lock:
-                if self._closing:
-                    self._buffer.give_up(sequence, tokens_of(batch), Drop.CLOSED)
-                else:
-                    self._buffer.add(sequence, batch, message)
-        with self._lock:
-            self._lock.notify_all()
-        return spooled
-
-    def resume(self, messages: Sequence[tuple[int, bytes]]) -> list[int]:
-        """Send what a sender of this boot before this one had numbered; before `start` and before anything new.
-
-        Returns: the numbers of those that the spool has.
-        """
-        spooled = []
-        for sequence, message in messages:
-            if self._spool is not None and sequence in self._spool.found:
-                spooled.append(sequence)  # the sender before this one ended right after it had written it
-                continue
-            try:
-                received = codec.decode_request(message)
-                assert isinstance(received, ReceivedBatch)
-            except Exception:
-                log.exception("latentwatch: batch %d of the exporter before this one cannot be read", sequence)
-                with self._lock:
-                    self._buffer.give_up(sequence, 0, Drop.REFUSED)
-                continue
-            if self._spool is not None and sequence < self._spool.last:
-                # The spool did not take it then, and holds later ones by now: there it would stand behind them.
-                with self._lock:
-                    self._buffer.add(sequence, received.batch, message)
-                continue
-            spooled += self.send([Numbered(sequence, received.batch, message)])
-        return spooled
+        self.intake.send(self.intake.number(batch))
 
     def stats(self) -> SenderStats:
         """The state now; cheap enough to read for every batch."""
         with self._lock:
             return SenderStats.of(
                 self._buffer,
-                sequence=self._sequence,
+                sequence=self.intake.sequence,
                 reconnects=max(0, self._welcomes - 1),
                 connected=self._stream is not None and self._stream.is_welcome,
                 last_refusal=self._last_refusal,
@@ -296,7 +227,7 @@ class Sender:
         Returns within `drain_seconds` and about a second, whatever the collector does.
         """
         with self._lock:
-            self._closing = True
+            self._closing = self.intake.closing = True
             thread = self._thread
             self._drain_until = self._clock() + drain_seconds if thread is not None else -math.inf
             self._lock.notify_all()
@@ -319,23 +250,6 @@ class Sender:
     def acked(self) -> int:
         """Highest number of which a collector said that it holds it, and everything before."""
         return self._buffer.acked
-
-    def _message(self, sequence: int, batch: StepBatch) -> bytes:
-        """Empty for a batch that cannot be sent: it waits as it is until the stream meets the same failure, and counts
-        it.
-        """
-        try:
-            message = codec.encode_batch(sequence, batch)
-        except Exception:
-            # Whatever is wrong with it, the stream says so in the log.
-            return b""
-        return message if len(message) <= codec.MAX_MESSAGE_BYTES else b""
-
-    def _to_spool(self, sequence: int, batch: StepBatch, message: bytes) -> bool:
-        """Whether the spool took a batch."""
-        if self._spool is None or self._closing or not message:
-            return False
-        return self._spool.append(sequence, tokens_of(batch), message)
 
     # The stream. These run in the sender's own thread; gRPC's pulls the stream's messages.
 
