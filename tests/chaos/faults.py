@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from typing import Any
 
 from tests.chaos.world import Books, Proxy, filled, reconcile, small_disk, until, world
 
@@ -30,6 +31,37 @@ def kills(count: int, seed: int) -> Books:
         collector.start()
         handed = engine.stop([collector])
         return reconcile("collector SIGKILL", made, [handed], [collector.totals()], [engine])
+
+
+def exporter_kills(count: int, seed: int, *, spool: bool = True, collector_kills: bool = False, **engine: Any) -> Books:
+    """SIGKILL of the exporter at random moments, every third time within milliseconds of its first step, every tenth
+    time SIGTERM; while requests begin, hit the prefix cache, are preempted, aborted and end.
+
+    Args: collector_kills: every fourth time the collector too.   engine: see engine.Config.
+    """
+    rng = random.Random(seed)
+    with world() as made:
+        collector = made.collector()
+        collector.start()
+        settings = {"LATENTWATCH_SPOOL": str(made.folder / "spool")} if spool else {}
+        running = made.engine(f"unix://{collector.socket}", settings, seed=seed + 1, **engine)
+        for i in range(count):
+            if i % 3 == 2:
+                running.until_exporter_reads()
+                time.sleep(rng.uniform(0.0, 0.02))
+            else:
+                time.sleep(rng.uniform(0.0, 2.0))
+            with made.fault():
+                if collector_kills and i % 4 == 3:
+                    collector.kill()
+                    running.kill_exporter()
+                    time.sleep(rng.uniform(0.0, 0.5))
+                    collector.start()
+                else:
+                    running.kill_exporter(signal.SIGTERM if i % 10 == 9 else signal.SIGKILL)
+        handed = running.stop([collector])
+        how = ("spool" if spool else "no spool") + (", collector too" if collector_kills else "")
+        return reconcile(f"exporter SIGKILL, {how}", made, [handed], [collector.totals()], [running])
 
 
 def gateway_kills(count: int, seed: int) -> Books:
@@ -230,7 +262,9 @@ def full_spools(count: int, seed: int) -> Books:
         engine = made.engine(f"unix://{collector.socket}", {"LATENTWATCH_SPOOL": str(disk / "spool")})
         for _ in range(count):
             time.sleep(rng.uniform(0.5, 1.5))
-            with made.fault(), filled(disk, engine.exporter):
+            writer = engine.exporter
+            assert writer is not None
+            with made.fault(), filled(disk, writer):
                 collector.kill()
                 time.sleep(rng.uniform(1.0, 2.0))
                 collector.start()

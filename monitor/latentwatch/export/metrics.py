@@ -233,7 +233,7 @@ ENGINE_COUNTERS: Final = {
     "unannounced_requests": _counter(
         "latentwatch_engine_unannounced_requests_total",
         _REPLICA,
-        "Requests that began and ended while the exporter read nothing for long. Their tokens are counted nowhere.",
+        "Requests that began and ended while the exporter read nothing for long; their tokens are dropped{ring_full}.",
     ),
     "untraced_requests": _counter(
         "latentwatch_engine_untraced_requests_total",

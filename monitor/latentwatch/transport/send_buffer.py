@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, NamedTuple
@@ -108,19 +108,29 @@ class Pending:
     """The lowest rank of scores that it may still have."""
     spooled: bool = False
     shed: bool = False
+    first: int = 0
+    """The lowest number of what was joined to it; 0 for its own."""
 
 
 class SendBuffer:
     """The batches of one boot. Added with rising numbers, they leave in the order of their numbers."""
 
     def __init__(
-        self, max_bytes: int, *, priority: ShedPriority | None = None, highest_sent: int = 0, acked: int = 0
+        self,
+        max_bytes: int,
+        *,
+        priority: ShedPriority | None = None,
+        highest_sent: int = 0,
+        acked: int = 0,
+        on_drop: Callable[[int, int], None] | None = None,
     ) -> None:
         """
         Args:   max_bytes: for scores; books may take as much again.   priority: None sheds all scores alike.
                 highest_sent: what a sender before this one may have sent.   acked: what a collector is known to hold.
+                on_drop: told the numbers of each batch that is dropped, first and last, once it is in the books.
         """
         self.max_bytes = max_bytes
+        self._on_drop = on_drop
         self.books = SendBooks()
         self._priority = priority
         self._highest_sent = highest_sent
@@ -162,9 +172,13 @@ class SendBuffer:
         """Everything that waits or is in flight; for those in flight in the order of their numbers."""
         yield from (*self._in_flight, *self._joined, *self._queue)
 
-    def add(self, sequence: int, batch: StepBatch) -> None:
-        """Let a batch wait, and give up what is over the bound. `sequence`: above all before it."""
-        pending = Pending(sequence, tokens_of(batch), batch, _cost_bytes(batch), rank=0)
+    def add(self, sequence: int, batch: StepBatch, message: bytes = b"") -> None:
+        """Let a batch wait, and give up what is over the bound.
+
+        Args: sequence: above all before it.   message: the batch as it goes on the wire, where that is known.
+        """
+        cost = MESSAGE_BYTES + len(message) if message else _cost_bytes(batch)
+        pending = Pending(sequence, tokens_of(batch), message or batch, cost, rank=0)
         self._queue.append(pending)
         self._to_shed[0].append(pending)
         self._queue_bytes += pending.nbytes
@@ -213,7 +227,7 @@ class SendBuffer:
         """The collector will not have it. Its number counts as acknowledged from now on."""
         oldest = self._in_flight[0]
         self._release(oldest.sequence)
-        self.books.drop(oldest.tokens, Drop.REFUSED)
+        self._drop(oldest, Drop.REFUSED)
 
     def cannot_send(self, sequence: int) -> None:
         """Drop a batch in flight that cannot be encoded; one that is not in flight any more comes again."""
@@ -221,17 +235,29 @@ class SendBuffer:
             if pending.sequence == sequence:
                 self._in_flight.remove(pending)
                 self._in_flight_bytes -= pending.nbytes
-                self.books.drop(pending.tokens, Drop.REFUSED)
+                self._drop(pending, Drop.REFUSED)
                 return
 
     def close(self) -> None:
         """Drop everything but what a spool holds."""
         for pending in self:
             if not pending.spooled:
-                self.books.drop(pending.tokens, Drop.CLOSED)
+                self._drop(pending, Drop.CLOSED)
         for waiting in (self._in_flight, self._joined, self._queue, *self._to_shed):
             waiting.clear()
         self._queue_bytes = self._in_flight_bytes = 0
+
+    def give_up(self, sequence: int, tokens: int, why: Drop) -> None:
+        """Count a batch that never got here, of this number, 0 for none."""
+        self._drop_range(sequence, sequence, tokens, why)
+
+    def _drop(self, pending: Pending, why: Drop) -> None:
+        self._drop_range(pending.first or pending.sequence, pending.sequence, pending.tokens, why)
+
+    def _drop_range(self, first: int, last: int, tokens: int, why: Drop) -> None:
+        self.books.drop(tokens, why)
+        if self._on_drop is not None:
+            self._on_drop(first, last)
 
     def _first(self) -> deque[Pending]:
         """Where the oldest batch in memory that is not in flight waits; empty where none does."""
@@ -259,7 +285,7 @@ class SendBuffer:
                 self._shed(waiting.popleft())
         while len(self._joined) + len(self._queue) > 1 and self.nbytes > 2 * self.max_bytes:
             if not self._join():
-                self.books.drop(self._pop_waiting().tokens, Drop.NO_ROOM)
+                self._drop(self._pop_waiting(), Drop.NO_ROOM)
 
     def _shed(self, pending: Pending) -> None:
         """Give up the scores of the lowest rank of a batch in the queue, and keep its books."""
@@ -272,7 +298,7 @@ class SendBuffer:
         except Exception:
             # Whatever is wrong with it, it cannot be sent either.
             self._queue.remove(pending)
-            self.books.drop(pending.tokens, Drop.REFUSED)
+            self._drop(pending, Drop.REFUSED)
             return
         pending.nbytes = MESSAGE_BYTES + len(pending.content)
         self._queue_bytes += pending.nbytes
@@ -304,7 +330,8 @@ class SendBuffer:
             last = parts[-1].sequence
             message = codec.encode_batch(last, joined_books([_batch(part.content) for part in parts]))
             tokens = sum(part.tokens for part in parts)
-            joined = Pending(last, tokens, message, MESSAGE_BYTES + len(message), BOOKS)
+            first = parts[0].first or parts[0].sequence
+            joined = Pending(last, tokens, message, MESSAGE_BYTES + len(message), BOOKS, first=first)
             self._queue_bytes += joined.nbytes - size
             self._joined.append(joined)
             self.books.joined_batches += len(parts) - 1

@@ -69,8 +69,10 @@ def _spool_seeds() -> Sequence[bytes]:
     (segment,) = root.rglob("*.spool")
     mark = b"\1\0\0\0\0\0\0\0"
 
-
-    return [bundle(segment.read_bytes()), bundle(segment.read_bytes(), b"", mark + zlib.crc32(mark).to_bytes(4, "little"))]
+    return [
+        bundle(segment.read_bytes()),
+        bundle(segment.read_bytes(), b"", mark + zlib.crc32(mark).to_bytes(4, "little")),
+    ]
 
 
 def _recording(data: bytes) -> None:

@@ -53,7 +53,10 @@ def _golden() -> Iterator[Case]:
         folder = about.parent
         paths = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         yield Case(
-            folder.name, folder, json.loads(about.read_text()), tuple(sorted(path for path in paths if path not in _OURS))
+            folder.name,
+            folder,
+            json.loads(about.read_text()),
+            tuple(sorted(path for path in paths if path not in _OURS)),
         )
 
 
@@ -86,7 +89,17 @@ SOURCES = [
         functools.partial(check, name),
         lambda name=name: [case.seed(number) for number, case in enumerate(cases(name))],
         (f"watchlist/sources/{name}.py", *_SHARED, *_CONTAINERS),
-        (b'"dtype":"F32"', b'"dtype":"BF16"', b'"shape":[', b'"data_offsets":[', b"null", b"true", b"-1", b"1e999", b"NaN"),
+        (
+            b'"dtype":"F32"',
+            b'"dtype":"BF16"',
+            b'"shape":[',
+            b'"data_offsets":[',
+            b"null",
+            b"true",
+            b"-1",
+            b"1e999",
+            b"NaN",
+        ),
     )
     for name in FORMATS
 ]

@@ -11,7 +11,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from latentwatch import __version__
@@ -107,7 +107,8 @@ class Attachment:
         if not self._reports():
             return
         self._or_disarmed(self._arm)
-        self._ring = Ring.create(self._geometry())
+        features = [feature for hook in self._hooks for feature in hook.rows.features]
+        self._ring = Ring.create(self._geometry(features, len(self._hooks)))
         if self._settings.collector:
             self._exporter = ExporterChild(self._ring)
         else:
@@ -127,6 +128,7 @@ class Attachment:
         self._served = served_model.compared(config, watchlist)
         if self._settings.strict_model:
             served_model.refuse_another(self._served, watchlist)
+        self._geometry(watchlist.features, len(watchlist.hooks)).check()
         self._hooks = arming.arm(
             self._worker.model_runner.get_model(),
             watchlist,
@@ -142,15 +144,14 @@ class Attachment:
             ", ".join(str(h.rows.hook_point) for h in self._hooks),
         )
 
-    def _geometry(self) -> Geometry:
+    def _geometry(self, features: Sequence[Feature], hook_points: int) -> Geometry:
         scheduler = self._worker.vllm_config.scheduler_config
-        features = [feature for hook in self._hooks for feature in hook.rows.features]
         return Geometry(
             max_requests=scheduler.max_num_seqs,
             max_rows=scheduler.max_num_batched_tokens,
             features=len(features),
             dense=sum(feature.dense for feature in features),
-            hook_points=len(self._hooks),
+            hook_points=hook_points,
         )
 
     def _reports(self) -> bool:
@@ -270,7 +271,7 @@ class Attachment:
             return
         self._tap.after_step(self._worker.model_runner, scheduler_output)
         if self._exporter is not None and self._exporter.restart_if_ended(time.monotonic()):
-            self._tap.announce_again()
+            self._tap.exporter_restarted()
         self._failures = 0
 
     # The exporter process.
