@@ -188,7 +188,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     watched = watchlist_file.write(watchlist(FEATURES), made / "w.safetensors")
     baseline.write(random_baseline(watched.features, sha256=watched.sha256), made / "prod.baseline")
     sources.probe(made / "p.safetensors")
-    explained = sources.source("linear_probe", "p.safetensors")
+    explained = sources.source("linear_probe", "p.safetensors", options={"trained_on": "resid_post.1"})
     document = sources.document(sources.hook(1, explained), notes="Täuschung ✓")
     sources.write_yaml(made / "w.yaml", document)
     (made / "labels.csv").write_text("index,label\n7,Täuschung ✓ lies\n", encoding="utf-8")

@@ -27,7 +27,6 @@ from latentwatch.handover.exporter_config import CachedBlocks, ExporterConfig, W
 from latentwatch.handover.ring import Geometry, Ring
 from latentwatch.kernels.reference import UNWRITTEN
 from latentwatch.names import Reason
-from latentwatch.watchlist.checkpoint import Comparison
 from latentwatch.watchlist.file import Feature, Watchlist
 
 logger = logging.getLogger("vllm.latentwatch")
@@ -50,7 +49,7 @@ class Attachment:
         self._forward = forward
         self._hooks: tuple[ArmedHook, ...] = ()
         self._refusal: Refusal | None = None
-        self._served: Comparison | None = None
+        self._served = served_model.NOT_COMPARED
         self._ring: Ring | None = None
         self._tap: StepTap | None = None
         self._cache: kv_cache.KvCache | None = None
@@ -126,8 +125,7 @@ class Attachment:
         config = self._worker.vllm_config
         arming.check_model(config.model_config.hf_config, config.model_config.dtype, watchlist.model)
         self._served = served_model.compared(config, watchlist)
-        if self._settings.strict_model:
-            served_model.refuse_another(self._served, watchlist)
+        served_model.check(self._served, watchlist, strict=self._settings.strict_model)
         self._geometry(watchlist.features, len(watchlist.hooks)).check()
         self._hooks = arming.arm(
             self._worker.model_runner.get_model(),
@@ -309,8 +307,8 @@ class Attachment:
             not_armed_text=str(self._refusal or "")[:IDENTITY_TEXT_CHARACTERS],
             plugin_version=__version__,
             engine_version=vllm.__version__,
-            model_match=self._served.match if self._served else "",
-            model_text=self._served.text[:IDENTITY_TEXT_CHARACTERS] if self._served else "",
+            model_match=self._served.match,
+            model_text=self._served.text[:IDENTITY_TEXT_CHARACTERS],
         )
 
     def _shutting_down(self, *_args: object, **_kwargs: object) -> None:
