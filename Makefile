@@ -89,8 +89,8 @@ bench-house: $(VENV)/.dev ## the package in numbers: sizes, imports, types, erro
 nightly: bench-drift bench-drift-real ## drift's benchmarks whole, and 20 minutes at a steady rate: how fast memory grows
 	$(BIN)/python -m tests.bench.soak
 
-fuzz: $(VENV)/.dev ## a million broken messages against decoder, receiver and collector
-	$(BIN)/python -m tests.fuzz.messages
+fuzz: $(VENV)/.dev ## ten million inputs that coverage guides, over every format that others write; goes on where it was
+	$(BIN)/python -m tests.fuzz.run
 
 bench-drift: $(VENV)/.dev ## false pages and delays of drift detectors by simulation, half an hour of one core
 	$(BIN)/python -m tests.bench.drift.run
