@@ -1,4 +1,4 @@
-"""One target for a while, guided by coverage: `python -m tests.fuzz.guided TARGET --folder F --seconds N`
+"""One target for a while, guided by coverage: `python -m tests.fuzz.guided TARGET --folder F --seconds N`.
 
 atheris is libFuzzer for Python: of the package each branch is counted, and an input that takes a new one is kept and
 changed further. What is found, by where it was raised, is in F/crashes; the numbers are in F/stats.json.
@@ -100,7 +100,7 @@ def main() -> None:
         f"-runs={args.inputs}",
         f"-seed={args.seed + 1}",
         f"-max_len={MAX_BYTES}",
-        f"-dict={words}",
+        *([f"-dict={words}"] if target.words else []),
         f"-rss_limit_mb={2 * MIB}",
         f"-timeout={4 * SECONDS:.0f}",
         f"-artifact_prefix={args.folder}/crashes/",
