@@ -16,7 +16,7 @@ from tests.fuzz.targets import TARGETS
 from tests.fuzz.targets.target import Target
 
 _PACKAGE = Path(latentwatch.__file__).parent
-_MOST_INPUTS = 2000
+_MOST_INPUTS = 500
 
 
 def lines(target: Target, inputs: Iterable[bytes]) -> int:

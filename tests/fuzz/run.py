@@ -47,18 +47,17 @@ class Row:
 
     def turn(self, seconds: int) -> None:
         """Go on for about so long."""
-        began = time.monotonic()
         if self.target == WITH_BOOKS:
             self._with_books(seconds)
         else:
             self._guided(seconds)
-        self.seconds += time.monotonic() - began
 
     def _with_books(self, seconds: int) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        began = time.monotonic()
+        while time.monotonic() < began + seconds:
             messages.run(_BATCH, seed=self.inputs)
             self.inputs += _BATCH
+        self.seconds += time.monotonic() - began
 
     def _guided(self, seconds: int) -> None:
         folder = FOLDER / self.target.replace(" ", "-")
@@ -68,6 +67,7 @@ class Row:
         stats = json.loads((folder / "stats.json").read_text())
         whole = re.search(r"Done (\d+) runs", done.stderr)
         self.inputs += int(whole[1]) if whole else stats["inputs"]
+        self.seconds += stats["seconds"]
         for what, count in stats["unexpected"].items():
             self.unexpected[what] = self.unexpected.get(what, 0) + count
         if done.returncode:
