@@ -73,7 +73,9 @@ class Run:
         if self.unexpected[what] == 1:
             name = hashlib.sha256(what.encode()).hexdigest()[:12]
             (self._folder / "crashes" / name).write_bytes(data)
-            (self._folder / "crashes" / f"{name}.txt").write_text(f"{what}\n{traceback.format_exc()}")
+            (self._folder / "crashes" / f"{name}.txt").write_text(
+                f"{what}\n{traceback.format_exc()}", errors="backslashreplace"
+            )
 
 
 def main() -> None:

@@ -39,6 +39,21 @@ def test_an_address_that_no_text_can_hold_is_refused(text):
     assert str(refused.value).encode()
 
 
+@pytest.mark.parametrize("text", ["/run/\udcff", "a\nb", "\x1b[2Jclear", "\u202egnp", "é☃ 'b'"])
+def test_a_refusal_is_one_line_that_anything_can_hold_and_shows_what_was_given(text):
+    """A path of bytes that are no UTF-8, in a refusal: neither a log nor a message could hold it."""
+    refusal = ConfigRefused(text, found=text, instead=text, reason="config_value")
+    said = str(refusal)
+    assert said.isprintable() and said.encode()
+    assert (refusal.what, refusal.found, refusal.instead) == (said.split(": ")[0],) * 3
+    again = ConfigRefused(refusal.what, found=refusal.found, instead=refusal.instead, reason="config_value")
+    assert vars(again) == vars(refusal)
+    if text.isprintable():
+        assert refusal.found == text
+    sent = StreamRefused(text, found=text, instead=text, reason="malformed_batch")
+    assert codec.decode_reply(codec.encode_reply(sent)).found == refusal.found
+
+
 @pytest.mark.parametrize("seconds", [float("inf"), float("nan"), -1.0, 1e300])
 def test_a_recording_whose_times_are_none_is_refused(tmp_path, seconds):
     path = tmp_path / "r.recording"
