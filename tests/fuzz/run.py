@@ -67,7 +67,8 @@ class Row:
         stats = json.loads((folder / "stats.json").read_text())
         whole = re.search(r"Done (\d+) runs", done.stderr)
         self.inputs += int(whole[1]) if whole else stats["inputs"]
-        self.seconds += stats["seconds"]
+        # A process that died said less than it took, and is not to have the next turn too.
+        self.seconds += seconds if done.returncode else stats["seconds"]
         for what, count in stats["unexpected"].items():
             self.unexpected[what] = self.unexpected.get(what, 0) + count
         if done.returncode:
