@@ -121,6 +121,18 @@ def chaos() -> str:
     return f"{table(header, rows)}\n\n{_made(result)}"
 
 
+def fuzz() -> str:
+    result = _result("fuzz")
+    rows = sorted(result["rows"], key=lambda row: row["target"])
+    shown = [
+        [row["target"], *(f"{row[name]:,}" for name in ("inputs", "executions_per_s", "unexpected", "coverage_lines"))]
+        for row in rows
+    ]
+    total = sum(row["inputs"] for row in rows)
+    header = ["format", "inputs", "a second", "unexpected", "lines reached"]
+    return f"{table(header, shown)}\n\n{total:,} inputs. {_made(result)}"
+
+
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"x{value:.3f}"
 
@@ -311,6 +323,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "accounting": accounting,
     "step-time": step_time,
     "chaos": chaos,
+    "fuzz": fuzz,
     "collector": collector,
     "evidence": evidence,
     "page": page,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tests.fuzz.targets.target import SEPARATOR
 
-MAX_BYTES = 64 << 10
+MAX_BYTES = 256 << 10
 _BYTES = (0, 1, 0x7F, 0x80, 0xFF, 0x22, 0x2C, 0x5B, 0x7B)
 _TEXTS = (
     b"-1",

@@ -6,6 +6,7 @@ import contextlib
 import heapq
 import sqlite3
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,11 +161,22 @@ class Archive:
             self._readers.pop(path).close()
 
 
+@contextlib.contextmanager
+def _as_written(path: str) -> Iterator[None]:
+    """Raises SegmentDamaged for what is in a row and cannot be what a collector wrote."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, MemoryError, zlib.error) as error:
+        found = f"{type(error).__name__}: {str(error)[:160]}"
+        raise segment.SegmentDamaged(f"{path} holds a row that no collector wrote ({found})") from error
+
+
 class _Reader:
     """One segment."""
 
-    def __init__(self, connection: sqlite3.Connection, watched: Watched) -> None:
+    def __init__(self, connection: sqlite3.Connection, watched: Watched, name: str) -> None:
         self._connection = connection
+        self._name = name
         self._watched = watched
         self._dense = np.array([f.number for f in watched.features if f.dense], np.int64)
         self._limits = [feature.limit for feature in watched.features]
@@ -190,11 +202,12 @@ class _Reader:
     def _open(cls, path: Path) -> _Reader | None:
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(contextlib.closing(segment.connect(path, "ro")))
-            watched = cls._about(connection, path)
+            with _as_written(path.name):
+                watched = cls._about(connection, path)
             if watched is None:
                 return None
             undo.pop_all()
-            return cls(connection, watched)
+            return cls(connection, watched, path.name)
 
     @staticmethod
     def _about(connection: sqlite3.Connection, path: Path) -> Watched | None:
@@ -226,8 +239,10 @@ class _Reader:
 
     def ended(self, model_name: str) -> Iterator[Ended]:
         for row in self._connection.execute(_ENDED, (model_name,)):
-            request = RecordedRequest(row["key"], _info(row))
-            yield Ended(request, _progress(row), _features(row), row["activations_lost"])
+            with _as_written(self._name):
+                request = RecordedRequest(row["key"], _info(row))
+                ended = Ended(request, _progress(row), _features(row), row["activations_lost"])
+            yield ended
 
     def all(self) -> list[int]:
         return [key for (key,) in self._connection.execute("SELECT key FROM request ORDER BY key")]
@@ -252,9 +267,15 @@ class _Reader:
         rows = self._connection.execute(
             f"{_EXCEEDANCE} WHERE {' AND '.join(where)} ORDER BY e.seconds DESC LIMIT ?", (*values, limit)
         )
-        return [self._exceedance(row) for row in rows]
+        with _as_written(self._name):
+            return [self._exceedance(row) for row in rows]
 
     def request(self, key: int) -> StoredRequest:
+        """What is kept of it. Raises sqlite3.Error."""
+        with _as_written(self._name):
+            return self._request(key)
+
+    def _request(self, key: int) -> StoredRequest:
         row = self._connection.execute(_REQUEST, (key,)).fetchone()
         ended = row["outcome"] is not None
         shown = shown_request(_info(row), _progress(row), trace=row["trace_id"])

@@ -122,6 +122,10 @@ class Erased:
         )
 
 
+class SegmentDamaged(sqlite3.DatabaseError):
+    """A file that SQLite can read holds a row that nobody here wrote."""
+
+
 NOTHING_ERASED: Final = Erased(0, 0, 0, True)
 
 
@@ -266,8 +270,10 @@ def pack(records: Array) -> bytes:
 
 
 def unpack(data: bytes, dtype: Dtype) -> Array:
-    """What `pack` packed."""
+    """What `pack` packed. Raises ValueError, zlib.error."""
     head, _, body = zlib.decompress(data).partition(b"\n")
+    if int(head) * dtype.itemsize != len(body):
+        raise ValueError(f"{len(body)} bytes are not {int(head)} records of {dtype.itemsize}")
     records = np.empty(int(head), dtype)
     at = 0
     for name in dtype.names or ():

@@ -17,7 +17,7 @@ from latentwatch.collector.http.connection import Connection, Doors, HttpLimits,
 from latentwatch.collector.http.hosts import Hosts
 from latentwatch.collector.metrics_families import ProcessFacts
 from latentwatch.errors import StreamRefused
-from latentwatch.handover.events import Blocks, Closed, Opened, Resync, decode_events, encode_events
+from latentwatch.handover.events import Blocks, Closed, Opened, Unannounced, decode_events, encode_events
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sink import ReceivedBatch
@@ -168,8 +168,8 @@ def _http_seeds() -> Sequence[bytes]:
 
 
 def _event_seeds() -> Sequence[bytes]:
-    opened = Opened(1, 7, "cmpl-1", 10, 4, False, "adapter", "00-" + "a" * 32 + "-" + "b" * 16 + "-01")
-    return [encode_events([opened, Closed(1, 4, False), Blocks([[1, 0, 2, 7, 8]]), Resync([7], 2)])]
+    opened = Opened(1, 7, "cmpl-1", 10, 4, "adapter", "00-" + "a" * 32 + "-" + "b" * 16 + "-01")
+    return [encode_events([opened, Closed(1, 4, False), Blocks([[1, 0, 2, 7, 8]]), Unannounced(2, 9, 9)])]
 
 
 @cache

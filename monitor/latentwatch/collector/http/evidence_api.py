@@ -7,9 +7,9 @@ import dataclasses
 import sqlite3
 from typing import Annotated, Any, Final
 
+import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response, Security
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
 
 from latentwatch.collector.evidence import Evidence, Forget
 from latentwatch.collector.http.auth import BEARER, ERASE, EVIDENCE
@@ -91,12 +91,11 @@ def _trusted(request: Request, evidence: Stored, _: Annotated[object, Security(B
 Trusted = Annotated[Evidence, Depends(_trusted)]
 
 
-class ContentIn(BaseModel):
+class ContentIn(msgspec.Struct, forbid_unknown_fields=True):
     """What was said in a request, token by token from the first prompt token on."""
 
-    model_config = ConfigDict(extra="forbid")
-    tokens: Annotated[list[str], Field(max_length=MAX_TOKENS)] = []
-    token_ids: Annotated[list[int], Field(max_length=MAX_TOKENS)] = []
+    tokens: Annotated[tuple[str, ...], msgspec.Meta(max_length=MAX_TOKENS)] = ()
+    token_ids: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_TOKENS)] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +185,7 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
         """
         content = await bodies.read(request, ContentIn)
         try:
-            sealed = Content(tuple(content.tokens), tuple(content.token_ids))
+            sealed = Content(content.tokens, content.token_ids)
         except ConfigRefused as refusal:
             raise HTTPException(422, str(refusal)) from refusal
         found = await evidence.attach(request_id, vault, sealed, _actor(request))
