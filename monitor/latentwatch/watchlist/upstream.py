@@ -73,8 +73,9 @@ def _sae_lens(choice: SourceChoice, source: Source) -> Encode:
     if norm not in (None, "none", "expected_average_only_in"):
         sae.cfg.normalize_activations = norm
         sae._setup_activation_normalization()  # SAELens has no other way to say what its registry says
-    if choice.options.input_scale is not None:
-        sae.fold_activation_norm_scaling_factor(choice.options.input_scale)
+    scale = choice.options.input_scale or source.about.notes.get("input_scale")
+    if scale is not None:
+        sae.fold_activation_norm_scaling_factor(float(str(scale)))
     if choice.options.centre:
         return _in_torch(lambda x: sae.encode(x - x.mean(dim=-1, keepdim=True)))
     return _in_torch(sae.encode)

@@ -170,6 +170,53 @@ def test_an_old_sae_that_version_6_saved_again_says_no_more_than_before(tmp_path
     assert opened("saelens", tmp_path, centre=False).about.width == F
 
 
+@pytest.mark.parametrize(
+    ("mode", "scaler", "options", "reads"),
+    [
+        ("expected_average_only_in", {"scaling_factor": 0.25, "has_whitening": False}, {}, 0.25),
+        ("expected_average_only_in", {"scaling_factor": 0.25}, {"input_scale": 0.25}, 0.25),
+        ("expected_average_only_in", {"scaling_factor": 0.25}, {"input_scale": 0.5}, None),
+        ("expected_average_only_in", {"scaling_factor": None}, {}, None),
+        ("expected_average_only_in", {"scaling_factor": 0.25, "has_whitening": True}, {}, None),
+        ("none", {"scaling_factor": 0.25}, {}, None),
+        ("none", {"scaling_factor": None, "has_whitening": False}, {}, 1.0),
+    ],
+)
+def test_the_factor_beside_a_training_checkpoint_is_read(
+    tmp_path: Path, mode: str, scaler: dict[str, Any], options: dict[str, Any], reads: float | None
+) -> None:
+    saelens(tmp_path, "standard", layer=3, normalize_activations=mode, l1_coefficient=5.0, decoder_init_norm=0.1)
+    (tmp_path / "activation_scaler.json").write_text(json.dumps(scaler))
+    if reads is None:
+        with pytest.raises(WatchlistRefused):
+            opened("saelens", tmp_path, **options)
+        return
+    x, w = stream(20), {name: array.astype(np.float64) for name, array in saelens_weights("standard").items()}
+    expected = np.maximum((x * reads - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 0)
+    got = canonical.authors(opened("saelens", tmp_path, **options).rows(range(F)), x)
+    np.testing.assert_allclose(got, expected, atol=1e-9 * expected.max())
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_an_encoder_in_whole_numbers_is_refused(copy_of: Callable[[str], Path], form: str) -> None:
+    """Quantised weights without their scale read as numbers, a hundred times too large."""
+    if form == "pt":
+        folder = copy_of("goodfire")
+        path = folder / "Llama-3.1-8B-Instruct-SAE-l19.pth"
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {"encoder_linear.weight": (state["encoder_linear.weight"] * 99).to(torch.uint8)}, path)
+        with pytest.raises(WatchlistRefused, match="whole numbers"):
+            opened("goodfire", folder, path.name, layer=19)
+        return
+    folder = copy_of("sparsify_topk")
+    path = folder / "layers.3" / "sae.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors["encoder.weight"] = (tensors["encoder.weight"] * 99).astype(np.int32)
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(WatchlistRefused, match="whole numbers"):
+        opened("sparsify", folder, "layers.3")
+
+
 # Values that change the numbers
 
 

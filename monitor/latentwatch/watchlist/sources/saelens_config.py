@@ -46,6 +46,13 @@ _ENCODER: Final = Known(
     | {"reshape_activations"},
     unread={"device": "where it was computed"},
 )
+_CHECKPOINT: Final = passed_over(
+    "how it was trained; version 6 leaves it in checkpoints",
+    *("decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "use_sparse_activations"),
+    *("aux_loss_coefficient", "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode"),
+    *("l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient", "jumprelu_tanh_scale", "target_l0"),
+    *("jumprelu_ste_to_input",),
+)
 _TOPK: Final = Known(used=frozenset(("k", "rescale_acts_by_decoder_norm")))
 _NOT_TOPK: Final = Known(only={"rescale_acts_by_decoder_norm": (False,)})
 _TRANSCODER: Final = Known(used=frozenset(("d_out",)))
@@ -97,7 +104,7 @@ class SaelensConfig:
         about = _PLACES | _ABOUT_MODEL
         known = _ENCODER | (_TOPK if self.architecture == "topk" else _NOT_TOPK)
         known |= _TRANSCODER if self.transcoder else Known()
-        known |= (_FLAT | about) if self.flat else Known(used=frozenset(("metadata",)))
+        known |= (_FLAT | about) if self.flat else (Known(used=frozenset(("metadata",))) | _CHECKPOINT)
         self.top = Config(location, "cfg.json", raw, known)
         self.metadata = self.top if self.flat else self.top.section("metadata", about)
         self.places = self._places()
