@@ -456,6 +456,26 @@ def test_a_file_that_says_no_place_is_asked_for_it(tmp_path: Path, form: str) ->
     assert "trained_on: resid_post.3" in refusal.value.instead
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("model_kind: cross_layer_transcoder", "another kind"),
+        ("model_kind: other", "another kind"),
+        ("transcoders: [a.npz, b.npz, c.npz, d.npz, 'hf://x/layer_5.safetensors']", "layer_5"),
+        ("transcoders: []", "lists None"),
+        ("feature_input_hook: hook_resid_post", "stands twice"),
+    ],
+)
+def test_a_transcoder_whose_config_means_other_files_is_refused(
+    copy_of: Callable[[str], Path], line: str, found: str
+) -> None:
+    folder = copy_of("circuit_tracer_plt")
+    with (folder / "config.yaml").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(WatchlistRefused, match=found):
+        opened("circuit_tracer", folder)
+
+
 # Control vectors and directions
 
 
