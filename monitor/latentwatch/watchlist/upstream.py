@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -123,9 +123,9 @@ def _repeng(_: SourceChoice, source: Source) -> Encode:
 
 
 def _sklearn(choice: SourceChoice, _: Source) -> Encode:
-    reader: Any = importlib.import_module("latentwatch.watchlist.sources.sklearn_probe")
+    reader = importlib.import_module("latentwatch.watchlist.sources.sklearn_probe")
     model = reader.load(choice.location)
-    return lambda x_TD: np.asarray(reader.decision(model, x_TD))
+    return lambda x_TD: np.asarray(reader.decision(model, x_TD), np.float64)
 
 
 def _cpu() -> torch.device:
