@@ -187,7 +187,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         audit.add(time.time(), "cli:someone", "query", 3, subject="since=2h")
     watched = watchlist_file.write(watchlist(FEATURES), made / "w.safetensors")
     baseline.write(random_baseline(watched.features, sha256=watched.sha256), made / "prod.baseline")
-    sources.probe(made / "p.safetensors")
+    sources.probe(made / "p.safetensors", metadata={"hook_point": "resid_post.1"})
     explained = sources.source("linear_probe", "p.safetensors")
     document = sources.document(sources.hook(1, explained), notes="Täuschung ✓")
     sources.write_yaml(made / "w.yaml", document)

@@ -416,6 +416,7 @@ def test_a_path_through_another_layers_folder_is_read_where_it_ends(copy_of: Cal
         {"hf_hook_name": "model.layers.3.mlp"},
         {"hook_name": "vision_tower.encoder.layers.3"},
         {"hook_name": None},
+        {"hook_layer": 4},
     ],
     ids=str,
 )
