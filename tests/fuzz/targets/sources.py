@@ -23,6 +23,7 @@ _OURS = ("case.json", "expected.safetensors")
 _ROWS = 4
 LAYER = 3
 _SHARED = ("watchlist/tensors.py", "watchlist/location.py", "watchlist/canonical.py", "watchlist/sources/__init__.py")
+_DECLARED = ("watchlist/declared.py", "watchlist/places.py")
 _CONTAINERS = ("watchlist/tensors_torch.py", "watchlist/tensors_npz.py", "watchlist/tensors_gguf.py")
 
 
@@ -88,7 +89,7 @@ SOURCES = [
         f"source {name}",
         functools.partial(check, name),
         lambda name=name: [case.seed(number) for number, case in enumerate(cases(name))],
-        (f"watchlist/sources/{name}.py", *_SHARED, *_CONTAINERS),
+        (f"watchlist/sources/{name}.py", *_SHARED, *_DECLARED, *_CONTAINERS),
         (
             b'"dtype":"F32"',
             b'"dtype":"BF16"',

@@ -233,8 +233,8 @@ def test_names_without_their_layout() -> None:
 
 def watch(folder: Path, **model: Any) -> Path:
     """A watchlist.yaml of a probe, beside a checkpoint in `model`."""
-    probe(folder / "p.safetensors")
-    made = document(hook(1, source("linear_probe", "p.safetensors", options={"trained_on": "resid_post.1"})))
+    probe(folder / "p.safetensors", metadata={"hook_point": "resid_post.1"})
+    made = document(hook(1, source("linear_probe", "p.safetensors")))
     made["model"] = {"name": "tiny", "dtypes": ["float32"], **model}
     return write_yaml(folder / "w.yaml", made)
 
