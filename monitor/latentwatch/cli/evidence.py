@@ -319,7 +319,7 @@ def _set_damaged_aside(folder: Path) -> None:
             try:
                 repair.check(path)
             except (sqlite3.Error, ConfigRefused, ValueError) as error:
-                damaged.note(path, error)
+                damaged.record(path, error)
         damaged.settle()
     finally:
         lock.release()

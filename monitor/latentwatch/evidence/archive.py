@@ -165,7 +165,7 @@ class Archive:
         try:
             yield from work(reader)
         except _UNREADABLE as error:
-            if not self.damaged.note(reader.path, error):
+            if not self.damaged.record(reader.path, error):
                 raise
             self._readers.pop(reader.path, None)
             reader.close()
@@ -178,7 +178,7 @@ class Archive:
                     reader = _Reader.open(path)
                 except _UNREADABLE as error:
                     only = self._alone and len(self._paths) == 1 and isinstance(error, ConfigRefused)
-                    if only or not self.damaged.note(path, error):
+                    if only or not self.damaged.record(path, error):
                         raise
                     continue
                 if reader is not None:

@@ -62,7 +62,8 @@ class Audit:
         try:
             self._connection.execute(_INSERT, row)
         except sqlite3.Error as error:
-            if not self._damaged.note(self._path, error):
+            # A table that is missing now and was there before is somebody's doing: that one is refused until a start.
+            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR or not self._damaged.record(self._path, error):
                 raise
             self._connection.close()
             self._connection = self._open()
@@ -88,7 +89,7 @@ class Audit:
         try:
             connection = _opened(self._path)
         except (sqlite3.Error, ConfigRefused) as error:
-            if not self._damaged.note(self._path, error):
+            if not self._damaged.record(self._path, error):
                 raise
             set_aside(self._path)
             connection = _opened(self._path)

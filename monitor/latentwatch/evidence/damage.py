@@ -98,7 +98,7 @@ class Damaged:
     def __contains__(self, path: Path) -> bool:
         return path in self._noted
 
-    def note(self, path: Path, error: Exception) -> bool:
+    def record(self, path: Path, error: Exception) -> bool:
         """Whether this error says that the file cannot be used. From then on nobody uses it."""
         why = found(path, error)
         if not why:

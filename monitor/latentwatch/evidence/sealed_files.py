@@ -38,7 +38,7 @@ def put(folder: Path, request: int, sealed: bytes, now: float, damaged: Damaged 
     try:
         _put(path, request, sealed)
     except (sqlite3.Error, ConfigRefused) as error:
-        if not damaged.note(path, error):
+        if not damaged.record(path, error):
             raise
         damaged.settle()
         _put(path, request, sealed)
@@ -52,7 +52,7 @@ def get(folder: Path, request: int, damaged: Damaged | None = None) -> bytes | N
             with contextlib.closing(segment.connect(path, "ro")) as connection:
                 row = connection.execute("SELECT sealed FROM content WHERE request = ?", (request,)).fetchone()
         except sqlite3.Error as error:
-            if path.exists() and not damaged.note(path, error):
+            if path.exists() and not damaged.record(path, error):
                 raise
             continue
         if row:
@@ -71,7 +71,7 @@ def erase(folder: Path, requests: Sequence[int], damaged: Damaged | None = None)
                     rewritten, clean = segment.wipe(connection, path, {sealed[:64] for sealed in traces})
                     total += Erased(0, len(traces), int(rewritten), clean)
         except sqlite3.Error as error:
-            if path.exists() and not damaged.note(path, error):
+            if path.exists() and not damaged.record(path, error):
                 raise
     return total
 

@@ -97,7 +97,7 @@ class Store:
                 self._writable(path).write(records)
                 return
             except (sqlite3.Error, ConfigRefused) as error:
-                if not self.damaged.note(path, error):
+                if not self.damaged.record(path, error):
                     raise
             self._leave(path)
             path = self._segment_for(now)
@@ -125,7 +125,7 @@ class Store:
         for path in segments(self.folder):
             # One that is empty and not being made was cut to nothing.
             if path not in self._open and path != self._newest and path.is_file() and not path.stat().st_size:
-                self.damaged.note(path, ValueError("it is empty"))
+                self.damaged.record(path, ValueError("it is empty"))
         for path in [path for path in self._open if path in self.damaged]:
             self._leave(path)
         self.damaged.settle()
@@ -163,7 +163,7 @@ class Store:
             try:
                 part.close()
             except sqlite3.Error as error:
-                if not self.damaged.note(path, error):
+                if not self.damaged.record(path, error):
                     raise
 
     def attach(self, name: str, seal: Callable[[int], bytes], now: float) -> int:
@@ -187,7 +187,7 @@ class Store:
             try:
                 part.close()
             except sqlite3.Error as error:
-                self.damaged.note(path, error)
+                self.damaged.record(path, error)
         self._open.clear()
         with contextlib.suppress(OSError):
             self.damaged.settle()
@@ -215,7 +215,7 @@ class Store:
             try:
                 return path if segment.watchlist_sha256(path) == self._watched.sha256 else None
             except (sqlite3.Error, ConfigRefused) as error:
-                if not self.damaged.note(path, error):
+                if not self.damaged.record(path, error):
                     raise
         return None
 
@@ -293,7 +293,7 @@ def _usable(path: Path, damaged: Damaged) -> Iterator[sqlite3.Connection | None]
         with contextlib.closing(segment.connect(path, "rw")) as connection:
             yield connection
     except (sqlite3.Error, ConfigRefused) as error:
-        if path.exists() and not damaged.note(path, error):
+        if path.exists() and not damaged.record(path, error):
             raise
 
 

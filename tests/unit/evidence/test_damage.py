@@ -168,8 +168,8 @@ def test_a_full_disk_and_a_lock_are_no_damage(tmp_path):
     for code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CANTOPEN):
         error = sqlite3.OperationalError("no")
         error.sqlite_errorcode = code
-        assert not archive.damaged.note(paths[0], error)
-    assert not archive.damaged.note(paths[0], OSError(24, "Too many open files"))
+        assert not archive.damaged.record(paths[0], error)
+    assert not archive.damaged.record(paths[0], OSError(24, "Too many open files"))
     assert archive.damaged.names == ()
 
 
