@@ -66,6 +66,8 @@ class EvidenceErased:
     clean: bool
     """Whether no trace is left in the files; false while a reader keeps an older state open, or where the collector's
     own state could not be written."""
+    damaged_files: tuple[str, ...] = ()
+    """Files that cannot be used; they may hold rows of this request until they are repaired or removed."""
 
 
 def _kept(request: Request) -> Evidence:
@@ -168,8 +170,10 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
             raise HTTPException(409, "The request still runs and more of it would be written. Ask again once it ended.")
         erased = await evidence.erase(request_id, _actor(request), forget)
         if not erased.requests:
-            raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
-        return as_json(EvidenceErased(erased.requests, erased.rows, erased.clean))
+            beyond = f" {len(erased.damaged)} damaged files may hold it: {', '.join(erased.damaged)}."
+            said = f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}"
+            raise HTTPException(404, said + (beyond if erased.damaged else ""))
+        return as_json(EvidenceErased(erased.requests, erased.rows, erased.clean, erased.damaged))
 
     @app.put(
         "/v1/evidence/content/{request_id:path}",
