@@ -121,7 +121,7 @@ class Attachment:
         watchlist = settings.load_watchlist(self._settings)
         if isinstance(watchlist, Refusal):
             raise watchlist
-        self._check_engine()
+        _check_engine(self._worker)
         config = self._worker.vllm_config
         arming.check_model(config.model_config.hf_config, config.model_config.dtype, watchlist.model)
         self._served = served_model.compared(config, watchlist)
@@ -134,7 +134,7 @@ class Attachment:
             max_rows=config.scheduler_config.max_num_batched_tokens,
             dtype=config.model_config.dtype,
             device=self._worker.device,
-            between_layers=lone_forward.takes_embeddings(self._worker),
+            between_layers=lone_forward.needs_embeddings(self._worker),
         )
         logger.info(
             "latentwatch: armed %d features at %s",
@@ -156,32 +156,6 @@ class Attachment:
     def _reports(self) -> bool:
         """One rank of an engine reports: the residual stream is the same on all tensor-parallel ranks."""
         return int(self._worker.rank) % int(self._worker.parallel_config.world_size) == 0
-
-    def _check_engine(self) -> None:
-        """Refuse every mode in which rows could be attributed wrongly."""
-        config, parallel = self._worker.vllm_config, self._worker.parallel_config
-        pass_config = config.compilation_config.pass_config
-        unsupported = {
-            "speculative decoding": not _drafts_can_be_followed(config, self._worker.model_runner),
-            "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-            "micro-batching (DBO)": getattr(parallel, "use_ubatching", False),
-            "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-            "sequence-parallel MoE": getattr(parallel, "use_sequence_parallel_moe", False),
-            "sequence parallelism": getattr(pass_config, "enable_sp", False),
-            "KV-sharing fast prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
-            "pooling models": config.model_config.runner_type == "pooling",
-        }
-        found = [mode for mode, on in unsupported.items() if on]
-        missing = row_map.check_runner(self._worker.model_runner)
-        if missing:
-            found.append(f"a model runner without {missing}")
-        if found:
-            raise EngineRefused(
-                "engine mode",
-                found=f"{', '.join(found)}: rows of the batch cannot be attributed exactly there",
-                instead="Serve without it, or without latentwatch; tokens are counted as unseen until then.",
-                reason=RefusalReason.ENGINE_MODE,
-            )
 
     def _or_disarmed(self, check: Callable[[], None]) -> None:
         """A check that raises has failed, whatever it raises: the model is served unwatched, and says why."""
@@ -320,6 +294,33 @@ class Attachment:
         if self._ring is not None:
             self._ring.close()
         self._tap = None
+
+
+def _check_engine(worker: Worker) -> None:
+    """Refuse every mode in which rows could be attributed wrongly."""
+    config, parallel = worker.vllm_config, worker.parallel_config
+    pass_config = config.compilation_config.pass_config
+    unsupported = {
+        "speculative decoding": not _drafts_can_be_followed(config, worker.model_runner),
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "micro-batching (DBO)": getattr(parallel, "use_ubatching", False),
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "sequence-parallel MoE": getattr(parallel, "use_sequence_parallel_moe", False),
+        "sequence parallelism": getattr(pass_config, "enable_sp", False),
+        "KV-sharing fast prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
+        "pooling models": config.model_config.runner_type == "pooling",
+    }
+    found = [mode for mode, on in unsupported.items() if on]
+    missing = row_map.check_runner(worker.model_runner)
+    if missing:
+        found.append(f"a model runner without {missing}")
+    if found:
+        raise EngineRefused(
+            "engine mode",
+            found=f"{', '.join(found)}: rows of the batch cannot be attributed exactly there",
+            instead="Serve without it, or without latentwatch; tokens are counted as unseen until then.",
+            reason=RefusalReason.ENGINE_MODE,
+        )
 
 
 def _drafts_can_be_followed(config: VllmConfig, runner: ModelRunner) -> bool:
