@@ -129,7 +129,7 @@ def _without_adapters(runner: ModelRunner, rows: int) -> Iterator[None]:
         yield
         return
     one = np.array([rows], dtype=np.int32)
-    with runner.maybe_dummy_run_with_lora(lora, one, np.ones(1, dtype=np.int32), num_active_loras=0):
+    with runner.maybe_dummy_run_with_lora(lora, one, np.ones(1, dtype=np.int32)):
         yield
 
 
