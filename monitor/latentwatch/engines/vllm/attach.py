@@ -134,7 +134,7 @@ class Attachment:
             max_rows=config.scheduler_config.max_num_batched_tokens,
             dtype=config.model_config.dtype,
             device=self._worker.device,
-            between_layers=lone_forward.takes_embeddings(self._worker),
+            between_layers=lone_forward.needs_embeddings(self._worker),
         )
         logger.info(
             "latentwatch: armed %d features at %s",
