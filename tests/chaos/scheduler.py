@@ -90,6 +90,7 @@ class Scheduler:
         self._cached: dict[tuple[int, ...], int] = {}
         self._key_of: dict[int, tuple[int, ...]] = {}
         self._live: list[Running] = []
+        self._every: dict[str, Running] = {}
         self._ended: dict[str, tuple[int, bool]] = {}
         self._untold: list[Running] = []
         self._arrived = 0
@@ -138,6 +139,10 @@ class Scheduler:
             np.array(positions, np.int64),
         )
 
+    def token(self, name: str, position: int) -> int:
+        """What stands there in this request."""
+        return self._every[name].tokens[position]
+
     @property
     def tokens(self) -> int:
         """Positions that were computed or found in the cache: of those whose end was told, those that count."""
@@ -162,7 +167,9 @@ class Scheduler:
         family = self._families[int(rng.integers(_PROMPTS))]
         tokens = family[: int(rng.integers(0, 25))] + rng.integers(0, 999, size=rng.integers(1, 12)).tolist()
         name = f"chatcmpl-{self._arrived}-0123abcd"
-        self._live.append(Running(name, tokens, len(tokens), int(rng.integers(1, 40)), bool(rng.random() < 0.5)))
+        request = Running(name, tokens, len(tokens), int(rng.integers(1, 40)), bool(rng.random() < 0.5))
+        self._live.append(request)
+        self._every[name] = request
 
     def _schedule(self, request: Running, room: int, told: dict[str, Any]) -> int:
         """Rows of the request in this step; `at` is moved behind them."""
