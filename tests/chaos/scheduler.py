@@ -97,7 +97,7 @@ class Scheduler:
         self.told = self._told_tokens = self._told_fires = 0
 
     def step(self, *, admit: bool) -> Step | None:
-        """What runs next; None where nothing does, and nothing is left to say."""
+        """What runs next; None where nothing does this time, and there is nothing to say."""
         self._end_some()
         while admit and len(self._live) < self._requests:
             self._arrive()
@@ -138,6 +138,11 @@ class Scheduler:
             np.array(tokens, np.int64),
             np.array(positions, np.int64),
         )
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is open, or its end was not told yet."""
+        return bool(self._live or self._ended)
 
     def token(self, name: str, position: int) -> int:
         """What stands there in this request."""

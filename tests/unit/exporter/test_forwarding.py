@@ -20,15 +20,14 @@ from latentwatch.engines.vllm import step_tap
 from latentwatch.engines.vllm.arming import ArmedHook
 from latentwatch.engines.vllm.kv_cache import KvCache
 from latentwatch.engines.vllm.step_tap import StepTap
-from latentwatch.exporter import forwarding
 from latentwatch.exporter.forwarding import Before, Exporter
 from latentwatch.exporter.ledger import Ledger
 from latentwatch.exporter.score_cache import ScoreCache
-from latentwatch.handover import checkpoint
 from latentwatch.handover.ring import Geometry, Ring
 from latentwatch.names import Reason, TokenState
 from latentwatch.step.batch import UNANNOUNCED, StepBatch, owns_rows
 from latentwatch.transport import codec
+from latentwatch.transport.send_buffer import Drop
 from latentwatch.transport.sender import Sender
 from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.transport.spool import SpoolFolder, SpoolSettings
@@ -92,11 +91,11 @@ class Collector:
 class Site:
     """An engine and the exporters that it has one after the other."""
 
-    def __init__(self, folder: Path, rng: np.random.Generator, *, spool: bool, slots: int | None = None) -> None:
+    def __init__(self, folder: Path, rng: np.random.Generator, *, spool: bool, slots: int = 48) -> None:
         self.rng = rng
         self.scheduler = Scheduler(4, rng)
-        rows = ROWS if slots is None else (180 << 20) // slots // 10
-        self.ring = Ring.create(Geometry(4, rows, SPARSE + DENSE, DENSE, 1))
+        # Fewer slots are made faster, and what makes them few is room for rows.
+        self.ring = Ring.create(Geometry(4, (170 << 20) // slots // (10 * SPARSE + 6), SPARSE + DENSE, DENSE, 1))
         watched = tiny.watchlist(folder / "w.safetensors", layers=(1,), sparse=SPARSE, dense=DENSE)
         self.hook = ArmedHook(watched.hooks[0], torch.zeros(ROWS, SPARSE + DENSE), torch.zeros(ROWS, 3))
         self.hook.reset()
@@ -131,16 +130,15 @@ class Site:
         self.exporter = Exporter(ring, Ledger(armed=True, drafts=False, score_cache=kept), self.sender, before, folder)
         self.exporter_ring = ring
 
-    def compute(self, *, admit: bool = True) -> bool:
+    def compute(self, *, admit: bool = True) -> None:
         step = self.scheduler.step(admit=admit)
         if step is None:
-            return False
+            return
         acts = self.hook.act_TK
         acts[: step.rows] = 0.0
         acts[: step.rows, SPARSE] = torch.from_numpy(expected(step.token_T, step.position_T))
         self.hook.stat_T3[: step.rows, 0] = 1.0
         self.tap.after_step(step.runner, step.output)
-        return True
 
     def deliver(self, most: int = 1 << 30, *, acks: bool = True) -> None:
         """What the stream would carry, in its order."""
@@ -183,7 +181,8 @@ class Site:
 
     def check(self) -> None:
         """Everything that was computed is in the books, once, with its own score."""
-        while self.compute(admit=False):
+        while self.scheduler.busy:
+            self.compute(admit=False)
             self.drain()
         while self.tap._owed:
             idle = Step.idle()
@@ -251,7 +250,7 @@ PLACES = {
     "before the step is settled": before(lambda site: (site.exporter._ledger, "settle")),
     "when the step is settled": after(lambda site: (site.exporter._ledger, "settle")),
     "when it is numbered": after(lambda site: (site.sender.intake, "number")),
-    "within the commit": before(lambda site: (checkpoint._STATE, "pack_into") if False else (forwarding, "tokens_of")),
+    "within the commit": after(lambda site: (site.exporter_ring.checkpoint, "_append")),
     "before the word of the commit": torn_commit,
     "when it is committed": after(lambda site: (site.exporter_ring.checkpoint, "commit")),
     "when it is sent": after(lambda site: (site.sender.intake, "send")),
@@ -267,7 +266,7 @@ PLACES = {
 def test_an_exporter_that_dies_anywhere_loses_and_doubles_nothing(tmp_path, place, spool):
     """Once in a step with openings, hits and closings, again right after, and with all of it delivered or nothing."""
     site = Site(tmp_path, np.random.default_rng(5), spool=spool)
-    for turn in range(60):
+    for turn in range(45):
         site.compute()
         if turn % 7 == 3:
             site.die_in(PLACES[place])
@@ -278,23 +277,21 @@ def test_an_exporter_that_dies_anywhere_loses_and_doubles_nothing(tmp_path, plac
             site.exporter.forward_step(0.0)
             site.deliver(turn % 5, acks=turn % 4 > 1)
     site.check()
-    assert site.deaths >= 8
+    assert site.deaths >= 6
     dropped = {key: count for key, count in site.collector.states.items() if key[0] == TokenState.DROPPED}
     assert not dropped
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), spool=st.booleans(), small=st.booleans())
-def test_whatever_the_scheduler_the_disk_and_death_do_every_token_is_in_one_state(
-    tmp_path_factory, seed, spool, small
-):
+def test_whatever_the_scheduler_the_disk_and_death_do_every_token_is_in_one_state(tmp_path_factory, seed, spool, small):
     """`small`: the ring is full again and again, and the engine folds what it owes."""
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_tap, "MAX_OWED", 8)
-        site = Site(tmp_path_factory.mktemp("site"), rng, spool=spool, slots=8 if small else None)
+        site = Site(tmp_path_factory.mktemp("site"), rng, spool=spool, slots=8 if small else 48)
         places = list(PLACES.values())
-        for _ in range(150):
+        for _ in range(60):
             for _ in range(int(rng.integers(1, 12 if small else 3))):
                 site.compute()
             for _ in range(int(rng.integers(0, 4))):
@@ -360,10 +357,10 @@ def test_a_step_that_cannot_be_settled_costs_its_rows_and_nothing_else(tmp_path,
             with monkeypatch.context() as patch:
 
                 def broken(raw: Any, counters: Any, settle: Any = settle) -> Any:
-                    settle(raw, counters)  # half of the ledger is changed by then
+                    batch = settle(raw, counters)
                     if raw.rows:
-                        raise ValueError("a bug")
-                    return settle(raw, counters)
+                        raise ValueError("a bug")  # the ledger is changed by then
+                    return batch
 
                 patch.setattr(site.exporter._ledger, "settle", broken)
                 site.exporter.forward_step(0.0)
@@ -379,7 +376,7 @@ def test_what_the_dead_one_counted_is_counted_on(tmp_path):
         site.exporter.forward_step(0.0)
     site.deliver()
     with site.sender._lock:
-        site.sender._buffer.give_up(0, 17, forwarding.tokens_of.__globals__["Drop"].REFUSED)
+        site.sender._buffer.give_up(0, 17, Drop.REFUSED)
     site.compute()
     site.exporter.forward_step(0.0)
     before_it = site.exporter._counted
