@@ -112,12 +112,13 @@ def page() -> str:
 
 def chaos() -> str:
     result = _result("chaos")
-    columns = ("fault", "faults", "sent", "merged", "shed", "lost", "doubled")
+    columns = ("fault", "faults", "sent", "merged", "shed", "lost", "doubled", "unbooked", "open")
     rows = [
         [*(f"{row[name]:,}" if name != "fault" else row[name] for name in columns), _ratio(row["step_time_ratio"])]
         for row in result["rows"]
     ]
-    header = ["fault", "times", "tokens sent", "merged", "shed, counted", "lost", "doubled", "step time"]
+    header = ["fault", "times", "tokens sent", "merged", "shed, counted", "lost", "doubled", "unbooked", "open"]
+    header.append("step time")
     return f"{table(header, rows)}\n\n{_made(result)}"
 
 

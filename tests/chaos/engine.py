@@ -86,7 +86,7 @@ class Engine:
         )
 
     def step(self, *, admit: bool) -> bool:
-        """One step; False where none is left and none may begin."""
+        """One step; False where no other one follows, because none may begin."""
         began = time.monotonic()
         for _ in range(4):
             _COMPUTE @ _COMPUTE
@@ -96,7 +96,7 @@ class Engine:
             self._forward(step)
             self._tap.after_step(step.runner, step.output)
         self._look_after_exporter()
-        return step is not None
+        return admit or self.scheduler.busy
 
     def rest(self) -> None:
         """No more steps; what is still owed to the ring is handed over."""
@@ -165,7 +165,7 @@ def main() -> None:
             if word == "die":
                 break
             admit = False
-        if not went and not admit:
+        if not went:
             engine.rest()
             break
         due += 1 / config.steps_per_second

@@ -33,6 +33,15 @@ def kills(count: int, seed: int) -> Books:
         return reconcile("collector SIGKILL", made, [handed], [collector.totals()], [engine])
 
 
+FULL_RING: dict[str, Any] = {
+    "restart_seconds": 3.0,
+    "slot_rows": 100_000,
+    "max_owed": 8,
+    "steps_per_second": 200.0,
+}
+"""An engine whose ring fills up while its exporter is away, and that then folds what it owes into sums."""
+
+
 def exporter_kills(count: int, seed: int, *, spool: bool = True, collector_kills: bool = False, **engine: Any) -> Books:
     """SIGKILL of the exporter at random moments, every third time within milliseconds of its first step, every tenth
     time SIGTERM; while requests begin, hit the prefix cache, are preempted, aborted and end.
@@ -61,11 +70,12 @@ def exporter_kills(count: int, seed: int, *, spool: bool = True, collector_kills
                     running.kill_exporter(signal.SIGTERM if i % 10 == 9 else signal.SIGKILL)
         handed = running.stop([collector])
         how = ("spool" if spool else "no spool") + (", collector too" if collector_kills else "")
+        how = "ring full" if engine else how
         return reconcile(f"exporter SIGKILL, {how}", made, [handed], [collector.totals()], [running])
 
 
 def gateway_kills(count: int, seed: int) -> Books:
-    """SIGKILL of a gateway, and every third time of a sidecar, while three sidecars of two engines forward to it."""
+    """SIGKILL of a gateway, and every other time of a sidecar, while three sidecars of two engines forward to it."""
     rng = random.Random(seed)
     with world() as made:
         gateway = made.collector("gateway")
@@ -81,8 +91,8 @@ def gateway_kills(count: int, seed: int) -> Books:
         behind = [(sidecar, f"pod-{i}/{j}") for i, sidecar in enumerate(sidecars) for j in range(2)]
         engines = [made.engine(f"unix://{at.socket}", replica=name, steps_per_second=20.0) for at, name in behind]
         for i in range(count):
-            time.sleep(rng.uniform(0.2, 2.0))
-            broken = rng.choice(sidecars) if i % 3 == 2 else gateway
+            time.sleep(rng.uniform(0.2, 1.0))
+            broken = rng.choice(sidecars) if i % 2 else gateway
             with made.fault():
                 broken.kill()
                 time.sleep(rng.uniform(0.0, 1.0))

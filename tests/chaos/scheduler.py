@@ -90,13 +90,14 @@ class Scheduler:
         self._cached: dict[tuple[int, ...], int] = {}
         self._key_of: dict[int, tuple[int, ...]] = {}
         self._live: list[Running] = []
+        self._every: dict[str, Running] = {}
         self._ended: dict[str, tuple[int, bool]] = {}
         self._untold: list[Running] = []
         self._arrived = 0
         self.told = self._told_tokens = self._told_fires = 0
 
     def step(self, *, admit: bool) -> Step | None:
-        """What runs next; None where nothing does, and nothing is left to say."""
+        """What runs next; None where nothing does this time, and there is nothing to say."""
         self._end_some()
         while admit and len(self._live) < self._requests:
             self._arrive()
@@ -139,6 +140,15 @@ class Scheduler:
         )
 
     @property
+    def busy(self) -> bool:
+        """Whether a request is open, or its end was not told yet."""
+        return bool(self._live or self._ended)
+
+    def token(self, name: str, position: int) -> int:
+        """What stands there in this request."""
+        return self._every[name].tokens[position]
+
+    @property
     def tokens(self) -> int:
         """Positions that were computed or found in the cache: of those whose end was told, those that count."""
         return self._told_tokens + sum(request.reached for request in (*self._untold, *self._live))
@@ -162,7 +172,9 @@ class Scheduler:
         family = self._families[int(rng.integers(_PROMPTS))]
         tokens = family[: int(rng.integers(0, 25))] + rng.integers(0, 999, size=rng.integers(1, 12)).tolist()
         name = f"chatcmpl-{self._arrived}-0123abcd"
-        self._live.append(Running(name, tokens, len(tokens), int(rng.integers(1, 40)), bool(rng.random() < 0.5)))
+        request = Running(name, tokens, len(tokens), int(rng.integers(1, 40)), bool(rng.random() < 0.5))
+        self._live.append(request)
+        self._every[name] = request
 
     def _schedule(self, request: Running, room: int, told: dict[str, Any]) -> int:
         """Rows of the request in this step; `at` is moved behind them."""
