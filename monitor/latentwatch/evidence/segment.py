@@ -126,7 +126,9 @@ class Erased:
 
 
 class SegmentDamaged(sqlite3.DatabaseError):
-    """A file that SQLite can read holds a row that nobody here wrote."""
+    """A file that SQLite can read holds a row that nobody here wrote: as good as a corrupt file."""
+
+    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
 
 
 NOTHING_ERASED: Final = Erased(0, 0, 0, True)
