@@ -41,11 +41,12 @@ def load(choice: SourceChoice, source: Source) -> Upstream:
     distribution, loader = _LOADERS[choice.format]
     try:
         version = importlib.metadata.version(distribution)
-        encode = loader(choice, source)
-    except (ImportError, importlib.metadata.PackageNotFoundError):
+    except importlib.metadata.PackageNotFoundError:
         return Upstream(f"{distribution} is not installed", None)
+    try:
+        encode = loader(choice, source)
     except Exception as error:
-        # A library raises nearly anything on a file that it cannot read; it is no judge of this source then.
+        # A library raises nearly anything on a file that it cannot read, or lacks a package of its own; no judge then.
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         return Upstream(f"{distribution} {version} cannot read it ({why})", None)
     return Upstream(f"{distribution} {version}", encode)
