@@ -77,7 +77,7 @@ bench-watchlist: $(VENV)/.dev ## time and memory of building a large watchlist
 bench-collector: $(VENV)/.dev ## the collector's throughput per core, step to /metrics, exposition and memory
 	$(BIN)/python -m tests.bench.collector
 
-bench-chaos: $(VENV)/.dev ## 100 collector kills, cuts, stops, full disks, clock jumps; the reconciliation printed
+bench-chaos: $(VENV)/.dev ## 100 kills of each process, cuts, stops, full disks, clock jumps; the reconciliation printed
 	$(BIN)/python -m tests.bench.chaos
 
 bench-mutants: $(VENV)/.dev $(VENV)/.mutants ## faults planted in the core and the transport, and how many the tests notice; an hour

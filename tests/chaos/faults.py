@@ -289,8 +289,8 @@ def outages(seconds: float) -> Books:
         collector.start()
         settings = {
             "LATENTWATCH_SPOOL": str(made.folder / "spool"),
-            "LATENTWATCH_SPOOL_MIB": "1",
-            "LATENTWATCH_BUFFER_MIB": "0.5",
+            "LATENTWATCH_SPOOL_MIB": "0.25",
+            "LATENTWATCH_BUFFER_MIB": "0.0625",
         }
         engine = made.engine(f"unix://{collector.socket}", settings, requests=64, steps_per_second=200.0)
         time.sleep(1.0)

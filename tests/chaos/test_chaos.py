@@ -36,7 +36,7 @@ def test_exporters_that_are_killed_lose_nothing_and_count_nothing_twice(spool):
     balanced(faults.exporter_kills(6, seed=1, spool=spool, collector_kills=True), exporters=True)
 
 
-def test_what_an_engine_computes_while_its_ring_is_full_and_its_exporter_dead_is_dropped_by_name_and_in_no_other_state():
+def test_what_is_computed_while_the_ring_is_full_and_the_exporter_dead_is_dropped_by_name_and_stands_nowhere_else():
     books = faults.exporter_kills(4, seed=1, **faults.FULL_RING)
     print(books.line())
     assert books.lost == books.doubled == books.unbooked == books.open == 0
