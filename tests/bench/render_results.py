@@ -112,9 +112,9 @@ def page() -> str:
 
 def chaos() -> str:
     result = _result("chaos")
-    columns = ("fault", "faults", "sent", "merged", "shed", "lost", "doubled", "unbooked", "open")
+    columns = ("faults", "sent", "merged", "shed", "lost", "doubled", "unbooked", "open")
     rows = [
-        [*(f"{row[name]:,}" if name != "fault" else row[name] for name in columns), _ratio(row["step_time_ratio"])]
+        [row["fault"], *(f"{row[name]:,}" if name in row else "-" for name in columns), _ratio(row["step_time_ratio"])]
         for row in result["rows"]
     ]
     header = ["fault", "times", "tokens sent", "merged", "shed, counted", "lost", "doubled", "unbooked", "open"]

@@ -233,7 +233,8 @@ ENGINE_COUNTERS: Final = {
     "unannounced_requests": _counter(
         "latentwatch_engine_unannounced_requests_total",
         _REPLICA,
-        "Requests that began and ended while the exporter read nothing for long; their tokens are dropped{ring_full}.",
+        "Requests of which only sums are told: dropped{ring_full} where no exporter read for long, "
+        "latentwatch_engine_lost_tokens_total where their books had no room.",
     ),
     "untraced_requests": _counter(
         "latentwatch_engine_untraced_requests_total",

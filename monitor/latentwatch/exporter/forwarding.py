@@ -84,7 +84,7 @@ class Exporter:
         self._folder = folder
         self._counted_before = before.state.before()
         self._dropped = before.dropped
-        self._drops_counted = self._drops_noted = 0
+        self._drops_counted = self._drops_noted = self._dropped_requests = 0
         self._forgotten_tokens = self._forgotten_to = 0
         self._waits = before.state.waits
         self._committed = before.state
@@ -216,6 +216,8 @@ class Exporter:
     def _counters(self) -> EngineCounters:
         """The counts that ring, sender and spool keep, with the ledger's own and those of the exporters before."""
         stats, folder = self._sender.stats(), self._folder
+        self._ledger.unannounced_requests += stats.dropped_requests - self._dropped_requests
+        self._dropped_requests = stats.dropped_requests
         own = EngineCounters(
             steps=self._step,
             ring_dropped_steps=self._ring.dropped_steps,

@@ -59,6 +59,8 @@ class Intake:
         """The batch in pieces that fit a message, each with its number. They are for `send`."""
         try:
             numbered = []
+            with self._lock:
+                batch = self._buffer.with_owed(batch)
             for piece in pieces(batch, codec.fits_a_message):
                 message = _message(self.sequence + 1, piece) if self._encodes else b""
                 self.sequence += 1

@@ -86,6 +86,8 @@ class SenderStats:
     """Batches given up with their books: beyond the hard bound, impossible to encode, or left at close."""
     dropped_tokens: int
     """Tokens of the segments in `dropped_batches`; no collector hears of them before their request ends."""
+    dropped_requests: int
+    """Requests that began and ended in those; no collector hears of them."""
     refused_batches: int
     """Those of `dropped_batches` that the collector refused, or that could not be encoded."""
     resent_batches: int
@@ -112,6 +114,7 @@ class SenderStats:
             joined_batches=books.joined_batches,
             dropped_batches=books.dropped_batches.total(),
             dropped_tokens=books.dropped_tokens.total(),
+            dropped_requests=books.dropped_requests,
             refused_batches=books.dropped_batches[Drop.REFUSED],
             resent_batches=books.resent_batches,
             **of_the_stream,
