@@ -55,7 +55,7 @@ def _add_query(actions: _Actions) -> None:
         "List exceedances, the latest first, one a line. Every reading is noted in the folder's audit log.",
         "query --feature p.deception --since 2h",
     )
-    query.add_argument("--feature", metavar="ID", help="only this feature")
+    query.add_argument("--feature", type=options.text, metavar="ID", help="only this feature")
     query.add_argument(
         "--severity", choices=("critical", "warning", "info", "none"), help="only features of this severity"
     )
@@ -73,8 +73,13 @@ def _add_show(actions: _Actions) -> None:
         "Show a request: how it went, what it exceeded and where, token by token. Exit code 1 when it is not there.",
         "show chatcmpl-7f3a --html request.html",
     )
-    show.add_argument("id", metavar="ID", help="engine request id, response id or trace id")
-    show.add_argument("--feature", metavar="ID", help="only this feature (default: those that exceeded their limit)")
+    show.add_argument("id", type=options.text, metavar="ID", help="engine request id, response id or trace id")
+    show.add_argument(
+        "--feature",
+        type=options.text,
+        metavar="ID",
+        help="only this feature (default: those that exceeded their limit)",
+    )
     show.add_argument(
         "--key", type=Path, metavar="FILE", help="show the tokens too, where a gateway left them, with this key"
     )
@@ -94,7 +99,7 @@ def _add_delete(actions: _Actions) -> None:
         "once the request has ended. Exit code 1 when it is not there.",
         "delete chatcmpl-7f3a",
     )
-    delete.add_argument("id", metavar="ID", help="engine request id, response id or trace id")
+    delete.add_argument("id", type=options.text, metavar="ID", help="engine request id, response id or trace id")
 
 
 def _add_export(actions: _Actions) -> None:
@@ -117,7 +122,7 @@ def _add_audit(actions: _Actions) -> None:
         "List readings and deletions, the latest first. Request ids are noted as SHA-256 only; give one to ask for it.",
         "audit --id chatcmpl-7f3a",
     )
-    audit.add_argument("--id", default="", metavar="ID", help="only what was asked about this id")
+    audit.add_argument("--id", type=options.text, default="", metavar="ID", help="only what was asked about this id")
     audit.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
 
 
