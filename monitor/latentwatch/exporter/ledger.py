@@ -23,7 +23,9 @@ from latentwatch.handover.events import (
     Blocks,
     Closed,
     Event,
+    Grown,
     Opened,
+    TurnEnded,
     Unannounced,
     decode_events,
     encode_events,
@@ -164,10 +166,10 @@ class Ledger:
                 self._fold(event, settled)
             elif isinstance(event, Opened):
                 self._begin(event)
-                opened.append(
-                    RequestOpened(event.handle, event.request_id, event.prompt_tokens, event.adapter, event.traceparent)
-                )
-            elif event.slot in self._open:
+                opened.append(_told(event))
+            elif isinstance(event, Grown) and event.slot in self._open:
+                opened.append(_told(self._grow(event)))
+            elif isinstance(event, Closed) and event.slot in self._open:
                 closed.append(self._close(event, settled))
         return opened, closed
 
@@ -240,7 +242,19 @@ class Ledger:
         self._by_slot.place(event.slot, event.handle, event.prompt_tokens)
         self._inheritance.open(event.slot)
 
+    def _grow(self, event: Grown) -> Opened:
+        """Returns the request as it is now."""
+        known = self._open[event.slot]
+        self._open[event.slot] = grown = dataclasses.replace(known, prompt_tokens=event.prompt_tokens)
+        self._lines[event.slot] = encode_events([grown])
+        self._by_slot.prompt[event.slot] = event.prompt_tokens
+        self._hits = [hit._replace(request=grown) if hit.request is known else hit for hit in self._hits]
+        return grown
+
     def _close(self, event: Closed, settled: _Settled) -> RequestClosed:
+        if event.prompt_tokens >= 0 and event.prompt_tokens != self._open[event.slot].prompt_tokens:
+            # Input that it was given last and never computed.
+            self._grow(Grown(event.slot, event.prompt_tokens))
         request = self._open[event.slot]
         for hit in [hit for hit in self._hits if hit.request is request]:
             self._hits.remove(hit)
@@ -258,6 +272,8 @@ class Ledger:
             if isinstance(event, Closed) and event.slot in self._open:
                 # Overwrites: the first closing of a slot is that of the request in the steps that wait.
                 end[event.slot] = self._end(event)
+            elif isinstance(event, TurnEnded) and event.slot in self._open:
+                end[event.slot] = event.end
         return end
 
     def _decide(self, raw: RawStep | None, end: I64) -> _Settled:
@@ -343,7 +359,8 @@ class Ledger:
         request = self._open.get(closing.slot)
         if request is None or closing.output_tokens < 0:
             return int(NO_BOUND)
-        return request.prompt_tokens + max(0, closing.output_tokens - 1)
+        prompt_tokens = closing.prompt_tokens if closing.prompt_tokens >= 0 else request.prompt_tokens
+        return prompt_tokens + max(0, closing.output_tokens - 1)
 
     def _total(self, request: Opened, closing: Closed) -> int:
         """Positions that the request's segments must cover."""
@@ -372,6 +389,10 @@ class Ledger:
             total_tokens=total,
             outcome=Outcome.ABORTED if closing.aborted else Outcome.FINISHED,
         )
+
+
+def _told(event: Opened) -> RequestOpened:
+    return RequestOpened(event.handle, event.request_id, event.prompt_tokens, event.adapter, event.traceparent)
 
 
 def _cut(event: Opened) -> Opened:
