@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from latentwatch.arrays import I64, U8, Array
+from latentwatch.client_ids import briefly
 from latentwatch.exporter.attribution import ScoredRows, StepRows, attribute, joined, span
 from latentwatch.exporter.inheritance import Hit, Inheritance
 from latentwatch.exporter.ledger_state import LedgerState
@@ -51,7 +52,6 @@ _COUNTS: Final = (
     "untraced_requests",
 )
 """Fields of EngineCounters, and attributes of Ledger."""
-_BRIEF_CHARACTERS: Final = 64
 
 
 class _Settled:
@@ -388,16 +388,19 @@ class Ledger:
             else max(0, total + 1 - request.prompt_tokens),
             total_tokens=total,
             outcome=Outcome.ABORTED if closing.aborted else Outcome.FINISHED,
+            response_id=request.response_id,
         )
 
 
 def _told(event: Opened) -> RequestOpened:
-    return RequestOpened(event.handle, event.request_id, event.prompt_tokens, event.adapter, event.traceparent)
+    names = event.adapter, event.traceparent, event.response_id
+    return RequestOpened(event.handle, event.request_id, event.prompt_tokens, *names)
 
 
 def _cut(event: Opened) -> Opened:
-    """With so little text that any number of requests fits into a checkpoint."""
-    return dataclasses.replace(event, request_id=event.request_id[-_BRIEF_CHARACTERS:], adapter="", traceparent="")
+    """With so little text that any number of requests fits into a checkpoint, and ids that are told apart as before."""
+    ids = {"request_id": briefly(event.request_id), "response_id": briefly(event.response_id)}
+    return dataclasses.replace(event, **ids, adapter="", traceparent="")
 
 
 def _padded(values: Array, rows: int) -> Array:

@@ -23,7 +23,9 @@ class Opened:
     adapter: str
     traceparent: str
     untraced: int = 0
-    """Requests before it whose trace context could not be carried, since this was last said."""
+    """Requests before it whose trace context and response id could not be carried, since this was last said."""
+    response_id: str = ""
+    """What the client was answered with; see client_ids."""
 
 
 @dataclass(frozen=True)

@@ -359,9 +359,7 @@ def test_a_ledger_that_takes_over_after_any_step_says_what_the_first_one_would_h
 
 
 def phases(books: Books, handle: int) -> dict[Phase, int]:
-    return {
-        phase: sum(n for (h, _, _, of), n in books.tokens.items() if (h, of) == (handle, phase)) for phase in Phase
-    }
+    return {phase: sum(n for (h, _, _, of), n in books.tokens.items() if (h, of) == (handle, phase)) for phase in Phase}
 
 
 def test_a_session_is_prompt_and_output_by_turns_and_the_row_past_an_output_is_no_token():

@@ -5,6 +5,7 @@ The target is 50 microseconds at 256 requests, so the work is array copies and o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latentwatch.arrays import Array
+from latentwatch.client_ids import bounded_id, carried
 from latentwatch.engines.vllm import request_ends, row_map, trace_context
 from latentwatch.engines.vllm.arming import ArmedHook
 from latentwatch.engines.vllm.interfaces import ModelRunner, NewRequest, SchedulerOutput
@@ -46,8 +48,6 @@ _BLOCKS_PER_EVENT = 2048
 MAX_OWED = 4096
 """Events that wait while the ring is full. Beyond them requests that began and ended meanwhile are folded into sums:
 those that live, or that the exporter knows, are few; these may be any number."""
-_ID_HEAD, _ID_TAIL = 200, 56
-"""Characters of a long request id that are kept. It holds the client's X-Request-Id, which may be as long as a slot."""
 
 
 class _Queued(NamedTuple):
@@ -135,16 +135,18 @@ class Requests:
     def _open(self, new: NewRequest) -> Opened:
         slot = self._free.pop() if self._free else len(self.slot_of)
         self._handles += 1
+        told = trace_context.told_of(new)
         # The worker's runner re-adds a preempted request as new, with its output in the prefill; it has a slot then.
         opened = Opened(
             slot=slot,
             handle=self._handles,
-            request_id=_bounded(new.req_id),
+            request_id=bounded_id(new.req_id),
             prompt_tokens=prompt_tokens_of(new),
             cached=int(new.num_computed_tokens),
-            adapter=getattr(new.lora_request, "lora_name", None) or "",
-            traceparent=trace_context.traceparent_of(new),
-            untraced=trace_context.untraced_before(new),
+            adapter=carried(str(getattr(new.lora_request, "lora_name", None) or "")),
+            traceparent=told.traceparent,
+            untraced=told.untraced,
+            response_id=told.response_id,
         )
         self.slot_of[new.req_id] = slot
         self._prompt[slot] = opened.prompt_tokens
@@ -164,13 +166,6 @@ def prompt_tokens_of(new: NewRequest) -> int:
         return len(new.prompt_token_ids)
     embeds = getattr(new, "prompt_embeds", None)
     return 0 if embeds is None else int(embeds.shape[0])
-
-
-def _bounded(request_id: str) -> str:
-    """Its end is vLLM's, and tells two requests of one long name apart."""
-    if len(request_id) <= _ID_HEAD + _ID_TAIL:
-        return request_id
-    return f"{request_id[:_ID_HEAD]}...{request_id[-_ID_TAIL:]}"
 
 
 def _in_lines(given: list[list[int]]) -> list[Event]:

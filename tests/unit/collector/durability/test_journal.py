@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.client_ids import IdKind
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.durability import checkpoint, journal, schema
@@ -182,7 +183,7 @@ def test_a_request_that_is_deleted_is_in_no_file_and_does_not_come_back(tmp_path
     before = counts(one._core)
     asyncio.run(one._checkpoint(1100.0))
     assert one._core.lookup.find("chatcmpl-2") and held(tmp_path, named)
-    assert asyncio.run(one.forget("chatcmpl-2", 1101.0))
+    assert asyncio.run(one.forget({IdKind.RESPONSE: ("chatcmpl-2",)}, 1101.0))
     assert not one._core.lookup.find("chatcmpl-2") and not held(tmp_path, named)
     killed(one)
     again = DurableSink(core(bounds=roomy), tmp_path, 1102.0)
