@@ -399,8 +399,8 @@ def _told(event: Opened) -> RequestOpened:
 
 def _cut(event: Opened) -> Opened:
     """With so little text that any number of requests fits into a checkpoint, and ids that are told apart as before."""
-    ids = {"request_id": briefly(event.request_id), "response_id": briefly(event.response_id)}
-    return dataclasses.replace(event, **ids, adapter="", traceparent="")
+    request_id, response_id = briefly(event.request_id), briefly(event.response_id)
+    return dataclasses.replace(event, request_id=request_id, response_id=response_id, adapter="", traceparent="")
 
 
 def _padded(values: Array, rows: int) -> Array:
