@@ -15,10 +15,10 @@ from latentwatch.engines.vllm.interfaces import Request, SchedulerOutput
 
 ATTRIBUTE: Final = "latentwatch_ended"
 """On SchedulerOutput: {request id: fields of RequestEnd} for its `finished_req_ids`; travels with its pickle."""
-TURNS_ATTRIBUTE: Final = "latentwatch_turns"
+OUTPUT_ENDS_ATTRIBUTE: Final = "latentwatch_output_ends"
 """On SchedulerOutput: {request id: first position past what counts} of sessions that ended an output since the last."""
 _ENDED: Final = "_latentwatch_ended"
-_TURNS: Final = "_latentwatch_turns"
+_TURNS: Final = "_latentwatch_output_ends"
 _INPUT_ENDED: Final = "_latentwatch_input_ended"
 
 
@@ -61,7 +61,7 @@ def install(scheduler_class: Any, status_class: Any) -> None:
             ids = output.finished_req_ids
             setattr(output, ATTRIBUTE, {request_id: ended.pop(request_id) for request_id in ids if request_id in ended})
         if turns := self.__dict__.pop(_TURNS, None):
-            setattr(output, TURNS_ATTRIBUTE, turns)
+            setattr(output, OUTPUT_ENDS_ATTRIBUTE, turns)
         return output
 
     scheduler_class._free_request = _free_request
@@ -102,7 +102,7 @@ def ended_requests(scheduler_output: SchedulerOutput) -> Mapping[str, RequestEnd
     return {request_id: RequestEnd(*told.get(request_id, ())) for request_id in scheduler_output.finished_req_ids}
 
 
-def ended_turns(scheduler_output: SchedulerOutput) -> Mapping[str, int]:
+def ended_outputs(scheduler_output: SchedulerOutput) -> Mapping[str, int]:
     """Per session that ended an output since the step before: the first position past what counts."""
-    turns: Mapping[str, int] = getattr(scheduler_output, TURNS_ATTRIBUTE, {})
+    turns: Mapping[str, int] = getattr(scheduler_output, OUTPUT_ENDS_ATTRIBUTE, {})
     return turns

@@ -87,7 +87,7 @@ class Requests:
                     # The number of tokens says how many positions there were; without one, only the steps do.
                     reached = int(self._reached[slot]) if end.output_tokens <= 0 else 0
                     events.append(Closed(slot, end.output_tokens, end.aborted, reached, end.prompt_tokens))
-        for request_id, stop in request_ends.ended_turns(scheduler_output).items():
+        for request_id, stop in request_ends.ended_outputs(scheduler_output).items():
             if (slot := self.slot_of.get(request_id)) is not None:
                 self._reached[slot] = min(stop, self._reached[slot])
                 events.append(TurnEnded(slot, stop))

@@ -365,8 +365,8 @@ def test_the_end_of_a_sessions_output_travels_and_its_last_input_is_no_abort():
     scheduler, session = _SessionScheduler(), a_session()
     scheduler.add_request(session)
     assert scheduler._handle_stopped_request(session) is False
-    assert request_ends.ended_turns(scheduler.schedule()) == {"s": 9}
-    assert request_ends.ended_turns(scheduler.schedule()) == {}
+    assert request_ends.ended_outputs(scheduler.schedule()) == {"s": 9}
+    assert request_ends.ended_outputs(scheduler.schedule()) == {}
     session.status = _SessionStatus.WAITING_FOR_STREAMING_REQ
     scheduler.add_request(a_session(resumable=False))
     assert request_ends.ended_requests(scheduler.schedule()) == {"s": (2, False, 8)}
