@@ -1,4 +1,4 @@
-"""The real HTTP server: whatever a client calls its request, and however it asks, the request is found by what it holds;
+"""The real HTTP server: whatever a client calls its request, it is found by what its client holds;
 and what it sends costs no other request its monitoring."""
 
 from __future__ import annotations

@@ -253,17 +253,15 @@ class Ledger:
 
     def _close(self, event: Closed, settled: _Settled) -> RequestClosed:
         if event.prompt_tokens >= 0 and event.prompt_tokens != self._open[event.slot].prompt_tokens:
-            # Input that it was given last and never computed.
             self._grow(Grown(event.slot, event.prompt_tokens))
         request = self._open[event.slot]
         for hit in [hit for hit in self._hits if hit.request is request]:
             self._hits.remove(hit)
             settled.add(*self._inheritance.of(hit))
         settled.add(self._missing(request, event))
-        closed = self._closed(request, event)
         del self._open[event.slot], self._lines[event.slot]
         self._by_slot.handle[event.slot] = -1
-        return closed
+        return _closed(request, event, self._total(request, event))
 
     def _ends(self, events: Sequence[Event]) -> I64:
         """By slot: the first position past what a request that ended has computed, NO_BOUND for the others."""
@@ -377,19 +375,19 @@ class Ledger:
         reached, stop = int(self._by_slot.next[closing.slot]), self._total(request, closing)
         return span(request.handle, reached, stop, request.prompt_tokens, reason)
 
-    def _closed(self, request: Opened, closing: Closed) -> RequestClosed:
-        total = self._total(request, closing)
-        return RequestClosed(
-            handle=request.handle,
-            request_id=request.request_id,
-            prompt_tokens=request.prompt_tokens,
-            output_tokens=closing.output_tokens
-            if closing.output_tokens >= 0
-            else max(0, total + 1 - request.prompt_tokens),
-            total_tokens=total,
-            outcome=Outcome.ABORTED if closing.aborted else Outcome.FINISHED,
-            response_id=request.response_id,
-        )
+
+def _closed(request: Opened, closing: Closed, total: int) -> RequestClosed:
+    """Args: total: positions that the request's segments cover."""
+    output_tokens = closing.output_tokens if closing.output_tokens >= 0 else max(0, total + 1 - request.prompt_tokens)
+    return RequestClosed(
+        handle=request.handle,
+        request_id=request.request_id,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=output_tokens,
+        total_tokens=total,
+        outcome=Outcome.ABORTED if closing.aborted else Outcome.FINISHED,
+        response_id=request.response_id,
+    )
 
 
 def _told(event: Opened) -> RequestOpened:

@@ -59,7 +59,7 @@ def test_the_request_beside_it_is_told_whole(name: str, adapter: str, extra: Any
     ended = {name: (1, False), "good": (1, False)}
     batches = delivered([({name: 0, "good": 0}, output), ({}, scheduled({}, finished=ended))])
     opened = {each.handle: each for batch in batches for each in batch.opened}
-    tokens = {handle: 0 for handle in opened}
+    tokens = dict.fromkeys(opened, 0)
     for batch in batches:
         for segment in batch.segments_S:
             tokens[int(segment["handle"])] += int(segment["count"])
