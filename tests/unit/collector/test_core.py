@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.client_ids import bounded_id
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.http.overview import overview
@@ -428,13 +429,14 @@ def test_the_exemplar_is_the_latest_exceedance_with_its_trace():
     )
 
 
-def test_client_text_is_cut_to_a_bound_and_still_found():
+def test_an_id_of_any_length_is_kept_as_its_digest_and_found_by_itself():
     made, who = connected()
     request = one_loud_request([0, 5])
     request.request_id = "x" * 5000
     feed(made, who, Schedule.one_step([request]).batches(FEATURES))
     (view,) = views_of(made, request.request_id)
-    assert len(view.request_id) == 256
+    assert view.request_id == bounded_id(request.request_id) and len(view.request_id) < 80
+    assert not views_of(made, request.request_id + "y") and views_of(made, view.request_id) == [view]
 
 
 # -- statistics
