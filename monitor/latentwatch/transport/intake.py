@@ -118,7 +118,7 @@ class Intake:
         if not self._spool.append(sequence, tokens_of(batch), message):
             return False
         with self._lock:
-            self._buffer.note_sent(batch)
+            self._buffer.record_sent(batch)
         return True
 
     def _to_memory(self, sequence: int, batch: StepBatch, message: bytes) -> None:

@@ -198,7 +198,7 @@ class SendBuffer:
         owed, self._owed = self._owed, []
         return replace(batch, closed=(*owed, *batch.closed))
 
-    def note_sent(self, batch: StepBatch) -> None:
+    def record_sent(self, batch: StepBatch) -> None:
         """Collectors will hear of these requests, whatever was dropped of them."""
         if self._untold:
             self._untold.difference_update(batch.segments_S["handle"].tolist(), (end.handle for end in batch.closed))
@@ -221,7 +221,7 @@ class SendBuffer:
             pending = self._pop_waiting()
             outgoing = Outgoing(pending.sequence, pending.content, spooled=False)
             if self._untold:
-                self.note_sent(_batch(pending.content))
+                self.record_sent(_batch(pending.content))
         self._in_flight.append(pending)
         self._in_flight_bytes += pending.nbytes
         self.books.resent_batches += pending.sequence <= self._highest_sent
