@@ -149,6 +149,8 @@ class SendBuffer:
         self._in_flight_bytes = 0
         self._untold: set[int] = set()
         """Handles of requests whose beginning was dropped, and of which no collector will hear anything else so far."""
+        self._heard_of: set[int] = set()
+        """Handles of requests in what the spool took while older batches wait here."""
         self._owed: list[RequestClosed] = []
         """Ends that were dropped, of requests whose beginning was not."""
 
@@ -199,9 +201,13 @@ class SendBuffer:
         return replace(batch, closed=(*owed, *batch.closed))
 
     def record_sent(self, batch: StepBatch) -> None:
-        """Collectors will hear of these requests, whatever was dropped of them."""
-        if self._untold:
-            self._untold.difference_update(batch.segments_S["handle"].tolist(), (end.handle for end in batch.closed))
+        """Collectors will hear of these requests, whatever was dropped of them, or will be."""
+        if not len(self):
+            self._heard_of.clear()
+            return
+        handles = {*batch.segments_S["handle"].tolist(), *(end.handle for end in batch.closed)}
+        self._heard_of |= handles
+        self._untold -= handles
 
     def send_next(self, ahead: Spooled | None) -> Outgoing | None:
         """Move the batch of the lowest number in flight; None where none waits, or enough is in flight.
@@ -327,7 +333,7 @@ class SendBuffer:
 
     def _note_ends(self, dropped: Pending) -> None:
         batch = _batch(dropped.content)
-        self._untold.update(opened.handle for opened in batch.opened)
+        self._untold.update({opened.handle for opened in batch.opened} - self._heard_of)
         for closed in batch.closed:
             if closed.handle in self._untold:
                 self._untold.remove(closed.handle)
