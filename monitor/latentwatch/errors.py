@@ -90,7 +90,6 @@ class RefusalReason(StrEnum):
     STATE_UNUSABLE = "state_unusable", "the state's folder cannot be written"
     STATE_HEADER = "state_header", "the state is of another watchlist, format or bounds"
     STATE_DAMAGED = "state_damaged", "a checkpoint is damaged or does not fit"
-    STATE_JOURNAL = "state_journal", "an event in a journal is not accepted again"
     BASELINE_MISSING = "baseline_missing", "a baseline file cannot be read"
     BASELINE_FORMAT = "baseline_format", "a baseline is damaged or of another format"
     BASELINE_MISMATCH = "baseline_mismatch", "a baseline is of another model or watchlist"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from latentwatch.client_ids import IdKind
@@ -42,7 +43,8 @@ class Core:
         Raises: BaselineRefused: drift is to be measured against a baseline of something else.
         """
         drift = drift or DriftSettings()
-        self.drift = Drift(watchlist, drift)
+        self._new_drift = functools.partial(Drift, watchlist, drift)
+        self.drift = self._new_drift()
         self.watchlist = with_limits(watchlist, drift.baseline)
         self._state = state = CollectorState(self.watchlist, bounds or Bounds())
         self.bounds = state.bounds
@@ -66,8 +68,13 @@ class Core:
     def restore(self, state: CoreState) -> None:
         """Go on from what `state` gave, where nothing was seen yet, with the same watchlist and bounds.
 
-        Raises ValueError where it does not fit them, or not together.
+        Raises what says that it does not fit them, or not together: then nothing of it was taken.
         """
+        trial = CollectorState(self.watchlist, self.bounds)
+        trial.restore(state.collector)
+        self._new_drift().restore(state.drift)
+        if self.outbox is not None and state.outbox is not None:
+            ReportOutbox(self.outbox.boot_id, trial).restore(state.outbox)
         self._state.restore(state.collector)
         self.drift.restore(state.drift)
         self._outbox_before = state.outbox

@@ -80,7 +80,10 @@ class StateFolder:
 
     def set_aside(self, path: Path, why: str) -> None:
         """Have a file stay as it is under a name that nothing here reads or removes. Raises OSError."""
-        aside = path.with_name(path.name + _ASIDE)
+        aside, number = path.with_name(path.name + _ASIDE), 1
+        while aside.exists():
+            aside = path.with_name(f"{path.name}.{number}{_ASIDE}")
+            number += 1
         path.rename(aside)
         storage.sync_folder(self.path)
         log.error("%s is set aside as %s and counts for nothing: %s", path, aside.name, why)

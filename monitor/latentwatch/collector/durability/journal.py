@@ -8,7 +8,8 @@ else. A new pair begins every minute or every 64 MiB, and the older one is remov
 What survives. Events are written (not synced) before they are acknowledged, so the death of the process costs nothing;
 they are synced once a second, so the death of the host costs the acknowledged events of about that second, which show
 up as a gap in the sequence numbers. Of a journal whose end is torn or damaged everything before that place counts; one
-that is damaged is set aside, see `folder`.
+that is damaged is set aside, see `folder`. So is a damaged checkpoint: the one before it counts where it is still
+there, else the collector begins at zero, and says so. No file stops it.
 
 The order in which files come and go: a journal is removed only after the checkpoint behind it is on the disk, and that
 is written only after the evidence that its events gave is. So evidence that still waited in memory as a collector was
@@ -46,7 +47,7 @@ from latentwatch.collector.core import Core
 from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.durability import checkpoint, events, schema
 from latentwatch.collector.durability.folder import StateFolder
-from latentwatch.collector.durability.resume import EVIDENCE_SECONDS, replay
+from latentwatch.collector.durability.resume import EVIDENCE_SECONDS, replay, restore
 from latentwatch.collector.durability.state_facts import StateFacts
 from latentwatch.errors import RefusalReason, StateRefused
 from latentwatch.transport.hello import Hello
@@ -94,7 +95,7 @@ class DurableSink:
 
         Args:   core: has seen nothing yet.   now: seconds since the Unix epoch.   evidence_written: what is done once
                 all evidence that the core gave until now is on a disk; None where it gives none.
-        Raises: StateRefused: "state_in_use", "state_unusable", "state_header", "state_damaged" or "state_journal".
+        Raises: StateRefused: "state_in_use", "state_unusable" or "state_header".
         """
         self._core = core
         self._ingest = core.ingest
@@ -146,19 +147,14 @@ class DurableSink:
                 self._fail(error)
 
     def _resume(self) -> None:
-        """Put the collector where the files end. Raises OSError, StateRefused."""
-        numbers = self._folder.numbers("checkpoint")
-        if not numbers:
+        """Put the collector where the files that can be used end. Raises OSError; StateRefused "state_header"."""
+        self._number = self._folder.newest()
+        number = restore(self._core, self._folder, self._header)
+        if number is None:
             self._folder.name_other_formats(schema.FORMAT)
             return
-        path = self._folder.file("checkpoint", numbers[-1])
-        state = checkpoint.read(path, self._header)
-        try:
-            self._core.restore(state)
-        except (ValueError, IndexError) as error:
-            raise checkpoint.damaged(path, f"it does not hold together: {error}") from error
-        self._number = self._folder.newest()
-        self._resumed = replay(self._core, self._folder, numbers[-1], self._evidence_written)
+        self._resumed = replay(self._core, self._folder, number, self._evidence_written)
+        path = self._folder.file("checkpoint", number)
         log.info("resumed from %s with %d events after it", path, self._resumed)
 
     # -- Sink

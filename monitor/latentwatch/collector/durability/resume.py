@@ -1,20 +1,22 @@
-"""The journals behind a checkpoint, given to a collector again."""
+"""The newest checkpoint that can be used, and the journals behind it, given to a collector again.
+
+A file that cannot be used costs what only it has: it is set aside by name, and the rest counts.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import json
 import logging
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from latentwatch import storage
-from latentwatch.collector.durability import events
+from latentwatch.collector.durability import checkpoint, events
 from latentwatch.collector.durability.folder import StateFolder
-from latentwatch.errors import Refusal, RefusalReason, StateRefused
+from latentwatch.errors import RefusalReason, StateRefused
 from latentwatch.transport.hello import Hello
 
 if TYPE_CHECKING:
@@ -28,10 +30,36 @@ _REPLAYED_AT_ONCE: Final = 512
 """Events that are taken again before what they gave is written: more would not fit into the queue of evidence."""
 
 
+def restore(core: Core, folder: StateFolder, header: Mapping[str, Any]) -> int | None:
+    """Put a collector where the newest checkpoint is that can be used; its number, None where there is none.
+
+    Raises: OSError; StateRefused "state_header".
+    """
+    for number in reversed(folder.numbers("checkpoint")):
+        path = folder.file("checkpoint", number)
+        try:
+            core.restore(checkpoint.read(path, header))
+        except StateRefused as refused:
+            if refused.reason != RefusalReason.STATE_DAMAGED:
+                raise
+            folder.set_aside(path, refused.found)
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            folder.set_aside(path, f"it does not hold together: {error}")
+        else:
+            return number
+    # What they tell is of a collector that had counted what came before; without that it would be a wrong number.
+    for number in folder.numbers("journal"):
+        path = folder.file("journal", number)
+        records, damage = _records(path)
+        if damage or len(records) > 1:
+            folder.set_aside(path, "there is no checkpoint that leads to it")
+    return None
+
+
 def replay(core: Core, folder: StateFolder, first: int, evidence_written: Callable[[], Future[None]] | None) -> int:
     """Hand a collector the events of the journals from this number on, as far as they lead; how many those were.
 
-    Raises: OSError; StateRefused "state_journal".
+    Raises: OSError.
     """
     newest = folder.newest()
     given = 0
@@ -43,8 +71,9 @@ def replay(core: Core, folder: StateFolder, first: int, evidence_written: Callab
             if damage:
                 folder.set_aside(path, damage)
             break
-        given += _replay(core, path, records[1:], evidence_written)
-        if damage:
+        taken, wrong = _replay(core, records[1:], evidence_written)
+        given += taken
+        if damage := wrong or damage:
             for later in range(number, newest + 1):
                 if folder.file("journal", later).exists():
                     folder.set_aside(folder.file("journal", later), damage)
@@ -52,26 +81,25 @@ def replay(core: Core, folder: StateFolder, first: int, evidence_written: Callab
     return given
 
 
-def _replay(core: Core, path: Path, records: list[bytes], evidence_written: Callable[[], Future[None]] | None) -> int:
+def _replay(
+    core: Core, records: list[bytes], evidence_written: Callable[[], Future[None]] | None
+) -> tuple[int, str]:
+    """How many events were taken, and what is wrong with the one behind them; empty where there is none."""
     names: dict[int, Hello] = {}
-    try:
-        for i, record in enumerate(records, start=1):
-            if i % _REPLAYED_AT_ONCE == 0 and evidence_written is not None:
-                concurrent.futures.wait((evidence_written(),), EVIDENCE_SECONDS)
+    for i, record in enumerate(records, start=1):
+        if i % _REPLAYED_AT_ONCE == 0 and evidence_written is not None:
+            concurrent.futures.wait((evidence_written(),), EVIDENCE_SECONDS)
+        try:
             kind, now, name = events.EVENT.unpack_from(record)
             text = record[events.EVENT.size :]
             if kind == events.NAME:
                 names[name] = Hello(**json.loads(text))
             else:
                 events.repeat(core.ingest, kind, now, names.get(name), text)
-    except (Refusal, KeyError, ValueError, TypeError, struct.error) as error:
-        raise StateRefused(
-            f"state {path}",
-            found=f"an event in it is not taken again: {error}",
-            instead="Start the version that wrote it, or remove its folder to begin again at zero.",
-            reason=RefusalReason.STATE_JOURNAL,
-        ) from error
-    return len(records) - len(names)
+        except Exception as error:
+            # A core that meets such an event while it serves refuses it too, whatever it raises, and goes on.
+            return i - 1 - len(names), f"its event {i} is not taken again: {type(error).__name__}: {error}"
+    return len(records) - len(names), ""
 
 
 def _records(path: Path) -> tuple[list[bytes], str]:

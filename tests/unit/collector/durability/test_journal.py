@@ -23,7 +23,9 @@ from latentwatch.client_ids import IdKind
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.durability import checkpoint, journal, schema
+from latentwatch.collector.durability.folder import StateFolder
 from latentwatch.collector.durability.journal import DurableSink
+from latentwatch.collector.state import CollectorState
 from latentwatch.errors import StateRefused
 from latentwatch.names import Severity
 from latentwatch.step.batch import StepBatch
@@ -390,7 +392,7 @@ def test_the_state_of_another_format_is_left_alone_and_named_once(tmp_path, monk
     assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
 
 
-def test_state_that_cannot_be_resumed_from_is_refused_and_not_overwritten(tmp_path):
+def test_state_of_another_start_is_refused_and_not_overwritten(tmp_path):
     sink = DurableSink(core(), tmp_path, 1000.0)
     with pytest.raises(StateRefused) as refused:
         DurableSink(core(), tmp_path, 1000.0)
@@ -399,17 +401,107 @@ def test_state_that_cannot_be_resumed_from_is_refused_and_not_overwritten(tmp_pa
     with pytest.raises(StateRefused, match="bounds") as refused:
         DurableSink(core(bounds=Bounds()), tmp_path, 1000.0)
     assert refused.value.reason == "state_header"
-    (path,) = tmp_path.rglob("checkpoint-*")
-    damaged = bytearray(path.read_bytes())
-    damaged[damaged.index(b"engines")] ^= 1
-    path.write_bytes(damaged)
-    with pytest.raises(StateRefused) as refused:
-        DurableSink(core(), tmp_path, 1000.0)
-    assert refused.value.reason == "state_damaged"
-    assert path.read_bytes() == damaged
     with pytest.raises(StateRefused) as refused:
         DurableSink(core(), Path("/proc/none"), 1000.0)
     assert refused.value.reason == "state_unusable"
+
+
+def _flipped(path: Path) -> bytes:
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"engines")] ^= 1
+    path.write_bytes(damaged)
+    return bytes(damaged)
+
+
+def test_a_damaged_checkpoint_is_set_aside_with_what_only_it_leads_to_and_the_collector_begins_at_zero(
+    tmp_path, caplog
+):
+    steps = batches(1)
+    sink = DurableSink(core(), tmp_path, 1000.0)
+    sink.hello(hello(), 1000.0)
+    run(sink, steps[:4])
+    killed(sink)
+    (path,), (behind,) = tmp_path.rglob("checkpoint-*"), tmp_path.rglob("journal-*")
+    damaged, told = _flipped(path), behind.read_bytes()
+    made = core()
+    again = DurableSink(made, tmp_path, 1001.0)
+    assert "set aside" in caplog.text and str(path) in caplog.text
+    assert again.facts.durable and again.facts.files_aside == 2
+    assert again.hello(hello(), 1001.0) == 0 and made.lookup.snapshot(0).collector.messages == 0
+    run(again, steps[:5])
+    killed(again)
+    third = DurableSink(core(), tmp_path, 1002.0)
+    assert third.hello(hello(), 1002.0) == 5 and third.facts.files_aside == 2
+    aside = {file.read_bytes() for file in tmp_path.rglob("*.aside")}
+    assert aside == {damaged, told}
+
+
+def test_of_two_checkpoints_the_one_before_a_damaged_one_counts_with_every_event_behind_it(tmp_path, monkeypatch):
+    """Killed between the writing of a checkpoint and the removal of what it replaces."""
+    steps = batches(1)
+    sink = DurableSink(core(), tmp_path, 1000.0)
+    sink.hello(hello(), 1000.0)
+    run(sink, steps[:4])
+    with monkeypatch.context() as patched:
+        patched.setattr(StateFolder, "remove_before", lambda *_: None)
+        asyncio.run(sink.maintain(1070.0))
+    run(sink, steps[4:6], 5)
+    killed(sink)
+    _flipped(sorted(tmp_path.rglob("checkpoint-*"))[-1])
+    again = DurableSink(core(), tmp_path, 1071.0)
+    assert again.hello(hello(), 1071.0) == 6 and again.facts.files_aside == 1
+
+
+def test_a_state_that_fails_in_the_middle_of_being_restored_leaves_nothing_of_it(tmp_path, monkeypatch):
+    steps = batches(1)
+    sink = DurableSink(core(), tmp_path, 1000.0)
+    sink.hello(hello(), 1000.0)
+    run(sink, steps[:4])
+    sink.close(1001.0)
+
+    def failing(*_: Any) -> None:
+        raise KeyError(7)
+
+    made = core()
+    with monkeypatch.context() as patched:
+        patched.setattr(CollectorState, "_check_references", failing)
+        again = DurableSink(made, tmp_path, 1002.0)
+    assert again.facts.files_aside == 1 and made.lookup.snapshot(0).collector.messages == 0
+    assert not made.lookup.latest(10) and again.hello(hello(), 1002.0) == 0
+
+
+def test_an_event_that_is_not_taken_again_costs_what_follows_it_and_not_the_start(tmp_path, monkeypatch, caplog):
+    steps = batches(1)
+    sink = DurableSink(core(), tmp_path, 1000.0)
+    sink.hello(hello(), 1000.0)
+    run(sink, steps[:6])
+    killed(sink)
+    made, left = core(), iter([None] * 3)
+    real = made.ingest.observe
+
+    def failing(*given: Any) -> None:
+        next(left)  # StopIteration, of all things
+        real(*given)
+
+    monkeypatch.setattr(made.ingest, "observe", failing)
+    again = DurableSink(made, tmp_path, 1001.0)
+    monkeypatch.undo()
+    assert again.hello(hello(), 1001.0) == 3
+    assert again.facts.files_aside == 1 and "is not taken again" in caplog.text
+
+
+def test_journals_without_a_checkpoint_are_set_aside_and_never_written_over(tmp_path):
+    sink = DurableSink(core(), tmp_path, 1000.0)
+    sink.hello(hello(), 1000.0)
+    run(sink, batches(1)[:4])
+    killed(sink)
+    for path in tmp_path.rglob("checkpoint-*"):
+        path.unlink()
+    (path,) = tmp_path.rglob("journal-*")
+    told = path.read_bytes()
+    again = DurableSink(core(), tmp_path, 1001.0)
+    assert again.facts.files_aside == 1
+    assert path.with_name(path.name + ".aside").read_bytes() == told
 
 
 def test_a_boot_that_was_forgotten_still_cannot_be_counted_twice():
