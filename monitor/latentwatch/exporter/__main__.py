@@ -1,4 +1,4 @@
-"""`python -m latentwatch.exporter FD`: started by the engine, which writes its configuration there; never by hand."""
+"""`python -m latentwatch.exporter FD PID`: by the engine PID, which writes its configuration there; never by hand."""
 
 import os
 import sys
@@ -16,6 +16,6 @@ from latentwatch.errors import Refusal  # noqa: E402, imported on the other core
 from latentwatch.exporter.process import main  # noqa: E402, as above
 
 try:
-    raise SystemExit(main(int(sys.argv[1])))
+    raise SystemExit(main(int(sys.argv[1]), int(sys.argv[2])))
 except Refusal as refusal:
     raise SystemExit(f"latentwatch exporter: {refusal}") from refusal

@@ -64,7 +64,9 @@ class Before:
         except Exception:
             # A bug, or memory that something wrote over. Scores from here on are better than none at all.
             log.exception("latentwatch: what the exporter before this one left cannot be read; its requests are lost")
-            return cls(ExporterState(read=ring.read), [])
+            ring.checkpoint.begin_anew()
+            # Numbers go on: a collector takes each of them once.
+            return cls(ExporterState(read=ring.read, sequence=ring.checkpoint.numbered), [])
 
     def on_drop(self, first: int, last: int) -> None:
         """The sender gave these up."""
@@ -173,21 +175,30 @@ class Exporter:
             waits=self._waits,
             sequence=numbered[-1].sequence if numbered else self._committed.sequence,
             acked=self._sender.acked,
-            dropped=drops,
+            dropped=_joined(drops),
             forgotten_tokens=self._forgotten_tokens,
             forgotten_to=self._forgotten_to,
             counters=self._counted,
             ledger=self._ledger.state(),
         )
-        data = state.to_bytes()
-        if len(data) > checkpoint.max_state_bytes:
-            data = dataclasses.replace(state, ledger=self._ledger.state(brief=True)).to_bytes()
-        checkpoint.commit(data, logged)
+        checkpoint.commit(self._fitting(state, checkpoint.max_state_bytes), logged, numbered=state.sequence)
         for first, last in drops:
             for sequence in range(first, last + 1):
                 checkpoint.done(sequence)
         del self._dropped[: len(drops)]
         self._drops_noted += len(drops)
+
+    def _fitting(self, state: ExporterState, most_bytes: int) -> bytes:
+        """The state in no more than so many bytes: with less of its requests' texts, then with fewer of them. Those
+        that are left out are lost if this exporter dies before they end.
+        """
+        data = state.to_bytes()
+        requests = len(state.ledger.next_n)
+        while len(data) > most_bytes and requests >= 0:
+            ledger = self._ledger.state(brief=True, most=requests)
+            data = dataclasses.replace(state, ledger=ledger).to_bytes()
+            requests = requests // 2 if requests else -1
+        return data
 
     def _forget(self, let_go: Sequence[Logged]) -> None:
         """These batches are in this process's memory only, until a collector has them."""
@@ -234,6 +245,17 @@ class Exporter:
         self._counted = self._ledger.count(added(self._counted_before, own))
         self._drops_counted = stats.dropped_batches
         return self._counted
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers in few ranges: those that are given up stand next to each other, and may be very many."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = joined[-1][0], max(last, joined[-1][1])
+        else:
+            joined.append((first, last))
+    return joined
 
 
 def _without_rows(raw: RawStep) -> RawStep:

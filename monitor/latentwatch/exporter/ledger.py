@@ -8,6 +8,8 @@ blocks may belong to the very step in which it began.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -177,13 +179,16 @@ class Ledger:
         """`counters` with those that the ledger keeps."""
         return dataclasses.replace(counters, **{name: getattr(self, name) for name in _COUNTS})
 
-    def state(self, *, brief: bool = False) -> LedgerState:
+    def state(self, *, brief: bool = False, most: int = sys.maxsize) -> LedgerState:
         """What the next exporter needs to go on behind the newest step.
 
         Args: brief: texts of requests are cut, and parts of steps that wait for long are left out: they become gaps.
+              most: requests, the newest of them.
         """
-        slots = np.fromiter(self._open, np.int64, len(self._open))
-        lines = self._lines.values() if not brief else (encode_events([_cut(event)]) for event in self._open.values())
+        left_out = max(0, len(self._open) - most)
+        events = dict(itertools.islice(self._open.items(), left_out, None))
+        slots = np.fromiter(events, np.int64, len(events))
+        lines = (encode_events([_cut(event)]) if brief else self._lines[slot] for slot, event in events.items())
         parts = self._pending.parts
         return LedgerState(
             newest=self._newest,
@@ -192,7 +197,7 @@ class Ledger:
             opened=b"".join(lines),
             next_n=self._by_slot.next[slots],
             rows_at_n=self._by_slot.rows_at[slots],
-            hits=[(hit.request.slot, hit.start, hit.stop) for hit in self._hits],
+            hits=[(hit.request.slot, hit.start, hit.stop) for hit in self._hits if hit.request.slot in events],
             parts=() if brief else parts,
         )
 

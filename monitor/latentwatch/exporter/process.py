@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -36,6 +37,8 @@ BUFFER_MIB: Final = "LATENTWATCH_BUFFER_MIB"
 BUFFER_MIB_UNSET: Final = 64.0
 IDLE_SECONDS: Final = 0.005
 """Sleep between two looks at an empty ring: adds this much to a score's way, costs about 0.2 % of a core."""
+_LOOK_SECONDS: Final = 1.0
+"""Between two looks for the engine while it has nothing to say yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +118,25 @@ class _StopSignal:
         self.came = True
 
 
-def main(config_fd: int) -> int:
-    """Wait for a line on stdin, which says that the ExporterConfig is in its file; run until the engine is done."""
+def _is_told(engine: int) -> bool:
+    """Wait for the line on stdin; False where the engine ended first.
+
+    Then no end of file need come: a process that the engine forked meanwhile has the other end of the pipe too.
+    """
+    while not select.select([sys.stdin], [], [], _LOOK_SECONDS)[0]:
+        if os.getppid() != engine:
+            return False
+    return bool(sys.stdin.readline())
+
+
+def main(config_fd: int, engine: int) -> int:
+    """Wait for a line on stdin, which says that the ExporterConfig is in its file; run until the engine is done.
+
+    Args: engine: its process, the parent of this one while it lives.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [latentwatch exporter] %(message)s")
     stop = _StopSignal()
-    if not sys.stdin.readline():
+    if not _is_told(engine):
         return 0  # the engine ended while its model loaded
     # From here on, with the threads to come, a share of the processor like any other's but never out of turn: a step
     # that has just been handed over wakes nobody who takes the core from the engine's scheduler.

@@ -54,9 +54,14 @@ def _state_bytes(max_requests: int) -> int:
 class Checkpoint:
     """See above. `load` once, then `commit` after each step."""
 
-    def __init__(self, memory: memoryview, committed: Array) -> None:
-        """Args: memory: of checkpoint_bytes(), zeros at first.   committed: uint64 [1], commits so far."""
+    def __init__(self, memory: memoryview, committed: Array, numbered: Array) -> None:
+        """
+        Args:   memory: of checkpoint_bytes(), zeros at first.   committed: uint64 [1], commits so far.
+                numbered: uint64 [1], the highest number of a batch that was to be committed; whatever becomes of the
+                rest, no exporter may give it again.
+        """
         self._committed = committed
+        self._numbered = numbered
         area = len(memory) // 2 - LOG_BYTES
         self.max_state_bytes = area - _STATE.size
         self._areas = (memory[:area], memory[area : 2 * area])
@@ -71,7 +76,10 @@ class Checkpoint:
         if not commits:
             return None
         area = self._areas[commits % 2]
-        size, self._half, self._end = _STATE.unpack_from(area)
+        size, half, end = _STATE.unpack_from(area)
+        if size > self.max_state_bytes or half > 1 or end > LOG_BYTES:
+            raise ValueError(f"a state of {size} bytes with {end} of batches in half {half}")
+        self._half, self._end = half, end
         at, found = 0, []
         while at < self._end:
             done, sequence, _, nbytes = _ENTRY.unpack_from(self._halves[self._half], at)
@@ -80,6 +88,15 @@ class Checkpoint:
                 self._note(sequence, at, nbytes)
             at += _ENTRY.size + nbytes
         return bytes(area[_STATE.size : _STATE.size + size]), found
+
+    def begin_anew(self) -> None:
+        """Forget what `load` found, or could not read: the next commit says all there is."""
+        self._half, self._end, self._live, self._live_bytes = 0, 0, {}, 0
+
+    @property
+    def numbered(self) -> int:
+        """The highest number that a batch has had."""
+        return int(self._numbered[0])
 
     def make_room(
         self, new: Sequence[Logged], shorter: Callable[[Logged], Logged]
@@ -104,10 +121,14 @@ class Checkpoint:
                 self._append(batch)
         return [batch for batch in fitting if batch.sequence in numbers], let_go
 
-    def commit(self, state: bytes, new: Sequence[Logged] = ()) -> None:
-        """Note a state of at most `max_state_bytes`, and the batches that belong to it, together or not at all."""
+    def commit(self, state: bytes, new: Sequence[Logged] = (), *, numbered: int = 0) -> None:
+        """Note a state of at most `max_state_bytes`, and the batches that belong to it, together or not at all.
+
+        Args: numbered: the highest number that a batch was given; noted in any case.
+        """
         for batch in new:
             self._append(batch)
+        self._numbered[0] = max(self.numbered, numbered)
         commits = int(self._committed[0]) + 1
         area = self._areas[commits % 2]
         area[_STATE.size : _STATE.size + len(state)] = state

@@ -51,7 +51,8 @@ _MAGIC, _SLOTS, _STRIDE, _HEAD, _TAIL, _DROPPED_STEPS, _CLOSED, _RESTARTS, _ATTA
     0, 1, 2, 8, 16, 24, 26, 27, 32, 33, 34,
 )  # fmt: skip
 _COMMITTED: Final = 40
-"""The checkpoint's word: see checkpoint.py."""
+_NUMBERED: Final = 41
+"""The checkpoint's words: see checkpoint.py."""
 # Words of a slot's header (int64).
 _STEP, _TIME, _REQUESTS, _ROWS, _SCORED_ROWS, _FIRES, _SILENT, _EVENTS = range(8)
 _SLOT_HEADER_BYTES = 128
@@ -177,7 +178,11 @@ class Ring:
             )
         memory = memoryview(self._map)
         first = HEADER_BYTES + geometry.checkpoint_bytes
-        self.checkpoint = Checkpoint(memory[HEADER_BYTES:first], self._header[_COMMITTED : _COMMITTED + 1])
+        self.checkpoint = Checkpoint(
+            memory[HEADER_BYTES:first],
+            self._header[_COMMITTED : _COMMITTED + 1],
+            self._header[_NUMBERED : _NUMBERED + 1],
+        )
         """What the exporter notes there; its process uses it, and nobody else."""
         self._slots = [Slot(memory[first + i * stride : first + (i + 1) * stride], geometry) for i in range(slots)]
         self._head = int(self._header[_HEAD])
@@ -228,6 +233,16 @@ class Ring:
     def count_restart(self) -> None:
         """Book that the exporter had to be started again."""
         self._header[_RESTARTS] += np.uint64(1)
+
+    @property
+    def given_back(self) -> int:
+        """Steps whose slots the exporter gave back since the ring was made: it reads as long as this rises."""
+        return int(self._header[_TAIL])
+
+    @property
+    def unread(self) -> int:
+        """Steps that wait for the exporter, but for one, which may wait in it for the next."""
+        return max(0, self._head - self.given_back - 1)
 
     def close(self) -> None:
         """The engine will write no more; the exporter drains and ends."""

@@ -7,6 +7,7 @@ what lies in the ring and the spool is left. The collector takes each number onc
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from latentwatch.engines.vllm.step_tap import StepTap
 from latentwatch.exporter.forwarding import Before, Exporter
 from latentwatch.exporter.ledger import Ledger
 from latentwatch.exporter.score_cache import ScoreCache
+from latentwatch.exporter.state import ExporterState
+from latentwatch.handover.events import Opened
 from latentwatch.handover.ring import Geometry, Ring
 from latentwatch.names import Reason, TokenState
 from latentwatch.step.batch import UNANNOUNCED, StepBatch, owns_rows
@@ -386,3 +389,65 @@ def test_what_the_dead_one_counted_is_counted_on(tmp_path):
     site.exporter.forward_step(0.0)
     assert site.exporter._counted.lost_tokens == 17
     assert site.exporter._counted.surplus_tokens >= before_it.surplus_tokens
+
+
+def wrong_state(memory: Any) -> None:
+    memory[24:40] = b"X" * 16
+
+
+def wrong_sizes(memory: Any) -> None:
+    memory[:24] = b"\xff" * 24
+
+
+def wrong_half(memory: Any) -> None:
+    struct.pack_into("<QQQ", memory, 0, 100, 7, 0)
+
+
+@pytest.mark.parametrize("damage", [wrong_state, wrong_sizes, wrong_half])
+def test_of_a_checkpoint_that_cannot_be_read_only_the_open_requests_are_lost(tmp_path, damage):
+    """As another version writes it, or a bug: numbers go on, so that nothing new passes for what came before."""
+    site = Site(tmp_path, np.random.default_rng(3), spool=False)
+    for _ in range(30):
+        site.compute()
+        site.drain()
+    checkpoint = site.exporter_ring.checkpoint
+    damage(checkpoint._areas[int(checkpoint._committed[0]) % 2])
+    told, ended = site.collector.highest, len(site.collector.total)
+    site.collector.name.clear()  # what is left in the ring may be told again, which a collector takes
+    site.restart()
+    known = set(site.exporter._ledger._open)
+    for _ in range(60):
+        site.compute()
+        site.drain()
+    assert not known and site.collector.highest >= told + 60 and site.collector.gaps == 0
+    assert len(site.collector.total) > ended
+    missing = site.scheduler.tokens - sum(site.collector.tokens.values())
+    assert 0 <= missing <= site.collector.counters.unattributed_rows + ROWS
+
+
+def test_a_checkpoint_never_grows_beyond_its_place_whatever_is_open(tmp_path):
+    """Preempted requests are open too, any number of them. The next exporter knows as many as have room, the newest."""
+    site = Site(tmp_path, np.random.default_rng(6), spool=False)
+    ledger = site.exporter._ledger
+    for slot in range(5000):
+        ledger._begin(Opened(slot, 10**6 + slot, "\U0001f600" * 250 + f"{slot:06d}", 10**5, 10**5, "a", "t"))
+    site.exporter._commit([], site.exporter_ring.read)
+    found = site.exporter_ring.checkpoint.load()
+    assert found is not None and len(found[0]) <= site.exporter_ring.checkpoint.max_state_bytes
+    site.start()
+    known = site.exporter._ledger._open
+    assert 50 < len(known) < 5000 and max(known) == 4999
+
+
+def test_numbers_that_were_given_up_by_the_thousand_are_noted_as_ranges(tmp_path):
+    site = Site(tmp_path, np.random.default_rng(7), spool=False)
+    site.compute()
+    site.exporter.forward_step(0.0)
+    with site.sender._lock:
+        for number in range(10_000, 60_000):
+            site.sender._buffer.give_up(number, 1, Drop.NO_ROOM)
+    site.compute()
+    site.exporter.forward_step(0.0)
+    found = site.exporter_ring.checkpoint.load()
+    assert found is not None
+    assert ExporterState.from_bytes(found[0]).dropped == [[10_000, 59_999]]

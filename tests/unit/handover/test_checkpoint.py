@@ -17,10 +17,10 @@ class Memory:
 
     def __init__(self) -> None:
         self._bytes = memoryview(bytearray(checkpoint_bytes(4)))
-        self._word = np.zeros(1, np.uint64)
+        self._word, self._numbered = np.zeros(1, np.uint64), np.zeros(1, np.uint64)
 
     def open(self) -> Checkpoint:
-        return Checkpoint(self._bytes, self._word)
+        return Checkpoint(self._bytes, self._word, self._numbered)
 
 
 def shorter(logged: Logged) -> Logged:

@@ -55,6 +55,7 @@ class Attachment:
         self._cache: kv_cache.KvCache | None = None
         self._exporter: ExporterChild | None = None
         self._failures = 0
+        self._process = os.getpid()
         self._boot_id = uuid.uuid4().hex
         for name, before, after in (
             ("load_model", None, self._loaded),
@@ -84,7 +85,7 @@ class Attachment:
         setattr(self._worker, name, wrapped)
 
     def _guarded(self, function: Callable[..., None], *args: object, **kwargs: object) -> None:
-        if self._failures >= MAX_FAILURES:
+        if self._failures >= MAX_FAILURES or self._is_forked():
             return
         try:
             function(*args, **kwargs)
@@ -99,6 +100,16 @@ class Attachment:
                     "latentwatch: the monitor takes itself off this worker; its tokens are not scored from here on"
                 )
                 self._stop_exporter()
+
+    def _is_forked(self) -> bool:
+        """Whether this is a copy of the process that was attached to: ring and exporter are the original's, which a
+        copy that serves, or ends, must leave alone.
+        """
+        if os.getpid() == self._process:
+            return False
+        logger.error("latentwatch: process %d is a fork of the engine's; what it serves is not monitored", os.getpid())
+        self._failures = MAX_FAILURES
+        return True
 
     # load_model: after the weights are there and before the first forward is traced.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import subprocess
 import sys
 import time
@@ -27,6 +28,11 @@ logger = logging.getLogger("vllm.latentwatch")
 READY_SECONDS: Final = 15.0
 """How long the engine's start may wait for the exporter. No request is served yet, and none waits later."""
 CHECK_SECONDS: Final = 1.0
+STUCK_SECONDS: Final = 120.0
+"""For which steps may wait while none is read: more than the imports take on any machine. An exporter that is stopped,
+or waits for itself, would else never be missed."""
+_LOOK_COUNTS_SECONDS: Final = 2.0
+"""At most, towards that: between two looks of an engine that was idle the exporter had nothing to do."""
 _LOG_AGAIN_SECONDS: Final = 600.0
 
 
@@ -76,6 +82,7 @@ class ExporterChild:
         self._backoff = backoff or RestartBackoff()
         self._may_log = LogLimit(_LOG_AGAIN_SECONDS, time.monotonic)
         self._checked = 0.0
+        self._given_back, self._stuck_seconds = 0, 0.0
         self.process: subprocess.Popen[bytes] | None = None
         """None where the system would not start one, until it does."""
         self._spawn(time.monotonic())
@@ -100,13 +107,15 @@ class ExporterChild:
     def restart_if_ended(self, now: float) -> bool:
         """Start the process again where it has ended and it is time; True where that happened.
 
-        However often it ends it is started again. Raises nothing: what the system refuses is tried again later.
+        However often it ends it is started again; one that reads no more is ended, and the next one is started once it
+        is gone: two would share the ring. Raises nothing: what the system refuses is tried again later.
         `now`: seconds of a rising clock.
         """
         if now - self._checked < CHECK_SECONDS:
             return False
-        self._checked = now
+        since, self._checked = now - self._checked, now
         if self.process is not None and self.process.poll() is None:
+            self._end_if_stuck(self.process, since)
             return False
         self._backoff.ended(now)
         if not self._backoff.is_due(now):
@@ -123,11 +132,27 @@ class ExporterChild:
             self._announce_config()
         return self.process is not None
 
+    def _end_if_stuck(self, process: subprocess.Popen[bytes], since: float) -> None:
+        """Nothing that it holds is lost: the next one goes on from its checkpoint."""
+        given_back, unread = self._ring.given_back, self._ring.unread
+        stands = unread and given_back == self._given_back
+        self._given_back = given_back
+        self._stuck_seconds = self._stuck_seconds + min(since, _LOOK_COUNTS_SECONDS) if stands else 0.0
+        if self._stuck_seconds < STUCK_SECONDS:
+            return
+        self._stuck_seconds = 0.0
+        if self._may_log("stuck"):
+            logger.error("latentwatch: the exporter has not read for minutes, with %d steps waiting; ending it", unread)
+        with contextlib.suppress(OSError):
+            process.kill()
+
     def _spawn(self, now: float) -> None:
         self._backoff.started(now)
+        self._stuck_seconds = 0.0
         try:
             self.process = self._started()
-        except OSError as error:
+        except Exception as error:
+            # Whatever an interpreter that is embedded somewhere cannot tell or do: it costs monitoring, never a step.
             self.process = None
             if self._may_log("start"):
                 logger.error("latentwatch: the system does not start an exporter (%s); it is tried again", error)
@@ -141,7 +166,7 @@ class ExporterChild:
     def _popen(self, *, own_session: bool) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             # -P: no file of the server's working folder stands in for a module.
-            [sys.executable, "-P", "-m", "latentwatch.exporter", str(self._config_fd)],
+            [sys.executable, "-P", "-m", "latentwatch.exporter", str(self._config_fd), str(os.getpid())],
             pass_fds=[self._ring.fd, self._config_fd],
             stdin=subprocess.PIPE,
             start_new_session=own_session,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from latentwatch.engines.vllm.settings import PluginSettings
 from latentwatch.errors import EngineRefused, RefusalReason
 from latentwatch.facts import IDENTITY_TEXT_CHARACTERS
 from latentwatch.handover.exporter_config import WatchedFeature
+from latentwatch.handover.ring import Ring
 from latentwatch.names import Severity
 from latentwatch.watchlist.file import Limit
 
@@ -180,3 +182,21 @@ def test_steps_too_large_for_any_ring_are_refused_by_name_before_anything_is_hoo
     attachment = attached(worker, tmp_path)
     assert attachment._refusal is not None and attachment._refusal.reason == "ring_geometry"
     assert attachment._ring is not None and not attachment._hooks
+
+
+def test_a_fork_of_the_engine_ends_or_serves_and_leaves_ring_and_exporter_alone(tmp_path):
+    """An engine in a user's own process, which forks: at its exit the copy shuts its worker down."""
+    worker: Any = Worker()
+    ring = attached(worker, tmp_path)._ring
+    assert ring is not None
+    copy = os.fork()
+    if copy == 0:
+        try:
+            served = worker.execute_model(scheduled({"a": 3}, new=[("a", 3)], starts={"a": 0}))
+            worker.shutdown()
+            os._exit(served != "the engine's own result")
+        finally:
+            os._exit(2)
+    assert os.waitpid(copy, 0)[1] == 0
+    reader = Ring(ring.fd, ring.geometry, create=False)
+    assert not reader.closed and reader.peek() is None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from latentwatch.engines.vllm import exporter_process
-from latentwatch.engines.vllm.exporter_process import ExporterChild, RestartBackoff
+from latentwatch.engines.vllm.exporter_process import STUCK_SECONDS, ExporterChild, RestartBackoff
 from latentwatch.facts import EngineIdentity
 from latentwatch.handover.exporter_config import ExporterConfig, WatchedFeature
 from latentwatch.handover.ring import Geometry, Ring
@@ -88,7 +92,7 @@ def wire(config, env):
         print(config.to_json(), file=file)
     raise SystemExit(3)
 process._wire = wire
-process.main(int(sys.argv[1]))
+process.main(int(sys.argv[1]), int(sys.argv[2]))
 """
     spawned: list[subprocess.Popen[bytes]] = []
     children(monkeypatch, program, spawned)
@@ -106,7 +110,7 @@ def test_an_engine_that_ends_before_it_tells_anything_lets_its_exporter_go(monke
     spawned: list[subprocess.Popen[bytes]] = []
     children(
         monkeypatch,
-        "import sys; from latentwatch.exporter.process import main; sys.exit(main(int(sys.argv[1])))",
+        "import sys; from latentwatch.exporter.process import main; sys.exit(main(*map(int, sys.argv[1:])))",
         spawned,
     )
     child = ExporterChild(ring)
@@ -173,3 +177,105 @@ def test_a_system_that_starts_no_process_costs_the_engine_nothing_and_is_asked_a
     while not child.restart_if_ended(now):
         now += 1.0
     assert now < 1e6 + 100 and spawned[0].wait(60) == 0
+
+
+def test_an_interpreter_that_cannot_say_what_it_is_costs_the_engine_nothing(monkeypatch, ring, caplog):
+    """An embedded one has no `sys.executable`, which Popen takes for a mistake of its caller."""
+    monkeypatch.setattr(exporter_process.sys, "executable", None)
+    child = ExporterChild(ring)
+    child.configure(large_config(ring))
+    assert not any(child.restart_if_ended(1e6 + i) for i in range(10))
+    assert "does not start an exporter" in caplog.text
+
+
+def write_step(ring: Ring) -> None:
+    slot = ring.reserve()
+    assert slot is not None
+    ring.commit(slot, step=1, time_unix_nano=1, requests=0, rows=0, scored_rows=0, fires=0, silent=False, events=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGSTOP], ids=["hangs", "is stopped"])
+def test_an_exporter_that_reads_no_more_is_ended_and_only_then_the_next_one_started(monkeypatch, ring, number):
+    spawned: list[subprocess.Popen[bytes]] = []
+    children(monkeypatch, "import time; time.sleep(600)", spawned)
+    try:
+        child, now = ExporterChild(ring), 1e6
+        spawned[0].send_signal(number)
+        for _ in range(3):
+            write_step(ring)
+        for _ in range(int(STUCK_SECONDS) + 2):
+            now += 1.0
+            assert not child.restart_if_ended(now)
+        assert spawned[0].wait(60) == -signal.SIGKILL
+        assert child.restart_if_ended(now + 1.0)
+        assert [process.poll() is None for process in spawned] == [False, True]
+    finally:
+        for process in spawned:
+            process.kill()
+            process.wait()
+
+
+def test_an_exporter_that_reads_slowly_or_has_nothing_to_read_is_left_alone(monkeypatch, ring):
+    spawned: list[subprocess.Popen[bytes]] = []
+    children(monkeypatch, "import time; time.sleep(600)", spawned)
+    try:
+        child, now = ExporterChild(ring), 1e6
+        reader = Ring(ring.fd, GEOMETRY, create=False)
+        looks = int(STUCK_SECONDS) // 2 - 2
+        for turn in range(8 * looks):
+            if turn < 4 * looks:
+                if turn % looks == 0:
+                    write_step(ring)
+                    write_step(ring)
+                    write_step(ring)
+                    assert reader.peek() is not None
+                    reader.release()
+            else:
+                while reader.peek() is not None:
+                    # The last one waits for the next.
+                    reader.release(waits=True)
+            now += 3600.0
+            assert not child.restart_if_ended(now)
+        assert spawned[0].poll() is None
+    finally:
+        for process in spawned:
+            process.kill()
+            process.wait()
+
+
+ENGINE = """
+import os, subprocess, sys, time
+exporter = subprocess.Popen(
+    [sys.executable, "-c", f"import sys; from latentwatch.exporter.process import main; main(0, {os.getpid()})"],
+    stdin=subprocess.PIPE,
+)
+if os.fork() == 0:
+    print(os.getpid(), exporter.pid, flush=True)
+    time.sleep(60)
+    os._exit(0)
+os._exit(0)
+"""
+
+
+def test_an_exporter_ends_with_its_engine_although_a_fork_of_it_has_the_pipe_too():
+    engine = subprocess.Popen([sys.executable, "-c", ENGINE], stdout=subprocess.PIPE, text=True)
+    assert engine.stdout is not None
+    fork, exporter = map(int, engine.stdout.readline().split())
+    try:
+        engine.wait(60)
+        deadline = time.monotonic() + 60
+        while runs(exporter):
+            assert time.monotonic() < deadline, "it waits for a process that is gone"
+            time.sleep(0.1)
+        assert runs(fork)
+    finally:
+        for process in (fork, exporter):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
