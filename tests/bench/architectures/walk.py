@@ -1,0 +1,254 @@
+"""One architecture, with and without the monitor, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from latentwatch.names import Reason, TokenState
+from latentwatch.watchlist import file as watchlist_file
+
+from tests.bench.architectures import catalogue
+from tests.bench.architectures.catalogue import Row
+from tests.bench.architectures.compare import TOLERANCE, Comparison, compare
+from tests.support import tiny
+from tests.support.engines import ROOT, cache_root, random_prompts
+from tests.support.recording import RecordingCollector, RecordingSink, Scores
+
+LAYERS: Final = (1, tiny.LAYERS - 1)
+"""Of the watchlist: one in the middle, and the last, behind which there is only the final norm."""
+MAX_TOKENS: Final = 6
+PROMPTS: Final = [item["prompt"] for item in random_prompts(6, vocabulary=tiny.VOCABULARY, longest=60, seed=3)]
+ENGINE: Final = {
+    "max_model_len": 256,
+    "max_num_batched_tokens": 48,
+    "max_num_seqs": 8,
+    "dtype": "float32",
+    # The streams that the engine itself reads are taken from the same sequences a second time.
+    "enable_prefix_caching": False,
+}
+"""Prompts are chunked, and batches mix prefill and decode."""
+
+
+class Failed(Exception):
+    """What was to be done in a fork has no result. The text: its log's last error."""
+
+
+class Forks:
+    """The process that does the work, started anew where it had to be ended."""
+
+    def __init__(self, seconds: float) -> None:
+        """Args: seconds: the limit of one piece of work."""
+        self._seconds = seconds
+        self._process: subprocess.Popen[str] | None = None
+
+    def do(self, what: str, job: dict[str, Any], folder: Path, name: str) -> Path:
+        """Returns the result's path. Raises Failed."""
+        job_path, log = folder / f"{name}.job", folder / f"{name}.log"
+        result = folder / f"{name}.result"
+        result.unlink(missing_ok=True)
+        job_path.write_text(json.dumps(job))
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(f"{what} {job_path} {result} {log}\n")
+        process.stdin.flush()
+        limit = threading.Timer(self._seconds, self._end)
+        limit.start()
+        while (line := process.stdout.readline()) not in ("done\n", ""):
+            pass
+        limit.cancel()
+        if not line:
+            raise Failed(f"ended after {self._seconds:.0f} s")
+        if not result.exists():
+            raise Failed(error_of(log.read_text(errors="replace")))
+        return result
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.bench.architectures.forks"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+        return self._process
+
+    def _end(self) -> None:
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+
+
+def error_of(log: str) -> str:
+    """The last line of a log that names an exception; vLLM says more only before it."""
+    lines = re.findall(r"^(?:\(.*?\) )?(?:[A-Z]+ [\d: -]+\[[^]]*\] )?([A-Za-z_.]*(?:Error|Exception|Refused)\b.*)", log, re.M)
+    return lines[-1][:300] if lines else log.strip()[-300:]
+
+
+def walk(row: Row, folder: Path, forks: Forks) -> dict[str, Any]:
+    """The row of the result, `seconds` included. Raises nothing that a model's failure could cause."""
+    began = time.monotonic()
+    found = _walk(row, folder, forks)
+    return {"architecture": row.architecture, "mode": row.mode, **found, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _walk(row: Row, folder: Path, forks: Forks) -> dict[str, Any]:
+    model = folder / "model"
+    try:
+        forks.do("checkpoint", {"row": dataclasses.asdict(row), "path": str(model)}, folder, "checkpoint")
+    except Failed as error:
+        return {"outcome": "no_checkpoint", "reason": str(error)}
+    job = {
+        "engine": {**ENGINE, "enforce_eager": row.mode != "compiled", **row.engine, "model": str(model)},
+        "prompts": PROMPTS,
+        "max_tokens": MAX_TOKENS,
+        "layers": [],
+        "layer_count": tiny.LAYERS,
+        "env": {"VLLM_CACHE_ROOT": str(cache_root())},
+    }
+    try:
+        plain = {**job, "env": {**job["env"], "LATENTWATCH_DISABLE": "1"}, "layers": [] if row.mode == "compiled" else LAYERS}
+        off = json.loads(forks.do("engine", plain, folder, "off").read_text())
+    except Failed as error:
+        return {"outcome": "engine_cannot", "reason": str(error)}
+    watchlist = tiny.watchlist(
+        folder / "w.safetensors", layers=LAYERS, sparse=2, dense=6, architecture=row.architecture, threshold=0.0
+    )
+    with tempfile.TemporaryDirectory(prefix="lw") as short, RecordingCollector(Path(short) / "c.sock") as collector:
+        env = {"LATENTWATCH_WATCHLIST": str(folder / "w.safetensors"), "LATENTWATCH_COLLECTOR": collector.target}
+        try:
+            watched = {**job, "env": {**job["env"], **env}}
+            on = json.loads(forks.do("engine", watched, folder, "on").read_text())
+        except Failed as error:
+            return {"outcome": "harmed", "reason": str(error)}
+        collector.wait_closed(len(PROMPTS), seconds=60.0)
+        sink = collector.sink
+    if on["outputs"] != off["outputs"]:
+        return {"outcome": "harmed", "reason": "answers differ from those without the monitor"}
+    return _judged(row, folder, forks, watchlist, off, sink)
+
+
+def _judged(
+    row: Row, folder: Path, forks: Forks, watchlist: watchlist_file.Watchlist, off: Any, sink: RecordingSink
+) -> dict[str, Any]:
+    """What the collector was told, against Hugging Face and against what the engine's own modules read."""
+    fed = [(prompt + output)[:-1] for prompt, output in zip(PROMPTS, off["outputs"], strict=True)]
+    scores = sink.requests(watchlist)
+    told = [scores[key] for key in sorted(scores, key=lambda request_id: int(request_id.partition("-")[0]))]
+    unbooked = len(told) != len(fed) or [sum(one.tokens.values()) for one in told] != [len(tokens) for tokens in fed]
+    if unbooked:
+        return {"outcome": "wrong", "reason": f"tokens booked {sum(sum(one.tokens.values()) for one in told)}"}
+    states = _states(told)
+    refused = {hello.not_armed_text for hello in sink.hellos if not hello.armed}
+    if refused:
+        reason = sink.hellos[-1].not_armed_reason
+        if set(states) != {(TokenState.UNSEEN, Reason.NOT_ARMED)}:
+            return {"outcome": "wrong", "reason": f"refused ({reason}), and booked as {dict(states)}"}
+        return {"outcome": "refused", "reason": f"{reason}: {' '.join(sorted(refused))}", "positions": 0}
+    if set(states) != {(TokenState.SCORED, Reason.NONE)}:
+        return {"outcome": "wrong", "reason": f"armed, and booked as {_named(states)}"}
+    return _compared(row, folder, forks, watchlist, told, fed, off)
+
+
+def _states(told: list[Scores]) -> Counter[tuple[TokenState, Reason]]:
+    states: Counter[tuple[TokenState, Reason]] = Counter()
+    for scores in told:
+        for (state, reason, _), count in scores.tokens.items():
+            states[state, reason] += count
+    return states
+
+
+def _named(states: Counter[tuple[TokenState, Reason]]) -> dict[str, int]:
+    return {f"{state.name.lower()} {reason.name.lower()}": count for (state, reason), count in states.items()}
+
+
+def _compared(
+    row: Row,
+    folder: Path,
+    forks: Forks,
+    watchlist: watchlist_file.Watchlist,
+    told: list[Scores],
+    fed: list[list[int]],
+    off: Any,
+) -> dict[str, Any]:
+    job = {
+        "path": str(folder / "model"),
+        "made_by": row.made_by or row.architecture,
+        "dtype": row.engine.get("dtype", "float32"),
+        "layers": LAYERS,
+        "layer_count": tiny.LAYERS,
+        "fed": fed,
+    }
+    reference: dict[str, Any] = {}
+    by_hf, agree, why = None, None, ""
+    try:
+        reference = dict(np.load(forks.do("hugging_face", job, folder, "hf")))
+        by_hf = compare(watchlist, told, fed, reference)
+        agree = _agree(reference, off["outputs"])
+        why = "its layers return streams of another shape" if by_hf is None else ""
+    except Failed as error:
+        why = f"it fails: {error}"
+    streams = folder / "streams.npz"
+    by_engine = compare(watchlist, told, fed, dict(np.load(streams))) if streams.exists() else None
+    return _verdict(by_hf, by_engine, agree, why, off.get("readers", []))
+
+
+def _agree(reference: dict[str, Any], outputs: list[list[int]]) -> float:
+    """Share of the engine's tokens that Hugging Face's model finds most likely there too."""
+    same = [reference[f"{i}-next"][-len(output) :] == np.array(output) for i, output in enumerate(outputs)]
+    return round(float(np.concatenate(same).mean()), 3)
+
+
+def _verdict(
+    by_hf: Comparison | None, by_engine: Comparison | None, agree: float | None, why: str, readers: list[str]
+) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    if by_hf is not None:
+        told |= {"error_hugging_face": _short(by_hf.worst), "same_answers_as_hugging_face": agree}
+    if by_engine is not None:
+        told |= {"error_engine": _short(by_engine.worst), "read_by": sorted(set(readers))}
+    for oracle, found in (("hugging_face", by_hf), ("engine", by_engine)):
+        # Where both models answer alike, their streams are the same, and the engine's hook is no excuse.
+        if found is not None and found.exact and (oracle == "hugging_face" or agree is None or agree < 1.0):
+            reason = "" if oracle == "hugging_face" else f"against the stream that the engine's own modules read; {why}"
+            if oracle == "engine" and by_hf is not None:
+                reason += f"vLLM's model and Hugging Face's differ by themselves (same answers: {agree:.0%})"
+            return {
+                "outcome": "exact",
+                "reason": reason,
+                "oracle": oracle,
+                "positions": found.positions,
+                "worst_score_error": _short(found.worst),
+                "neighbour_error": _short(found.neighbour),
+                **told,
+            }
+    found = by_hf or by_engine
+    if found is None:
+        return {"outcome": "not_compared", "reason": f"nothing to compare with: {why}"}
+    reason = f"{found.beyond} of {found.positions} positions beyond {TOLERANCE:g} {why}".strip()
+    return {"outcome": "wrong", "reason": reason, "positions": found.positions, **told}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.2g}")
