@@ -32,19 +32,21 @@ from tests.support.engines import ROOT
 
 RESULT = ROOT / "tests/bench/results/architectures.json"
 FINE = ("exact", "refused", "engine_cannot")
+FAILED = ("no_checkpoint", "engine_cannot", "not_compared", "harmed", "wrong")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="architectures to walk")
     parser.add_argument("--again", action="store_true", help="walk also what is there for the same versions")
+    parser.add_argument("--failed", action="store_true", help="walk again what is neither exact nor refused")
     parser.add_argument("--at-once", type=int, default=1, help="engines at a time (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=240.0, help="limit of one engine (default: %(default)s)")
     parser.add_argument("--logs", type=Path, help="a folder for the engines' logs and checkpoints")
     args = parser.parse_args()
     table = Table(RESULT)
     rows = [row for row in catalogue.rows() if not args.only or row.architecture in args.only]
-    rows = [row for row in rows if args.again or not table.has(row)]
+    rows = [row for row in rows if args.again or table.outcome(row) in ("", *(FAILED if args.failed else ()))]
     with tempfile.TemporaryDirectory(prefix="lw-walk") as folder:
         _walk_all(rows, args.logs or Path(folder), table, args.at_once, args.seconds)
     print(dict(Counter(row["outcome"] for row in table.rows())))
@@ -94,8 +96,9 @@ class Table:
         same = there.get("versions") == self._versions
         self._rows = {(row["architecture"], row["mode"]): row for row in there.get("rows", []) if same}
 
-    def has(self, row: Row) -> bool:
-        return (row.architecture, row.mode) in self._rows
+    def outcome(self, row: Row) -> str:
+        """Empty where there is none."""
+        return str(self._rows.get((row.architecture, row.mode), {}).get("outcome", ""))
 
     def rows(self) -> list[dict[str, Any]]:
         return [self._rows[key] for key in sorted(self._rows)]

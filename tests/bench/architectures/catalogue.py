@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,12 @@ _EXPERTS = {
 }
 _LATENT = {
     "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 32,
-    "v_head_dim": 32,
+    # vLLM's CPU kernel takes these two only.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
     "n_group": 1,
     "topk_group": 1,
     "n_shared_experts": 1,
@@ -62,7 +65,7 @@ class Row:
     architecture: str
     """As in vLLM's registry, and in the checkpoint's config.json."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """To COMMON, in the checkpoint's configuration."""
+    """To COMMON, in the checkpoint's configuration; None takes a value away."""
     model_type: str = ""
     """Hugging Face's name of the configuration; by default the one that has this architecture."""
     made_by: str = ""
@@ -70,6 +73,10 @@ class Row:
     engine: dict[str, Any] = field(default_factory=dict)
     """Arguments of the engine."""
     mode: str = "eager"
+    reference: bool = True
+    """Whether what Hugging Face makes of the checkpoint is this architecture."""
+    returned: bool = False
+    """The stream is what a layer returns, its parts added; the model changes it before the next layer reads it."""
 
     @property
     def name(self) -> str:
@@ -77,10 +84,19 @@ class Row:
 
 
 _REGISTRY: dict[str, dict[str, Any]] = {
-    "AfmoeForCausalLM": {**_EXPERTS, **_WINDOW, "num_dense_layers": 1, "num_shared_experts": 1},
+    "AfmoeForCausalLM": {
+        **_EXPERTS,
+        **_WINDOW,
+        "num_dense_layers": 1,
+        "num_shared_experts": 1,
+        "score_func": "sigmoid",
+        "route_norm": True,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "ApertusForCausalLM": {},
-    "AXK1ForCausalLM": {**_EXPERTS, **_LATENT},
-    "BloomForCausalLM": {"n_layer": tiny.LAYERS, "n_head": 2},
+    "AXK1ForCausalLM": {**_EXPERTS, **_LATENT, "first_k_dense_replace": 0},
+    "BloomForCausalLM": {"n_layer": tiny.LAYERS, "n_head": 2, "tie_word_embeddings": True},
     "CohereForCausalLM": {"logit_scale": 1.0},
     "Cohere2ForCausalLM": {"logit_scale": 1.0, **_WINDOW},
     "Cohere2MoeForCausalLM": {**_EXPERTS, **_WINDOW},
@@ -93,14 +109,14 @@ _REGISTRY: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "DeepseekV2ForCausalLM": {**_EXPERTS, **_LATENT, "topk_method": "greedy"},
-    "DeepseekV3ForCausalLM": {**_EXPERTS, **_LATENT},
+    "DeepseekV3ForCausalLM": {**_EXPERTS, **_LATENT, "topk_method": "noaux_tc"},
     "DeepseekV32ForCausalLM": {**_EXPERTS, **_LATENT, "index_topk": 64, "index_n_heads": 2, "index_head_dim": 32},
     "DeepseekV4ForCausalLM": {**_EXPERTS},
     "Ernie4_5ForCausalLM": {},
     "Ernie4_5_MoeForCausalLM": {**_EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
     "Exaone4ForCausalLM": {**_WINDOW, "sliding_window_pattern": 4},
-    "ExaoneMoeForCausalLM": {**_EXPERTS, **_WINDOW, "sliding_window_pattern": "LLLG", "first_k_dense_replace": 1},
-    "FalconForCausalLM": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False},
+    "ExaoneMoeForCausalLM": {**_EXPERTS, **_WINDOW, "sliding_window_pattern": 4, "first_k_dense_replace": 1},
+    "FalconForCausalLM": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False, "head_dim": None},
     "FalconMambaForCausalLM": _MAMBA,
     "FalconH1ForCausalLM": {
         "mamba_d_ssm": 128,
@@ -135,7 +151,13 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "Qwen3NextForCausalLM": {**_EXPERTS, **_LINEAR},
     "Qwen4ExpForCausalLM": {**_EXPERTS},
     "Glm4ForCausalLM": {},
-    "Glm4MoeForCausalLM": {**_EXPERTS, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "Glm4MoeForCausalLM": {
+        **_EXPERTS,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
     "Glm4MoeLiteForCausalLM": {**_EXPERTS, **_LATENT},
     "GlmMoeDsaForCausalLM": {**_EXPERTS, **_LATENT, "index_topk": 64, "index_n_heads": 2, "index_head_dim": 32},
     "GptOssForCausalLM": {**_EXPERTS, **_WINDOW},
@@ -146,7 +168,13 @@ _REGISTRY: dict[str, dict[str, Any]] = {
         "n_positions": 512,
         "tie_word_embeddings": True,
     },
-    "GPTJForCausalLM": {"n_embd": tiny.D_MODEL, "n_layer": tiny.LAYERS, "n_head": 2, "n_positions": 512, "rotary_dim": 16},
+    "GPTJForCausalLM": {
+        "n_embd": tiny.D_MODEL,
+        "n_layer": tiny.LAYERS,
+        "n_head": 2,
+        "n_positions": 512,
+        "rotary_dim": 16,
+    },
     "GraniteForCausalLM": {"residual_multiplier": 0.5, "embedding_multiplier": 2.0},
     "GraniteMoeForCausalLM": {**_EXPERTS, "residual_multiplier": 0.5},
     "GraniteMoeHybridForCausalLM": {
@@ -177,10 +205,19 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "LagunaForCausalLM": {**_EXPERTS, **_WINDOW},
     "LlamaForCausalLM": {},
     "Llama4ForCausalLM": {**_EXPERTS, "intermediate_size_mlp": 128, "attention_chunk_size": 128},
-    "LongcatFlashForCausalLM": {**_EXPERTS, **_LATENT, "num_layers": 2, "num_hidden_layers": 4, "moe_topk": 2, "ffn_hidden_size": 128, "expert_ffn_hidden_size": 64, "zero_expert_num": 2},
+    "LongcatFlashForCausalLM": {
+        **_EXPERTS,
+        **_LATENT,
+        "num_layers": 2,
+        "num_hidden_layers": 4,
+        "moe_topk": 2,
+        "ffn_hidden_size": 128,
+        "expert_ffn_hidden_size": 64,
+        "zero_expert_num": 2,
+    },
     "MambaForCausalLM": _MAMBA,
     "Mamba2ForCausalLM": {**_MAMBA, "num_heads": 4, "head_dim": 32, "n_groups": 1},
-    "MiniCPM3ForCausalLM": {**_LATENT, "scale_depth": 1.4, "scale_emb": 2, "dim_model_base": 32},
+    "MiniCPM3ForCausalLM": {**_LATENT, "kv_lora_rank": 32, "scale_depth": 1.4, "scale_emb": 2, "dim_model_base": 32},
     "MiniMaxM2ForCausalLM": {**_EXPERTS, "rotary_dim": 16},
     "InklingForCausalLM": {**_EXPERTS},
     "Ministral3ForCausalLM": {},
@@ -245,20 +282,93 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "PhimoeForCausalLM": _EXPERTS,
     "PersimmonForCausalLM": {},
     "GPTNeoForCausalLM": {"num_layers": tiny.LAYERS, "num_heads": 2, "attention_types": [[["global", "local"], 2]]},
-    "CodeGenForCausalLM": {"n_embd": tiny.D_MODEL, "n_layer": tiny.LAYERS, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
+    "CodeGenForCausalLM": {
+        "n_embd": tiny.D_MODEL,
+        "n_layer": tiny.LAYERS,
+        "n_head": 4,
+        "n_positions": 512,
+        "rotary_dim": 8,
+    },
     "XGLMForCausalLM": {"d_model": tiny.D_MODEL, "ffn_dim": 128, "num_layers": tiny.LAYERS, "attention_heads": 2},
     "BioGptForCausalLM": {},
     "ModernBertDecoderForCausalLM": {},
     "MptForCausalLM": {"d_model": tiny.D_MODEL, "n_heads": 2, "n_layers": tiny.LAYERS, "max_seq_len": 512},
     "JetMoeForCausalLM": {**_EXPERTS, "kv_channels": 32},
-    "BambaForCausalLM": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16},
+    "BambaForCausalLM": {
+        "attn_layer_indices": [1, 3],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 16,
+    },
     "AriaTextForCausalLM": {"moe_num_experts": 4, "moe_topk": 2},
     "MiniMaxForCausalLM": {**_EXPERTS},
 }
 
 
+_OTHERS = (
+    # What vLLM serves with the class of another architecture, or with one that takes the weights of another.
+    *(
+        Row(name, made_by="LlamaForCausalLM")
+        for name in ("LLaMAForCausalLM", "InternLM3ForCausalLM", "IQuestCoderForCausalLM", "TeleChat3ForCausalLM")
+    ),
+    Row(
+        "TeleFLMForCausalLM", {"use_mup": True, "mup_scale_factor": 1.0, "output_mult": 1.0}, made_by="LlamaForCausalLM"
+    ),
+    Row("MiMoForCausalLM", made_by="Qwen2ForCausalLM"),
+    Row("PhiMoEForCausalLM", {**_EXPERTS, "attention_bias": True, "lm_head_bias": True}, made_by="PhimoeForCausalLM"),
+    Row("OrionForCausalLM", {"rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0}, made_by="StableLmForCausalLM"),
+    Row("Rnj1ForCausalLM", {**_WINDOW, "query_pre_attn_scalar": 32}, made_by="Gemma3ForCausalLM"),
+    Row(
+        "MiniCPMForCausalLM",
+        {"scale_emb": 2, "scale_depth": 1.4, "dim_model_base": 32},
+        made_by="LlamaForCausalLM",
+        reference=False,
+    ),
+    Row(
+        "ExaoneForCausalLM",
+        {"activation_function": "silu", "layer_norm_epsilon": 1e-5},
+        made_by="LlamaForCausalLM",
+        reference=False,
+    ),
+    # Between layers 1 and 2, and again before layer 3, its stream is blended with an earlier one.
+    Row(
+        "SolarForCausalLM",
+        {"bskcn_1": [1], "bskcn_2": [2], "bskcn_3": [2], "bskcn_4": [3], "bskcn_tv": [0.9, 0.8]},
+        made_by="LlamaForCausalLM",
+        reference=False,
+        returned=True,
+    ),
+    # Its layers run twice.
+    Row(
+        "IQuestLoopCoderForCausalLM",
+        {"loop_num": 2, "loop_window_size": 64},
+        made_by="LlamaForCausalLM",
+        reference=False,
+    ),
+)
+_BY_TRANSFORMERS = (
+    "LlamaForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "OlmoeForCausalLM",
+    "Exaone4ForCausalLM",
+)
+"""Also with --model-impl transformers."""
+_COMPILED = (
+    *("LlamaForCausalLM", "Qwen3ForCausalLM", "Exaone4ForCausalLM", "CohereForCausalLM", "GPT2LMHeadModel"),
+    *("Olmo2ForCausalLM", "Gemma3ForCausalLM", "GraniteMoeForCausalLM"),
+)
+"""Also compiled, as vLLM is served."""
+
+
 def rows() -> list[Row]:
-    return [Row(name, changes) for name, changes in _REGISTRY.items()]
+    eager = [*(Row(name, changes) for name, changes in _REGISTRY.items()), *_OTHERS]
+    by_name = {row.architecture: row for row in eager}
+    backend = [
+        replace(by_name[name], mode="transformers", engine={"model_impl": "transformers"}) for name in _BY_TRANSFORMERS
+    ]
+    return [*eager, *backend, *(replace(by_name[name], mode="compiled") for name in _COMPILED)]
 
 
 def checkpoint(row: Row, path: Path) -> None:
@@ -270,7 +380,8 @@ def checkpoint(row: Row, path: Path) -> None:
     made_by = row.made_by or row.architecture
     types = [key for key, value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if value == made_by]
     text = [name for name in types if name.endswith("_text")]
-    config = transformers.AutoConfig.for_model(row.model_type or (text or types)[-1], **{**COMMON, **row.changes})
+    settings = {name: value for name, value in {**COMMON, **row.changes}.items() if value is not None}
+    config = transformers.AutoConfig.for_model(row.model_type or (text or types)[-1], **settings)
     config.architectures = [row.architecture]
     torch.manual_seed(0)
     model: Any = getattr(transformers, made_by)(config).float()
@@ -283,3 +394,52 @@ def checkpoint(row: Row, path: Path) -> None:
     if row.made_by:
         written = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**written, "architectures": [row.architecture]}))
+    if row.architecture in _OTHER_WEIGHTS:
+        from safetensors.torch import load_file, save_file
+
+        weights = path / "model.safetensors"
+        save_file(_OTHER_WEIGHTS[row.architecture](load_file(weights)), weights)
+
+
+def _exaone(weights: dict[str, Any]) -> dict[str, Any]:
+    """A Llama's, under the names of Exaone 3."""
+    names = {
+        "model.embed_tokens": "transformer.wte",
+        "model.norm": "transformer.ln_f",
+        "model.layers": "transformer.h",
+        "self_attn.o_proj": "attn.attention.out_proj",
+        "self_attn": "attn.attention",
+        "mlp.gate_proj": "mlp.c_fc_0",
+        "mlp.up_proj": "mlp.c_fc_1",
+        "mlp.down_proj": "mlp.c_proj",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+    }
+    renamed = {}
+    for name, weight in weights.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = weight
+    return renamed
+
+
+def _loop_coder(weights: dict[str, Any]) -> dict[str, Any]:
+    """A Llama's, and the gates between its first pass and those behind it."""
+    import torch
+
+    heads, size = COMMON["num_attention_heads"], COMMON["head_dim"]
+    gates = {
+        name: made
+        for i in range(tiny.LAYERS)
+        for name, made in (
+            (f"model.gate_projections.{i}.weight", 0.2 * torch.randn(heads, size)),
+            (f"model.gate_projections.{i}.bias", 0.2 * torch.randn(heads)),
+        )
+    }
+    return {**weights, **gates}
+
+
+_OTHER_WEIGHTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "ExaoneForCausalLM": _exaone,
+    "IQuestLoopCoderForCausalLM": _loop_coder,
+}

@@ -88,28 +88,34 @@ def engine(job: Job, result: Path) -> None:
     result.write_text(json.dumps({"outputs": outputs}))
     if job["layers"]:
         fed = [(prompt + output)[:-1] for prompt, output in zip(job["prompts"], outputs, strict=True)]
-        streams, readers = _consumed(llm, answers, fed, job["layers"], job["layer_count"])
+        streams, readers = _consumed(llm, answers, fed, job)
         np.savez(result.with_name("streams.npz"), **streams)
         result.write_text(json.dumps({"outputs": outputs, "readers": readers}))
-    llm.llm_engine.engine_core.shutdown()
+    if "LATENTWATCH_WATCHLIST" in job["env"]:
+        # An engine that ends the ordinary way gives the exporter its time; it takes seconds.
+        llm.llm_engine.engine_core.shutdown()
 
 
 def _consumed(
-    llm: Any, answers: Callable[..., Any], fed: list[list[int]], layers: list[int], layer_count: int
+    llm: Any, answers: Callable[..., Any], fed: list[list[int]], job: Job
 ) -> tuple[dict[str, Any], list[str]]:
-    """By "<request>-<layer>": what the first module that runs behind the layer is given, its parts added, [T, D].
+    """By "<request>-<layer>": what the first module that runs behind the layer is given, its parts added, [T, D]; or,
+    where the job says "returned", what the layer itself returns, its parts added.
 
     Second: what kind of module that is, by layer. One request runs at a time, so its rows come in order.
     """
     import torch
 
+    layers, returned = job["layers"], job["returned"]
     rows: dict[int, list[Any]] = {}
     readers: dict[int, str] = {}
     waiting: list[int] = []
 
     def ended(layer: int) -> Callable[..., None]:
-        def see(*_: Any) -> None:
+        def see(module: Any, _args: Any, output: Any) -> None:
             waiting[:] = [layer]
+            if returned:
+                reads(module, output if isinstance(output, tuple) else (output,), {})
 
         return see
 
@@ -125,7 +131,7 @@ def _consumed(
             readers[layer] = f"{type(module).__name__} of {len(parts)}"
 
     def watch(model: Any) -> None:
-        decoder = _layers(model, layer_count)
+        decoder = _layers(model, job["layer_count"])
         for layer in layers:
             decoder[layer].register_forward_hook(ended(layer))
         for module in model.modules():
