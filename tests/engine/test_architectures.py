@@ -1,4 +1,4 @@
-"""A sample of `make bench-architectures`: exact, or refused by name, with the answers of an engine without the monitor."""
+"""A sample of `make bench-architectures`: exact, with the answers of an engine without the monitor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architectures of vLLM's registry, and the tiny random checkpoint of each: what its configuration has beside COMMON."""
+"""Architectures of vLLM's registry, and the tiny random checkpoint of each."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ _WINDOW = {"sliding_window": 64}
 _LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
 }
 
@@ -188,7 +188,7 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "GraniteMoeSWAForCausalLM": {**_EXPERTS, **_WINDOW, "shared_intermediate_size": 64},
     "GraniteSWAForCausalLM": _WINDOW,
     "HrmTextForCausalLM": {},
-    "HYV3ForCausalLM": {**_EXPERTS},
+    "HYV3ForCausalLM": {**_EXPERTS, "first_k_dense_replace": 1, "num_shared_experts": 1},
     "HYV4ForCausalLM": {**_EXPERTS},
     "HyperCLOVAXForCausalLM": {},
     "JambaForCausalLM": {
@@ -200,12 +200,23 @@ _REGISTRY: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 8,
     },
     "KimiLinearForCausalLM": {**_EXPERTS, **_LATENT},
-    "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 128},
+    "Lfm2ForCausalLM": {
+        "layer_types": ["conv", "full_attention"] * 2,
+        "block_ff_dim": 128,
+        "conv_dim": tiny.D_MODEL,
+    },
     "Lfm2MoeForCausalLM": {**_EXPERTS, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "LagunaForCausalLM": {**_EXPERTS, **_WINDOW},
     "LlamaForCausalLM": {},
-    "Llama4ForCausalLM": {**_EXPERTS, "intermediate_size_mlp": 128, "attention_chunk_size": 128},
+    "Llama4ForCausalLM": {
+        **_EXPERTS,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 128,
+        "attention_chunk_size": 128,
+    },
     "LongcatFlashForCausalLM": {
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
         **_EXPERTS,
         **_LATENT,
         "num_layers": 2,

@@ -87,22 +87,20 @@ def engine(job: Job, result: Path) -> None:
     llm.llm_engine.step()
     result.write_text(json.dumps({"outputs": outputs}))
     if job["layers"]:
-        fed = [(prompt + output)[:-1] for prompt, output in zip(job["prompts"], outputs, strict=True)]
-        streams, readers = _consumed(llm, answers, fed, job)
+        streams, alone, readers = _consumed(llm, answers, job)
         np.savez(result.with_name("streams.npz"), **streams)
-        result.write_text(json.dumps({"outputs": outputs, "readers": readers}))
+        result.write_text(json.dumps({"outputs": outputs, "alone": alone, "readers": readers}))
     if "LATENTWATCH_WATCHLIST" in job["env"]:
         # An engine that ends the ordinary way gives the exporter its time; it takes seconds.
         llm.llm_engine.engine_core.shutdown()
 
 
-def _consumed(
-    llm: Any, answers: Callable[..., Any], fed: list[list[int]], job: Job
-) -> tuple[dict[str, Any], list[str]]:
+def _consumed(llm: Any, answers: Callable[..., Any], job: Job) -> tuple[dict[str, Any], Any, list[str]]:
     """By "<request>-<layer>": what the first module that runs behind the layer is given, its parts added, [T, D]; or,
     where the job says "returned", what the layer itself returns, its parts added.
 
-    Second: what kind of module that is, by layer. One request runs at a time, so its rows come in order.
+    One request runs at a time, so its rows come in order. Second: the answers. Third: what kind of module that is, by
+    layer.
     """
     import torch
 
@@ -139,12 +137,13 @@ def _consumed(
                 module.register_forward_pre_hook(reads, with_kwargs=True)
 
     llm.apply_model(watch)
-    streams = {}
-    for i, tokens in enumerate(fed):
+    streams, alone = {}, []
+    for i, prompt in enumerate(job["prompts"]):
         rows.clear()
-        answers([tokens], 1)
-        streams.update({f"{i}-{layer}": np.concatenate(rows[layer]) for layer in layers if rows.get(layer)})
-    return streams, [readers.get(layer, "") for layer in layers]
+        alone += answers([prompt], job["max_tokens"])
+        fed = len(prompt) + job["max_tokens"] - 1
+        streams.update({f"{i}-{layer}": np.concatenate(rows[layer])[:fed] for layer in layers if rows.get(layer)})
+    return streams, alone, [readers.get(layer, "") for layer in layers]
 
 
 def _layers(model: Any, count: int) -> Any:

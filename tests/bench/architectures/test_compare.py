@@ -112,5 +112,5 @@ def test_the_engines_own_word_counts_only_where_its_model_is_another(
 
 
 def test_the_reason_is_the_last_error_of_a_log():
-    log = "(EngineCore pid=1) ERROR 11-28 06:47:53 [core.py:1] ValueError: no\n  File x\nRuntimeError: because\nINFO end\n"
+    log = "(EngineCore pid=1) ERROR 11-28 06:47:53 [core.py:1] ValueError: no\n  File\nRuntimeError: because\nINFO\n"
     assert error_of(log) == "RuntimeError: because"

@@ -42,6 +42,8 @@ ENGINE: Final = {
 }
 """Prompts are chunked, and batches mix prefill and decode."""
 
+ALONE: Final = "one request at a time, for without the monitor vLLM answers some otherwise in a batch"
+
 
 class Failed(Exception):
     """What was to be done in a fork has no result. The text: its log's last error."""
@@ -114,15 +116,20 @@ def walk(row: Row, folder: Path, forks: Forks) -> dict[str, Any]:
     found = _walk(row, folder, forks)
     if found["outcome"] == "engine_cannot" and "dtype" not in row.engine:
         # Some of vLLM's CPU kernels know nothing else.
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        lower = dataclasses.replace(row, engine={**row.engine, "dtype": "bfloat16"})
-        again = _walk(lower, folder, forks)
+        row = dataclasses.replace(row, engine={**row.engine, "dtype": "bfloat16"})
+        again = _walk(row, folder, forks)
         found = again if again["outcome"] != "engine_cannot" else found
+    if found["outcome"] == "wrong" and not found.get("same_answers_alone", True):
+        # What a request's stream is then depends on the others in its batch, so only a batch of one can be compared.
+        alone = _walk(dataclasses.replace(row, engine={**row.engine, "max_num_seqs": 1}), folder, forks)
+        if alone["outcome"] == "exact":
+            found = {**alone, "reason": f"{ALONE}; {alone['reason']}".removesuffix("; "), "same_answers_alone": False}
     return {"architecture": row.architecture, "mode": row.mode, **found, "seconds": round(time.monotonic() - began, 1)}
 
 
 def _walk(row: Row, folder: Path, forks: Forks) -> dict[str, Any]:
     model = folder / "model"
+    shutil.rmtree(model, ignore_errors=True)
     try:
         forks.do("checkpoint", {"row": dataclasses.asdict(row), "path": str(model)}, folder, "checkpoint")
     except Failed as error:
@@ -227,7 +234,8 @@ def _compared(
         why = f"Hugging Face: {error}"
     streams = folder / "streams.npz"
     by_engine = compare(watchlist, told, fed, dict(np.load(streams)), TOLERANCE[dtype]) if streams.exists() else None
-    return {"dtype": dtype, **verdict(by_hf, by_engine, agree, why, off.get("readers", []), TOLERANCE[dtype])}
+    alone = {} if "alone" not in off else {"same_answers_alone": off["alone"] == off["outputs"]}
+    return {"dtype": dtype, **alone, **verdict(by_hf, by_engine, agree, why, off.get("readers", []), TOLERANCE[dtype])}
 
 
 def _agree(reference: dict[str, Any], outputs: list[list[int]]) -> float:
