@@ -149,7 +149,7 @@ _REGISTRY: dict[str, dict[str, Any]] = {
         **_WINDOW,
     },
     "Qwen3NextForCausalLM": {**_EXPERTS, **_LINEAR},
-    "Qwen4ExpForCausalLM": {**_EXPERTS},
+    "Qwen4ExpForCausalLM": {**_EXPERTS, "indexer_budget": 64, "indexer_compress_ratio": 4},
     "Glm4ForCausalLM": {},
     "Glm4MoeForCausalLM": {
         **_EXPERTS,
@@ -229,7 +229,7 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "MambaForCausalLM": _MAMBA,
     "Mamba2ForCausalLM": {**_MAMBA, "num_heads": 4, "head_dim": 32, "n_groups": 1},
     "MiniCPM3ForCausalLM": {**_LATENT, "kv_lora_rank": 32, "scale_depth": 1.4, "scale_emb": 2, "dim_model_base": 32},
-    "MiniMaxM2ForCausalLM": {**_EXPERTS, "rotary_dim": 16},
+    "MiniMaxM2ForCausalLM": {**_EXPERTS, "scoring_func": "sigmoid", "rotary_dim": 16},
     "InklingForCausalLM": {**_EXPERTS},
     "Ministral3ForCausalLM": {},
     "MistralForCausalLM": {},

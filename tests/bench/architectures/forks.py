@@ -75,7 +75,7 @@ def engine(job: Job, result: Path) -> None:
     os.environ.update(job["env"])
     from vllm import LLM, SamplingParams
 
-    llm = LLM(skip_tokenizer_init=True, **job["engine"])
+    llm = LLM(**{"skip_tokenizer_init": True, **job["engine"]})
 
     def answers(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False, ignore_eos=True)
