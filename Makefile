@@ -80,7 +80,7 @@ bench-watchlist: $(VENV)/.dev ## time and memory of building a large watchlist
 bench-collector: $(VENV)/.dev ## the collector's throughput per core, step to /metrics, exposition and memory
 	$(BIN)/python -m tests.bench.collector
 
-bench-chaos: $(VENV)/.dev ## 100 collector kills, cuts, stops, full disks, clock jumps; the reconciliation printed
+bench-chaos: $(VENV)/.dev ## 100 kills of each process, cuts, stops, full disks, clock jumps; the reconciliation printed
 	$(BIN)/python -m tests.bench.chaos
 
 bench-mutants: $(VENV)/.dev $(VENV)/.mutants ## faults planted in the core and the transport, and how many the tests notice; an hour
@@ -92,8 +92,8 @@ bench-house: $(VENV)/.dev ## the package in numbers: sizes, imports, types, erro
 nightly: bench-drift bench-drift-real ## drift's benchmarks whole, and 20 minutes at a steady rate: how fast memory grows
 	$(BIN)/python -m tests.bench.soak
 
-fuzz: $(VENV)/.dev ## a million broken messages against decoder, receiver and collector
-	$(BIN)/python -m tests.fuzz.messages
+fuzz: $(VENV)/.dev $(VENV)/.fuzz ## ten million inputs that coverage guides, over every format that others write; goes on where it was
+	nice $(BIN)/python -m tests.fuzz.run
 
 bench-drift: $(VENV)/.dev ## false pages and delays of drift detectors by simulation, half an hour of one core
 	$(BIN)/python -m tests.bench.drift.run
@@ -116,6 +116,7 @@ lock: ## resolve the lock files again (needs uv)
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/dev.txt $(REQ)/dev.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/docs.txt $(REQ)/docs.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/mutants.txt $(REQ)/mutants.in
+	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/fuzz.txt $(REQ)/fuzz.in
 	# A CPU torch has neither a local version on every index nor CUDA packages behind it.
 	sed -i -E 's/^(torch==[0-9.]+)\+cpu/\1/; /^(nvidia|cuda)-/d' $(REQ)/engine-cpu.txt $(REQ)/dev.txt
 
@@ -150,4 +151,8 @@ $(VENV)/.docs: $(REQ)/docs.txt | $(VENV)/bin/python
 
 $(VENV)/.mutants: $(REQ)/mutants.txt | $(VENV)/bin/python
 	$(PIP) --no-deps -r $(REQ)/mutants.txt
+	@touch $@
+
+$(VENV)/.fuzz: $(REQ)/fuzz.txt | $(VENV)/bin/python
+	$(PIP) --no-deps -r $(REQ)/fuzz.txt
 	@touch $@

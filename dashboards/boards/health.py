@@ -325,7 +325,18 @@ def _sent_and_stored() -> list[Panel]:
         query(f"sum by (instance) ({series(metrics.EVIDENCE_FOLDER)})", "{{instance}}, folder"),
         query(f"sum by (instance) ({series(metrics.EVIDENCE_QUEUE)})", "{{instance}}, queue"),
     )
-    return [sent.span(6).unit(units.OpsPerSecond), stored.span(6).unit(units.BytesIEC)]
+    damaged = graph(
+        "Files set aside",
+        "Files of evidence or state that could not be read. The rest serves on; the log names each, and "
+        "latentwatch evidence repair saves what can be read of evidence.",
+        query(f"sum by (instance) ({series(metrics.EVIDENCE_DAMAGED)})", "{{instance}}, evidence"),
+        query(f"sum by (instance) ({series(metrics.STATE_ASIDE)})", "{{instance}}, state"),
+    )
+    return [
+        sent.span(4).unit(units.OpsPerSecond),
+        stored.span(4).unit(units.BytesIEC),
+        damaged.span(4).unit(units.Short),
+    ]
 
 
 # -- engines

@@ -148,7 +148,9 @@ class RefusalReason(StrEnum):
 
 
 class Refusal(Exception):
-    """Input that cannot be used. Its text is one line: what, found, instead.
+    """Input that cannot be used. Its text is one line that any log, terminal or message can hold: what, found, instead.
+
+    Bytes that are no text and characters that move a cursor are escaped, since much of it is what others wrote.
 
     what:    what was asked for, or which input was read ("watchlist /etc/lw/prod.safetensors").
     found:   what is wrong with it, with the offending value.
@@ -157,11 +159,15 @@ class Refusal(Exception):
     """
 
     def __init__(self, what: str, *, found: str, instead: str, reason: str) -> None:
-        super().__init__(f"{what}: {found}. {instead}")
-        self.what = what
-        self.found = found
-        self.instead = instead
+        self.what, self.found, self.instead = map(_in_one_line, (what, found, instead))
+        super().__init__(f"{self.what}: {self.found}. {self.instead}")
         self.reason = str(reason)
+
+
+def _in_one_line(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class WatchlistRefused(Refusal):

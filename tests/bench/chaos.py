@@ -21,15 +21,19 @@ from tests.support.engines import ROOT
 RESULT = ROOT / "tests/bench/results/chaos.json"
 RUNS: dict[str, Callable[[int], Books]] = {
     "kills": lambda seed: faults.kills(100, seed),
-    "gateway_kills": lambda seed: faults.gateway_kills(20, seed),
+    "exporter_kills": lambda seed: faults.exporter_kills(100, seed),
+    "exporter_kills_without_spool": lambda seed: faults.exporter_kills(100, seed, spool=False),
+    "exporter_and_collector_kills": lambda seed: faults.exporter_kills(100, seed, spool=False, collector_kills=True),
+    "exporter_kills_full_ring": lambda seed: faults.exporter_kills(25, seed, **faults.FULL_RING),
+    "gateway_kills": lambda seed: faults.gateway_kills(200, seed),
     "cuts": lambda seed: faults.cuts(20, seed),
     "half_open": lambda seed: faults.half_open(2, seed, 16.0),
     "stops": lambda seed: faults.stops(1, seed, 30.0),
-    "engine_deaths": lambda seed: faults.engine_deaths(5, seed),
+    "engine_deaths": lambda seed: faults.engine_deaths(30, seed),
     "handovers": lambda seed: faults.handovers(6, seed),
     "clock_jumps": lambda seed: faults.clock_jumps(6, seed),
     "full_disks": lambda seed: faults.full_disks(3, seed),
-    "spooled_deaths": lambda seed: faults.spooled_deaths(6, seed),
+    "spooled_deaths": lambda seed: faults.spooled_deaths(20, seed),
     "full_spools": lambda seed: faults.full_spools(3, seed),
     "outages": lambda _: faults.outages(30.0),
 }
@@ -45,7 +49,7 @@ def main() -> int:
         books = RUNS[name](args.seed)
         print(books.line(), flush=True)
         keep({"run": name, "seed": args.seed, **dataclasses.asdict(books)})
-        wrong |= bool(books.lost or books.doubled)
+        wrong |= bool(books.lost or books.doubled or books.unbooked or books.open)
     print(f"wrote {RESULT.relative_to(ROOT)}")
     return int(wrong)
 

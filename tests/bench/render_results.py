@@ -113,13 +113,26 @@ def page() -> str:
 
 def chaos() -> str:
     result = _result("chaos")
-    columns = ("fault", "faults", "sent", "merged", "shed", "lost", "doubled")
+    columns = ("faults", "sent", "merged", "shed", "lost", "doubled", "unbooked", "open")
     rows = [
-        [*(f"{row[name]:,}" if name != "fault" else row[name] for name in columns), _ratio(row["step_time_ratio"])]
+        [row["fault"], *(f"{row[name]:,}" if name in row else "-" for name in columns), _ratio(row["step_time_ratio"])]
         for row in result["rows"]
     ]
-    header = ["fault", "times", "tokens sent", "merged", "shed, counted", "lost", "doubled", "step time"]
+    header = ["fault", "times", "tokens sent", "merged", "shed, counted", "lost", "doubled", "unbooked", "open"]
+    header.append("step time")
     return f"{table(header, rows)}\n\n{_made(result)}"
+
+
+def fuzz() -> str:
+    result = _result("fuzz")
+    rows = sorted(result["rows"], key=lambda row: row["target"])
+    shown = [
+        [row["target"], *(f"{row[name]:,}" for name in ("inputs", "executions_per_s", "unexpected", "coverage_lines"))]
+        for row in rows
+    ]
+    total = sum(row["inputs"] for row in rows)
+    header = ["format", "inputs", "a second", "unexpected", "lines reached"]
+    return f"{table(header, shown)}\n\n{total:,} inputs. {_made(result)}"
 
 
 def _ratio(value: float | None) -> str:
@@ -332,6 +345,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "architectures": architectures,
     "step-time": step_time,
     "chaos": chaos,
+    "fuzz": fuzz,
     "collector": collector,
     "evidence": evidence,
     "page": page,

@@ -1,9 +1,9 @@
-"""An engine that has only the edge of one: steps of made-up scores into the real ring, for the real exporter.
+"""An engine that has only the edge of one: a stand-in's steps through the real tap and ring, for the real exporter.
 
 `python -m tests.chaos.engine CONFIG` runs steps until standard input says how to end: "stop" lets its requests run
 out, "die" kills the process between two steps, "vanish" lets its requests run out and kills the exporter, once that has
-read the ring, and itself. Each time it says what it handed over, to be compared with what collectors counted. After
-"stop" it keeps its exporter until another line of input comes.
+read the ring, and itself. Each time it says what it computed, to be compared with what collectors counted. After "stop"
+it keeps its exporter until another line of input comes.
 """
 
 from __future__ import annotations
@@ -17,53 +17,48 @@ import sys
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from latentwatch.engines.vllm.exporter_process import ExporterChild
+import torch
+from latentwatch.engines.vllm import exporter_process, step_tap
+from latentwatch.engines.vllm.arming import ArmedHook
+from latentwatch.engines.vllm.exporter_process import ExporterChild, RestartBackoff
+from latentwatch.engines.vllm.kv_cache import KvCache
+from latentwatch.engines.vllm.step_tap import StepTap
 from latentwatch.facts import EngineIdentity
-from latentwatch.handover.events import Closed, Opened, encode_events
-from latentwatch.handover.exporter_config import ExporterConfig, WatchedFeature
-from latentwatch.handover.ring import REQUEST_DTYPE, Geometry, Ring
+from latentwatch.handover.exporter_config import CachedBlocks, ExporterConfig, WatchedFeature
+from latentwatch.handover.ring import Geometry, Ring
 from latentwatch.names import Reason, Severity
 
-PROMPT_TOKENS = 8
-SPARSE, DENSE, HOOKS = 32, 1, 1
-FIRING_RATE = 0.05
+from tests.chaos.scheduler import BLOCK, POOL, ROWS, Scheduler, Step, colour
+from tests.chaos.stand_in import DENSE, HOOKS, SPARSE, Config
+from tests.support import tiny
+
 _COMPUTE = np.random.default_rng(0).random((192, 192), np.float32)
 """Multiplied with itself in each step: about a millisecond of work that the monitor might slow down."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """What one engine process is told."""
-
-    collector: str
-    watchlist_sha256: str
-    steps_file: str
-    """Where the times of its steps go: float64 [steps, 3], seconds: begin, the model's part, the whole."""
-    replica: str = "chaos/0"
-    requests: int = 8
-    steps_per_second: float = 100.0
+_CHECK_SECONDS = 0.02
+_IDLE_SECONDS = 0.01
 
 
 class Engine:
-    """Requests of a fixed prompt and growing lengths, one row a step once their prompt is in."""
+    """A scheduler's steps, one forward each."""
 
     def __init__(self, config: Config) -> None:
-        geometry = Geometry(config.requests, config.requests * PROMPT_TOKENS, SPARSE + DENSE, DENSE, HOOKS)
+        geometry = Geometry(config.requests, config.slot_rows, SPARSE + DENSE, DENSE, HOOKS)
         self.ring = Ring.create(geometry)
-        self.tokens = self.fires = self.closed = 0
+        self.scheduler = Scheduler(config.requests, np.random.default_rng(config.seed or os.getpid()))
         self.computed_seconds = 0.0
         """What the model's part of the last step took: the monitor has no part in it."""
-        self._rng = np.random.default_rng(os.getpid())
-        self._handles = self._step = 0
-        self._owed: list[Opened | Closed] = []
-        self._position = np.zeros(config.requests, np.int64)
-        self._end = np.zeros(config.requests, np.int64)
-        self._exporter = ExporterChild(self.ring)
+        path = Path(config.steps_file).with_suffix(".safetensors")
+        watched = tiny.watchlist(path, layers=(1,), sparse=SPARSE, dense=DENSE)
+        self._hook = ArmedHook(watched.hooks[0], torch.zeros(ROWS, SPARSE + DENSE), torch.zeros(ROWS, 3))
+        self._hook.reset()
+        cache = KvCache(group=0, blocks=POOL, block_size=BLOCK)
+        step_tap.MAX_OWED = config.max_owed
+        self._tap = StepTap(self.ring, (self._hook,), on_gpu=False, cache=cache)
+        exporter_process.CHECK_SECONDS = _CHECK_SECONDS
+        self._exporter = ExporterChild(self.ring, RestartBackoff(0.01, config.restart_seconds, 1.0))
         self._exporter.configure(
             ExporterConfig(
                 engine_pid=os.getpid(),
@@ -72,7 +67,7 @@ class Engine:
                 collector=config.collector,
                 drafts=False,
                 cached_reason=Reason.PREFIX_CACHE,
-                cached_blocks=None,
+                cached_blocks=CachedBlocks(cache.blocks, cache.block_size),
                 features=(WatchedFeature(Severity.WARNING, -math.inf, False),) * SPARSE
                 + (WatchedFeature(Severity.CRITICAL, math.inf, True),) * DENSE,
                 identity=EngineIdentity(
@@ -91,90 +86,74 @@ class Engine:
         )
 
     def step(self, *, admit: bool) -> bool:
-        """One forward of every open request; False where none is left and none may begin."""
+        """One step; False where no other one follows, because none may begin."""
         began = time.monotonic()
         for _ in range(4):
             _COMPUTE @ _COMPUTE
         self.computed_seconds = time.monotonic() - began
-        for slot in np.flatnonzero((self._end > 0) & (self._position >= self._end)).tolist():
-            self._owed.append(Closed(slot, int(self._end[slot]) - PROMPT_TOKENS + 1, False))
-            self._end[slot] = 0
-            self.closed += 1
-        for slot in np.flatnonzero(self._end == 0).tolist() if admit else ():
-            self._handles += 1
-            name = f"chatcmpl-{self._handles}-0123abcd"
-            self._owed.append(Opened(slot, self._handles, name, PROMPT_TOKENS, 0, False, "", ""))
-            self._position[slot], self._end[slot] = 0, PROMPT_TOKENS + 5 + self._handles % 40
-        running = np.flatnonzero(self._end > 0)
-        count = np.where(self._position[running] == 0, PROMPT_TOKENS, 1)
-        rows = int(count.sum())
-        if rows or self._owed:
-            self._hand_over(running, count, rows)
-        self._position[running] += count
-        self.tokens += rows
-        self._step += rows > 0
-        self._exporter.restart_if_ended(time.monotonic())
-        return bool(rows)
+        step = self.scheduler.step(admit=admit)
+        if step is not None:
+            self._forward(step)
+            self._tap.after_step(step.runner, step.output)
+        self._look_after_exporter()
+        return admit or self.scheduler.busy
 
     def rest(self) -> None:
-        """No more steps; the last ones are settled."""
-        while self._owed:
-            self._hand_over(np.empty(0, np.int64), np.empty(0, np.int64), 0)
-            time.sleep(0.01)
+        """No more steps; what is still owed to the ring is handed over."""
+        idle = Step.idle()
+        while self._tap._owed:
+            self._tap.after_step(idle.runner, idle.output)
+            self._look_after_exporter()
+            time.sleep(_IDLE_SECONDS)
+
+    def wait(self, until: queue.Queue[str]) -> None:
+        """Idle, with an exporter, until something is said."""
+        while until.empty():
+            self._look_after_exporter()
+            self.rest()
+            time.sleep(_IDLE_SECONDS)
 
     def close(self) -> None:
         """Let the exporter deliver what it can in the time that it has, and end."""
         self.ring.close()
-        self._exporter.process.wait(60)
-
-    @property
-    def exporter(self) -> int:
-        """Its process."""
-        return self._exporter.process.pid
+        if self._exporter.process is not None:
+            self._exporter.process.wait(60)
 
     def vanish(self) -> None:
         """Kill the exporter once it has read the ring, then this process."""
-        while self.ring.reserve(leave_free=self.ring.slots - 1) is None:
-            time.sleep(0.01)
-        self._exporter.process.kill()
+        while self.ring.reserve(leave_free=self.ring.slots - 2) is None:
+            time.sleep(_IDLE_SECONDS)
+        if self._exporter.process is not None:
+            self._exporter.process.kill()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def _hand_over(self, running: Any, count: Any, rows: int) -> None:
-        slot = self.ring.reserve(leave_free=2 if rows else 0)
-        if slot is None:
-            self.ring.count_dropped()
-            return
-        events = encode_events(self._owed)
-        self._owed = []
-        slot.events[: len(events)] = np.frombuffer(events, np.uint8)
-        slot.requests_Q[: len(running)] = np.rec.fromarrays(
-            (running, self._position[running], count), dtype=REQUEST_DTYPE
-        )
-        row, feature = np.nonzero(self._rng.random((rows, SPARSE)) < FIRING_RATE)
-        fires = slot.fires_N[: len(row)]
-        fires["row"], fires["feature"], fires["act"] = row, feature, 1.0
-        slot.dense_TP[:rows] = 0.5
-        slot.norm_TH[:rows] = 1.0
-        self.ring.commit(
-            slot,
-            step=self._step + 1,
-            time_unix_nano=time.time_ns(),
-            requests=len(running),
-            rows=rows,
-            scored_rows=rows,
-            fires=len(row),
-            silent=False,
-            events=len(events),
-        )
-        self.fires += len(row)
+    def _look_after_exporter(self) -> None:
+        if self._exporter.restart_if_ended(time.monotonic()):
+            self._tap.exporter_restarted()
+
+    def _forward(self, step: Step) -> None:
+        rows, acts = step.rows, self._hook.act_TK
+        acts[:rows] = 0.0
+        colour_T = colour(step.token_T, step.position_T)
+        fires = np.flatnonzero(colour_T < SPARSE)
+        acts[fires, colour_T[fires]] = 1.0
+        acts[:rows, SPARSE:] = 0.5
+        self._hook.stat_T3[:rows, 0] = 1.0
+
+
+def listen(said: queue.Queue[str]) -> None:
+    """What standard input says, line by line, and then that it ended."""
+    while line := sys.stdin.readline():
+        said.put(line.strip())
+    said.put("")
 
 
 def main() -> None:
     config = Config(**json.loads(sys.argv[1]))
     engine = Engine(config)
     said: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: said.put(sys.stdin.readline().strip()), daemon=True).start()
-    print("READY", engine.exporter, flush=True)
+    threading.Thread(target=listen, args=(said,), daemon=True).start()
+    print("READY", flush=True)
     times: list[tuple[float, float, float]] = []
     admit, word, due = True, "", time.monotonic()
     while True:
@@ -193,23 +172,19 @@ def main() -> None:
         time.sleep(max(0.0, due - time.monotonic()))
     np.save(Path(config.steps_file), np.array(times))
     handed = {
-        "tokens": engine.tokens,
-        "fires": engine.fires,
-        "closed": engine.closed,
+        "tokens": engine.scheduler.tokens,
+        "fires": engine.scheduler.fires,
+        "ended": engine.scheduler.told,
         "ring_dropped_steps": engine.ring.dropped_steps,
+        "exporter_restarts": engine.ring.restarts,
     }
     print("DONE", json.dumps(handed), flush=True)
     if word == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "vanish":
         engine.vanish()
-    sys.stdin.readline()
+    engine.wait(said)
     engine.close()
-
-
-def arguments(config: Config) -> list[str]:
-    """The command line of an engine process."""
-    return [sys.executable, "-m", "tests.chaos.engine", json.dumps(asdict(config))]
 
 
 if __name__ == "__main__":

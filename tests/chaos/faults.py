@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from typing import Any
 
 from tests.chaos.world import Books, Proxy, filled, reconcile, small_disk, until, world
 
@@ -32,8 +33,49 @@ def kills(count: int, seed: int) -> Books:
         return reconcile("collector SIGKILL", made, [handed], [collector.totals()], [engine])
 
 
+FULL_RING: dict[str, Any] = {
+    "restart_seconds": 3.0,
+    "slot_rows": 100_000,
+    "max_owed": 8,
+    "steps_per_second": 200.0,
+}
+"""An engine whose ring fills up while its exporter is away, and that then folds what it owes into sums."""
+
+
+def exporter_kills(count: int, seed: int, *, spool: bool = True, collector_kills: bool = False, **engine: Any) -> Books:
+    """SIGKILL of the exporter at random moments, every third time within milliseconds of its first step, every tenth
+    time SIGTERM; while requests begin, hit the prefix cache, are preempted, aborted and end.
+
+    Args: collector_kills: every fourth time the collector too.   engine: see engine.Config.
+    """
+    rng = random.Random(seed)
+    with world() as made:
+        collector = made.collector()
+        collector.start()
+        settings = {"LATENTWATCH_SPOOL": str(made.folder / "spool")} if spool else {}
+        running = made.engine(f"unix://{collector.socket}", settings, seed=seed + 1, **engine)
+        for i in range(count):
+            if i % 3 == 2:
+                running.until_exporter_reads()
+                time.sleep(rng.uniform(0.0, 0.02))
+            else:
+                time.sleep(rng.uniform(0.0, 2.0))
+            with made.fault():
+                if collector_kills and i % 4 == 3:
+                    collector.kill()
+                    running.kill_exporter()
+                    time.sleep(rng.uniform(0.0, 0.5))
+                    collector.start()
+                else:
+                    running.kill_exporter(signal.SIGTERM if i % 10 == 9 else signal.SIGKILL)
+        handed = running.stop([collector])
+        how = ("spool" if spool else "no spool") + (", collector too" if collector_kills else "")
+        how = "ring full" if engine else how
+        return reconcile(f"exporter SIGKILL, {how}", made, [handed], [collector.totals()], [running])
+
+
 def gateway_kills(count: int, seed: int) -> Books:
-    """SIGKILL of a gateway, and every third time of a sidecar, while three sidecars of two engines forward to it."""
+    """SIGKILL of a gateway, and every other time of a sidecar, while three sidecars of two engines forward to it."""
     rng = random.Random(seed)
     with world() as made:
         gateway = made.collector("gateway")
@@ -49,8 +91,8 @@ def gateway_kills(count: int, seed: int) -> Books:
         behind = [(sidecar, f"pod-{i}/{j}") for i, sidecar in enumerate(sidecars) for j in range(2)]
         engines = [made.engine(f"unix://{at.socket}", replica=name, steps_per_second=20.0) for at, name in behind]
         for i in range(count):
-            time.sleep(rng.uniform(0.2, 2.0))
-            broken = rng.choice(sidecars) if i % 3 == 2 else gateway
+            time.sleep(rng.uniform(0.2, 1.0))
+            broken = rng.choice(sidecars) if i % 2 else gateway
             with made.fault():
                 broken.kill()
                 time.sleep(rng.uniform(0.0, 1.0))
@@ -230,7 +272,9 @@ def full_spools(count: int, seed: int) -> Books:
         engine = made.engine(f"unix://{collector.socket}", {"LATENTWATCH_SPOOL": str(disk / "spool")})
         for _ in range(count):
             time.sleep(rng.uniform(0.5, 1.5))
-            with made.fault(), filled(disk, engine.exporter):
+            writer = engine.exporter
+            assert writer is not None
+            with made.fault(), filled(disk, writer):
                 collector.kill()
                 time.sleep(rng.uniform(1.0, 2.0))
                 collector.start()
@@ -245,8 +289,8 @@ def outages(seconds: float) -> Books:
         collector.start()
         settings = {
             "LATENTWATCH_SPOOL": str(made.folder / "spool"),
-            "LATENTWATCH_SPOOL_MIB": "1",
-            "LATENTWATCH_BUFFER_MIB": "0.5",
+            "LATENTWATCH_SPOOL_MIB": "0.25",
+            "LATENTWATCH_BUFFER_MIB": "0.0625",
         }
         engine = made.engine(f"unix://{collector.socket}", settings, requests=64, steps_per_second=200.0)
         time.sleep(1.0)

@@ -27,7 +27,7 @@ from latentwatch.cli import main
 from latentwatch.watchlist import file as watchlist_file
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.chaos import engine
+from tests.chaos import stand_in
 from tests.support.engines import ROOT
 from tests.support.streams import probe, sparse, watchlist
 
@@ -35,7 +35,7 @@ _STEPS_FOR_A_RATIO = 50
 CATCH_UP_SECONDS = 60.0
 """Where nothing arrived for so long, nothing will. On a busy machine thousands of steps may wait after a fault; on a
 free one they arrive within a second."""
-FEATURES = (*(sparse(f"f{i}") for i in range(engine.SPARSE)), *(probe(f"p{i}") for i in range(engine.DENSE)))
+FEATURES = (*(sparse(f"f{i}") for i in range(stand_in.SPARSE)), *(probe(f"p{i}") for i in range(stand_in.DENSE)))
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
@@ -121,6 +121,10 @@ class Collector:
             tokens={key: count for key, count in tokens.items() if count},
             fires=sum_of("latentwatch_feature_fired_tokens_total"),
             finished=sum_of("latentwatch_requests_total", outcome="finished"),
+            ended=sum_of("latentwatch_requests_total"),
+            open=sum_of("latentwatch_open_requests"),
+            unannounced=sum_of("latentwatch_engine_unannounced_requests_total"),
+            restarts=sum_of("latentwatch_engine_exporter_restarts_total"),
             excess=sum_of("latentwatch_accounting_excess_tokens_total"),
             given_up=sum_of("latentwatch_engine_lost_tokens_total"),
             gaps=sum_of("latentwatch_collector_lost_sequences_total"),
@@ -146,6 +150,12 @@ class Totals:
     """By state and reason."""
     fires: int
     finished: int
+    ended: int
+    """Requests, however they ended."""
+    open: int
+    unannounced: int
+    """Requests of which only the sums of their tokens are told."""
+    restarts: int
     excess: int
     given_up: int
     """What the sender says it gave up with the books. A collector may find a part of it missing again, when a request
@@ -164,7 +174,7 @@ class Totals:
 class Engine:
     """An engine process."""
 
-    def __init__(self, folder: Path, config: engine.Config, settings: dict[str, str]) -> None:
+    def __init__(self, folder: Path, config: stand_in.Config, settings: dict[str, str]) -> None:
         """Args: settings: environment of the engine and its exporter."""
         self._steps = Path(config.steps_file)
         self._log = folder / "engine.log"
@@ -172,7 +182,7 @@ class Engine:
         settings = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **settings}
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                engine.arguments(config),
+                stand_in.arguments(config),
                 cwd=ROOT,
                 env=settings,
                 stdin=subprocess.PIPE,
@@ -180,7 +190,36 @@ class Engine:
                 stderr=log,
                 text=True,
             )
-        self.exporter = int(self._read("READY"))
+        self._read("READY")
+
+    @property
+    def exporter(self) -> int | None:
+        """Its process; None while there is none."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        # The last one: those before it have ended, and are not waited for yet.
+        return int(children[-1]) if children else None
+
+    def until_exporter_reads(self) -> None:
+        """Wait until an exporter that is not the one of before has imported everything and takes up the ring."""
+        before = self.exporter
+        until(lambda: self.exporter not in (before, None) or self._reads(before), "an exporter")
+        until(lambda: self._reads(self.exporter), "an exporter that reads")
+
+    @staticmethod
+    def _reads(process: int | None) -> bool:
+        """Whether it has gRPC's threads, which it starts when it has the ring."""
+        try:
+            return len(list(Path(f"/proc/{process}/task").iterdir())) > 3
+        except OSError:
+            return False
+
+    def kill_exporter(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Wherever it is: importing, resuming, or at work."""
+        deadline = time.monotonic() + 60
+        while (process := self.exporter) is None or _is_dead(process):
+            assert time.monotonic() < deadline, "the engine starts no exporter"
+            time.sleep(0.001)
+        os.kill(process, number)
 
     def stop(self, collectors: list[Collector], earlier: int = 0) -> dict[str, int]:
         """End its requests and let what waits in its exporter arrive; what it handed over.
@@ -188,10 +227,14 @@ class Engine:
         Args: earlier: tokens that engines before it handed over, which are waited for as well.
         """
         handed = self._tell("stop")
-        arrived, deadline = -1, 0.0
-        while (count := sum(c.totals().accounted for c in collectors)) < earlier + handed["tokens"]:
-            if count > arrived:
-                arrived, deadline = count, time.monotonic() + CATCH_UP_SECONDS
+        arrived, deadline = (-1, -1), 0.0
+        while True:
+            totals = [collector.totals() for collector in collectors]
+            counted = sum(t.accounted for t in totals), sum(t.ended + t.unannounced for t in totals)
+            if counted[0] >= earlier + handed["tokens"] and counted[1] >= handed["ended"]:
+                break
+            if counted > arrived:
+                arrived, deadline = counted, time.monotonic() + CATCH_UP_SECONDS
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
@@ -221,6 +264,14 @@ class Engine:
             if line.startswith(word):
                 return line.removeprefix(word)
         raise AssertionError(f"the engine ended early: {self._log.read_text()}")
+
+
+def _is_dead(process: int) -> bool:
+    """Gone, or not waited for yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 class Proxy:
@@ -290,7 +341,7 @@ class World:
 
     def engine(self, target: str, settings: dict[str, str] | None = None, **more: Any) -> Engine:
         steps = self.folder / f"steps-{time.monotonic_ns()}.npy"
-        return Engine(self.folder, engine.Config(target, self.sha256, str(steps), **more), settings or {})
+        return Engine(self.folder, stand_in.Config(target, self.sha256, str(steps), **more), settings or {})
 
     @contextlib.contextmanager
     def fault(self) -> Iterator[None]:
@@ -357,9 +408,16 @@ class Books:
     shed: int
     """Counted as dropped by a reason."""
     lost: int
-    """Counted nowhere."""
+    """Known only from what was missing when their request ended, beyond what a sender counted as given up."""
     doubled: int
     """Counted more than once."""
+    unbooked: int
+    """In no state at any collector, nor given up and counted."""
+    ended: int
+    """Requests that ended at the engines."""
+    open: int
+    """Of those, the ones that ended at no collector, and are not counted as unannounced; and those that are open at
+    one although every engine's have ended."""
     fires_sent: int
     fires_merged: int
     step_time_ratio: float | None
@@ -372,7 +430,8 @@ class Books:
         ratio = "-" if self.step_time_ratio is None else f"{self.step_time_ratio:.3f}"
         return (
             f"{self.fault:28} faults {self.faults:4}  sent {self.sent:9}  merged {self.merged:9}  shed {self.shed:7}  "
-            f"lost {self.lost:3}  doubled {self.doubled:3}  step time x{ratio}  "
+            f"lost {self.lost:3}  doubled {self.doubled:3}  unbooked {self.unbooked:3}  "
+            f"ended {self.ended:5}  open {self.open:3}  step time x{ratio}  "
             f"collector {self.collector_peak_mib:.0f} MiB  {self.dropped or ''}"
         )
 
@@ -381,25 +440,28 @@ def reconcile(
     fault: str, made: World, handed: list[dict[str, int]], totals: list[Totals], engines: list[Engine]
 ) -> Books:
     sent = sum(h["tokens"] for h in handed)
-    dropped: dict[str, int] = {}
-    merged = 0
+    ended = sum(h["ended"] for h in handed)
+    given_up = sum(counted.given_up for counted in totals)
+    missing = sum(counted.tokens.get(("dropped", "lost"), 0) for counted in totals)
+    accounted = sum(counted.accounted for counted in totals)
+    dropped = {"given_up": given_up} if given_up else {}
     for counted in totals:
-        if counted.given_up:
-            dropped["given_up"] = dropped.get("given_up", 0) + counted.given_up
         for (state, reason), count in counted.tokens.items():
             if state == "dropped" and not (reason == "lost" and counted.given_up):
                 dropped[reason] = dropped.get(reason, 0) + count
-            elif state != "dropped":
-                merged += count
     shed = sum(dropped.values())
     return Books(
         fault=fault,
         faults=len(made.faults),
         sent=sent,
-        merged=merged,
+        merged=accounted - shed,
         shed=shed,
-        lost=max(0, sent - merged - shed),
-        doubled=max(0, merged + shed - sent) + sum(counted.excess for counted in totals),
+        lost=max(0, missing - given_up),
+        doubled=max(0, accounted - sent) + sum(counted.excess for counted in totals),
+        unbooked=max(0, sent - accounted),
+        ended=ended,
+        open=max(0, ended - sum(counted.ended + counted.unannounced for counted in totals))
+        + sum(counted.open for counted in totals),
         fires_sent=sum(h["fires"] for h in handed),
         fires_merged=sum(counted.fires for counted in totals),
         step_time_ratio=step_time_ratio(made.faults, engines),

@@ -5,6 +5,7 @@ What a process needs is refused by name; what it can do without, it does without
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import json
@@ -23,6 +24,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from latentwatch.cli import build_parser
 from latentwatch.collector.drift import DriftSettings
 from latentwatch.demo.run.processes import free_ports
 from latentwatch.drift import baseline
@@ -187,7 +189,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         audit.add(time.time(), "cli:someone", "query", 3, subject="since=2h")
     watched = watchlist_file.write(watchlist(FEATURES), made / "w.safetensors")
     baseline.write(random_baseline(watched.features, sha256=watched.sha256), made / "prod.baseline")
-    sources.probe(made / "p.safetensors")
+    sources.probe(made / "p.safetensors", metadata={"hook_point": "resid_post.1"})
     explained = sources.source("linear_probe", "p.safetensors")
     document = sources.document(sources.hook(1, explained), notes="Täuschung ✓")
     sources.write_yaml(made / "w.yaml", document)
@@ -215,6 +217,18 @@ VERBS = {
     "canary": "canary --server {server} --model m --prompts {here}/prompts.txt --key {here}/canary.key --make-key "
     "--every 0 --runs 2",
 }
+ELSEWHERE = {
+    ("record",): "with replay and calibrate, below",
+    ("replay",): "below",
+    ("calibrate",): "below",
+    ("collector",): "with an engine, above",
+    ("demo",): "with stand-ins, below",
+    ("demo", "build"): "trains a model, with libraries that need more of a host",
+    ("watchlist", "record"): "runs a model, with libraries that need more of a host",
+    ("watchlist", "discover"): "as record",
+    ("watchlist", "probe"): "as record",
+}
+"""Verbs that the table has not, and why."""
 LEAVES = {
     "html": "r.html",
     "export": "parquet/requests.parquet",
@@ -265,6 +279,27 @@ def test_a_verb_does_its_work(name: str, scene: Scene, library: Path, servers: d
         assert code == 1 and "ok      collector" in said, "no engine streams to it"
     else:
         assert code == (0 if name in SILENT else wanted), said
+
+
+def words_of(parser: argparse.ArgumentParser, begin: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every verb, and every action of one."""
+    if (verb := getattr(parser, "verb", None)) is not None:
+        parser.verb = None  # type: ignore[attr-defined]
+        verb.add_arguments(parser)
+    # argparse has no public way to ask for them.
+    choices = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if begin and not (choices and begin != ("demo",)):
+        yield begin
+    for name, child in (item for choice in choices for item in choice.items()):
+        yield from words_of(child, (*begin, name))
+
+
+def test_no_verb_is_left_out() -> None:
+    here = {tuple(words.split(" ")[:2]) for words in VERBS.values()} | {(w.split(" ")[0],) for w in VERBS.values()}
+    every = list(words_of(build_parser()))
+    assert ("evidence", "query") in every and ("doctor",) in every
+    left = [words for words in every if words not in here and words not in ELSEWHERE]
+    assert left == [], "run it in the table VERBS, where what it prints and leaves is looked at"
 
 
 def test_recorded_traffic_becomes_a_baseline_and_is_replayed(scene: Scene) -> None:

@@ -1,4 +1,4 @@
-"""Broken messages against decoder, receiver and core: `make fuzz` sends a million and writes results/fuzz.json.
+"""Broken messages against decoder, receiver and core, whose books are compared; `make fuzz` runs it beside the targets.
 
 Half are mutations of real messages (bits, cuts, splices, repeats, numbers at their edges), half come from the grammar:
 well-formed protobuf whose fields hold anything. Every tenth goes through a stream of the receiver, the others straight
@@ -8,24 +8,16 @@ those of the messages that it took, and its state must come back from its checkp
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import datetime
 import json
-import logging
-import os
-import platform
 import random
-import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
-from latentwatch import __version__
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.durability import schema
@@ -39,10 +31,8 @@ from latentwatch.transport.receiver import Receiver
 from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 from latentwatch.watchlist.file import Limit
 
-from tests.support.engines import ROOT
 from tests.support.streams import Schedule, hello, probe, received, sparse, tokens, watchlist
 
-RESULT = ROOT / "tests/bench/results/fuzz.json"
 FEATURES = (sparse("a", limit=Limit("max", 3.0)), sparse("b", skip=1), probe("p", limit=Limit("rolling_mean", 0.5, 4)))
 _EDGES = (0, 1, 2, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 _FLOATS = (0.0, -0.0, 1.0, 1e-45, 65504.0, 65520.0, 3.4e38, float("inf"), float("-inf"), float("nan"))
@@ -292,52 +282,3 @@ def _through_a_stream(
         assert last.reason and last.found and last.instead
         outcome.refused[last.reason] += 1
     assert receiver.live_streams == 0
-
-
-def resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--messages", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    # The receiver logs each refusal, a few a second; none of them is news here.
-    logging.disable(logging.CRITICAL)
-    parts, total, refused = 100, Outcome(), Counter[str]()
-    memory, began = [], time.monotonic()
-    for part in range(parts):
-        outcome = run(args.messages // parts, args.seed + part)
-        total.messages += outcome.messages
-        total.taken += outcome.taken
-        refused += outcome.refused
-        memory.append(round(resident_mib(), 1))
-        print(f"{total.messages} messages, {total.taken} taken, {dict(refused)}, {memory[-1]} MiB", flush=True)
-        write(args.seed, total, refused, memory, time.monotonic() - began)
-    print(f"wrote {RESULT.relative_to(ROOT)}")
-
-
-def write(seed: int, total: Outcome, refused: Counter[str], memory: list[float], seconds: float) -> None:
-    """The figures so far: a run that is stopped leaves those of its whole parts."""
-    row = {
-        "messages": total.messages,
-        "taken": total.taken,
-        "refused": dict(refused.most_common()),
-        "resident_mib_first": memory[0],
-        "resident_mib_last": memory[-1],
-        "seconds": round(seconds),
-    }
-    result = {
-        "what": "broken messages against decoder, receiver and core; none crashed, the books were right after each",
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores shared with other work",
-        "versions": {"latentwatch": __version__, "python": platform.python_version()},
-        "seed": seed,
-        "rows": [row],
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

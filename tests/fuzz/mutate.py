@@ -7,9 +7,24 @@ from collections.abc import Sequence
 
 from tests.fuzz.targets.target import SEPARATOR
 
-MAX_BYTES = 64 << 10
+MAX_BYTES = 256 << 10
 _BYTES = (0, 1, 0x7F, 0x80, 0xFF, 0x22, 0x2C, 0x5B, 0x7B)
-_TEXTS = (b"-1", b"0", b"1e999", b"NaN", b"null", b"true", b'""', b"[]", b"{}", b"9" * 30, b"\\ud800", b"\xff\xfe", b"../", b"\n")
+_TEXTS = (
+    b"-1",
+    b"0",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"true",
+    b'""',
+    b"[]",
+    b"{}",
+    b"9" * 30,
+    b"\\ud800",
+    b"\xff\xfe",
+    b"../",
+    b"\n",
+)
 
 
 def mutated(rng: random.Random, corpus: Sequence[bytes], words: Sequence[bytes]) -> bytes:

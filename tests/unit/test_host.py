@@ -24,6 +24,7 @@ from latentwatch.errors import ConfigRefused
 from latentwatch.evidence.segment import Watched
 from latentwatch.export.otel_events import channel_options
 from latentwatch.handover.memory_file import memory_file
+from latentwatch.transport.places import Places
 from latentwatch.transport.tcp_listener import Listener
 
 
@@ -159,7 +160,7 @@ def test_a_host_without_any_folder_for_sockets_is_refused_by_name(monkeypatch: p
 
     monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
     with pytest.raises(ConfigRefused, match=r"Read-only file system.*TMPDIR"):
-        Listener(None, lambda _: None, max_connections=1)
+        Listener(None, lambda _: None, Places(1, 1))
 
 
 @pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_COMPRESSION"])

@@ -95,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Refusal, OSError) as refusal:
             print(f"latentwatch {args.verb}: {refusal}", file=sys.stderr)
             return 2
+        except UnicodeEncodeError as error:
+            # A word of the command line, or a file's name, that is not in the encoding of this process's locale.
+            print(f"latentwatch {args.verb}: {error.object[:80]!r} is no text in UTF-8", file=sys.stderr)
+            return 2
         except KeyboardInterrupt:
             return 130
         serves = args.verb in SERVING and not getattr(args, "config_schema", False)

@@ -151,6 +151,23 @@ def _collector(web: Web, sha256: str) -> Iterator[Finding]:
         yield same_watchlist(view, sha256)
     yield from engines(view)
     yield coverage(view)
+    yield files(web.get("/metrics").decode())
+
+
+def files(text: str) -> Finding:
+    """From /metrics: whether every file of state and evidence can be read, and the state be written."""
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
+
+    def value(name: str) -> float:
+        return float(values.get(name, 0))
+
+    if damaged := value("latentwatch_evidence_damaged_files") + value("latentwatch_state_aside_files"):
+        found = f"{damaged:.0f} files cannot be read and were set aside; the collector's log names each"
+        return Finding("files", "failed", found, "For evidence run 'latentwatch evidence repair'; see the runbook.")
+    if not value("latentwatch_state_durable") and value("latentwatch_state_write_failures_total"):
+        found = "the state cannot be written: a collector that dies now loses what it counted"
+        return Finding("files", "failed", found, "Free space on the disk of --state, or restore it.")
+    return Finding("files", "ok", "no file of state or evidence is set aside")
 
 
 def same_watchlist(view: Mapping[str, Any], sha256: str) -> Finding:

@@ -24,7 +24,7 @@ _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the actions."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for add in (_add_query, _add_show, _add_delete, _add_export, _add_audit, _add_key):
+    for add in (_add_query, _add_show, _add_delete, _add_export, _add_audit, _add_repair, _add_key):
         add(actions)
 
 
@@ -121,6 +121,21 @@ def _add_audit(actions: _Actions) -> None:
     audit.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
 
 
+def _add_repair(actions: _Actions) -> None:
+    repair = _action(
+        actions,
+        "repair",
+        "save what can be read of damaged files",
+        "Save what can be read of the segments that a collector set aside as damaged, and say what is lost. Works\n"
+        "beside a running collector; without one, every segment is read to its end first. Exit code 1 where nothing\n"
+        "could be read of one.",
+        "repair --remove",
+    )
+    repair.add_argument(
+        "--remove", action="store_true", help="remove each damaged file once what can be read of it is saved"
+    )
+
+
 def _add_key(actions: _Actions) -> None:
     key = actions.add_parser(
         "key",
@@ -133,9 +148,16 @@ def _add_key(actions: _Actions) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run one action."""
-    return {"query": _query, "show": _show, "delete": _delete, "export": _export, "audit": _audit, "key": _key}[
-        args.action
-    ](args)
+    actions = {
+        "query": _query,
+        "show": _show,
+        "delete": _delete,
+        "export": _export,
+        "audit": _audit,
+        "repair": _repair,
+        "key": _key,
+    }
+    return actions[args.action](args)
 
 
 def _query(args: argparse.Namespace) -> int:
@@ -146,6 +168,7 @@ def _query(args: argparse.Namespace) -> int:
     wanted = Wanted(args.feature, args.severity, args.model, _before(now, args.since), _before(now, args.until))
     with options.opened_evidence(args.dir) as (archive, audit):
         found = archive.exceedances(wanted, args.limit)
+        damaged = archive.damaged.names
         filters = ("feature", "severity", "model", "since", "until")
         subject = " ".join(f"{name}={value}" for name in filters if (value := getattr(args, name)) is not None)
         audit.add(now, options.actor(), "query", len(found), subject=subject)
@@ -157,6 +180,7 @@ def _query(args: argparse.Namespace) -> int:
         )
     if not found:
         print("no exceedance of this kind is kept", file=sys.stderr)
+    _say_damaged(damaged)
     return 0
 
 
@@ -167,9 +191,11 @@ def _show(args: argparse.Namespace) -> int:
 
     with options.opened_evidence(args.dir) as (archive, audit):
         found = archive.find(args.id)
+        damaged = archive.damaged.names
         audit.add(time.time(), options.actor(), "show", len(found), request=args.id)
         if args.key:
             audit.add(time.time(), options.actor(), "content", len(found), request=args.id)
+    _say_damaged(damaged)
     if not found:
         return _not_stored(args)
     tokens = _tokens(args, found[0].key) if args.key else ()
@@ -225,12 +251,15 @@ def _key(args: argparse.Namespace) -> int:
 def _delete(args: argparse.Namespace) -> int:
     from latentwatch.evidence import store
 
-    with options.opened_evidence(args.dir) as (_, audit):
-        erased = store.erase(args.dir, args.id)
+    with options.opened_evidence(args.dir) as (archive, audit):
+        erased = store.erase(args.dir, args.id, archive.damaged)
         audit.add(time.time(), options.actor(), "delete", erased.requests, request=args.id)
     if not erased.requests:
+        _say_damaged(erased.damaged)
         return _not_stored(args)
     print(f"{erased.requests} requests deleted, {erased.rows} rows")
+    if _say_damaged(erased.damaged):
+        return 1
     if not erased.clean:
         print(
             "a reader kept an older state open: the rows are gone, but the write-ahead log could not be emptied. "
@@ -238,6 +267,62 @@ def _delete(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0 if erased.clean else 1
+
+
+def _say_damaged(names: Sequence[str]) -> bool:
+    """Whether there are files that an answer says nothing of."""
+    if names:
+        print(
+            f"{len(names)} files cannot be used, and may hold rows of this or any request: {', '.join(names)}. "
+            "'latentwatch evidence repair --remove' saves what it can of segments and removes them.",
+            file=sys.stderr,
+        )
+    return bool(names)
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from latentwatch.evidence import damage, repair, segment
+
+    _set_damaged_aside(args.dir)
+    done = [repair.repair(path) for path in repair.damaged_segments(args.dir)]
+    for one in done:
+        if one.into is None:
+            print(f"{one.path.name}: nothing could be read: {one.why}", file=sys.stderr)
+            continue
+        saved = ", ".join(f"{count} {table}" for table, count in one.saved.items())
+        lost = ", ".join(f"{'?' if count is None else count} {table}" for table, count in one.lost.items())
+        print(f"{one.path.name}: saved {saved} as {one.into.name}; lost at most {lost}")
+    if args.remove:
+        for path in damage.aside(args.dir):
+            if path.suffix == damage.SALVAGED or any(one.path == path for one in done):
+                segment.remove(path)
+                print(f"{path.name}: removed")
+    if not done:
+        print("no segment is damaged")
+    return 0 if all(one.into for one in done) else 1
+
+
+def _set_damaged_aside(folder: Path) -> None:
+    """As the collector would, where none runs. Raises ConfigRefused where there is no such folder."""
+    import sqlite3
+
+    from latentwatch import storage
+    from latentwatch.evidence import repair, store
+    from latentwatch.evidence.archive import Archive
+
+    damaged = Archive(folder).damaged
+    lock = storage.lock_folder(folder, "evidence.lock")
+    if lock is None:
+        return
+    try:
+        for path in store.segments(folder):
+            try:
+                repair.check(path)
+            except (sqlite3.Error, ConfigRefused, ValueError) as error:
+                damaged.record(path, error)
+        damaged.settle()
+    finally:
+        lock.release()
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -262,7 +347,9 @@ def _export(args: argparse.Namespace) -> int:
     with options.opened_evidence(args.dir) as (archive, audit):
         audit.add(time.time(), options.actor(), "export", 0, subject=str(args.out))
         rows = parquet.export(archive.requests(), args.out)
+        damaged = archive.damaged.names
     print(f"{args.out}: " + ", ".join(f"{count} {name}" for name, count in rows.items()))
+    _say_damaged(damaged)
     return 0
 
 

@@ -13,7 +13,8 @@ HELP = "Find what to watch; build, show and verify the file that says it."
 EPILOG = "example:  latentwatch watchlist build watchlist.yaml --out prod.safetensors"
 
 _BUILD = """Compile a watchlist.yaml and the SAEs and probes that it names into one .safetensors file.
-The same input gives the same bytes: the engine and the collector know the file by its SHA-256."""
+Where a source's own library is installed, it is asked whether the rows are right. The same input gives the same bytes
+where the same libraries are: the engine and the collector know the file by its SHA-256."""
 _SEARCH = """Search published labels, and print the features found as YAML to paste under a source's 'features'.
 Labels say what somebody made of a feature; measure it on your own traffic before it pages anyone."""
 _VERIFY = """Check that a built file is whole; with --model, that a checkpoint is its model; with --against, that its

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import sqlite3
 from collections.abc import Awaitable, Callable
@@ -52,6 +53,8 @@ class EvidenceFacts:
 
     writer: WriterTotals = NOTHING_WRITTEN
     folder_bytes: int = 0
+    damaged: tuple[str, ...] = ()
+    """Names of files in the folder that cannot be used."""
 
 
 class Evidence:
@@ -77,8 +80,7 @@ class Evidence:
         self.vault = Vault.read(settings.key_file) if settings.key_file else None
         self._store = Store(settings.folder, watched(watchlist), settings.retention)
         try:
-            self._audit = Audit(settings.folder)
-            self._audit.prune(clock())
+            self._audit = Audit(settings.folder, self._store.damaged)
         except sqlite3.Error as error:
             self._store.close()
             raise ConfigRefused(
@@ -87,7 +89,10 @@ class Evidence:
                 instead="Give a folder that the collector may write to, on a disk with room.",
                 reason=RefusalReason.EVIDENCE_FOLDER,
             ) from error
-        self._archive = Archive(settings.folder)
+        with contextlib.suppress(sqlite3.Error):
+            # On a full disk the old entries stay until the next start.
+            self._audit.prune(clock())
+        self._archive = Archive(settings.folder, self._store.damaged)
         self._reading = ThreadPoolExecutor(1, "evidence-read")
         self._writer = Writer(self._store, clock=clock)
         self.put = self._writer.put
@@ -117,7 +122,9 @@ class Evidence:
     async def erase(self, name: str, actor: str, forget: Forget) -> Erased:
         """See store.erase, after everything that was recorded before; and the collector itself forgets the request."""
         held = await asyncio.wrap_future(self._writer.run(lambda: self._held(name)))
-        erased = await asyncio.wrap_future(self._writer.run(lambda: store.erase(self._folder, held)))
+        erased = await asyncio.wrap_future(
+            self._writer.run(lambda: store.erase(self._folder, held, self._store.damaged))
+        )
         if not await forget(held):
             erased = dataclasses.replace(erased, clean=False)
         await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=held))
@@ -141,8 +148,8 @@ class Evidence:
             held = self._held(name)
             found = [
                 (key, sealed)
-                for key in store.find(self._folder, held)
-                if (sealed := sealed_files.get(self._folder, key))
+                for key in store.find(self._folder, held, self._store.damaged)
+                if (sealed := sealed_files.get(self._folder, key, self._store.damaged))
             ]
             self._audit.add(self._clock(), actor, "content", len(found), request=held)
             return vault.open(*found[-1]) if found else None
@@ -155,7 +162,7 @@ class Evidence:
 
     def facts(self) -> EvidenceFacts:
         """Counts for /metrics."""
-        return EvidenceFacts(self._writer.totals(), store.folder_bytes(self._folder))
+        return EvidenceFacts(self._writer.totals(), store.folder_bytes(self._folder), self._store.damaged.names)
 
     def close(self) -> None:
         """Write what is queued and close the files; waits for the disk."""
@@ -169,7 +176,7 @@ class Evidence:
         if self._pseudonyms is None:
             return name
         hashed, *others = self._pseudonyms.candidates(name)
-        return next((held for held in (hashed, *others) if store.find(self._folder, held)), hashed)
+        return next((held for held in (hashed, *others) if store.find(self._folder, held, self._store.damaged)), hashed)
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reading, work)

@@ -32,7 +32,7 @@ from latentwatch.collector.step_listener import Eviction, Step, StepListener
 from latentwatch.errors import RefusalReason, StreamRefused
 from latentwatch.facts import RequestInfo
 from latentwatch.names import TokenState
-from latentwatch.step.batch import RequestOpened, StepBatch
+from latentwatch.step.batch import UNANNOUNCED, RequestOpened, StepBatch
 from latentwatch.step.checks import validate
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.report import TOKEN_SHAPE
@@ -187,7 +187,8 @@ class Ingest:
         engine.tokens += _token_counts(segments)
         slot_S = boot.handles.find(segments["handle"])
         if batch.opened or (slot_S < 0).any():
-            self._open(boot, batch.opened, segments["handle"], now)
+            handles_S = segments["handle"]
+            self._open(boot, batch.opened, handles_S[handles_S != UNANNOUNCED], now)
             slot_S = boot.handles.find(segments["handle"])
         placed = slot_S >= 0
         state.slots.account(segments[placed], slot_S[placed], now)

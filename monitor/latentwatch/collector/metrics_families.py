@@ -263,6 +263,7 @@ class Families:
         yield Family(metrics.EVIDENCE_DROPPED, lost, [writer.dropped.get(key, 0) for key in lost])
         yield Family(metrics.EVIDENCE_QUEUE, ((),), [writer.queued_bytes])
         yield Family(metrics.EVIDENCE_FOLDER, ((),), [facts.folder_bytes])
+        yield Family(metrics.EVIDENCE_DAMAGED, ((),), [len(facts.damaged)])
 
     def _otlp(self, facts: OtlpFacts) -> Iterator[Family]:
         events = facts.events
@@ -279,6 +280,7 @@ class Families:
             (metrics.STATE_JOURNAL, state.journal_bytes),
             (metrics.STATE_WRITE_FAILURES, state.write_failures),
             (metrics.STATE_RESUMED, state.resumed_events),
+            (metrics.STATE_ASIDE, state.files_aside),
         ):
             yield Family(metric, ((),), [value])
         yield Family(metrics.WATCHLIST_INFO, ((watchlist.name, watchlist.sha256, str(len(self._features))),), [1])

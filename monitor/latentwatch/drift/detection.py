@@ -93,6 +93,12 @@ class DetectorState:
         """Raise ValueError where this is the state of detectors over other features."""
         check(self, **_lengths(layout, self.replica_2DF.shape[1]))
 
+    def clear_replica(self, place: int) -> None:
+        """Have a replica's detectors begin at nothing, for another one."""
+        for name, names, _ in described(type(self)):
+            if "D" in names:
+                getattr(self, name)[:, place] = 0
+
     def grow(self, replicas: int) -> None:
         """Make room for more replicas; new ones begin at nothing."""
         for name, names, dtype in described(type(self)):

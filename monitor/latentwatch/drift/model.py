@@ -35,7 +35,10 @@ from latentwatch.drift.sums import TrafficSums
 _ROWS: Final = 128
 """Requests per array operation: some milliseconds of work at once."""
 _GROUPS: Final = 256
-"""(replica, adapter) pairs told apart; further ones share the last."""
+"""(replica, adapter) pairs told apart in one window; further ones are counted together, as of no replica or adapter."""
+_BEYOND: Final = ("(others)", "(others)")
+_REPLICAS: Final = 256
+"""Replicas whose detectors are kept; beyond, the one that sent nothing for longest gives its place."""
 _TOP: Final = 3
 """Requests named with an alarm."""
 _TOP_SECONDS: Final = 3600.0
@@ -113,6 +116,14 @@ class TopPlace:
 
 
 @dataclass(frozen=True)
+class ReplicaPlace:
+    """A replica that has detectors, and the last window in which it sent anything."""
+
+    replica: str
+    window: float
+
+
+@dataclass(frozen=True)
 class ModelDriftState:
     """Everything that a ModelDrift remembers."""
 
@@ -122,6 +133,9 @@ class ModelDriftState:
     observed: TrafficSums
     counts: RequestCounts
     groups: list[tuple[str, str]]
+    """Of this window."""
+    replicas: list[ReplicaPlace]
+    """In the order of the detectors' axis of replicas."""
     waiting_requests: int
     requests: int
     excluded_windows: int
@@ -155,6 +169,7 @@ class ModelDrift:
         self._counts = RequestCounts.empty(layout, 1)
         self._groups: dict[tuple[str, str], int] = {}
         self._replicas: list[str] = []
+        self._replica_window: list[float] = []
         self._rows: list[tuple[int, Array, Array]] = []
         self._row_count = self._requests = self._excluded_windows = 0
         self._window = -math.inf
@@ -231,6 +246,7 @@ class ModelDrift:
             observed=copy.deepcopy(self.observed),
             counts=copy.deepcopy(self._counts),
             groups=list(self._groups),
+            replicas=[ReplicaPlace(*place) for place in zip(self._replicas, self._replica_window, strict=True)],
             waiting_requests=self._row_count,
             requests=self._requests,
             excluded_windows=self._excluded_windows,
@@ -250,6 +266,11 @@ class ModelDrift:
         state.detectors.check(self._layout)
         state.observed.check(self._layout)
         check(state.counts, F=self._layout.features, B=self._layout.levels_FL.shape[1] + 1, C=CELLS)
+        self._window = state.window
+        self._replicas = [place.replica for place in state.replicas]
+        self._replica_window = [place.window for place in state.replicas]
+        if not {replica for replica, _ in state.groups} <= {*self._replicas}:
+            raise ValueError("groups of replicas that it does not know")
         for replica, adapter in state.groups:
             self._group(replica, adapter)
         if len(state.counts.levels_GFB) < len(self._groups):
@@ -258,9 +279,11 @@ class ModelDrift:
             if state.detectors.replica_2DF.shape[1] < len(self._replicas):
                 raise ValueError(f"detectors of fewer than {len(self._replicas)} replicas")
             self._detectors = copy.deepcopy(state.detectors)
+        elif len(self._replicas) > self._detectors.replica_2DF.shape[1]:
+            self._detectors.grow(len(self._replicas))
         self.observed, self._counts = copy.deepcopy(state.observed), copy.deepcopy(state.counts)
         self._row_count, self._requests = state.waiting_requests, state.requests
-        self._excluded_windows, self._window = state.excluded_windows, state.window
+        self._excluded_windows = state.excluded_windows
         for top in state.top:
             self._top_FT[top.feature, top.place] = top.request
             self._top_value_FT[top.feature, top.place] = top.request.value
@@ -271,12 +294,10 @@ class ModelDrift:
         group = self._groups.get((replica, adapter))
         if group is not None:
             return group
-        if len(self._groups) >= _GROUPS:
-            return _GROUPS - 1
-        if replica not in self._replicas:
-            self._replicas.append(replica)
-            if len(self._replicas) > self._detectors.replica_2DF.shape[1]:
-                self._detectors.grow(2 * len(self._replicas))
+        if (replica, adapter) != _BEYOND and (len(self._groups) >= _GROUPS - 1 or not self._place(replica)):
+            return self._group(*_BEYOND)
+        if replica == _BEYOND[0]:
+            self._place(replica)
         group = self._groups[replica, adapter] = len(self._groups)
         if group >= len(self._counts.levels_GFB):
             self._flush()
@@ -284,6 +305,23 @@ class ModelDrift:
             wider.levels_GFB[:group] = self._counts.levels_GFB
             self._counts.levels_GFB = wider.levels_GFB
         return group
+
+    def _place(self, replica: str) -> bool:
+        """Give a replica detectors of its own; False where all places are those of replicas of this window."""
+        if replica not in self._replicas:
+            if len(self._replicas) < _REPLICAS or replica == _BEYOND[0]:
+                self._replicas.append(replica)
+                self._replica_window.append(self._window)
+                if len(self._replicas) > self._detectors.replica_2DF.shape[1]:
+                    self._detectors.grow(2 * len(self._replicas))
+                return True
+            place = int(np.argmin(self._replica_window))
+            if self._replica_window[place] >= self._window:
+                return False
+            self._detectors.clear_replica(place)
+            self._replicas[place] = replica
+        self._replica_window[self._replicas.index(replica)] = self._window
+        return True
 
     def _flush(self) -> None:
         """Count the rows that wait."""
@@ -317,6 +355,8 @@ class ModelDrift:
             strata = [self.observed.stratum(adapter) for _, adapter in groups]
             self.observed.add_window(counts, np.array(strata), end_seconds, self._budget.window_seconds)
         self._counts.clear()
+        # The next window tells its own apart: names that come once do not take the places of later ones.
+        self._groups.clear()
 
     def _stratum(self, adapter: str) -> int:
         assert self._reference is not None

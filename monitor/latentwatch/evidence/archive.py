@@ -6,15 +6,17 @@ import contextlib
 import heapq
 import sqlite3
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence import segment
+from latentwatch.evidence.damage import Damaged
 from latentwatch.evidence.records import FIRE_RECORD, Ended, RecordedRequest, row_record
 from latentwatch.evidence.segment import Watched, WatchedFeature
 from latentwatch.evidence.store import segments
@@ -86,6 +88,18 @@ class StoredRequest(ShownRequest):
     """Activations before the first exceedance that were not kept."""
 
 
+T = TypeVar("T")
+_UNREADABLE: Final = (
+    sqlite3.Error,
+    ConfigRefused,
+    zlib.error,
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+)
+"""What reading a damaged file may raise, as far as its rows are unfolded here."""
 _PAUSES_SECONDS: Final = (0.01, 0.1, 1.0)
 """Between attempts to open a segment whose files are just coming or going."""
 
@@ -93,8 +107,8 @@ _PAUSES_SECONDS: Final = (0.01, 0.1, 1.0)
 class Archive:
     """A folder of evidence, read only."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises: ConfigRefused: there is no such folder."""
+    def __init__(self, folder: Path, damaged: Damaged | None = None) -> None:
+        """Args: damaged: what is known of the folder's files. Raises: ConfigRefused: there is no such folder."""
         if not folder.is_dir():
             raise ConfigRefused(
                 f"evidence folder {folder}",
@@ -103,6 +117,9 @@ class Archive:
                 reason=RefusalReason.EVIDENCE_FOLDER,
             )
         self.folder = folder
+        self.damaged = damaged or Damaged(folder)
+        self._alone = damaged is None
+        """Without a collector beside it that has set aside what it cannot use, and would go on."""
         self._readers: dict[Path, _Reader] = {}
         self._paths: list[Path] = []
         self._listed_at_ns = 0
@@ -110,26 +127,23 @@ class Archive:
 
     def find(self, name: str) -> list[StoredRequest]:
         """Requests whose engine request id, response id or trace id this is, newest first."""
-        return [reader.request(key) for reader in self._newest_first() for key in reader.find(name)]
+        return [*self._each(lambda reader: [reader.request(key) for key in reader.find(name)])]
 
     def exceedances(self, wanted: Wanted, limit: int) -> list[ShownExceedance]:
         """The latest exceedances of this kind, newest first."""
-        found: list[ShownExceedance] = []
-        for reader in self._newest_first():
-            found += reader.exceedances(wanted, limit)
+        found = self._each(lambda reader: reader.exceedances(wanted, limit))
         # A request that runs past midnight stays in its first segment, so segments overlap in time.
         return sorted(found, key=lambda exceedance: -exceedance.seconds)[:limit]
 
     def requests(self) -> Iterator[StoredRequest]:
         """Every request, oldest first."""
         for reader in reversed(self._newest_first()):
-            for key in reader.all():
-                yield reader.request(key)
+            yield from self._guarded(reader, _requests)
 
     def ended(self, model_name: str) -> Iterator[Ended]:
         """Every request of this model that ended, in the order of their ends."""
         # A request that runs past midnight stays in its first segment, so segments overlap in time.
-        each = (reader.ended(model_name) for reader in self._newest_first())
+        each = (self._guarded(reader, lambda reader: reader.ended(model_name)) for reader in self._newest_first())
         return heapq.merge(*each, key=lambda ended: ended.progress.closed_seconds)
 
     def watchlists(self) -> set[str]:
@@ -142,11 +156,33 @@ class Archive:
             reader.close()
         self._readers.clear()
 
+    def _each(self, work: Callable[[_Reader], Iterable[T]]) -> Iterator[T]:
+        """What is found in each segment; one that cannot be read is noted and left out, whole."""
+        for reader in self._newest_first():
+            yield from list(self._guarded(reader, work))
+
+    def _guarded(self, reader: _Reader, work: Callable[[_Reader], Iterable[T]]) -> Iterator[T]:
+        try:
+            yield from work(reader)
+        except _UNREADABLE as error:
+            if not self.damaged.record(reader.path, error):
+                raise
+            self._readers.pop(reader.path, None)
+            reader.close()
+
     def _newest_first(self) -> list[_Reader]:
         self._list_segments()
         for path in self._paths:
-            if path not in self._readers and (reader := _Reader.open(path)):
-                self._readers[path] = reader
+            if path not in self._readers and path not in self.damaged:
+                try:
+                    reader = _Reader.open(path)
+                except _UNREADABLE as error:
+                    only = self._alone and len(self._paths) == 1 and isinstance(error, ConfigRefused)
+                    if only or not self.damaged.record(path, error):
+                        raise
+                    continue
+                if reader is not None:
+                    self._readers[path] = reader
         return [self._readers[path] for path in reversed(self._paths) if path in self._readers]
 
     def _list_segments(self) -> None:
@@ -160,10 +196,21 @@ class Archive:
             self._readers.pop(path).close()
 
 
+@contextlib.contextmanager
+def _as_written(path: str) -> Iterator[None]:
+    """Raises SegmentDamaged for what is in a row and cannot be what a collector wrote."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, MemoryError, zlib.error) as error:
+        found = f"{type(error).__name__}: {str(error)[:160]}"
+        raise segment.SegmentDamaged(f"{path} holds a row that no collector wrote ({found})") from error
+
+
 class _Reader:
     """One segment."""
 
-    def __init__(self, connection: sqlite3.Connection, watched: Watched) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, watched: Watched) -> None:
+        self.path = path
         self._connection = connection
         self._watched = watched
         self._dense = np.array([f.number for f in watched.features if f.dense], np.int64)
@@ -190,11 +237,12 @@ class _Reader:
     def _open(cls, path: Path) -> _Reader | None:
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(contextlib.closing(segment.connect(path, "ro")))
-            watched = cls._about(connection, path)
+            with _as_written(path.name):
+                watched = cls._about(connection, path)
             if watched is None:
                 return None
             undo.pop_all()
-            return cls(connection, watched)
+            return cls(path, connection, watched)
 
     @staticmethod
     def _about(connection: sqlite3.Connection, path: Path) -> Watched | None:
@@ -226,8 +274,10 @@ class _Reader:
 
     def ended(self, model_name: str) -> Iterator[Ended]:
         for row in self._connection.execute(_ENDED, (model_name,)):
-            request = RecordedRequest(row["key"], _info(row))
-            yield Ended(request, _progress(row), _features(row), row["activations_lost"])
+            with _as_written(self.path.name):
+                request = RecordedRequest(row["key"], _info(row))
+                ended = Ended(request, _progress(row), _features(row), row["activations_lost"])
+            yield ended
 
     def all(self) -> list[int]:
         return [key for (key,) in self._connection.execute("SELECT key FROM request ORDER BY key")]
@@ -252,9 +302,15 @@ class _Reader:
         rows = self._connection.execute(
             f"{_EXCEEDANCE} WHERE {' AND '.join(where)} ORDER BY e.seconds DESC LIMIT ?", (*values, limit)
         )
-        return [self._exceedance(row) for row in rows]
+        with _as_written(self.path.name):
+            return [self._exceedance(row) for row in rows]
 
     def request(self, key: int) -> StoredRequest:
+        """What is kept of it. Raises sqlite3.Error."""
+        with _as_written(self.path.name):
+            return self._request(key)
+
+    def _request(self, key: int) -> StoredRequest:
         row = self._connection.execute(_REQUEST, (key,)).fetchone()
         ended = row["outcome"] is not None
         shown = shown_request(_info(row), _progress(row), trace=row["trace_id"])
@@ -316,6 +372,10 @@ class _Reader:
                 positions=positions.tolist(),
                 values=values[order].tolist(),
             )
+
+
+def _requests(reader: _Reader) -> Iterator[StoredRequest]:
+    return (reader.request(key) for key in reader.all())
 
 
 def _info(row: sqlite3.Row) -> RequestInfo:

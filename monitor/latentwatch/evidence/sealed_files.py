@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import segment
+from latentwatch.evidence.damage import Damaged
 from latentwatch.evidence.segment import NOTHING_ERASED, Erased
 
 _NAME: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d)\.content")
+_AGED: Final = re.compile(rf"{_NAME.pattern}((\.\d+)?\.damaged)?")
 _HOUR: Final = "%Y-%m-%dT%H"
 _SCHEMA: Final = "CREATE TABLE content (request INTEGER PRIMARY KEY, sealed BLOB NOT NULL);"
 
@@ -28,47 +31,65 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def put(folder: Path, request: int, sealed: bytes, now: float) -> None:
-    """Keep the content of a request; what was kept of it in the same hour is replaced."""
+def put(folder: Path, request: int, sealed: bytes, now: float, damaged: Damaged | None = None) -> None:
+    """Keep the content of a request; what was kept of it in the same hour is replaced. For the one writer."""
     hour = datetime.datetime.fromtimestamp(now, datetime.UTC).strftime(_HOUR)
-    with contextlib.closing(segment.create(folder / f"{hour}.content", _SCHEMA)) as connection:
-        connection.execute("INSERT OR REPLACE INTO content VALUES (?, ?)", (request, sealed))
+    path, damaged = folder / f"{hour}.content", damaged or Damaged(folder)
+    try:
+        _put(path, request, sealed)
+    except (sqlite3.Error, ConfigRefused) as error:
+        if not damaged.record(path, error):
+            raise
+        damaged.settle()
+        _put(path, request, sealed)
 
 
-def get(folder: Path, request: int) -> bytes | None:
-    """The sealed content of a request, the latest; None where there is none."""
+def get(folder: Path, request: int, damaged: Damaged | None = None) -> bytes | None:
+    """The sealed content of a request, the latest; None where there is none in a file that can be used."""
+    damaged = damaged or Damaged(folder)
     for path in reversed(files(folder)):
         try:
-            connection = segment.connect(path, "ro")
-        except sqlite3.OperationalError:
-            continue  # it went since it was listed
-        with contextlib.closing(connection):
-            row = connection.execute("SELECT sealed FROM content WHERE request = ?", (request,)).fetchone()
+            with contextlib.closing(segment.connect(path, "ro")) as connection:
+                row = connection.execute("SELECT sealed FROM content WHERE request = ?", (request,)).fetchone()
+        except sqlite3.Error as error:
+            if path.exists() and not damaged.record(path, error):
+                raise
+            continue
         if row:
             return bytes(row[0])
     return None
 
 
-def erase(folder: Path, requests: Sequence[int]) -> Erased:
-    """Delete the content of requests, and leave no trace of it."""
-    total = NOTHING_ERASED
+def erase(folder: Path, requests: Sequence[int], damaged: Damaged | None = None) -> Erased:
+    """Delete the content of requests, and leave no trace of it in files that can be used."""
+    total, damaged = NOTHING_ERASED, damaged or Damaged(folder)
     for path in files(folder):
-        with contextlib.closing(segment.connect(path, "rw")) as connection:
-            traces = [sealed for request in requests for sealed in _delete(connection, request)]
-            if traces:
-                rewritten, clean = segment.wipe(connection, path, {sealed[:64] for sealed in traces})
-                total += Erased(0, len(traces), int(rewritten), clean)
+        try:
+            with contextlib.closing(segment.connect(path, "rw")) as connection:
+                traces = [sealed for request in requests for sealed in _delete(connection, request)]
+                if traces:
+                    rewritten, clean = segment.wipe(connection, path, {sealed[:64] for sealed in traces})
+                    total += Erased(0, len(traces), int(rewritten), clean)
+        except sqlite3.Error as error:
+            if path.exists() and not damaged.record(path, error):
+                raise
     return total
 
 
 def prune(folder: Path, hours: float, now: float) -> None:
     """Remove what is older than so many hours."""
-    for path in files(folder):
-        match = _NAME.fullmatch(path.name)
-        assert match is not None
+    for path in folder.iterdir():
+        match = _AGED.fullmatch(path.name)
+        if match is None or path.is_dir():
+            continue
         began = datetime.datetime.strptime(match[1], _HOUR).replace(tzinfo=datetime.UTC).timestamp()
         if began + hours * 3600 <= now:
             segment.remove(path)
+
+
+def _put(path: Path, request: int, sealed: bytes) -> None:
+    with contextlib.closing(segment.create(path, _SCHEMA)) as connection:
+        connection.execute("INSERT OR REPLACE INTO content VALUES (?, ?)", (request, sealed))
 
 
 def _delete(connection: sqlite3.Connection, request: int) -> list[bytes]:

@@ -36,7 +36,7 @@ _TRACE_BYTES: Final = 64
 _SHORTEST_TRACE_BYTES: Final = 8
 """A shorter request id may well stand in the file by chance, and would have it rewritten at every deletion."""
 
-_SCHEMA: Final = """
+SCHEMA: Final = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE feature (
   number INTEGER PRIMARY KEY, id TEXT NOT NULL, label TEXT NOT NULL, severity TEXT NOT NULL, hook_point TEXT NOT NULL,
@@ -111,7 +111,10 @@ class Erased:
     rewritten_files: int
     """Files that were rewritten whole, because a copy of a deleted row was left in a free part of a page."""
     clean: bool
-    """False when a reader kept an older state alive for so long that the write-ahead log could not be truncated."""
+    """False when a reader kept an older state alive for so long that the write-ahead log could not be truncated, or
+    where files cannot be used."""
+    damaged: tuple[str, ...] = ()
+    """Names of files that cannot be used, and may hold rows of anybody."""
 
     def __add__(self, other: Erased) -> Erased:
         return Erased(
@@ -120,6 +123,12 @@ class Erased:
             self.rewritten_files + other.rewritten_files,
             self.clean and other.clean,
         )
+
+
+class SegmentDamaged(sqlite3.DatabaseError):
+    """A file that SQLite can read holds a row that nobody here wrote: as good as a corrupt file."""
+
+    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
 
 
 NOTHING_ERASED: Final = Erased(0, 0, 0, True)
@@ -189,7 +198,7 @@ class Segment:
 
     def __init__(self, path: Path, watched: Watched) -> None:
         self.path = path
-        self._connection = create(path, _SCHEMA)
+        self._connection = create(path, SCHEMA)
         self._connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         if not self._connection.execute("SELECT 1 FROM about").fetchone():
             self._describe(watched)
@@ -266,8 +275,10 @@ def pack(records: Array) -> bytes:
 
 
 def unpack(data: bytes, dtype: Dtype) -> Array:
-    """What `pack` packed."""
+    """What `pack` packed. Raises ValueError, zlib.error."""
     head, _, body = zlib.decompress(data).partition(b"\n")
+    if int(head) * dtype.itemsize != len(body):
+        raise ValueError(f"{len(body)} bytes are not {int(head)} records of {dtype.itemsize}")
     records = np.empty(int(head), dtype)
     at = 0
     for name in dtype.names or ():

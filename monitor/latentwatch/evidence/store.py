@@ -12,10 +12,13 @@ load, and leaves nothing behind that could be read.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import functools
 import re
+import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,6 +28,7 @@ from filelock import BaseFileLock
 from latentwatch import storage
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence import audit, sealed_files, segment
+from latentwatch.evidence.damage import Damaged
 from latentwatch.evidence.records import Ended, Record
 from latentwatch.evidence.segment import NOTHING_ERASED, Erased, Segment, Watched
 
@@ -34,6 +38,7 @@ SMALLEST_BYTES: Final = 32 << 20
 _REQUESTS_AT_HOME: Final = 65_536
 """Requests that run, and those whose end was never told; an older one would go on in the newest segment."""
 _NAME: Final = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d{4,})\.evidence")
+_AGED: Final = re.compile(rf"{_NAME.pattern}((\.\d+)?\.(damaged|salvaged))?")
 _DAY_SECONDS: Final = 86_400.0
 
 
@@ -63,6 +68,7 @@ class Store:
     def __init__(self, folder: Path, watched: Watched, retention: Retention) -> None:
         """Raises: ConfigRefused: the folder cannot be written, or another collector writes to it."""
         self.folder = folder
+        self.damaged = Damaged(folder)
         self._watched = watched
         self._retention = retention
         self._lock = _lock(folder)
@@ -79,14 +85,65 @@ class Store:
             home = self._home.setdefault(record.request.key, newest)
             parts[home].append(record)
         for path, part in parts.items():
-            self._writable(path).write(part)
+            self._write(path, part, now)
         for record in records:
             if isinstance(record, Ended):
                 self._home.pop(record.request.key, None)
 
+    def _write(self, path: Path, records: Sequence[Record], now: float) -> None:
+        """Where a segment turns out to be damaged, the newest one takes them."""
+        while True:
+            try:
+                self._writable(path).write(records)
+                return
+            except (sqlite3.Error, ConfigRefused) as error:
+                if not self.damaged.record(path, error):
+                    raise
+            self._leave(path)
+            path = self._segment_for(now)
+            self._home |= {record.request.key: path for record in records}
+
     def prune(self, now: float) -> None:
-        """Remove the segments that are too old or too many, oldest first; close those that rest."""
-        paths = segments(self.folder)
+        """Set aside what cannot be used, remove what is too old or too much, close what rests. What fails of it does
+        not hold up the rest; the first failure is raised then.
+        """
+        failures: list[Exception] = []
+        for work in (
+            self._settle,
+            functools.partial(self._prune_segments, now),
+            functools.partial(self._prune_content, now),
+            functools.partial(audit.checkpoint, self.folder),
+        ):
+            try:
+                work()
+            except (sqlite3.Error, OSError) as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def _settle(self) -> None:
+        for path in segments(self.folder):
+            # One that is empty and not being made was cut to nothing.
+            if path not in self._open and path != self._newest and path.is_file() and not path.stat().st_size:
+                self.damaged.record(path, ValueError("it is empty"))
+        for path in [path for path in self._open if path in self.damaged]:
+            self._leave(path)
+        self.damaged.settle()
+
+    def _leave(self, path: Path) -> None:
+        """Have nothing more to do with a segment that cannot be used."""
+        if part := self._open.pop(path, None):
+            with contextlib.suppress(sqlite3.Error):
+                part.close()
+        self._home = {key: home for key, home in self._home.items() if home != path}
+        if path == self._newest:
+            self._newest = None
+
+    def _prune_content(self, now: float) -> None:
+        sealed_files.prune(self.folder, self._retention.content_hours, now)
+
+    def _prune_segments(self, now: float) -> None:
+        paths = [path for path in aged(self.folder) if not path.is_dir()]
         # The newest grows by a sixteenth, and so may its log.
         room = self._retention.max_bytes * (SEGMENTS - 2) // SEGMENTS
         sizes = {path: size_bytes(path) for path in paths}
@@ -102,15 +159,18 @@ class Store:
             del self._home[key]
         resting = set(self._open) - set(self._home.values()) - {self._newest}
         for path in resting:
-            self._open.pop(path).close()
-        sealed_files.prune(self.folder, self._retention.content_hours, now)
-        audit.checkpoint(self.folder)
+            part = self._open.pop(path)
+            try:
+                part.close()
+            except sqlite3.Error as error:
+                if not self.damaged.record(path, error):
+                    raise
 
     def attach(self, name: str, seal: Callable[[int], bytes], now: float) -> int:
         """Keep the content of the one request with this id. Returns how many have it; unless 1, nothing was kept."""
-        keys = find(self.folder, name)
+        keys = find(self.folder, name, self.damaged)
         if len(keys) == 1:
-            sealed_files.put(self.folder, keys[0], seal(keys[0]), now)
+            sealed_files.put(self.folder, keys[0], seal(keys[0]), now, self.damaged)
         return len(keys)
 
     def sync(self) -> None:
@@ -123,26 +183,41 @@ class Store:
 
     def close(self) -> None:
         """Leave each segment as one file."""
-        for part in self._open.values():
-            part.close()
+        for path, part in self._open.items():
+            try:
+                part.close()
+            except sqlite3.Error as error:
+                self.damaged.record(path, error)
         self._open.clear()
+        with contextlib.suppress(OSError):
+            self.damaged.settle()
         self._lock.release()
 
     def _segment_for(self, now: float) -> Path:
         """The segment that new requests go to: of this day and watchlist, and not full."""
         day = datetime.datetime.fromtimestamp(now, datetime.UTC).strftime("%Y-%m-%d")
-        if self._newest is None or not self._newest.exists():
-            self._newest = next(reversed(segments(self.folder)), None)
-            if self._newest and segment.watchlist_sha256(self._newest) != self._watched.sha256:
-                self._newest = None
+        if self._newest is None or self._newest in self.damaged or not self._newest.exists():
+            self._newest = self._latest()
         if (
             self._newest is None
             or not self._newest.name.startswith(day)
             or size_bytes(self._newest) >= self._retention.max_bytes // SEGMENTS
         ):
-            numbers = [int(match[2]) for match in map(_match, segments(self.folder)) if match[1] == day]
+            numbers = [int(match[2]) for match in map(_match, aged(self.folder)) if match[1] == day]
             self._newest = self.folder / f"{day}.{max(numbers, default=-1) + 1:04d}.evidence"
         return self._newest
+
+    def _latest(self) -> Path | None:
+        """The newest segment that can be used, where it is of this watchlist."""
+        for path in reversed(segments(self.folder)):
+            if path in self.damaged:
+                continue
+            try:
+                return path if segment.watchlist_sha256(path) == self._watched.sha256 else None
+            except (sqlite3.Error, ConfigRefused) as error:
+                if not self.damaged.record(path, error):
+                    raise
+        return None
 
     def _writable(self, path: Path) -> Segment:
         if path not in self._open:
@@ -161,6 +236,11 @@ def segments(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
+def aged(folder: Path) -> list[Path]:
+    """The segments of a folder with those that were set aside, oldest first: retention is for all of them."""
+    return sorted(path for path in folder.iterdir() if _AGED.fullmatch(path.name))
+
+
 def size_bytes(path: Path) -> int:
     """Of a segment with its log; 0 for one that is not there."""
     total = 0
@@ -172,34 +252,53 @@ def size_bytes(path: Path) -> int:
 
 def folder_bytes(folder: Path) -> int:
     """Of all segments."""
-    return sum(map(size_bytes, segments(folder)))
+    return sum(map(size_bytes, aged(folder)))
 
 
-def find(folder: Path, name: str) -> list[int]:
-    """Keys of the requests with this engine request id, response id or trace id."""
+def find(folder: Path, name: str, damaged: Damaged | None = None) -> list[int]:
+    """Keys of the requests with this engine request id, response id or trace id, but for those in damaged files."""
     found: set[int] = set()
+    damaged = damaged or Damaged(folder)
     for path in segments(folder):
-        with contextlib.closing(segment.connect(path, "rw")) as connection:
-            found |= set(segment.find(connection, name))
+        with _usable(path, damaged) as connection:
+            if connection is not None:
+                found |= set(segment.find(connection, name))
     return sorted(found)
 
 
-def erase(folder: Path, name: str) -> Erased:
+def erase(folder: Path, name: str, damaged: Damaged | None = None) -> Erased:
     """Delete the requests with this engine request id, response id or trace id, and leave no trace of them.
 
     Works beside a collector that writes to the folder. A request that still runs would be written again as it ends.
+    Files that cannot be used are named: they may hold rows of the request, which only removing the file would delete.
     """
     total = NOTHING_ERASED
+    damaged = damaged or Damaged(folder)
     for path in segments(folder):
-        with contextlib.closing(segment.connect(path, "rw")) as connection:
-            if keys := segment.find(connection, name):
+        with _usable(path, damaged) as connection:
+            if connection is not None and (keys := segment.find(connection, name)):
                 total += segment.erase(connection, path, keys)
-                total += sealed_files.erase(folder, keys)
-    return total
+                total += sealed_files.erase(folder, keys, damaged)
+    # Named last: a file may have turned out to be damaged just now.
+    return dataclasses.replace(total, clean=total.clean and not damaged.names, damaged=damaged.names)
+
+
+@contextlib.contextmanager
+def _usable(path: Path, damaged: Damaged) -> Iterator[sqlite3.Connection | None]:
+    """A connection to a segment; None where it cannot be used, or went meanwhile."""
+    if path in damaged:
+        yield None
+        return
+    try:
+        with contextlib.closing(segment.connect(path, "rw")) as connection:
+            yield connection
+    except (sqlite3.Error, ConfigRefused) as error:
+        if path.exists() and not damaged.record(path, error):
+            raise
 
 
 def _match(path: Path) -> re.Match[str]:
-    match = _NAME.fullmatch(path.name)
+    match = _AGED.fullmatch(path.name)
     assert match is not None
     return match
 

@@ -233,7 +233,8 @@ ENGINE_COUNTERS: Final = {
     "unannounced_requests": _counter(
         "latentwatch_engine_unannounced_requests_total",
         _REPLICA,
-        "Requests that began and ended while the exporter read nothing for long. Their tokens are counted nowhere.",
+        "Requests of which only sums are told: dropped{ring_full} where no exporter read for long, "
+        "latentwatch_engine_lost_tokens_total where their books had no room.",
     ),
     "untraced_requests": _counter(
         "latentwatch_engine_untraced_requests_total",
@@ -301,6 +302,11 @@ STATE_CHECKPOINT = _gauge(
 STATE_JOURNAL = _gauge("latentwatch_state_journal_bytes", (), "Events written since the newest checkpoint began.")
 STATE_WRITE_FAILURES = _counter(
     "latentwatch_state_write_failures_total", (), "Failed writes of the state since this process started."
+)
+STATE_ASIDE = _gauge(
+    "latentwatch_state_aside_files",
+    (),
+    "Files of the state that could not be read, or not to their end; nothing reads or removes them.",
 )
 STATE_RESUMED = _gauge(
     "latentwatch_state_resumed_events",
@@ -372,6 +378,11 @@ EVIDENCE_DROPPED = _counter(
     "Records of evidence that were not written: the queue was full, or writing failed.",
 )
 EVIDENCE_QUEUE = _gauge("latentwatch_evidence_queue_bytes", (), "Records of evidence that wait to be written, about.")
+EVIDENCE_DAMAGED = _gauge(
+    "latentwatch_evidence_damaged_files",
+    (),
+    "Files of evidence that cannot be used and were set aside; what is in them is neither found nor deleted.",
+)
 EVIDENCE_FOLDER = _gauge("latentwatch_evidence_folder_bytes", (), "Size of the evidence on the disk.")
 OTLP_EVENTS = _counter(
     "latentwatch_otlp_events_total",

@@ -9,18 +9,47 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from latentwatch.arrays import I64, U8, Array
 from latentwatch.exporter.attribution import ScoredRows, StepRows, attribute, joined, span
 from latentwatch.exporter.inheritance import Hit, Inheritance
-from latentwatch.exporter.pending_steps import NO_BOUND, DecidedStep, PendingSteps
+from latentwatch.exporter.ledger_state import LedgerState
+from latentwatch.exporter.pending_steps import NO_BOUND, DecidedStep, PendingSteps, steps_were_lost
 from latentwatch.exporter.score_cache import ScoreCache
-from latentwatch.handover.events import Blocks, Closed, Event, Opened, Resync, decode_events
+from latentwatch.handover.events import (
+    Blocks,
+    Closed,
+    Event,
+    Opened,
+    Unannounced,
+    decode_events,
+    encode_events,
+    positions_computed,
+)
 from latentwatch.handover.ring import RawStep
 from latentwatch.names import Outcome, Reason
-from latentwatch.step.batch import SEGMENT_DTYPE, EngineCounters, RequestClosed, RequestOpened, StepBatch
+from latentwatch.step.batch import (
+    SEGMENT_DTYPE,
+    UNANNOUNCED,
+    EngineCounters,
+    RequestClosed,
+    RequestOpened,
+    StepBatch,
+)
+
+_COUNTS: Final = (
+    "recomputed_tokens",
+    "surplus_tokens",
+    "op_silent_steps",
+    "unattributed_rows",
+    "unannounced_requests",
+    "untraced_requests",
+)
+"""Fields of EngineCounters, and attributes of Ledger."""
+_BRIEF_CHARACTERS: Final = 64
 
 
 class _Settled:
@@ -48,6 +77,27 @@ class _Settled:
         return dataclasses.replace(batch, fires_N=rows.fires_N, dense_RP=rows.dense_RP, norm_RH=rows.norm_RH)
 
 
+class _BySlot:
+    """What is known of the requests, by their slot in the engine's tables."""
+
+    def __init__(self) -> None:
+        self.handle = np.full(64, -1, np.int64)
+        self.prompt = np.zeros(64, np.int64)
+        self.next = np.zeros(64, np.int64)
+        """First position not accounted for."""
+        self.rows_at = np.zeros(64, np.int64)
+        """Number of the last step with rows of the request."""
+
+    def place(self, slot: int, handle: int, prompt: int) -> None:
+        """A request has this slot now."""
+        while slot >= len(self.handle):
+            self.handle = np.concatenate([self.handle, np.full_like(self.handle, -1)])
+            self.prompt = np.concatenate([self.prompt, np.zeros_like(self.prompt)])
+            self.next = np.concatenate([self.next, np.zeros_like(self.next)])
+            self.rows_at = np.concatenate([self.rows_at, np.zeros_like(self.rows_at)])
+        self.handle[slot], self.prompt[slot] = handle, prompt
+
+
 class Ledger:
     """State per engine; `settle()` turns each raw step into the batch that settles what the step decides."""
 
@@ -71,13 +121,11 @@ class Ledger:
         self._pending = PendingSteps(drafts=drafts)
         self._hits: list[Hit] = []
         self._open: dict[int, Opened] = {}
-        # Tables by slot. `next` is the first position not accounted for; -1: not known yet (resumed). `rows_at` is the
-        # number of the last step with rows of the request; `lost_at` that of the last one before which steps were lost.
-        self._handle = np.full(64, -1, np.int64)
-        self._prompt = np.zeros(64, np.int64)
-        self._next = np.zeros(64, np.int64)
-        self._rows_at = np.zeros(64, np.int64)
+        self._lines: dict[int, bytes] = {}
+        """The same as lines for the checkpoint."""
+        self._by_slot = _BySlot()
         self._newest = self._lost_at = 0
+        """Number of the newest step, and of the last one before which steps were lost."""
         self.recomputed_tokens = 0
         self.surplus_tokens = 0
         self.op_silent_steps = 0
@@ -92,7 +140,7 @@ class Ledger:
         that wait now.
         """
         events = decode_events(raw.events)
-        if raw.step > self._newest + 1:
+        if steps_were_lost(self._newest, raw):
             self._lost_at = raw.step
         settled = self._decide(raw, self._ends(events))
         opened, closed = self._apply(events, settled)
@@ -112,11 +160,9 @@ class Ledger:
         for event in events:
             if isinstance(event, Blocks):
                 self._inheritance.assign(event, self._open)
-            elif isinstance(event, Resync):
-                closed += self._resync(event, settled)
+            elif isinstance(event, Unannounced):
+                self._fold(event, settled)
             elif isinstance(event, Opened):
-                if self._knows(event):
-                    continue
                 self._begin(event)
                 opened.append(
                     RequestOpened(event.handle, event.request_id, event.prompt_tokens, event.adapter, event.traceparent)
@@ -127,49 +173,72 @@ class Ledger:
 
     def count(self, counters: EngineCounters) -> EngineCounters:
         """`counters` with those that the ledger keeps."""
-        return dataclasses.replace(
-            counters,
-            recomputed_tokens=self.recomputed_tokens,
-            surplus_tokens=self.surplus_tokens,
-            op_silent_steps=self.op_silent_steps,
-            unattributed_rows=self.unattributed_rows,
-            unannounced_requests=self.unannounced_requests,
-            untraced_requests=self.untraced_requests,
+        return dataclasses.replace(counters, **{name: getattr(self, name) for name in _COUNTS})
+
+    def state(self, *, brief: bool = False) -> LedgerState:
+        """What the next exporter needs to go on behind the newest step.
+
+        Args: brief: texts of requests are cut, and parts of steps that wait for long are left out: they become gaps.
+        """
+        slots = np.fromiter(self._open, np.int64, len(self._open))
+        lines = self._lines.values() if not brief else (encode_events([_cut(event)]) for event in self._open.values())
+        parts = self._pending.parts
+        return LedgerState(
+            newest=self._newest,
+            lost_at=self._newest if brief and parts else self._lost_at,
+            counts={name: getattr(self, name) for name in _COUNTS},
+            opened=b"".join(lines),
+            next_n=self._by_slot.next[slots],
+            rows_at_n=self._by_slot.rows_at[slots],
+            hits=[(hit.request.slot, hit.start, hit.stop) for hit in self._hits],
+            parts=() if brief else parts,
         )
+
+    def restore(self, state: LedgerState, last: RawStep | None) -> None:
+        """Go on from another ledger's state; what it knew of the KV cache is forgotten. `last`: the step that waits."""
+        self._open.clear()
+        self._lines.clear()
+        self._by_slot.handle[:] = -1
+        self._hits = []
+        self._inheritance.clear()
+        for event, reached, rows_at in zip(
+            decode_events(state.opened), state.next_n.tolist(), state.rows_at_n.tolist(), strict=True
+        ):
+            assert isinstance(event, Opened)
+            self._place(event)
+            self._by_slot.next[event.slot], self._by_slot.rows_at[event.slot] = reached, rows_at
+        self._hits = [Hit(self._open[slot], start, stop) for slot, start, stop in state.hits]
+        self._newest, self._lost_at = state.newest, state.lost_at
+        for name in _COUNTS:
+            setattr(self, name, state.counts.get(name, 0))
+        self._pending.restore(state.newest, state.parts, last)
 
     def finish(self) -> StepBatch:
         """The steps that wait as they stand, once the engine will say no more. Requests still open stay open."""
-        return self._decide(None, np.full(len(self._handle), NO_BOUND)).batch(None)
+        return self._decide(None, np.full(len(self._by_slot.handle), NO_BOUND)).batch(None)
 
-    def _resync(self, event: Resync, settled: _Settled) -> list[RequestClosed]:
-        """Close what is not live any more, as lost; what became of the KV blocks meanwhile is not known."""
-        self.unannounced_requests = event.unannounced
+    def _fold(self, event: Unannounced, settled: _Settled) -> None:
+        """Book requests of which only sums are known; what became of the KV blocks meanwhile is not known."""
+        self.unannounced_requests += event.requests
+        self.untraced_requests += event.untraced
         self._inheritance.clear()
-        ended = [slot for slot, request in self._open.items() if request.handle not in event.handles]
-        return [
-            dataclasses.replace(self._close(Closed(slot, -1, aborted=False), settled), outcome=Outcome.LOST)
-            for slot in ended
-        ]
-
-    def _knows(self, event: Opened) -> bool:
-        known = self._open.get(event.slot)
-        return known is not None and known.handle == event.handle
+        settled.add(span(UNANNOUNCED, 0, event.prompt_tokens, event.prompt_tokens, Reason.RING_FULL))
+        settled.add(span(UNANNOUNCED, 0, event.output_tokens, 0, Reason.RING_FULL))
 
     def _begin(self, event: Opened) -> None:
         self.untraced_requests += event.untraced
-        while event.slot >= len(self._handle):
-            self._handle = np.concatenate([self._handle, np.full_like(self._handle, -1)])
-            self._prompt = np.concatenate([self._prompt, np.zeros_like(self._prompt)])
-            self._next = np.concatenate([self._next, np.zeros_like(self._next)])
-            self._rows_at = np.concatenate([self._rows_at, np.zeros_like(self._rows_at)])
-        self._open[event.slot] = event
-        self._handle[event.slot] = event.handle
-        self._prompt[event.slot] = event.prompt_tokens
-        self._next[event.slot] = -1 if event.resumed else event.cached
-        self._rows_at[event.slot] = self._newest
-        self._inheritance.open(event.slot)
-        if event.cached and not event.resumed:
+        self._place(event)
+        self._by_slot.next[event.slot] = event.cached
+        self._by_slot.rows_at[event.slot] = self._newest
+        if event.cached:
             self._hits.append(Hit(event, 0, event.cached))
+
+    def _place(self, event: Opened) -> None:
+        """Give a request its slot of the tables."""
+        self._open[event.slot] = event
+        self._lines[event.slot] = encode_events([event])
+        self._by_slot.place(event.slot, event.handle, event.prompt_tokens)
+        self._inheritance.open(event.slot)
 
     def _close(self, event: Closed, settled: _Settled) -> RequestClosed:
         request = self._open[event.slot]
@@ -178,25 +247,22 @@ class Ledger:
             settled.add(*self._inheritance.of(hit))
         settled.add(self._missing(request, event))
         closed = self._closed(request, event)
-        del self._open[event.slot]
-        self._handle[event.slot] = -1
+        del self._open[event.slot], self._lines[event.slot]
+        self._by_slot.handle[event.slot] = -1
         return closed
 
     def _ends(self, events: Sequence[Event]) -> I64:
         """By slot: the first position past what a request that ended has computed, NO_BOUND for the others."""
-        end = np.full(len(self._handle), NO_BOUND)
+        end = np.full(len(self._by_slot.handle), NO_BOUND)
         for event in reversed(events):
-            if isinstance(event, Resync):
-                # What follows it may speak of other requests in the same slots.
-                end[:] = NO_BOUND
-            elif isinstance(event, Closed) and event.slot in self._open:
+            if isinstance(event, Closed) and event.slot in self._open:
                 # Overwrites: the first closing of a slot is that of the request in the steps that wait.
                 end[event.slot] = self._end(event)
         return end
 
     def _decide(self, raw: RawStep | None, end: I64) -> _Settled:
         steps, hits = _Settled(), _Settled()
-        for decided in self._pending.settled(raw, self._prompt, end):
+        for decided in self._pending.settled(raw, self._by_slot.prompt, end):
             self._attribute(decided, steps)
         # Read behind the rows that were just stored, and put before them: they are earlier positions.
         for hit in self._hits:
@@ -218,9 +284,9 @@ class Ledger:
         self.recomputed_tokens += attributed.recomputed - unattributed
         self.surplus_tokens += attributed.beyond
         self._account_for_gaps(rows, slot_Q, settled)
-        self._rows_at[slot_Q[known_Q]] = decided.raw.step
+        self._by_slot.rows_at[slot_Q[known_Q]] = decided.raw.step
         reached_Q = np.maximum(np.minimum(rows.start_Q + rows.count_Q, rows.to_Q), rows.from_Q)
-        self._next[slot_Q[known_Q]] = reached_Q[known_Q]
+        self._by_slot.next[slot_Q[known_Q]] = reached_Q[known_Q]
         settled.add(attributed.segments_S, attributed.scored)
 
     def _rows(self, decided: DecidedStep) -> tuple[StepRows, I64]:
@@ -229,12 +295,13 @@ class Ledger:
         slot_Q = raw.requests_Q["slot"].astype(np.int64)
         start_Q = raw.requests_Q["start"].astype(np.int64)
         count_Q = raw.requests_Q["count"].astype(np.int64)
-        known_Q = (slot_Q < len(self._handle)) & (self._handle[np.minimum(slot_Q, len(self._handle) - 1)] >= 0)
+        table = self._by_slot
+        known_Q = (slot_Q < len(table.handle)) & (table.handle[np.minimum(slot_Q, len(table.handle) - 1)] >= 0)
         at_Q = np.where(known_Q, slot_Q, 0)
-        from_Q = np.where(self._next[at_Q] < 0, start_Q, self._next[at_Q])
+        from_Q = self._by_slot.next[at_Q]
         rows = StepRows(
-            handle_Q=self._handle[at_Q],
-            prompt_Q=self._prompt[at_Q],
+            handle_Q=self._by_slot.handle[at_Q],
+            prompt_Q=self._by_slot.prompt[at_Q],
             start_Q=start_Q,
             count_Q=count_Q,
             # An unknown request's rows are all "computed before": they belong to an account that is lost.
@@ -255,7 +322,7 @@ class Ledger:
             strict=True,
         ):
             request = self._open[slot]
-            if self._rows_at[slot] < self._lost_at:
+            if self._by_slot.rows_at[slot] < self._lost_at:
                 settled.add(span(request.handle, first, stop, request.prompt_tokens, Reason.RING_FULL))
             else:
                 # Preempted, and resumed behind what it had computed: others have filled the cache for it meanwhile.
@@ -278,11 +345,9 @@ class Ledger:
             return int(NO_BOUND)
         return request.prompt_tokens + max(0, closing.output_tokens - 1)
 
-    def _total(self, closing: Closed) -> int:
+    def _total(self, request: Opened, closing: Closed) -> int:
         """Positions that the request's segments must cover."""
-        if closing.output_tokens > 0:
-            return self._end(closing)
-        return min(max(int(self._next[closing.slot]), 0), self._end(closing))
+        return positions_computed(request.prompt_tokens, closing, int(self._by_slot.next[closing.slot]))
 
     def _missing(self, request: Opened, closing: Closed) -> Array:
         """Positions up to the end that no step covered.
@@ -290,13 +355,13 @@ class Ledger:
         Their steps found the ring full, or they were drafts of a request that was preempted before the next step could
         say that they were accepted, and that ended before it computed them again.
         """
-        lost = self._rows_at[closing.slot] < self._lost_at
-        reached = int(self._next[closing.slot])
-        stop = self._total(closing) if reached >= 0 else reached
-        return span(request.handle, reached, stop, request.prompt_tokens, Reason.RING_FULL if lost else Reason.LOST)
+        lost = self._by_slot.rows_at[closing.slot] < self._lost_at
+        reason = Reason.RING_FULL if lost else Reason.LOST
+        reached, stop = int(self._by_slot.next[closing.slot]), self._total(request, closing)
+        return span(request.handle, reached, stop, request.prompt_tokens, reason)
 
     def _closed(self, request: Opened, closing: Closed) -> RequestClosed:
-        total = self._total(closing)
+        total = self._total(request, closing)
         return RequestClosed(
             handle=request.handle,
             request_id=request.request_id,
@@ -307,6 +372,11 @@ class Ledger:
             total_tokens=total,
             outcome=Outcome.ABORTED if closing.aborted else Outcome.FINISHED,
         )
+
+
+def _cut(event: Opened) -> Opened:
+    """With so little text that any number of requests fits into a checkpoint."""
+    return dataclasses.replace(event, request_id=event.request_id[-_BRIEF_CHARACTERS:], adapter="", traceparent="")
 
 
 def _padded(values: Array, rows: int) -> Array:

@@ -11,6 +11,7 @@ Legend: Q requests of a step, T its rows.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -32,6 +33,15 @@ class DecidedStep(NamedTuple):
     """No step came between: the requests' KV lies where it lay in this step."""
 
 
+def steps_were_lost(newest: int, raw: RawStep) -> bool:
+    """Whether steps between `newest`, the last that was read, and this one found no slot in the ring.
+
+    One without rows stands between two steps and has the number of the one before it: where that is not the newest,
+    that one was lost.
+    """
+    return raw.step > newest + (raw.rows > 0)
+
+
 class PendingSteps:
     """The steps that wait, oldest first. A request waits in one of them at most, but for the newest step."""
 
@@ -39,12 +49,25 @@ class PendingSteps:
         self._drafts = drafts
         self._steps: list[RawStep] = []
         self._newest = 0
+        self._newest_waits = False
+
+    @property
+    def parts(self) -> list[RawStep]:
+        """What waits of steps before the newest. The newest waits whole, where it has rows."""
+        return self._steps[:-1] if self._newest_waits else self._steps
 
     def add(self, raw: RawStep) -> None:
         """Keep a copy: the engine will write over the step's slot in the ring."""
         self._newest = raw.step
-        if len(raw.requests_Q):
+        self._newest_waits = len(raw.requests_Q) > 0
+        if self._newest_waits:
             self._steps.append(_copied(raw))
+
+    def restore(self, newest: int, parts: Sequence[RawStep], last: RawStep | None) -> None:
+        """Go on from here. Args: last: the newest step, where it waits."""
+        self._newest, self._steps, self._newest_waits = newest, list(parts), False
+        if last is not None:
+            self.add(last)
 
     def settled(self, raw: RawStep | None, prompt: I64, end: I64) -> list[DecidedStep]:
         """The steps, or parts of them, that are decided now, oldest first.
@@ -55,7 +78,7 @@ class PendingSteps:
                 NO_BOUND where it has not ended.
         """
         goes_on = np.full(len(prompt), -1, np.int64)
-        lost = raw is None or raw.step > self._newest + 1
+        lost = raw is None or steps_were_lost(self._newest, raw)
         if raw is not None:
             known = raw.requests_Q["slot"] < len(prompt)
             goes_on[raw.requests_Q["slot"][known]] = raw.requests_Q["start"][known]

@@ -1,7 +1,7 @@
 """The exporter's main loop: ring in, batches out. Started by the engine's worker.
 
 It lives in a session of its own, so that a signal meant for the server does not end it before it has drained. It ends
-when the engine closes the ring or is gone, after at most DRAIN_SECONDS.
+when the engine closes the ring or is gone, after at most forwarding.DRAIN_SECONDS.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Final
 
 from latentwatch import host
 from latentwatch.exporter.backlog import BacklogDelivery
+from latentwatch.exporter.forwarding import Before, Exporter
 from latentwatch.exporter.ledger import Ledger
 from latentwatch.exporter.score_cache import ScoreCache
 from latentwatch.handover.exporter_config import ExporterConfig
 from latentwatch.handover.ring import Ring
-from latentwatch.step.batch import EngineCounters, StepBatch
 from latentwatch.transport.address import positive
 from latentwatch.transport.credentials import Credentials
 from latentwatch.transport.hello import Hello
@@ -36,73 +36,6 @@ BUFFER_MIB: Final = "LATENTWATCH_BUFFER_MIB"
 BUFFER_MIB_UNSET: Final = 64.0
 IDLE_SECONDS: Final = 0.005
 """Sleep between two looks at an empty ring: adds this much to a score's way, costs about 0.2 % of a core."""
-HEARTBEAT_SECONDS: Final = 5.0
-"""An idle engine still says that it is there, and repeats its counters."""
-DRAIN_SECONDS: Final = 5.0
-
-
-class Exporter:
-    """One engine's ring, ledger and sender."""
-
-    def __init__(self, ring: Ring, ledger: Ledger, sender: Sender, folder: SpoolFolder | None = None) -> None:
-        self._ring = ring
-        self._ledger = ledger
-        self._sender = sender
-        self._folder = folder
-        self._step = 0
-        self._sent_at = 0.0
-
-    def forward_step(self, now: float) -> bool:
-        """Move one step from the ring to the sender; False where none waits. `now`: monotonic seconds."""
-        raw = self._ring.peek()
-        if raw is None:
-            if now - self._sent_at > HEARTBEAT_SECONDS:
-                self._offer(StepBatch(step=self._step, time_unix_nano=time.time_ns(), counters=self._counters()), now)
-            return False
-        self._step = raw.step
-        try:
-            self._offer(self._ledger.settle(raw, self._counters()), now)
-        except Exception:
-            # One step that cannot be read must not end the export: its positions show up as a gap and are counted.
-            log.exception("latentwatch: step %d could not be settled", raw.step)
-        finally:
-            self._ring.release()
-        return True
-
-    def finish(self) -> None:
-        """Settle what is held and deliver what is buffered, within DRAIN_SECONDS."""
-        batch = dataclasses.replace(self._ledger.finish(), counters=self._counters())
-        if len(batch.segments_S):
-            self._sender.offer(batch)
-        stats = self._sender.close(DRAIN_SECONDS)
-        if stats.dropped_tokens:
-            log.error(
-                "latentwatch: %d tokens were not delivered to the collector before the engine ended, nor spooled",
-                stats.dropped_tokens,
-            )
-
-    def _offer(self, batch: StepBatch, now: float) -> None:
-        self._sender.offer(batch)
-        self._sent_at = now
-
-    def _counters(self) -> EngineCounters:
-        """The counts that ring, sender and spool keep, with the ledger's own."""
-        stats, folder = self._sender.stats(), self._folder
-        return self._ledger.count(
-            EngineCounters(
-                steps=self._step,
-                ring_dropped_steps=self._ring.dropped_steps,
-                exporter_restarts=self._ring.restarts,
-                shed_batches=stats.shed_batches,
-                reconnects=stats.reconnects,
-                shed_critical_tokens=stats.shed_critical_tokens,
-                shed_warning_tokens=stats.shed_warning_tokens,
-                lost_tokens=stats.dropped_tokens + (folder.discarded_tokens if folder is not None else 0),
-                spool_bytes=folder.bytes if folder is not None else 0,
-                spool_failures=folder.failures if folder is not None else 0,
-                spool_refused=folder.refused if folder is not None else 0,
-            )
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +47,10 @@ class _Parts:
     spool: Spool | None
     backlog: BacklogDelivery | None
 
-    def close(self) -> None:
+    def close(self, *, engine_ended: bool) -> None:
         if self.backlog is not None:
             self.backlog.stop()
-        self.exporter.finish()
+        self.exporter.finish(engine_ended=engine_ended)
         if self.spool is not None:
             self.spool.close()
 
@@ -126,6 +59,7 @@ def _wire(config: ExporterConfig, env: Mapping[str, str]) -> _Parts:
     """Raises: ConfigRefused: an address, a number, a certificate or the spool's folder that cannot be used."""
     hello = Hello(**dataclasses.asdict(config.identity))
     ring = Ring(config.ring_fd, config.geometry, create=False)
+    before = Before.load(ring)
     credentials = Credentials.from_env(env)
     settings = SpoolSettings.from_env(env)
     folder = SpoolFolder(settings, hello.replica) if settings is not None else None
@@ -136,9 +70,15 @@ def _wire(config: ExporterConfig, env: Mapping[str, str]) -> _Parts:
         credentials=credentials,
         max_buffer_bytes=int(positive(env, BUFFER_MIB, BUFFER_MIB_UNSET) * (1 << 20)),
         spool=spool,
-        next_sequence=ring.next_sequence,
+        earlier=before.state.sequence,
+        encodes=True,
+        on_drop=before.on_drop,
         priority=ShedPriority([(f.severity, f.matters_from, f.dense) for f in config.features]),
     )
+    ledger = Ledger(
+        armed=hello.armed, drafts=config.drafts, score_cache=_score_cache(config), cached_reason=config.cached_reason
+    )
+    exporter = Exporter(ring, ledger, sender, before, folder)
     backlog = None
     if folder is None:
         sender.start()
@@ -148,10 +88,7 @@ def _wire(config: ExporterConfig, env: Mapping[str, str]) -> _Parts:
             return Sender(config.collector, hello, credentials=credentials, spool=spool)
 
         backlog = BacklogDelivery(folder, sender, hello.boot_id, sender_of)
-    ledger = Ledger(
-        armed=hello.armed, drafts=config.drafts, score_cache=_score_cache(config), cached_reason=config.cached_reason
-    )
-    return _Parts(ring, Exporter(ring, ledger, sender, folder), spool, backlog)
+    return _Parts(ring, exporter, spool, backlog)
 
 
 def _score_cache(config: ExporterConfig) -> ScoreCache | None:
@@ -191,13 +128,13 @@ def main(config_fd: int) -> int:
     # Not `read`: the place in the file is shared with the engine, and with the exporter before this one.
     config = ExporterConfig.from_json(os.pread(config_fd, os.fstat(config_fd).st_size, 0).decode())
     parts = _wire(config, os.environ)
-    parts.ring.attach()
+    ended = False
     while not stop.came:
         # Before the look at the ring: what was written before the engine went is then still read.
-        gone = parts.ring.closed or os.getppid() != config.engine_pid
+        ended = parts.ring.closed or os.getppid() != config.engine_pid
         if not parts.exporter.forward_step(time.monotonic()):
-            if gone:
+            if ended:
                 break
             time.sleep(IDLE_SECONDS)
-    parts.close()
+    parts.close(engine_ended=ended)
     return 0

@@ -20,8 +20,6 @@ class Opened:
     prompt_tokens: int
     cached: int
     """Leading positions that the engine did not compute, because their KV was in the prefix cache."""
-    resumed: bool
-    """Announced again after this exporter was restarted: what came before is not this exporter's to account for."""
     adapter: str
     traceparent: str
     untraced: int = 0
@@ -36,6 +34,8 @@ class Closed:
     output_tokens: int
     """-1 where the engine did not say."""
     aborted: bool
+    reached: int = 0
+    """The first position past those that steps computed which found no slot in the ring; 0 where there were none."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,21 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Resync:
-    """The exporter read nothing for so long that the engine forgot what it owed it. The live requests follow, as
-    resumed; the exporter closes all others that it knows as lost."""
+class Unannounced:
+    """Requests that began and ended while the exporter read nothing for so long that the engine folded them into sums;
+    what became of the KV blocks meanwhile is not known. The tables of the live requests follow.
+    """
 
-    handles: list[int]
-    """Of the live requests."""
-    unannounced: int
-    """Requests since boot of which the exporter was never told, neither their beginning nor their end."""
+    requests: int
+    prompt_tokens: int
+    """Of all of them together, computed or found in the prefix cache."""
+    output_tokens: int
+    untraced: int = 0
+    """As in Opened."""
 
 
-Event = Opened | Closed | Blocks | Resync
-_TAGS: Final[dict[type[Event], str]] = {Opened: "o", Closed: "c", Blocks: "b", Resync: "a"}
+Event = Opened | Closed | Blocks | Unannounced
+_TAGS: Final[dict[type[Event], str]] = {Opened: "o", Closed: "c", Blocks: "b", Unannounced: "u"}
 
 
 def encode_events(events: Sequence[Event]) -> bytes:
@@ -80,3 +83,13 @@ def decode_events(data: bytes) -> list[Event]:
             instead="Start engine and exporter from the same latentwatch version.",
             reason=RefusalReason.RING_EVENTS,
         ) from error
+
+
+def positions_computed(prompt_tokens: int, closed: Closed, reached: int) -> int:
+    """Positions of a request that ended: as many as its tokens but the last, which nothing was computed from; where
+    the engine did not say how many it had, or it had none yet, those that are known to be `reached`.
+    """
+    if closed.output_tokens > 0:
+        return prompt_tokens + closed.output_tokens - 1
+    reached = max(reached, closed.reached)
+    return reached if closed.output_tokens < 0 else min(reached, prompt_tokens)

@@ -37,6 +37,11 @@ FIRE_DTYPE = np.dtype(
 )
 
 
+UNANNOUNCED: Final = 0
+"""The handle of tokens that are of no request in particular: of those that EngineCounters.unannounced_requests counts.
+Requests have handles from 1 on."""
+
+
 @dataclass(frozen=True)
 class RequestOpened:
     """A request that the engine began; everything known of it at that time."""
@@ -81,7 +86,8 @@ class EngineCounters:
     unattributed_rows: int = 0
     """Rows whose request the exporter did not know; always 0 unless the exporter was restarted."""
     unannounced_requests: int = 0
-    """Requests that began and ended while the exporter read nothing for so long that the engine forgot them."""
+    """Requests that began and ended while the exporter read nothing for so long that the engine only kept sums of them;
+    their tokens are dropped{ring_full}, under the handle UNANNOUNCED."""
     untraced_requests: int = 0
     """Requests served without their client's trace context, because it could not be carried to the worker."""
     shed_critical_tokens: int = 0

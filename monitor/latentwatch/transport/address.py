@@ -33,6 +33,9 @@ class Address:
     @classmethod
     def parse(cls, text: str, *, listening: bool = False) -> Address:
         """Read an address. Raises ConfigRefused, reason "target_invalid", for one that cannot be used."""
+        if not text.isprintable():
+            # Bytes of the environment that are no text are among these, which no path or log could hold.
+            raise _refused(text, "it holds what cannot be printed")
         if text.startswith("unix:"):
             path = text.removeprefix("unix://")
             if not path.startswith("/") or path.startswith("//") or path.endswith("/") or "\0" in path:

@@ -22,6 +22,9 @@ from latentwatch.transport.sink import ReceivedBatch, ReceivedReport
 _MAGIC: Final = b"latentwatch recording 1\n"
 _FRAMING: Final = storage.Framing("dI", covered=False, max_body_bytes=codec.MAX_MESSAGE_BYTES)  # seconds, stream
 
+_MAX_SECONDS: Final = 253_402_300_800.0
+"""The year 10000."""
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -102,6 +105,8 @@ def _records(path: Path, file: BinaryIO) -> Iterator[Recorded]:
     hellos: dict[int, Hello] = {}
     frames = storage.FrameReader(file, _FRAMING, len(_MAGIC))
     for (seconds, stream), message, end in frames:
+        if not 0 <= seconds < _MAX_SECONDS:
+            raise _refuse(path, f"the record that ends at byte {end} came at {seconds} s, which is no time")
         decoded = codec.decode_request(message)
         if isinstance(decoded, Hello):
             hellos[stream] = decoded

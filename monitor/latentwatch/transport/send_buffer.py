@@ -7,7 +7,8 @@ The bound is `max_bytes`. Over it, of the batches that the current stream has no
 scores of all rows but those where a warning or critical feature is above its limit; then, of all batches, those of
 warnings; then those of critical features. Each batch keeps its books, so that the collector still learns which tokens
 it did not see and why. Over twice the bound the books of many batches become those of one, which say the same of every
-token. Only when that gives no room either do the oldest books go.
+token. Only when that gives no room either do the oldest books go, but for those that a collector may have: what ends in
+them although it began before is told with the next batch, and what both began and ended in them is counted.
 
 A batch of which scores were given up waits as its message, in a quarter of the memory (375 bytes against 1,390 for ten
 rows of a decode step). To read and write it again where more of it has to go takes a quarter of the time that giving up
@@ -20,8 +21,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -29,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentwatch.names import Reason
-from latentwatch.step.batch import StepBatch
+from latentwatch.step.batch import RequestClosed, StepBatch
 from latentwatch.step.reshape import column_bytes, joined_books, with_rows
 from latentwatch.transport import codec
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
@@ -74,6 +75,8 @@ class SendBooks:
     dropped_batches: Counter[Drop] = field(default_factory=Counter)
     dropped_tokens: Counter[Drop] = field(default_factory=Counter)
     """Tokens of the segments of those; no collector hears of them before their request ends."""
+    dropped_requests: int = 0
+    """Requests that began and ended in those for which there was no room; no collector hears of them."""
 
     def drop(self, tokens: int, why: Drop) -> None:
         """Count a batch of so many tokens that is given up."""
@@ -108,19 +111,29 @@ class Pending:
     """The lowest rank of scores that it may still have."""
     spooled: bool = False
     shed: bool = False
+    first: int = 0
+    """The lowest number of what was joined to it; 0 for its own."""
 
 
 class SendBuffer:
     """The batches of one boot. Added with rising numbers, they leave in the order of their numbers."""
 
     def __init__(
-        self, max_bytes: int, *, priority: ShedPriority | None = None, highest_sent: int = 0, acked: int = 0
+        self,
+        max_bytes: int,
+        *,
+        priority: ShedPriority | None = None,
+        highest_sent: int = 0,
+        acked: int = 0,
+        on_drop: Callable[[int, int], None] | None = None,
     ) -> None:
         """
         Args:   max_bytes: for scores; books may take as much again.   priority: None sheds all scores alike.
                 highest_sent: what a sender before this one may have sent.   acked: what a collector is known to hold.
+                on_drop: told the numbers of each batch that is dropped, first and last, once it is in the books.
         """
         self.max_bytes = max_bytes
+        self._on_drop = on_drop
         self.books = SendBooks()
         self._priority = priority
         self._highest_sent = highest_sent
@@ -134,6 +147,10 @@ class SendBuffer:
         self._to_shed: tuple[deque[Pending], ...] = tuple(deque() for _ in range(BOOKS))
         self._queue_bytes = 0
         self._in_flight_bytes = 0
+        self._untold: set[int] = set()
+        """Handles of requests whose beginning was dropped, and that have not ended since."""
+        self._owed: list[RequestClosed] = []
+        """Ends that were dropped, of requests whose beginning was not."""
 
     @property
     def acked(self) -> int:
@@ -162,13 +179,24 @@ class SendBuffer:
         """Everything that waits or is in flight; for those in flight in the order of their numbers."""
         yield from (*self._in_flight, *self._joined, *self._queue)
 
-    def add(self, sequence: int, batch: StepBatch) -> None:
-        """Let a batch wait, and give up what is over the bound. `sequence`: above all before it."""
-        pending = Pending(sequence, tokens_of(batch), batch, _cost_bytes(batch), rank=0)
+    def add(self, sequence: int, batch: StepBatch, message: bytes = b"") -> None:
+        """Let a batch wait, and give up what is over the bound.
+
+        Args: sequence: above all before it.   message: the batch as it goes on the wire, where that is known.
+        """
+        cost = MESSAGE_BYTES + len(message) if message else _cost_bytes(batch)
+        pending = Pending(sequence, tokens_of(batch), message or batch, cost, rank=0)
         self._queue.append(pending)
         self._to_shed[0].append(pending)
         self._queue_bytes += pending.nbytes
         self._keep_within_bounds()
+
+    def with_owed(self, batch: StepBatch) -> StepBatch:
+        """The batch that is numbered next, with the ends that it has to tell as well."""
+        if not self._owed:
+            return batch
+        owed, self._owed = self._owed, []
+        return replace(batch, closed=(*owed, *batch.closed))
 
     def send_next(self, ahead: Spooled | None) -> Outgoing | None:
         """Move the batch of the lowest number in flight; None where none waits, or enough is in flight.
@@ -213,7 +241,7 @@ class SendBuffer:
         """The collector will not have it. Its number counts as acknowledged from now on."""
         oldest = self._in_flight[0]
         self._release(oldest.sequence)
-        self.books.drop(oldest.tokens, Drop.REFUSED)
+        self._drop(oldest, Drop.REFUSED)
 
     def cannot_send(self, sequence: int) -> None:
         """Drop a batch in flight that cannot be encoded; one that is not in flight any more comes again."""
@@ -221,17 +249,29 @@ class SendBuffer:
             if pending.sequence == sequence:
                 self._in_flight.remove(pending)
                 self._in_flight_bytes -= pending.nbytes
-                self.books.drop(pending.tokens, Drop.REFUSED)
+                self._drop(pending, Drop.REFUSED)
                 return
 
     def close(self) -> None:
         """Drop everything but what a spool holds."""
         for pending in self:
             if not pending.spooled:
-                self.books.drop(pending.tokens, Drop.CLOSED)
+                self._drop(pending, Drop.CLOSED)
         for waiting in (self._in_flight, self._joined, self._queue, *self._to_shed):
             waiting.clear()
         self._queue_bytes = self._in_flight_bytes = 0
+
+    def give_up(self, sequence: int, tokens: int, why: Drop) -> None:
+        """Count a batch that never got here, of this number, 0 for none."""
+        self._drop_range(sequence, sequence, tokens, why)
+
+    def _drop(self, pending: Pending, why: Drop) -> None:
+        self._drop_range(pending.first or pending.sequence, pending.sequence, pending.tokens, why)
+
+    def _drop_range(self, first: int, last: int, tokens: int, why: Drop) -> None:
+        self.books.drop(tokens, why)
+        if self._on_drop is not None:
+            self._on_drop(first, last)
 
     def _first(self) -> deque[Pending]:
         """Where the oldest batch in memory that is not in flight waits; empty where none does."""
@@ -258,8 +298,35 @@ class SendBuffer:
             while waiting and self.nbytes > self.max_bytes:
                 self._shed(waiting.popleft())
         while len(self._joined) + len(self._queue) > 1 and self.nbytes > 2 * self.max_bytes:
-            if not self._join():
-                self.books.drop(self._pop_waiting().tokens, Drop.NO_ROOM)
+            if not self._join() and not self._drop_oldest_unsent():
+                break
+
+    def _drop_oldest_unsent(self) -> bool:
+        """Drop the oldest batch that no collector can have; False where there is none but the newest."""
+        place = self._first()
+        if place is self._queue and self._queue[0].sequence <= self._highest_sent:
+            # Those that were sent once stand before all others, and are few: what one stream had in flight.
+            place = self._joined or self._queue
+        oldest = next((pending for pending in place if pending.sequence > self._highest_sent), None)
+        if oldest is None or (self._queue and oldest is self._queue[-1]):
+            return False
+        place.remove(oldest)
+        self._queue_bytes -= oldest.nbytes
+        if oldest.rank < BOOKS:
+            self._to_shed[oldest.rank].remove(oldest)
+        self._note_ends(oldest)
+        self._drop(oldest, Drop.NO_ROOM)
+        return True
+
+    def _note_ends(self, dropped: Pending) -> None:
+        batch = _batch(dropped.content)
+        self._untold.update(opened.handle for opened in batch.opened)
+        for closed in batch.closed:
+            if closed.handle in self._untold:
+                self._untold.remove(closed.handle)
+                self.books.dropped_requests += 1
+            else:
+                self._owed.append(closed)
 
     def _shed(self, pending: Pending) -> None:
         """Give up the scores of the lowest rank of a batch in the queue, and keep its books."""
@@ -272,7 +339,7 @@ class SendBuffer:
         except Exception:
             # Whatever is wrong with it, it cannot be sent either.
             self._queue.remove(pending)
-            self.books.drop(pending.tokens, Drop.REFUSED)
+            self._drop(pending, Drop.REFUSED)
             return
         pending.nbytes = MESSAGE_BYTES + len(pending.content)
         self._queue_bytes += pending.nbytes
@@ -304,7 +371,8 @@ class SendBuffer:
             last = parts[-1].sequence
             message = codec.encode_batch(last, joined_books([_batch(part.content) for part in parts]))
             tokens = sum(part.tokens for part in parts)
-            joined = Pending(last, tokens, message, MESSAGE_BYTES + len(message), BOOKS)
+            first = parts[0].first or parts[0].sequence
+            joined = Pending(last, tokens, message, MESSAGE_BYTES + len(message), BOOKS, first=first)
             self._queue_bytes += joined.nbytes - size
             self._joined.append(joined)
             self.books.joined_batches += len(parts) - 1

@@ -19,7 +19,6 @@ across I/O.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import random
@@ -35,13 +34,13 @@ from latentwatch.errors import ConfigRefused, RefusalReason, StreamRefused
 from latentwatch.log_limit import LogLimit
 from latentwatch.names import Severity
 from latentwatch.step.batch import StepBatch
-from latentwatch.step.reshape import pieces
 from latentwatch.transport import codec
 from latentwatch.transport.address import Address
 from latentwatch.transport.channel import CHANNEL_OPTIONS, Backoff
 from latentwatch.transport.credentials import Credentials
 from latentwatch.transport.hello import Hello
-from latentwatch.transport.send_buffer import Drop, SendBuffer, tokens_of
+from latentwatch.transport.intake import Intake
+from latentwatch.transport.send_buffer import Drop, SendBuffer
 from latentwatch.transport.send_stream import SendStream
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
 from latentwatch.transport.spool import Spool
@@ -87,6 +86,8 @@ class SenderStats:
     """Batches given up with their books: beyond the hard bound, impossible to encode, or left at close."""
     dropped_tokens: int
     """Tokens of the segments in `dropped_batches`; no collector hears of them before their request ends."""
+    dropped_requests: int
+    """Requests that began and ended in those; no collector hears of them."""
     refused_batches: int
     """Those of `dropped_batches` that the collector refused, or that could not be encoded."""
     resent_batches: int
@@ -113,6 +114,7 @@ class SenderStats:
             joined_batches=books.joined_batches,
             dropped_batches=books.dropped_batches.total(),
             dropped_tokens=books.dropped_tokens.total(),
+            dropped_requests=books.dropped_requests,
             refused_batches=books.dropped_batches[Drop.REFUSED],
             resent_batches=books.resent_batches,
             **of_the_stream,
@@ -147,7 +149,9 @@ class Sender:
         credentials: Credentials | None = None,
         max_buffer_bytes: int = 64 << 20,
         spool: Spool | None = None,
-        next_sequence: Callable[[], int] | None = None,
+        earlier: int = 0,
+        encodes: bool = False,
+        on_drop: Callable[[int, int], None] | None = None,
         priority: ShedPriority | None = None,
         backoff: Backoff | None = None,
         reply_timeout_seconds: float = 30.0,
@@ -161,7 +165,9 @@ class Sender:
                 max_buffer_bytes: memory for what no collector acknowledged yet, bytes; scores are shed above it,
                 books above twice of it.   priority: whose scores are shed last; None makes no difference.
                 spool: where batches wait until they are acknowledged; it outlives the sender and is not closed by it.
-                next_sequence: gives numbers that rise from 1 over all senders of this boot.
+                earlier: the highest number that senders of this boot before this one gave a batch.
+                encodes: each batch when it is numbered; see Intake.
+                on_drop: told the numbers of each batch that is dropped, first and last, 0 for none; with the lock held.
                 reply_timeout_seconds: a stream that owes us a reply for longer is ended and another one opened.
                 clock: seconds, rising.   wall_clock_ns: nanoseconds since the Unix epoch.
         Raises: ConfigRefused, "target_invalid".   StreamRefused, "malformed_hello": no collector would accept it.
@@ -177,13 +183,15 @@ class Sender:
         codec.encode_hello(hello, last_acked_sequence=0, time_unix_nano=0)
 
         self._spool = spool
-        self._next_sequence = next_sequence or itertools.count(1).__next__
         self._may_log = LogLimit(_LOG_AGAIN_SECONDS, clock)
         self._lock = threading.Condition()
         # What a sender before this one spooled, it may have sent as well.
         sent, acked = (spool.last, spool.acked) if spool is not None else (0, 0)
-        self._buffer = SendBuffer(max_buffer_bytes, priority=priority, highest_sent=sent, acked=acked)
-        self._sequence = 0
+        self._buffer = SendBuffer(
+            max_buffer_bytes, priority=priority, highest_sent=max(sent, earlier), acked=acked, on_drop=on_drop
+        )
+        self.intake = Intake(self._buffer, spool, self._lock, earlier=earlier, encodes=encodes, may_log=self._may_log)
+        """What `offer` does, in its parts."""
         self._welcomes = 0
         self._last_refusal: StreamRefused | None = None
         self._last_error = ""
@@ -202,31 +210,14 @@ class Sender:
 
     def offer(self, batch: StepBatch) -> None:
         """Take one batch for delivery. Never waits for the collector, never raises; after `close` it only counts."""
-        try:
-            for piece in pieces(batch, codec.fits_a_message):
-                self._sequence = self._next_sequence()
-                if self._to_spool(self._sequence, piece):
-                    continue
-                with self._lock:
-                    if self._closing:
-                        self._buffer.books.drop(tokens_of(piece), Drop.CLOSED)
-                    else:
-                        self._buffer.add(self._sequence, piece)
-            with self._lock:
-                self._lock.notify_all()
-        except Exception:
-            # The caller drains the engine's ring: a batch that cannot be taken must not stop those after it.
-            if self._may_log("offer"):
-                log.exception("latentwatch's sender could not take a batch")
-            with self._lock:
-                self._buffer.books.drop(0, Drop.REFUSED)
+        self.intake.send(self.intake.number(batch))
 
     def stats(self) -> SenderStats:
         """The state now; cheap enough to read for every batch."""
         with self._lock:
             return SenderStats.of(
                 self._buffer,
-                sequence=self._sequence,
+                sequence=self.intake.sequence,
                 reconnects=max(0, self._welcomes - 1),
                 connected=self._stream is not None and self._stream.is_welcome,
                 last_refusal=self._last_refusal,
@@ -239,7 +230,7 @@ class Sender:
         Returns within `drain_seconds` and about a second, whatever the collector does.
         """
         with self._lock:
-            self._closing = True
+            self._closing = self.intake.closing = True
             thread = self._thread
             self._drain_until = self._clock() + drain_seconds if thread is not None else -math.inf
             self._lock.notify_all()
@@ -258,16 +249,10 @@ class Sender:
             self._buffer.close()
         return self.stats()
 
-    def _to_spool(self, sequence: int, batch: StepBatch) -> bool:
-        """Whether the spool took a batch; one that cannot be sent is left to the stream to tell."""
-        if self._spool is None or self._closing:
-            return False
-        try:
-            message = codec.encode_batch(sequence, batch)
-        except Exception:
-            # It waits in memory, where the stream meets the same failure and counts it.
-            return False
-        return len(message) <= codec.MAX_MESSAGE_BYTES and self._spool.append(sequence, tokens_of(batch), message)
+    @property
+    def acked(self) -> int:
+        """Highest number of which a collector said that it holds it, and everything before."""
+        return self._buffer.acked
 
     # The stream. These run in the sender's own thread; gRPC's pulls the stream's messages.
 

@@ -120,8 +120,8 @@ class Servicer:
         self._on_refused = on_refused
         self._tokens = tokens
         self._max_streams, self._peer_streams = max_streams, peer_streams
-        self._unknown: Places[asyncio.Timeout] = Places(max_streams, peer_streams)
-        """Streams that did not say hello, by their deadlines."""
+        self._unknown: Places[asyncio.Timeout] = Places(max_streams, max(1, peer_streams // 4))
+        """Streams without a hello, by their deadlines. Fewer, since each may be sending a message of any size."""
         self._ack_batches = ack_batches
         self._ack_seconds = ack_seconds
         self._queue = FairQueue()

@@ -27,6 +27,7 @@ import re
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ _SEGMENT_BYTES: Final = 16 << 20
 _RENEW_BYTES: Final = 1 << 18
 """A segment of which everything is acknowledged is begun anew above this."""
 _RETRY_SECONDS: Final = 5.0
+_FOUND: Final = 1024
+"""More than one step has batches."""
 _LOG_AGAIN_SECONDS: Final = 600.0
 _BOOT: Final = re.compile(r"[0-9a-f]{32}")
 
@@ -212,6 +215,8 @@ class Spool:
         """Highest sequence on the disk, 0 for none."""
         self.waiting_tokens = 0
         """Tokens of the batches that lay on the disk unacknowledged when this was opened."""
+        self.found: deque[int] = deque(maxlen=_FOUND)
+        """The highest numbers that lay there then."""
         self._folder_lock: BaseFileLock | None = None
         # Without the lock: reading what a boot left takes seconds, in which the others go on.
         self._enter()
@@ -409,5 +414,6 @@ class Spool:
                 self._shared.refuse(path, f"{found.damage}; what follows is given up")
             self.hello = self.hello or found.hello
             self.waiting_tokens += sum(tokens for sequence, tokens in found.batches if sequence > self.acked)
+            self.found.extend(sequence for sequence, _ in found.batches)
             self._segments.append(found.segment)
             self.last = max(self.last, found.segment.last)

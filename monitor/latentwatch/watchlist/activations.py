@@ -114,7 +114,7 @@ def _message(message: object, place: str) -> Mapping[str, str]:
         raise ValueError(f"{place}.role is {str(role)[:40]!r}, not one of {', '.join(ROLES)}")
     for name, value in message.items():
         if name not in ("role", "content") and value not in (None, []):
-            raise ValueError(f"{place}.{name} would not reach the model's template")
+            raise ValueError(f"{place} has {name!r}, which would not reach the model's template")
     if "content" not in message:
         raise ValueError(f"{place} has no content")
     return {"role": role, "content": _content(message["content"], f"{place}.content")}
@@ -129,7 +129,7 @@ def _content(content: object, place: str) -> str:
             kind = repr(str(part.get("type"))[:40]) if isinstance(part, dict) else _kind(part)
             raise ValueError(f"{place}[{i}] is a part of type {kind}, not text")
         if more := sorted(set(part) - {"type", "text"}):
-            raise ValueError(f"{place}[{i}].{more[0]} would not reach the model")
+            raise ValueError(f"{place}[{i}] has {more[0]!r}, which would not reach the model")
     if len(content) != 1:
         raise ValueError(f"{place} has {len(content)} parts; write them as one text, as your template joins them")
     return _text(content[0].get("text"), f"{place}[0].text")

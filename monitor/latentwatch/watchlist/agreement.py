@@ -40,11 +40,7 @@ def checked(choice: SourceChoice, source: Source, index_K: Sequence[int]) -> str
     rows = source.rows(index_K)
     kth_T = None if source.about.k is None else topk.kth_largest(source, x_TD, source.about.k)
     ours_TK, margin_TK = _encoded(rows, x_TD, kth_T)
-    try:
-        theirs_TF = answer.encode(x_TD)
-        theirs_TK = theirs_TF[:, list(index_K)]
-    except (RuntimeError, ValueError, IndexError) as error:
-        return f"unverified: {answer.library} cannot encode ({' '.join(str(error).split())[:120]})"
+    theirs_TK = _asked(choice, source, answer, x_TD)[:, list(index_K)]
     wrong = _wrong(ours_TK, theirs_TK, margin_TK, _size(rows, x_TD))
     if wrong is not None:
         t, i = wrong
@@ -55,6 +51,23 @@ def checked(choice: SourceChoice, source: Source, index_K: Sequence[int]) -> str
             RefusalReason.SOURCE_NUMBERS,
         )
     return answer.library
+
+
+def _asked(choice: SourceChoice, source: Source, answer: upstream.Upstream, x_TD: F64) -> F64:
+    """What the library encodes, [T, F]; of another width than ours it has read another source."""
+    assert answer.encode is not None, "only a library that can be asked is asked"
+    try:
+        theirs_TF = answer.encode(x_TD)
+        found = f"{theirs_TF.shape[-1]} activations of a token"
+    except (RuntimeError, ValueError, IndexError) as error:
+        theirs_TF, found = np.zeros((0, 0)), f"an error ({' '.join(str(error).split())[:120]})"
+    if theirs_TF.shape != (len(x_TD), source.about.width):
+        raise choice.location.refuse(
+            f"{answer.library} gives {found} of width {x_TD.shape[1]}, and {source.about.width} are read here",
+            "Check 'format' and 'options'.",
+            RefusalReason.SOURCE_NUMBERS,
+        )
+    return theirs_TF
 
 
 def tokens(d_model: int) -> F64:

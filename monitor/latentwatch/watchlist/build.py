@@ -25,8 +25,6 @@ from latentwatch.watchlist.selection import FeatureChoice, HookChoice, SourceCho
 from latentwatch.watchlist.sources import Source, open_source
 
 Progress = Callable[[str], None]
-Identity = tuple[str, ...]
-"""Of a source, whatever it is called: the SHA-256 of each of its files."""
 CHECKED: Final = "checked_against"
 """On the card: who said that the rows are right, which depends on what is installed."""
 
@@ -74,7 +72,7 @@ def _refuse_duplicate_ids(chosen: selection.Selection) -> None:
 def _hook_rows(hook: HookChoice, model: ModelCard, progress: Progress) -> HookRows:
     features: list[Feature] = []
     parts = []
-    taken: dict[tuple[Identity, int], str] = {}
+    taken: dict[tuple[str, int], str] = {}
     for choice in hook.sources:
         progress(f"{hook.hook_point}: {len(choice.features)} features of {choice.location.text} ({choice.format})")
         with _at(choice.where):
@@ -82,7 +80,7 @@ def _hook_rows(hook: HookChoice, model: ModelCard, progress: Progress) -> HookRo
             _check_model(source, choice, model, hook.hook_point)
             hashes = tuple(sha256_of(path) for path in source.files)
         index_K = [row_index(feature, source) for feature in choice.features]
-        _refuse_duplicate_rows(choice, index_K, hashes, taken)
+        _refuse_duplicate_rows(choice, index_K, hashes[-1], taken)
         with _at(choice.where):
             rows, gates = _gated_rows(choice, source, index_K, hook.hook_point)
             parts.append(canonical.fold(rows))
@@ -153,11 +151,11 @@ def row_index(feature: FeatureChoice, source: Source) -> int:
 
 
 def _refuse_duplicate_rows(
-    choice: SourceChoice, index_K: Sequence[int], identity: Identity, taken: dict[tuple[Identity, int], str]
+    choice: SourceChoice, index_K: Sequence[int], weights_sha256: str, taken: dict[tuple[str, int], str]
 ) -> None:
-    """A source is its files' content: another spelling, link, revision or copy of it is the same source."""
+    """A source is the content of its weights: another spelling, link, revision or copy is the same source."""
     for feature, index in zip(choice.features, index_K, strict=True):
-        row = (identity, index)
+        row = (weights_sha256, index)
         if row in taken:
             raise _refuse(
                 feature.where,
@@ -195,7 +193,7 @@ def _cards(
         yield made
 
 
-def _provenance(choice: SourceChoice, source: Source, hashes: Identity) -> dict[str, object]:
+def _provenance(choice: SourceChoice, source: Source, hashes: Sequence[str]) -> dict[str, object]:
     """What the cards of all features of a source say of it."""
     shared: dict[str, object] = {
         "format": choice.format,

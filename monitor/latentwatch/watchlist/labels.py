@@ -191,7 +191,7 @@ def _csv(location: Location) -> Iterator[_Row]:
             reader = csv.DictReader(stream)
             columns = list(reader.fieldnames or ())
             if len(set(columns)) != len(columns):
-                raise _refuse(location, f"a column stands twice in {', '.join(columns)[:160]}")
+                raise _refuse(location, f"a column stands twice in {', '.join(map(repr, columns))[:160]}")
             for number, row in enumerate(reader, 2):
                 yield _row(location, row, f"line {number}", f"list {location.text}")
     except (UnicodeDecodeError, csv.Error) as error:

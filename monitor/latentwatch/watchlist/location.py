@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.watchlist.declared import Known
@@ -252,9 +252,10 @@ class Config:
         return value
 
 
-def strict_json(text: str | bytes) -> Any:
+def strict_json(text: str | bytes) -> object:
     """JSON in which no key of an object stands twice. Raises ValueError or RecursionError."""
-    return json.loads(text, object_pairs_hook=_once)
+    parsed: object = json.loads(text, object_pairs_hook=_once)
+    return parsed
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:

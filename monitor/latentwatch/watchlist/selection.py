@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NotRequired, TypedDict, cast
+from typing import Final, NotRequired, TypedDict, cast
 
 from latentwatch.errors import RefusalReason
 from latentwatch.names import HookPoint, Severity
@@ -310,8 +310,15 @@ def options_of(text: str, what: str) -> SourceOptions:
 
 
 def _options(fields: _OptionsEntry) -> SourceOptions:
-    plain: dict[str, Any] = {**fields}
-    return SourceOptions(**plain | {"ignore": tuple(fields.get("ignore", ()))})
+    return SourceOptions(
+        input_scale=fields.get("input_scale"),
+        centre=fields.get("centre"),
+        k=fields.get("k"),
+        norm=fields.get("norm"),
+        written_by=fields.get("written_by"),
+        trained_on=fields.get("trained_on"),
+        ignore=tuple(fields.get("ignore", ())),
+    )
 
 
 def _calibration(fields: _CalibrationEntry | None, base: Path) -> Calibration | None:

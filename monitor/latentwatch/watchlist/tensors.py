@@ -41,6 +41,8 @@ class Entry:
     bf16: bool = False
     offset: int = 0
     """Of the first byte in the file, where the format has one."""
+    whole: bool = False
+    """Whether whole numbers are stored: counts, or weights that were quantised."""
 
     @property
     def row_bytes(self) -> int:
@@ -86,6 +88,11 @@ class Tensors(ABC):
         location.refuse_unknown(self.path.name, (name for name in present if name not in {*used, *unread}))
         for name, shape in used.items():
             self.expect(name, shape)
+            if shape and self.entries[name].whole:
+                raise self.refuse(
+                    f"tensor {name!r} holds whole numbers: it may be quantised, and nothing says by what scale",
+                    "Convert it to float32.",
+                )
         for name, tensor in unread.items():
             if name in self.entries and tensor.shape is not None:
                 self.expect(name, tensor.shape)
@@ -210,6 +217,7 @@ class SafetensorsFile(Tensors):
                 np.dtype(_SAFETENSORS_DTYPES[code]),
                 code == "BF16",
                 header.data_start + fields["data_offsets"][0],
+                code.startswith("I"),
             )
         super().__init__(path, entries, unreadable)
 

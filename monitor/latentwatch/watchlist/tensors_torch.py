@@ -39,7 +39,8 @@ class TorchFile(Tensors):
                 unreadable[name] = f"{tensor.dtype}, layout {tensor.layout}"
             else:
                 dtype = np.dtype(_DTYPES.get(tensor.dtype, "<f8"))
-                entries[name] = Entry(tuple(tensor.shape), dtype, tensor.dtype == torch.bfloat16)
+                whole = tensor.dtype in _INTEGERS
+                entries[name] = Entry(tuple(tensor.shape), dtype, tensor.dtype == torch.bfloat16, whole=whole)
         super().__init__(path, entries, unreadable)
 
     @property

@@ -29,7 +29,9 @@ from latentwatch.watchlist.tensors import SafetensorsFile
 
 CHUNK: Final = 4096
 """Encoder rows held at once: 128 MiB of float64 at d_model 4096."""
-_RECORDED: Final = Known(used=frozenset(("hook_point",)), unread={"format": "it names the library that wrote the file"})
+_RECORDED: Final = Known(
+    used=frozenset(("hook_point",)), unread=dict.fromkeys(("format", "model", "licence"), "a fact for people")
+)
 MIN_TOKENS: Final = 64
 MAX_TOKENS: Final = 65536
 

@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -41,11 +41,12 @@ def load(choice: SourceChoice, source: Source) -> Upstream:
     distribution, loader = _LOADERS[choice.format]
     try:
         version = importlib.metadata.version(distribution)
-        encode = loader(choice, source)
-    except (ImportError, importlib.metadata.PackageNotFoundError):
+    except importlib.metadata.PackageNotFoundError:
         return Upstream(f"{distribution} is not installed", None)
+    try:
+        encode = loader(choice, source)
     except Exception as error:
-        # A library raises nearly anything on a file that it cannot read; it is no judge of this source then.
+        # A library raises nearly anything on a file that it cannot read, or lacks a package of its own; no judge then.
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         return Upstream(f"{distribution} {version} cannot read it ({why})", None)
     return Upstream(f"{distribution} {version}", encode)
@@ -73,8 +74,9 @@ def _sae_lens(choice: SourceChoice, source: Source) -> Encode:
     if norm not in (None, "none", "expected_average_only_in"):
         sae.cfg.normalize_activations = norm
         sae._setup_activation_normalization()  # SAELens has no other way to say what its registry says
-    if choice.options.input_scale is not None:
-        sae.fold_activation_norm_scaling_factor(choice.options.input_scale)
+    scale = choice.options.input_scale or source.about.notes.get("input_scale")
+    if scale is not None:
+        sae.fold_activation_norm_scaling_factor(float(str(scale)))
     if choice.options.centre:
         return _in_torch(lambda x: sae.encode(x - x.mean(dim=-1, keepdim=True)))
     return _in_torch(sae.encode)
@@ -122,9 +124,9 @@ def _repeng(_: SourceChoice, source: Source) -> Encode:
 
 
 def _sklearn(choice: SourceChoice, _: Source) -> Encode:
-    reader: Any = importlib.import_module("latentwatch.watchlist.sources.sklearn_probe")
+    reader = importlib.import_module("latentwatch.watchlist.sources.sklearn_probe")
     model = reader.load(choice.location)
-    return lambda x_TD: np.asarray(reader.decision(model, x_TD))
+    return lambda x_TD: np.asarray(reader.decision(model, x_TD), np.float64)
 
 
 def _cpu() -> torch.device:

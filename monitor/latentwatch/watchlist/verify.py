@@ -222,7 +222,8 @@ def _compare(built: Watchlist, fresh: Watchlist) -> Iterator[str]:
     for name, value in dataclasses.asdict(built.model).items():
         if value != getattr(fresh.model, name):
             yield f"model.{name} is {value!r} in the file, {getattr(fresh.model, name)!r} in the YAML"
-    if built.identity != fresh.identity:
+    # A file that states none was built before there were any; it says so elsewhere.
+    if built.identity is not None and built.identity != fresh.identity:
         told = [one.summary() if one else "not stated" for one in (built.identity, fresh.identity)]
         yield f"the model's identity is {told[0]} in the file, {told[1]} of the YAML's checkpoint"
     points = [rows.hook_point for rows in built.hooks], [rows.hook_point for rows in fresh.hooks]

@@ -106,7 +106,10 @@ def _seed_files() -> dict[str, bytes]:
 
 def _yaml_seeds() -> Sequence[bytes]:
     example = Path(selection.__file__).with_name("example.yaml").read_bytes()
-    hook = {"hook_point": "resid_post.2", "sources": [{"format": "linear_probe", "path": "p.safetensors", "features": [{"name": "f0", "id": "a"}]}]}
+    hook = {
+        "hook_point": "resid_post.2",
+        "sources": [{"format": "linear_probe", "path": "p.safetensors", "features": [{"name": "f0", "id": "a"}]}],
+    }
     return [example, yaml.safe_dump(sources.document(hook)).encode()]
 
 
@@ -120,7 +123,13 @@ def _label_seeds() -> Sequence[bytes]:
 
 def _settings_seeds() -> Sequence[bytes]:
     options = {"watchlist": "w", "listen": ["unix:///a", "[::]:9090"], "http": "0.0.0.0:9464", "evidence-days": 7.5}
-    options |= {"evidence": "e", "route": "^(a|b)-", "otlp": "http://127.0.0.1:4317", "http-host": ["a"], "peer-streams": 4}
+    options |= {
+        "evidence": "e",
+        "route": "^(a|b)-",
+        "otlp": "http://127.0.0.1:4317",
+        "http-host": ["a"],
+        "peer-streams": 4,
+    }
     return [b"watchlist: w\n", yaml.safe_dump(options).encode()]
 
 
@@ -132,7 +141,10 @@ DOCUMENTS = [
         _yaml,
         _yaml_seeds,
         ("watchlist/document.py", "watchlist/selection.py"),
-        tuple(word.encode() for word in ("hook_points:", "sources:", "features:", "limit:", "&a", "*a", "!!python/", "<<:", ".nan")),
+        tuple(
+            word.encode()
+            for word in ("hook_points:", "sources:", "features:", "limit:", "&a", "*a", "!!python/", "<<:", ".nan")
+        ),
     ),
     Target("labels", _labels, _label_seeds, ("watchlist/labels.py",), (b'"index"', b'"description"', b"\x1f\x8b")),
     Target(

@@ -23,6 +23,7 @@ _OURS = ("case.json", "expected.safetensors")
 _ROWS = 4
 LAYER = 3
 _SHARED = ("watchlist/tensors.py", "watchlist/location.py", "watchlist/canonical.py", "watchlist/sources/__init__.py")
+_DECLARED = ("watchlist/declared.py", "watchlist/places.py")
 _CONTAINERS = ("watchlist/tensors_torch.py", "watchlist/tensors_npz.py", "watchlist/tensors_gguf.py")
 
 
@@ -53,7 +54,10 @@ def _golden() -> Iterator[Case]:
         folder = about.parent
         paths = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         yield Case(
-            folder.name, folder, json.loads(about.read_text()), tuple(sorted(path for path in paths if path not in _OURS))
+            folder.name,
+            folder,
+            json.loads(about.read_text()),
+            tuple(sorted(path for path in paths if path not in _OURS)),
         )
 
 
@@ -85,8 +89,18 @@ SOURCES = [
         f"source {name}",
         functools.partial(check, name),
         lambda name=name: [case.seed(number) for number, case in enumerate(cases(name))],
-        (f"watchlist/sources/{name}.py", *_SHARED, *_CONTAINERS),
-        (b'"dtype":"F32"', b'"dtype":"BF16"', b'"shape":[', b'"data_offsets":[', b"null", b"true", b"-1", b"1e999", b"NaN"),
+        (f"watchlist/sources/{name}.py", *_SHARED, *_DECLARED, *_CONTAINERS),
+        (
+            b'"dtype":"F32"',
+            b'"dtype":"BF16"',
+            b'"shape":[',
+            b'"data_offsets":[',
+            b"null",
+            b"true",
+            b"-1",
+            b"1e999",
+            b"NaN",
+        ),
     )
     for name in FORMATS
 ]

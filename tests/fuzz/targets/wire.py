@@ -17,7 +17,7 @@ from latentwatch.collector.http.connection import Connection, Doors, HttpLimits,
 from latentwatch.collector.http.hosts import Hosts
 from latentwatch.collector.metrics_families import ProcessFacts
 from latentwatch.errors import StreamRefused
-from latentwatch.handover.events import Blocks, Closed, Opened, Resync, decode_events, encode_events
+from latentwatch.handover.events import Blocks, Closed, Opened, Unannounced, decode_events, encode_events
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sink import ReceivedBatch
@@ -158,14 +158,18 @@ def _http_seeds() -> Sequence[bytes]:
     asked.append(b"PUT /v1/evidence/content/a" + _HOST + bearer + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n"
     asked.append(b"DELETE /v1/evidence/requests/a" + _HOST + bearer + chunked)
-    asked.append(b"GET /metrics" + _HOST + b"Accept: application/openmetrics-text;version=1.0.0;q=0.5\r\n\r\n" + asked[0])
-    asked.append(b"GET /" + _HOST + b"Origin: http://localhost\r\nAuthorization: Basic YTpi\r\nExpect: 100-continue\r\n\r\n")
+    asked.append(
+        b"GET /metrics" + _HOST + b"Accept: application/openmetrics-text;version=1.0.0;q=0.5\r\n\r\n" + asked[0]
+    )
+    asked.append(
+        b"GET /" + _HOST + b"Origin: http://localhost\r\nAuthorization: Basic YTpi\r\nExpect: 100-continue\r\n\r\n"
+    )
     return asked
 
 
 def _event_seeds() -> Sequence[bytes]:
-    opened = Opened(1, 7, "cmpl-1", 10, 4, False, "adapter", "00-" + "a" * 32 + "-" + "b" * 16 + "-01")
-    return [encode_events([opened, Closed(1, 4, False), Blocks([[1, 0, 2, 7, 8]]), Resync([7], 2)])]
+    opened = Opened(1, 7, "cmpl-1", 10, 4, "adapter", "00-" + "a" * 32 + "-" + "b" * 16 + "-01")
+    return [encode_events([opened, Closed(1, 4, False), Blocks([[1, 0, 2, 7, 8]]), Unannounced(2, 9, 9)])]
 
 
 @cache
@@ -180,14 +184,31 @@ def _reply_seeds() -> Sequence[bytes]:
 
 
 WIRE = [
-    Target("stream messages", _request, _messages, ("transport/codec/__init__.py", "transport/codec/batch.py", "transport/codec/report.py")),
+    Target(
+        "stream messages",
+        _request,
+        _messages,
+        ("transport/codec/__init__.py", "transport/codec/batch.py", "transport/codec/report.py"),
+    ),
     Target("stream replies", _reply, _reply_seeds, ("transport/codec/__init__.py",)),
     Target(
         "HTTP",
         _http,
         _http_seeds,
-        tuple(f"collector/http/{name}.py" for name in ("connection", "guard", "hosts", "auth", "bodies", "app", "evidence_api", "overview")),
-        (b"\r\n", b"Host: ", b"Content-Length: ", b"Transfer-Encoding: chunked", b"Origin: ", b"Connection: close", b"%00", b"%2e%2e/"),
+        tuple(
+            f"collector/http/{name}.py"
+            for name in ("connection", "guard", "hosts", "auth", "bodies", "app", "evidence_api", "overview")
+        ),
+        (
+            b"\r\n",
+            b"Host: ",
+            b"Content-Length: ",
+            b"Transfer-Encoding: chunked",
+            b"Origin: ",
+            b"Connection: close",
+            b"%00",
+            b"%2e%2e/",
+        ),
     ),
     Target("ring events", _events, _event_seeds, ("handover/events.py",)),
 ]

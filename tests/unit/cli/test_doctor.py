@@ -27,6 +27,14 @@ LOADED = [{"rules": [{"name": "A", "health": "ok"}, {"name": "B", "health": "err
 UP = {"metric": {"instance": "c0:9464"}, "value": [0, "1"]}
 DOWN = {"metric": {"instance": "c1:9464"}, "value": [0, "0"]}
 
+FILES = """# HELP latentwatch_evidence_damaged_files Files.
+latentwatch_evidence_damaged_files {}
+latentwatch_state_aside_files {}
+latentwatch_state_durable {}
+latentwatch_state_write_failures_total 3
+latentwatch_exceedances_total{{feature="a b"}} 1
+"""
+
 CASES = {
     "disabled": (lambda: doctor.plugin({"LATENTWATCH_DISABLE": "1"}), "failed", "turns all of it off"),
     "plugins": (lambda: doctor.plugin({"VLLM_PLUGINS": "other"}), "failed", "leaves latentwatch out"),
@@ -37,6 +45,9 @@ CASES = {
     "all seen": (lambda: doctor.coverage(view()), "ok", "100.00%"),
     "some missed": (lambda: doctor.coverage(view(recent=0.9, missing={"lost": 3})), "failed", "missing: lost"),
     "no token": (lambda: doctor.coverage(view(recent=None)), "skipped", "send a request"),
+    "files": (lambda: doctor.files(FILES.format(0, 0, 1)), "ok", "no file"),
+    "damaged files": (lambda: doctor.files(FILES.format(2, 1, 1)), "failed", "3 files cannot be read"),
+    "state in memory": (lambda: doctor.files(FILES.format(0, 0, 0)), "failed", "the state cannot be written"),
     "same file": (lambda: doctor.same_watchlist({"watchlist_sha256": "ab"}, "ab"), "ok", "has this watchlist"),
     "other file": (lambda: doctor.same_watchlist({"watchlist_sha256": "ab"}, "cd"), "failed", "the file is cd"),
     "scraped": (lambda: doctor.scrape([UP]), "ok", "1 of 1"),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.evidence import one_request, store
+
 SHOW = [sys.executable, "-P", "-m", "latentwatch", "collector", "--config-schema"]
 
 
@@ -63,3 +65,12 @@ def test_what_the_system_refuses_is_one_line(action: str, tmp_path: Path) -> Non
         [*SHOW[:4], "watchlist", action, str(tmp_path / "w.safetensors")], capture_output=True, text=True
     )
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["show", "ID"], ["delete", "ID"], ["query", "--feature", "ID"]])
+def test_a_word_that_is_no_text_is_one_line(words: list[str], tmp_path: Path) -> None:
+    with store(tmp_path) as written:
+        written.write(one_request(1), 0.0)
+    asked = [word.encode() if word != "ID" else b"\xff\xfe" for word in words]
+    ran = subprocess.run([*SHOW[:4], "evidence", *asked, "--dir", str(tmp_path)], capture_output=True, text=True)
+    assert ran.returncode == 2 and "is no text in UTF-8" in ran.stderr and ran.stderr.count("\n") == 1

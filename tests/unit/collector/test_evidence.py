@@ -239,3 +239,16 @@ def test_a_collector_that_went_on_from_its_state_writes_nothing_twice(tmp_path):
     (one,) = asyncio.run(evidence.find("chatcmpl-1", "test"))
     evidence.close()
     assert all(len(a.positions) == len(set(a.positions)) for a in one.activations)
+
+
+def test_a_deletion_names_the_files_that_may_still_hold_the_request(made):
+    """And what is in the others is deleted all the same."""
+    client, folder = made
+    damaged = folder / "2025-11-01.0000.evidence"
+    damaged.write_bytes(b"no database " * 100)
+    answer = client("DELETE", "/v1/evidence/requests/chatcmpl-2", headers=TRUSTED).json()
+    assert answer["requests"] == 1 and not answer["clean"] and damaged.name in answer["damaged_files"][0]
+    gone = client("DELETE", "/v1/evidence/requests/chatcmpl-2", headers=TRUSTED)
+    assert gone.status_code == 404 and damaged.name in gone.json()["detail"]
+    assert client("GET", "/v1/evidence/requests/chatcmpl-1").status_code == 200
+    assert "latentwatch_evidence_damaged_files 1" in client("GET", "/metrics").text

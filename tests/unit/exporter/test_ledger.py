@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.exporter.ledger import Ledger
+from latentwatch.exporter.ledger_state import LedgerState
 from latentwatch.handover.events import Closed, Event, Opened, decode_events, encode_events
 from latentwatch.handover.ring import REQUEST_DTYPE, RawStep
 from latentwatch.names import Outcome, Phase, Reason, TokenState
@@ -56,8 +57,8 @@ def raw(
     )
 
 
-def opened(slot: int, handle: int, prompt: int, cached: int = 0, resumed: bool = False) -> Opened:
-    return Opened(slot, handle, f"r{handle}", prompt, cached, resumed, "", "")
+def opened(slot: int, handle: int, prompt: int, cached: int = 0) -> Opened:
+    return Opened(slot, handle, f"r{handle}", prompt, cached, "", "")
 
 
 @dataclass
@@ -106,7 +107,7 @@ def test_a_plain_request_has_prompt_plus_output_minus_one_tokens_all_scored():
         raw([(0, 0, 4)], [opened(0, 1, 4)], number=1),
         raw([(0, 4, 1)], number=2),
         raw([(0, 5, 1)], number=3),
-        raw([], [Closed(0, 3, False)], number=4),
+        raw([], [Closed(0, 3, False)], number=3),
     )
     assert books.tokens == {
         (1, TokenState.SCORED, Reason.NONE, Phase.PROMPT): 4,
@@ -221,19 +222,6 @@ def test_rows_that_did_not_fit_and_rows_that_are_not_finite_are_dropped_by_reaso
     }
 
 
-def test_an_exporter_started_again_accounts_only_for_what_it_saw():
-    ledger, books = Ledger(armed=True, drafts=False), Books()
-    for each in (
-        raw([(5, 9, 1)]),  # before the announcement: nobody it knows
-        raw([(5, 10, 1)], [opened(5, 7, 4, resumed=True)]),
-        raw([], [Closed(5, 8, False)]),
-    ):
-        books.take(ledger.settle(each, EngineCounters()))
-    assert ledger.unattributed_rows == 1
-    assert books.total(7) == 1
-    assert books.closed[7].total_tokens == 11
-
-
 class Simulation:
     """A scheduler that does everything a real one may: chunks, mixes, preempts, aborts, runs one step past the end."""
 
@@ -246,16 +234,18 @@ class Simulation:
         self.pending: list[Event] = []
 
     def steps(self, count: int, lossy: bool) -> list[RawStep]:
-        out = []
-        for number in range(1, count + 1):
-            made = self.one(number)
+        out, number = [], 0
+        for _ in range(count):
+            made = self.one(number + 1)
+            number += made.rows > 0
+            made = replace(made, step=number)  # as the tap counts: what has no rows is no step
             if lossy and self.rng.random() < 0.15:
                 continue  # the ring was full: the events wait for the next step
             out.append(made)
             self.pending = []
         for slot in list(self.live):
             self.end(slot, aborted=True)
-        out.append(self.raw([], count + 1))
+        out.append(self.raw([], number))
         return out
 
     def one(self, number: int) -> RawStep:
@@ -324,3 +314,45 @@ def test_books_balance_whatever_the_scheduler_does(seed, lossy):
         assert np.isnan(value) or value == np.float32(score(handle, position))
     if not lossy:
         assert not any(state == TokenState.DROPPED for _, state, _, _ in books.tokens)
+
+
+def test_a_single_step_that_was_lost_before_an_idle_moment_is_a_gap_and_no_prefix_cache_hit():
+    """The step without rows, which says that another request ended, has the number of the one that was lost."""
+    books = run(
+        raw([(0, 0, 4), (1, 0, 2)], [opened(0, 1, 4), opened(1, 2, 2)], number=1),
+        raw([], [Closed(1, 1, False)], number=2),
+        raw([(0, 5, 1)], number=3),
+        raw([], [Closed(0, 3, False)], number=3),
+    )
+    assert books.tokens[1, TokenState.DROPPED, Reason.RING_FULL, Phase.OUTPUT] == 1
+    assert (1, TokenState.UNSEEN, Reason.PREFIX_CACHE, Phase.OUTPUT) not in books.tokens
+    assert books.total(1) == books.closed[1].total_tokens == 6
+
+
+def test_of_a_request_that_was_aborted_before_its_first_token_what_the_ring_had_no_room_for_counts():
+    books = run(
+        raw([(0, 0, 4)], [opened(0, 1, 40)], number=1),
+        raw([], [Closed(0, 0, True, reached=12)], number=3),
+    )
+    assert books.total(1) == books.closed[1].total_tokens == 12
+    assert books.tokens[1, TokenState.DROPPED, Reason.RING_FULL, Phase.PROMPT] == 8
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), lossy=st.booleans())
+def test_a_ledger_that_takes_over_after_any_step_says_what_the_first_one_would_have_said(seed, lossy):
+    steps = Simulation(np.random.default_rng(seed)).steps(40, lossy)
+    rng = np.random.default_rng(seed)
+    for drafts in (False, True):
+        whole, books = run(*steps, drafts=drafts), Books()
+        ledger, last = Ledger(armed=True, drafts=drafts), None
+        for each in steps:
+            if rng.random() < 0.3:
+                state = LedgerState.from_bytes(ledger.state().to_bytes())
+                ledger = Ledger(armed=True, drafts=drafts)
+                ledger.restore(state, last)
+            books.take(ledger.settle(each, EngineCounters()))
+            last = each if len(each.requests_Q) else None
+        books.take(ledger.finish())
+        assert books.tokens == whole.tokens and books.closed == whole.closed
+        assert {k: v for k, v in books.score.items() if v == v} == {k: v for k, v in whole.score.items() if v == v}

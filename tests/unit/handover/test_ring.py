@@ -9,8 +9,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from latentwatch.errors import ConfigRefused
-from latentwatch.handover.ring import Geometry, Ring
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from latentwatch.errors import ConfigRefused, RefusalReason
+from latentwatch.handover.ring import MAX_RING_BYTES, MIN_SLOTS, Geometry, Ring
 
 GEOMETRY = Geometry(max_requests=8, max_rows=32, features=6, dense=2, hook_points=2)
 
@@ -88,6 +90,36 @@ def test_another_geometry_is_refused_with_the_sizes():
     other = Geometry(max_requests=8, max_rows=4096, features=6, dense=2, hook_points=2)
     with pytest.raises(ConfigRefused, match="expected"):
         Ring(ring.fd, other, create=False)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    max_requests=st.integers(1, 8192),
+    max_rows=st.integers(1, 1 << 18),
+    features=st.integers(0, 4096),
+    dense_share=st.floats(0, 1),
+    hook_points=st.integers(0, 16),
+)
+@example(max_requests=256, max_rows=131072, features=2048, dense_share=0.25, hook_points=8)
+@example(max_requests=8, max_rows=241, features=64, dense_share=0.25, hook_points=4)  # slots that fill it to the byte
+def test_no_ring_is_larger_than_its_bound_and_one_that_cannot_be_is_refused(
+    max_requests, max_rows, features, dense_share, hook_points
+):
+    geometry = Geometry(max_requests, max_rows, features, int(features * dense_share), hook_points)
+    try:
+        ring = Ring.create(geometry)
+    except ConfigRefused as refused:
+        assert refused.reason == RefusalReason.RING_GEOMETRY
+        assert features or hook_points, "what is not armed fits always"
+        return
+    size = os.fstat(ring.fd).st_size
+    os.close(ring.fd)
+    assert size <= MAX_RING_BYTES
+    assert ring.slots >= MIN_SLOTS
+    slot = ring.reserve()
+    assert slot is not None
+    # A row whose features all fire fits.
+    assert len(slot.fires_N) >= features - geometry.dense
 
 
 def test_untouched_slots_cost_no_memory():

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch import kernels
 from latentwatch.errors import EngineRefused
 from latentwatch.kernels import reference, score_op
 from torch._inductor.utils import run_and_get_code
@@ -285,3 +288,26 @@ def test_a_compiled_graph_holds_the_op_whatever_the_stream_is(shape: tuple[int, 
 
     torch.testing.assert_close(model(torch.ones(shape)), torch.full(shape, 2.0))
     assert (stat_T3[0, 0] != reference.UNWRITTEN) == (shape == (1, 7, 64))
+
+
+def test_on_a_gpu_too_a_batch_of_one_is_rows_and_a_launch_that_fails_raises_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the function that stands behind the op there; Triton's launch is stood in for."""
+    case = make_case(7, 64, 5, residual=True)
+    act_TK, stat_T3 = poisoned_buffers(7, 5)
+    launched: list[tuple[int, ...]] = []
+
+    def score(x_TD: torch.Tensor, residual_TD: torch.Tensor, *_rest: object) -> None:
+        launched.append((*x_TD.shape, *residual_TD.shape))
+        raise RuntimeError("Triton Error [CUDA]: out of resources")
+
+    monkeypatch.setitem(sys.modules, "latentwatch.kernels.score_triton", SimpleNamespace(score=score))
+    monkeypatch.setattr(kernels, "score_triton", SimpleNamespace(score=score), raising=False)
+    monkeypatch.setattr(score_op, "_reported", set())
+    assert case.residual_TD is not None
+    halves = case.x_TD[None], case.residual_TD[None]
+    score_op._score_cuda(*halves, case.w_KD, None, case.scale_6K, act_TK, stat_T3)
+    score_op._score_cuda(case.x_TD[None, None], None, case.w_KD, None, case.scale_6K, act_TK, stat_T3)
+    assert launched == [(7, 64, 7, 64)]
+    assert "out of resources" in caplog.text and "cannot be read" in caplog.text

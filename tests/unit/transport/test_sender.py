@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import random
 import signal
@@ -189,7 +188,7 @@ def test_batches_carried_but_not_acknowledged_are_sent_again(make, address):
 def test_a_restarted_exporter_numbers_on_above_what_its_predecessor_sent(make, address):
     """Numbers count per engine boot; starting at 1 again, every batch would pass for a duplicate."""
     sink = FakeSink(held={KEY: 500})
-    one = make(address, next_sequence=itertools.count(501).__next__)
+    one = make(address, earlier=500)
     for step in range(1, 11):
         one.offer(batch(step))
     with ServerThread(sink, address):
@@ -204,7 +203,7 @@ def test_a_restarted_exporter_numbers_on_above_what_its_predecessor_sent(make, a
 
 def test_shed_batches_are_numbered_on_as_well(make, address):
     sink = FakeSink(held={KEY: 500})
-    one = make(address, max_buffer_bytes=1, next_sequence=itertools.count(501).__next__)
+    one = make(address, max_buffer_bytes=1, earlier=500)
     one.offer(batch(1))
     with ServerThread(sink, address):
         one.start()

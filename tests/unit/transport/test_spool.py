@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import os
 import shutil
@@ -341,9 +340,8 @@ def test_what_was_spooled_is_sent_once_in_order_and_unchanged(make, target, tmp_
 def test_an_exporter_that_dies_leaves_what_no_collector_holds_to_the_next_one(make, target, tmp_path):
     """The first collector keeps its state; of what its exporter was not told, some may be in it."""
     sink = FakeSink()
-    count = itertools.count(1)
     first = folder(tmp_path).open(hello())
-    one = make(target, spool=first, next_sequence=count.__next__)
+    one = make(target, spool=first)
     one.start()
     with ServerThread(sink, target) as server:
         for step in range(1, 21):
@@ -355,7 +353,7 @@ def test_an_exporter_that_dies_leaves_what_no_collector_holds_to_the_next_one(ma
     one.close(0)  # as a kill, but for the thread: nothing is written on the way out
     first.close()
     made = folder(tmp_path).open(hello())
-    two = make(target, spool=made, next_sequence=count.__next__)
+    two = make(target, spool=made, earlier=40)
     two.offer(batch(41))
     again = FakeSink(held={("pod-0/0", HERE): 25})
     with ServerThread(again, target):

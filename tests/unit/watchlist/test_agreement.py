@@ -60,7 +60,7 @@ def test_a_library_that_agrees_stands_on_the_card(
     assert built(tmp_path).features[0].source["checked_against"] == "a library 1.0"
 
 
-@pytest.mark.parametrize("how", ["scaled", "shifted", "gate", "one row", "another order", "nan"])
+@pytest.mark.parametrize("how", ["scaled", "shifted", "gate", "one row", "another order", "nan", "width", "error"])
 def test_a_library_that_disagrees_refuses_the_source(
     tmp_path: Path, sae: Source, library: Callable[[Callable[[F64], F64]], None], how: str
 ) -> None:
@@ -74,6 +74,10 @@ def test_a_library_that_disagrees_refuses_the_source(
             return np.maximum(
                 act_TF, canonical.authors(dataclasses.replace(sae.rows(range(F)), gate_K=-np.inf * np.ones(F)), x_TD)
             )
+        if how == "width":
+            return act_TF[:, 1:]
+        if how == "error":
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
         if how == "one row":
             act_TF[:, 2] += 0.1
         return np.full_like(act_TF, np.nan) if how == "nan" else act_TF[:, ::-1] if how == "another order" else act_TF

@@ -20,6 +20,7 @@ from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.build import build
 from latentwatch.watchlist.checkpoint import compare, of_checkpoint, plain_name
 
+from tests.support import tiny
 from tests.support.sources import LAYERS, D, document, hook, probe, source, write_yaml
 
 Weights = dict[str, np.ndarray]
@@ -233,7 +234,7 @@ def test_names_without_their_layout() -> None:
 
 def watch(folder: Path, **model: Any) -> Path:
     """A watchlist.yaml of a probe, beside a checkpoint in `model`."""
-    probe(folder / "p.safetensors")
+    probe(folder / "p.safetensors", metadata={"hook_point": "resid_post.1"})
     made = document(hook(1, source("linear_probe", "p.safetensors")))
     made["model"] = {"name": "tiny", "dtypes": ["float32"], **model}
     return write_yaml(folder / "w.yaml", made)
@@ -294,3 +295,20 @@ def test_a_file_without_an_identity_is_read_and_says_not_stated(
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WatchlistRefused, match=r"model\.checkpoint"):
         build(watch(tmp_path, **SIZES, checkpoint="nowhere"), tmp_path / "w")
+
+
+def test_what_transformers_saves_again_is_the_same_and_another_seed_is_not(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stated = tiny.llama(tmp_path / "a")
+    tiny.save_tokenizer(stated)
+    identity = of_checkpoint(stated)
+    model = AutoModelForCausalLM.from_pretrained(stated)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    AutoTokenizer.from_pretrained(stated).save_pretrained(tmp_path / "sharded")
+    model.to(torch.float16).save_pretrained(tmp_path / "half")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    for name in ("sharded", "half"):
+        assert compare(identity, tmp_path / name) == checkpoint.Comparison(ModelMatch.SAME, "")
+    assert compare(identity, tiny.llama(tmp_path / "b", seed=1)).match is ModelMatch.DIFFERS

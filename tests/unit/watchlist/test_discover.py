@@ -199,15 +199,15 @@ def test_discover_and_probe_write_a_yaml_that_builds(sets: Path, monkeypatch: py
     common = ["--model", str(ASSETS / "model"), "--hook-point", "resid_post.1"]
     contrast = [*common, "--positive", str(sets / "yes.jsonl"), "--negative", str(sets / "no.jsonl")]
     sae_folder = str(ASSETS / "sae" / "resid_post.1")
-    assert (
-        main(["watchlist", "discover", *contrast, "--sae", sae_folder, "--out", str(sets / "f.yaml"), "--top", "3"])
-        == 0
-    )
+    said = ["--options", "{trained_on: resid_post.1}", "--top", "3"]
+    assert main(["watchlist", "discover", *contrast, "--sae", sae_folder, "--out", str(sets / "f.yaml"), *said]) == 0
     assert main(["watchlist", "probe", *contrast, "--name", "yes", "--out", str(sets / "probe")]) == 0
     for path in (sets / "f.yaml", sets / "probe" / "watchlist.yaml"):
         built = build(path, sets / "out.safetensors")
         assert all(feature.evidence["auroc"] > 0.5 for feature in built.features)
-    found = yaml.safe_load((sets / "f.yaml").read_text())["hook_points"][0]["sources"][0]["features"]
+    chosen = yaml.safe_load((sets / "f.yaml").read_text())["hook_points"][0]["sources"][0]
+    assert chosen["options"] == {"trained_on": "resid_post.1"}
+    found = chosen["features"]
     assert found[0]["evidence"]["q_value"] < 0.05
     out = sets / "x.safetensors"
     assert main(["watchlist", "record", *common, "--requests", str(sets / "no.jsonl"), "--out", str(out)]) == 0

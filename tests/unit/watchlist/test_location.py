@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from latentwatch.errors import WatchlistRefused
 from latentwatch.names import HookPoint
+from latentwatch.watchlist.build import build
 from latentwatch.watchlist.location import Location
 from latentwatch.watchlist.sources import SourceOptions, open_source
 
 from tests.support.parity import GOLDEN
+from tests.support.sources import document, hook, source, write_yaml
 
 hub = pytest.importorskip("huggingface_hub")
 COMMIT = "0" * 40
@@ -35,6 +37,25 @@ def test_a_hub_reference_reads_from_the_cache(cache: Path, revision: str) -> Non
     source = open_source("saelens", location, HookPoint(3), SourceOptions())
     assert source.about.width == 24
     assert source.rows([0]).w_KD.shape == (1, 16)
+
+
+def test_two_names_of_one_revision_are_one_source(cache: Path, tmp_path: Path) -> None:
+    rows = [{"index": 1, "id": "again", "label": "x"}]
+    content = document(
+        hook(
+            3,
+            source("saelens", "hf:owner/tiny-saes@main/layer_3"),
+            source("saelens", f"hf:owner/tiny-saes@{COMMIT}/layer_3", rows),
+        )
+    )
+    with pytest.raises(WatchlistRefused, match="watched already at"):
+        build(write_yaml(tmp_path / "w.yaml", content), tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("path", ["layer_9/../layer_3", "./layer_3"])
+def test_a_path_in_the_hub_is_written_out(cache: Path, path: str) -> None:
+    with pytest.raises(WatchlistRefused, match="Write the path out"):
+        open_source("saelens", Location(f"hf:owner/tiny-saes/{path}", Path()), HookPoint(3), SourceOptions())
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,53 @@ def test_an_old_sae_that_version_6_saved_again_says_no_more_than_before(tmp_path
     assert opened("saelens", tmp_path, centre=False).about.width == F
 
 
+@pytest.mark.parametrize(
+    ("mode", "scaler", "options", "reads"),
+    [
+        ("expected_average_only_in", {"scaling_factor": 0.25, "has_whitening": False}, {}, 0.25),
+        ("expected_average_only_in", {"scaling_factor": 0.25}, {"input_scale": 0.25}, 0.25),
+        ("expected_average_only_in", {"scaling_factor": 0.25}, {"input_scale": 0.5}, None),
+        ("expected_average_only_in", {"scaling_factor": None}, {}, None),
+        ("expected_average_only_in", {"scaling_factor": 0.25, "has_whitening": True}, {}, None),
+        ("none", {"scaling_factor": 0.25}, {}, None),
+        ("none", {"scaling_factor": None, "has_whitening": False}, {}, 1.0),
+    ],
+)
+def test_the_factor_beside_a_training_checkpoint_is_read(
+    tmp_path: Path, mode: str, scaler: dict[str, Any], options: dict[str, Any], reads: float | None
+) -> None:
+    saelens(tmp_path, "standard", layer=3, normalize_activations=mode, l1_coefficient=5.0, decoder_init_norm=0.1)
+    (tmp_path / "activation_scaler.json").write_text(json.dumps(scaler))
+    if reads is None:
+        with pytest.raises(WatchlistRefused):
+            opened("saelens", tmp_path, **options)
+        return
+    x, w = stream(20), {name: array.astype(np.float64) for name, array in saelens_weights("standard").items()}
+    expected = np.maximum((x * reads - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 0)
+    got = canonical.authors(opened("saelens", tmp_path, **options).rows(range(F)), x)
+    np.testing.assert_allclose(got, expected, atol=1e-9 * expected.max())
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_an_encoder_in_whole_numbers_is_refused(copy_of: Callable[[str], Path], form: str) -> None:
+    """Quantised weights without their scale read as numbers, a hundred times too large."""
+    if form == "pt":
+        folder = copy_of("goodfire")
+        path = folder / "Llama-3.1-8B-Instruct-SAE-l19.pth"
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {"encoder_linear.weight": (state["encoder_linear.weight"] * 99).to(torch.uint8)}, path)
+        with pytest.raises(WatchlistRefused, match="whole numbers"):
+            opened("goodfire", folder, path.name, layer=19)
+        return
+    folder = copy_of("sparsify_topk")
+    path = folder / "layers.3" / "sae.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors["encoder.weight"] = (tensors["encoder.weight"] * 99).astype(np.int32)
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(WatchlistRefused, match="whole numbers"):
+        opened("sparsify", folder, "layers.3")
+
+
 # Values that change the numbers
 
 
@@ -369,6 +416,7 @@ def test_a_path_through_another_layers_folder_is_read_where_it_ends(copy_of: Cal
         {"hf_hook_name": "model.layers.3.mlp"},
         {"hook_name": "vision_tower.encoder.layers.3"},
         {"hook_name": None},
+        {"hook_layer": 4},
     ],
     ids=str,
 )
@@ -407,6 +455,26 @@ def test_a_file_that_says_no_place_is_asked_for_it(tmp_path: Path, form: str) ->
     with pytest.raises(WatchlistRefused) as refusal:
         opened(form, tmp_path, path)
     assert "trained_on: resid_post.3" in refusal.value.instead
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("model_kind: cross_layer_transcoder", "another kind"),
+        ("model_kind: other", "another kind"),
+        ("transcoders: [a.npz, b.npz, c.npz, d.npz, 'hf://x/layer_5.safetensors']", "layer_5"),
+        ("transcoders: []", "lists None"),
+        ("feature_input_hook: hook_resid_post", "stands twice"),
+    ],
+)
+def test_a_transcoder_whose_config_means_other_files_is_refused(
+    copy_of: Callable[[str], Path], line: str, found: str
+) -> None:
+    folder = copy_of("circuit_tracer_plt")
+    with (folder / "config.yaml").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(WatchlistRefused, match=found):
+        opened("circuit_tracer", folder)
 
 
 # Control vectors and directions

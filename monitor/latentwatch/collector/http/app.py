@@ -28,7 +28,7 @@ from latentwatch.collector.http.bodies import MAX_BODY_BYTES, Bodies
 from latentwatch.collector.http.evidence_api import add_evidence
 from latentwatch.collector.http.guard import guarded
 from latentwatch.collector.http.hosts import Hosts
-from latentwatch.collector.http.metrics_page import Busy, MetricsPage
+from latentwatch.collector.http.metrics_page import MetricsPage
 from latentwatch.collector.http.overview import Overview, overview
 from latentwatch.collector.http.responses import as_json, encoded
 from latentwatch.collector.lookup import Lookup
@@ -197,19 +197,11 @@ def _add_operations(
     families = Families(lookup.watchlist, lookup.bounds.feature_samples)
     page = MetricsPage(lambda: families.of(lookup.snapshot(clock()), process()))
 
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        responses={503: {"description": "too many ask for this page at once"}},
-        tags=["operations"],
-    )
+    @app.get("/metrics", response_class=Response, tags=["operations"])
     async def metrics(accept: Annotated[str, Header()] = "") -> Response:
         """Metrics as Prometheus text, or as OpenMetrics with exemplars where the Accept header asks for it."""
         media, open_metrics = negotiate(accept)
-        try:
-            return Response(await page.render(open_metrics=open_metrics), headers={"content-type": media})
-        except Busy as busy:
-            raise HTTPException(503, str(busy), {"retry-after": "1"}) from busy
+        return Response(await page.render(open_metrics=open_metrics), headers={"content-type": media})
 
     @app.get("/healthz", response_model=Health, tags=["operations"])
     async def healthz() -> Response:

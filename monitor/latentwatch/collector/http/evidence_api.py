@@ -7,9 +7,9 @@ import dataclasses
 import sqlite3
 from typing import Annotated, Any, Final
 
+import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response, Security
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
 
 from latentwatch.collector.evidence import Evidence, Forget
 from latentwatch.collector.http.auth import BEARER, ERASE, EVIDENCE
@@ -66,6 +66,8 @@ class EvidenceErased:
     clean: bool
     """Whether no trace is left in the files; false while a reader keeps an older state open, or where the collector's
     own state could not be written."""
+    damaged_files: tuple[str, ...] = ()
+    """Files that cannot be used; they may hold rows of this request until they are repaired or removed."""
 
 
 def _kept(request: Request) -> Evidence:
@@ -91,12 +93,11 @@ def _trusted(request: Request, evidence: Stored, _: Annotated[object, Security(B
 Trusted = Annotated[Evidence, Depends(_trusted)]
 
 
-class ContentIn(BaseModel):
+class ContentIn(msgspec.Struct, forbid_unknown_fields=True):
     """What was said in a request, token by token from the first prompt token on."""
 
-    model_config = ConfigDict(extra="forbid")
-    tokens: Annotated[list[str], Field(max_length=MAX_TOKENS)] = []
-    token_ids: Annotated[list[int], Field(max_length=MAX_TOKENS)] = []
+    tokens: Annotated[tuple[str, ...], msgspec.Meta(max_length=MAX_TOKENS)] = ()
+    token_ids: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_TOKENS)] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +170,10 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
             raise HTTPException(409, "The request still runs and more of it would be written. Ask again once it ended.")
         erased = await evidence.erase(request_id, _actor(request), forget)
         if not erased.requests:
-            raise HTTPException(404, f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}")
-        return as_json(EvidenceErased(erased.requests, erased.rows, erased.clean))
+            beyond = f" {len(erased.damaged)} damaged files may hold it: {', '.join(erased.damaged)}."
+            said = f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}"
+            raise HTTPException(404, said + (beyond if erased.damaged else ""))
+        return as_json(EvidenceErased(erased.requests, erased.rows, erased.clean, erased.damaged))
 
     @app.put(
         "/v1/evidence/content/{request_id:path}",
@@ -186,7 +189,7 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
         """
         content = await bodies.read(request, ContentIn)
         try:
-            sealed = Content(tuple(content.tokens), tuple(content.token_ids))
+            sealed = Content(content.tokens, content.token_ids)
         except ConfigRefused as refusal:
             raise HTTPException(422, str(refusal)) from refusal
         found = await evidence.attach(request_id, vault, sealed, _actor(request))

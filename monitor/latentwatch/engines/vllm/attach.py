@@ -11,7 +11,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from latentwatch import __version__
@@ -27,7 +27,6 @@ from latentwatch.handover.exporter_config import CachedBlocks, ExporterConfig, W
 from latentwatch.handover.ring import Geometry, Ring
 from latentwatch.kernels.reference import UNWRITTEN
 from latentwatch.names import Reason
-from latentwatch.watchlist.checkpoint import Comparison
 from latentwatch.watchlist.file import Feature, Watchlist
 
 logger = logging.getLogger("vllm.latentwatch")
@@ -50,7 +49,7 @@ class Attachment:
         self._forward = forward
         self._hooks: tuple[ArmedHook, ...] = ()
         self._refusal: Refusal | None = None
-        self._served: Comparison | None = None
+        self._served = served_model.NOT_COMPARED
         self._ring: Ring | None = None
         self._tap: StepTap | None = None
         self._cache: kv_cache.KvCache | None = None
@@ -107,7 +106,8 @@ class Attachment:
         if not self._reports():
             return
         self._or_disarmed(self._arm)
-        self._ring = Ring.create(self._geometry())
+        features = [feature for hook in self._hooks for feature in hook.rows.features]
+        self._ring = Ring.create(self._geometry(features, len(self._hooks)))
         if self._settings.collector:
             self._exporter = ExporterChild(self._ring)
         else:
@@ -121,12 +121,12 @@ class Attachment:
         watchlist = settings.load_watchlist(self._settings)
         if isinstance(watchlist, Refusal):
             raise watchlist
-        self._check_engine()
+        _check_engine(self._worker)
         config = self._worker.vllm_config
         arming.check_model(config.model_config.hf_config, config.model_config.dtype, watchlist.model)
         self._served = served_model.compared(config, watchlist)
-        if self._settings.strict_model:
-            served_model.refuse_another(self._served, watchlist)
+        served_model.check(self._served, watchlist, strict=self._settings.strict_model)
+        self._geometry(watchlist.features, len(watchlist.hooks)).check()
         self._hooks = arming.arm(
             self._worker.model_runner.get_model(),
             watchlist,
@@ -134,7 +134,7 @@ class Attachment:
             max_rows=config.scheduler_config.max_num_batched_tokens,
             dtype=config.model_config.dtype,
             device=self._worker.device,
-            between_layers=lone_forward.takes_embeddings(self._worker),
+            between_layers=lone_forward.needs_embeddings(self._worker),
         )
         logger.info(
             "latentwatch: armed %d features at %s",
@@ -142,46 +142,19 @@ class Attachment:
             ", ".join(str(h.rows.hook_point) for h in self._hooks),
         )
 
-    def _geometry(self) -> Geometry:
+    def _geometry(self, features: Sequence[Feature], hook_points: int) -> Geometry:
         scheduler = self._worker.vllm_config.scheduler_config
-        features = [feature for hook in self._hooks for feature in hook.rows.features]
         return Geometry(
             max_requests=scheduler.max_num_seqs,
             max_rows=scheduler.max_num_batched_tokens,
             features=len(features),
             dense=sum(feature.dense for feature in features),
-            hook_points=len(self._hooks),
+            hook_points=hook_points,
         )
 
     def _reports(self) -> bool:
         """One rank of an engine reports: the residual stream is the same on all tensor-parallel ranks."""
         return int(self._worker.rank) % int(self._worker.parallel_config.world_size) == 0
-
-    def _check_engine(self) -> None:
-        """Refuse every mode in which rows could be attributed wrongly."""
-        config, parallel = self._worker.vllm_config, self._worker.parallel_config
-        pass_config = config.compilation_config.pass_config
-        unsupported = {
-            "speculative decoding": not _drafts_can_be_followed(config, self._worker.model_runner),
-            "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-            "micro-batching (DBO)": getattr(parallel, "use_ubatching", False),
-            "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-            "sequence-parallel MoE": getattr(parallel, "use_sequence_parallel_moe", False),
-            "sequence parallelism": getattr(pass_config, "enable_sp", False),
-            "KV-sharing fast prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
-            "pooling models": config.model_config.runner_type == "pooling",
-        }
-        found = [mode for mode, on in unsupported.items() if on]
-        missing = row_map.check_runner(self._worker.model_runner)
-        if missing:
-            found.append(f"a model runner without {missing}")
-        if found:
-            raise EngineRefused(
-                "engine mode",
-                found=f"{', '.join(found)}: rows of the batch cannot be attributed exactly there",
-                instead="Serve without it, or without latentwatch; tokens are counted as unseen until then.",
-                reason=RefusalReason.ENGINE_MODE,
-            )
 
     def _or_disarmed(self, check: Callable[[], None]) -> None:
         """A check that raises has failed, whatever it raises: the model is served unwatched, and says why."""
@@ -270,7 +243,7 @@ class Attachment:
             return
         self._tap.after_step(self._worker.model_runner, scheduler_output)
         if self._exporter is not None and self._exporter.restart_if_ended(time.monotonic()):
-            self._tap.announce_again()
+            self._tap.exporter_restarted()
         self._failures = 0
 
     # The exporter process.
@@ -308,8 +281,8 @@ class Attachment:
             not_armed_text=str(self._refusal or "")[:IDENTITY_TEXT_CHARACTERS],
             plugin_version=__version__,
             engine_version=vllm.__version__,
-            model_match=self._served.match if self._served else "",
-            model_text=self._served.text[:IDENTITY_TEXT_CHARACTERS] if self._served else "",
+            model_match=self._served.match,
+            model_text=self._served.text[:IDENTITY_TEXT_CHARACTERS],
         )
 
     def _shutting_down(self, *_args: object, **_kwargs: object) -> None:
@@ -320,6 +293,33 @@ class Attachment:
         if self._ring is not None:
             self._ring.close()
         self._tap = None
+
+
+def _check_engine(worker: Worker) -> None:
+    """Refuse every mode in which rows could be attributed wrongly."""
+    config, parallel = worker.vllm_config, worker.parallel_config
+    pass_config = config.compilation_config.pass_config
+    unsupported = {
+        "speculative decoding": not _drafts_can_be_followed(config, worker.model_runner),
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "micro-batching (DBO)": getattr(parallel, "use_ubatching", False),
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "sequence-parallel MoE": getattr(parallel, "use_sequence_parallel_moe", False),
+        "sequence parallelism": getattr(pass_config, "enable_sp", False),
+        "KV-sharing fast prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
+        "pooling models": config.model_config.runner_type == "pooling",
+    }
+    found = [mode for mode, on in unsupported.items() if on]
+    missing = row_map.check_runner(worker.model_runner)
+    if missing:
+        found.append(f"a model runner without {missing}")
+    if found:
+        raise EngineRefused(
+            "engine mode",
+            found=f"{', '.join(found)}: rows of the batch cannot be attributed exactly there",
+            instead="Serve without it, or without latentwatch; tokens are counted as unseen until then.",
+            reason=RefusalReason.ENGINE_MODE,
+        )
 
 
 def _drafts_can_be_followed(config: VllmConfig, runner: ModelRunner) -> bool:

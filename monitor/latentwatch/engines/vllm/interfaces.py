@@ -90,8 +90,6 @@ class ModelRunner(Protocol):
         lora_config: object,
         num_scheduled_tokens: Array,
         num_sampled_tokens: Array,
-        *,
-        num_active_loras: int,
     ) -> AbstractContextManager[None]: ...
 
     def _dummy_run(self, num_tokens: int) -> object: ...

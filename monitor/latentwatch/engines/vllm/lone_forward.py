@@ -79,7 +79,7 @@ def _check_alone(worker: Worker) -> None:
         )
 
 
-def takes_embeddings(worker: Worker) -> bool:
+def needs_embeddings(worker: Worker) -> bool:
     """Whether the model is given embeddings, since pictures or sounds may stand between its tokens. Such a model may
     also add something to the stream between two layers, where a prompt has them.
     """
@@ -90,7 +90,7 @@ def _arguments(worker: Worker, rows: int) -> dict[str, Tensor | None]:
     """As vLLM's own profiling run has them."""
     config, model = worker.model_config, worker.model_runner.get_model()
     embeddings = None
-    if takes_embeddings(worker):
+    if needs_embeddings(worker):
         size = config.get_inputs_embeds_size()
         embeddings = torch.ones(rows, size, dtype=config.dtype, device=worker.device)
     raw = embeddings is None or getattr(model, "requires_raw_input_tokens", False)
@@ -129,7 +129,7 @@ def _without_adapters(runner: ModelRunner, rows: int) -> Iterator[None]:
         yield
         return
     one = np.array([rows], dtype=np.int32)
-    with runner.maybe_dummy_run_with_lora(lora, one, np.ones(1, dtype=np.int32), num_active_loras=0):
+    with runner.maybe_dummy_run_with_lora(lora, one, np.ones(1, dtype=np.int32)):
         yield
 
 

@@ -22,6 +22,8 @@ logger = logging.getLogger("vllm.latentwatch")
 
 SECONDS: Final = 2.0
 """For values of weights: beyond, where every read goes over a network, the rest is not compared."""
+NOT_COMPARED: Final = Comparison(ModelMatch.UNKNOWN, "")
+"""Of an engine that did not come so far."""
 _FROM_THE_FOLDER: Final = ("auto", "hf", "safetensors", "fastsafetensors", "bitsandbytes", "runai_streamer")
 """Ways to load in which the folder's own weights are served."""
 
@@ -47,9 +49,9 @@ def compared(config: VllmConfig, watchlist: Watchlist) -> Comparison:
     return found
 
 
-def refuse_another(found: Comparison, watchlist: Watchlist) -> None:
+def check(found: Comparison, watchlist: Watchlist, *, strict: bool) -> None:
     """For an operator who wants no scores of another model. Raises WatchlistRefused, "watchlist_model"."""
-    if found.match is ModelMatch.DIFFERS:
+    if strict and found.match is ModelMatch.DIFFERS:
         raise WatchlistRefused(
             f"watchlist for model {watchlist.model.name!r}",
             found=f"the engine serves another one: {found.text}",

@@ -5,10 +5,10 @@ The target is 50 microseconds at 256 requests, so the work is array copies and o
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,15 @@ from latentwatch.engines.vllm.read_buffers import (
     device_handovers,
     write_compacted,
 )
-from latentwatch.handover.events import Blocks, Closed, Event, Opened, Resync, encode_events
+from latentwatch.handover.events import (
+    Blocks,
+    Closed,
+    Event,
+    Opened,
+    Unannounced,
+    encode_events,
+    positions_computed,
+)
 from latentwatch.handover.ring import EVENT_BYTES, REQUEST_DTYPE, Ring, Slot
 
 _STEPS_IN_FLIGHT = 3
@@ -34,8 +42,8 @@ _RESERVED_SLOTS = 2
 _BLOCKS_PER_EVENT = 2048
 """Numbers of up to eight digits: a quarter of ring.EVENT_BYTES."""
 MAX_OWED = 4096
-"""Events that wait while the ring is full. Behind them the exporter is told anew whom the engine serves, once it reads
-again: live requests are few, what began and ended meanwhile may be any number."""
+"""Events that wait while the ring is full. Beyond them requests that began and ended meanwhile are folded into sums:
+those that live, or that the exporter knows, are few; these may be any number."""
 _ID_HEAD, _ID_TAIL = 200, 56
 """Characters of a long request id that are kept. It holds the client's X-Request-Id, which may be as long as a slot."""
 
@@ -56,11 +64,12 @@ class Requests:
 
     def __init__(self, cache: KvCache | None) -> None:
         self._cache = cache
-        self._live: dict[str, Opened] = {}
         self._blocks: dict[str, list[int]] = {}
         self.slot_of: dict[str, int] = {}
         self._free: list[int] = []
         self._handles = 0
+        self._reached = np.zeros(256, np.int64)
+        """By slot: the first position past what its request has computed."""
 
     def update(self, scheduler_output: SchedulerOutput) -> list[Event]:
         """Take the openings and closings that the scheduler announces with a step; closings come first."""
@@ -69,24 +78,23 @@ class Requests:
             for request_id, (output_tokens, aborted) in request_ends.ended_requests(scheduler_output).items():
                 slot = self.slot_of.pop(request_id, None)
                 if slot is not None:
-                    del self._live[request_id]
                     self._blocks.pop(request_id, None)
                     self._free.append(slot)
-                    events.append(Closed(slot, output_tokens, aborted))
+                    # The number of tokens says how many positions there were; without one, only the steps do.
+                    reached = int(self._reached[slot]) if output_tokens <= 0 else 0
+                    events.append(Closed(slot, output_tokens, aborted, reached))
         events.extend(self._open(new) for new in scheduler_output.scheduled_new_reqs if new.req_id not in self.slot_of)
         if self._cache is not None:
             events += _in_lines(self._given(scheduler_output, self._cache))
         return events
 
-    @property
-    def live_handles(self) -> list[int]:
-        return [opened.handle for opened in self._live.values()]
+    def reach(self, slot_Q: Array, end_Q: Array) -> None:
+        """A step computed these requests up to here."""
+        self._reached[slot_Q] = np.maximum(self._reached[slot_Q], end_Q)  # one that was preempted begins further back
 
-    def announce_again(self) -> list[Event]:
-        """For an exporter that knows nothing, or not enough: every live request, as resumed."""
-        resumed = [dataclasses.replace(opened, resumed=True, untraced=0) for opened in self._live.values()]
-        given = [[self.slot_of[name], 0, len(blocks), *blocks] for name, blocks in self._blocks.items()]
-        return [*resumed, *_in_lines(given)]
+    def blocks_again(self) -> list[Event]:
+        """The KV blocks of every live request, for an exporter that does not know what became of them."""
+        return _in_lines([[self.slot_of[name], 0, len(blocks), *blocks] for name, blocks in self._blocks.items()])
 
     def _given(self, scheduler_output: SchedulerOutput, cache: KvCache) -> list[list[int]]:
         """The KV blocks of this step, as events.Blocks has them."""
@@ -120,13 +128,14 @@ class Requests:
             request_id=_bounded(new.req_id),
             prompt_tokens=len(new.prompt_token_ids or ()),
             cached=int(new.num_computed_tokens),
-            resumed=False,
             adapter=getattr(new.lora_request, "lora_name", None) or "",
             traceparent=trace_context.traceparent_of(new),
             untraced=trace_context.untraced_before(new),
         )
         self.slot_of[new.req_id] = slot
-        self._live[new.req_id] = opened
+        if slot >= len(self._reached):
+            self._reached = np.concatenate([self._reached, np.zeros_like(self._reached)])
+        self._reached[slot] = opened.cached
         return opened
 
 
@@ -154,6 +163,34 @@ def _in_lines(given: list[list[int]]) -> list[Event]:
     return lines
 
 
+def _folded(owed: Sequence[Event]) -> list[Event]:
+    """The same books in few events: requests that began and ended in them become sums, KV blocks are left out."""
+    closed: list[Event] = []
+    begun: dict[int, Opened] = {}
+    sums = Unannounced(0, 0, 0)
+    for event in owed:
+        if isinstance(event, Opened):
+            begun[event.slot] = event
+        elif isinstance(event, Closed) and event.slot in begun:
+            sums = _with(sums, begun.pop(event.slot), event)
+        elif isinstance(event, Closed):
+            closed.append(event)
+        elif isinstance(event, Unannounced):
+            sums = Unannounced(*(a + b for a, b in zip(astuple(sums), astuple(event), strict=True)))
+    return [*closed, sums, *begun.values()]
+
+
+def _with(sums: Unannounced, opened: Opened, closed: Closed) -> Unannounced:
+    total = positions_computed(opened.prompt_tokens, closed, opened.cached)
+    prompt = min(total, opened.prompt_tokens)
+    return Unannounced(
+        sums.requests + 1,
+        sums.prompt_tokens + prompt,
+        sums.output_tokens + total - prompt,
+        sums.untraced + opened.untraced,
+    )
+
+
 class StepTap:
     """Hands every step over to the exporter, scored or not."""
 
@@ -169,7 +206,6 @@ class StepTap:
         self._requests = Requests(cache)
         self._owed: list[Event] = []
         self._max_owed = MAX_OWED + 2 * ring.geometry.max_requests
-        self._unannounced = 0
         self._step = 0
         self._row_map = np.empty(ring.geometry.max_requests, REQUEST_DTYPE)
 
@@ -177,7 +213,7 @@ class StepTap:
         """Called right after the forward of each step, on the engine's thread."""
         self._owed += self._requests.update(scheduler_output)
         if len(self._owed) > self._max_owed:
-            self._resync()
+            self._owed = [*_folded(self._owed), *self._requests.blocks_again()]
         rows = int(scheduler_output.total_num_scheduled_tokens)
         self._flush_ready(wait=rows == 0)
         if rows:
@@ -199,17 +235,9 @@ class StepTap:
         if host is not None:
             host.reset()
 
-    def announce_again(self) -> None:
-        """The exporter was started again and knows no request."""
-        # The closings that are owed are of requests that it never knew, in slots that others may hold by now.
-        self._owed = self._requests.announce_again()
-
-    def _resync(self) -> None:
-        """Forget what is owed, but for the requests that are live."""
-        live = self._requests.live_handles
-        begun = {event.handle for event in self._owed if isinstance(event, Opened) and not event.resumed}
-        self._unannounced += len(begun.difference(live))
-        self._owed = [Resync(live, self._unannounced), *self._requests.announce_again()]
+    def exporter_restarted(self) -> None:
+        """It goes on from where the one before stopped, but for the KV blocks and what they hold."""
+        self._owed += self._requests.blocks_again()
 
     def _read_rows(self, runner: ModelRunner, scheduler_output: SchedulerOutput) -> Array:
         step = row_map.read(runner, scheduler_output)
@@ -218,6 +246,7 @@ class StepTap:
         requests_Q["slot"] = np.fromiter(map(slot_of.__getitem__, step.request_ids), np.int32, len(requests_Q))
         requests_Q["start"] = step.start
         requests_Q["count"] = step.count
+        self._requests.reach(requests_Q["slot"], step.start + step.count)
         return requests_Q
 
     def _publish(

@@ -122,7 +122,7 @@ class Source:
 
     about: About
     files: tuple[Path, ...]
-    """What was read; hashed for the card."""
+    """What was read, the weights last; hashed for the card."""
     rows: Callable[[Sequence[int]], EncoderRows]
     """The encoder rows of the given features, in the given order."""
     row_notes: Callable[[int], Mapping[str, object]] = _no_notes

@@ -23,11 +23,10 @@ from latentwatch.watchlist.tensors import SafetensorsFile
 
 _KNOWN: Final = (
     Known(
-        used=frozenset(("feature_input_hook", "model_kind")),
+        used=frozenset(("feature_input_hook", "model_kind", "transcoders")),
     )
     | passed_over("of the output", "feature_output_hook")
     | passed_over("a fact for people", "model_name", "repo_id", "revision", "subfolder", "scan")
-    | passed_over("where the files of other layers are", "transcoders")
 )
 
 
@@ -41,6 +40,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         raise location.refuse(
             f"config.yaml says {config.text('model_kind')!r}, and its files are of another kind", "Fetch it again."
         )
+    _refuse_files_elsewhere(location, config, layer)
     suffix = f"_{layer}" if cross else ""
     tensors = SafetensorsFile(location.file(f"W_enc_{layer}.safetensors" if cross else f"layer_{layer}.safetensors"))
     width = tensors.vector(f"b_enc{suffix}")
@@ -92,3 +92,16 @@ def _layer(location: Location, hook: str, hook_point: HookPoint) -> int:
         "Use transcoders that read hook_resid_pre, or an SAE of the residual stream.",
         RefusalReason.SOURCE_HOOK_POINT,
     )
+
+
+def _refuse_files_elsewhere(location: Location, config: Config, layer: int) -> None:
+    """circuit-tracer reads the files that `transcoders` lists, layer by layer, and not those beside it."""
+    listed = config.fields.get("transcoders")
+    if listed is None:
+        return
+    own = listed[layer] if isinstance(listed, list) and layer < len(listed) else None
+    if not isinstance(own, str) or own.rsplit("/", 1)[-1].split("?")[0] != f"layer_{layer}.safetensors":
+        raise location.refuse(
+            f"config.yaml lists {own!r} for layer {layer}, not the file layer_{layer}.safetensors",
+            "Give the folder that holds that file, with a config.yaml of its own.",
+        )

@@ -29,7 +29,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     tensors.declare(location, {"W_enc": (width, d_in), "b_enc": (width,)}, decoder_tensors)
     layer = number_named(location, r"layer(\d+)\.sae\.pt", within=1)
     refuse_other_layer(location, layer, hook_point)
-    of_stream = layer is not None and named(location, r"SAE-Res-.*", within=3) is not None
+    of_stream = layer is not None and named(location, r"(?:.*--)?SAE-Res-.*", within=3) is not None
 
     def rows(index_K: Sequence[int]) -> EncoderRows:
         return canonical.relu(tensors.rows("W_enc", index_K), tensors.rows("b_enc", index_K))

@@ -35,6 +35,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     refuse_other_place(location, config.places, hook_point)
     config.check_values()
     norm, scale = stream.preparation(location, config, options)
+    scaler = [location.file(stream.SCALER)] if location.has(stream.SCALER) else []
     tensors = SafetensorsFile(location.file("sae_weights.safetensors"))
     names = _declare(location, tensors, config)
 
@@ -46,6 +47,8 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         noted["dtype"] = f"{config.top.text('dtype')} in SAELens; scored here as the stored values say"
     if "scaling_factor" in tensors.entries:
         noted["scaling_factor"] = "of the decoder; activations are before it, as in SAELens"
+    if scaler and scale != 1.0:
+        noted["input_scale"] = str(scale)
     about = About(
         architecture=config.architecture,
         d_in=config.d_in,
@@ -55,7 +58,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
         k=config.k,
     )
     decoder = None if config.transcoder else _decoder(tensors, config, scale)
-    return Source(about, (location.file("cfg.json"), tensors.path), rows, decoder=decoder)
+    return Source(about, (location.file("cfg.json"), *scaler, tensors.path), rows, decoder=decoder)
 
 
 def _declare(location: Location, tensors: SafetensorsFile, config: SaelensConfig) -> tuple[str, ...]:
@@ -63,8 +66,8 @@ def _declare(location: Location, tensors: SafetensorsFile, config: SaelensConfig
     if config.architecture == "gated":
         names: tuple[str, ...] = ("b_gate", "b_mag", "r_mag")
     elif config.architecture.startswith("jumprelu"):
-        # Training checkpoints of versions 4 and 5 hold its logarithm.
-        logarithm = config.flat and "threshold" not in tensors.entries and "log_threshold" in tensors.entries
+        # Older training checkpoints hold its logarithm.
+        logarithm = "threshold" not in tensors.entries and "log_threshold" in tensors.entries
         names = ("b_enc", "log_threshold" if logarithm else "threshold")
     else:
         names = ("b_enc",)

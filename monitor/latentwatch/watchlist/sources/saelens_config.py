@@ -22,7 +22,7 @@ _DTYPES: Final = tuple(
     f"{prefix}{name}" for prefix in ("", "torch.") for name in ("float64", "float32", "float16", "bfloat16")
 )
 
-_PLACES: Final = Known(used=frozenset(("hook_name", "hf_hook_name", "hook_head_index")))
+_PLACES: Final = Known(used=frozenset(("hook_name", "hf_hook_name", "hook_head_index", "hook_layer")))
 _ABOUT_MODEL: Final = (
     Known(
         used=frozenset(("model_from_pretrained_kwargs", "sae_lens_version", "sae_lens_training_version")),
@@ -31,6 +31,7 @@ _ABOUT_MODEL: Final = (
     | passed_over("a fact for people", "model_name", "neuronpedia_id", "dataset_path", "dataset_trust_remote_code")
     | passed_over("which tokens it saw; each is encoded alone", "prepend_bos", "context_size", "seqpos_slice")
     | passed_over("which tokens it saw; each is encoded alone", "exclude_special_tokens", "exclude_positions")
+    | passed_over("which tokens it saw", "disable_concat_sequences", "sequence_separator_token")
     | passed_over("of the output", "hook_name_out", "hook_layer_out", "hook_head_index_out", "hf_hook_name_out")
     | passed_over("how it was trained", "training_architecture", "training_architecture_details")
     | passed_over("measured on its training data", "l0", "num_dead_features", "explained_variance")
@@ -46,11 +47,18 @@ _ENCODER: Final = Known(
     | {"reshape_activations"},
     unread={"device": "where it was computed"},
 )
+_CHECKPOINT: Final = passed_over(
+    "how it was trained; version 6 leaves it in checkpoints",
+    *("decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "use_sparse_activations"),
+    *("aux_loss_coefficient", "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode"),
+    *("l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient", "jumprelu_tanh_scale", "target_l0"),
+    *("jumprelu_ste_to_input",),
+)
 _TOPK: Final = Known(used=frozenset(("k", "rescale_acts_by_decoder_norm")))
 _NOT_TOPK: Final = Known(only={"rescale_acts_by_decoder_norm": (False,)})
 _TRANSCODER: Final = Known(used=frozenset(("d_out",)))
 _FLAT: Final = Known(
-    used=frozenset(("hook_point", "hook_layer", "hook_point_layer", "hook_point_head_index"))
+    used=frozenset(("hook_point", "hook_point_layer", "hook_point_head_index"))
     | {"activation_fn", "activation_fn_str", "activation_fn_kwargs"},
     unread={"finetuning_scaling_factor": "it scales the decoder's input", "finetuning_method": "of the decoder"},
 ) | passed_over(
@@ -70,7 +78,7 @@ _FLAT: Final = Known(
     *("log_optimizer_state_to_wandb", "wandb_id", "wandb_entity", "wandb_log_frequency", "eval_every_n_wandb_logs"),
     *("run_name", "resume", "n_checkpoints", "checkpoint_path", "verbose", "model_kwargs", "tokens_per_buffer"),
     *("n_training_tokens", "sae_set", "jumprelu_init_threshold", "jumprelu_bandwidth", "unique_id"),
-    *("disable_concat_sequences", "sequence_separator_token", "activations_mixing_fraction", "ghost_grads"),
+    *("activations_mixing_fraction", "ghost_grads"),
 )
 _TOPK_FN: Final = Known(used=frozenset(("k",)))
 
@@ -97,7 +105,7 @@ class SaelensConfig:
         about = _PLACES | _ABOUT_MODEL
         known = _ENCODER | (_TOPK if self.architecture == "topk" else _NOT_TOPK)
         known |= _TRANSCODER if self.transcoder else Known()
-        known |= (_FLAT | about) if self.flat else Known(used=frozenset(("metadata",)))
+        known |= (_FLAT | about) if self.flat else (Known(used=frozenset(("metadata",))) | _CHECKPOINT)
         self.top = Config(location, "cfg.json", raw, known)
         self.metadata = self.top if self.flat else self.top.section("metadata", about)
         self.places = self._places()
@@ -119,9 +127,10 @@ class SaelensConfig:
         if self.flat:
             stated.append(self.top.text("hook_point"))
         places = tuple(words for words in stated if words)
-        if self.flat and places and (numbered := re.search(r"\.(\d+)\.", places[0])):
-            for key in ("hook_layer", "hook_point_layer"):
-                self.top.agrees(key, int(numbered[1]))
+        if places and (numbered := re.search(r"\.(\d+)(?:\.|$)", places[0])):
+            self.metadata.agrees("hook_layer", int(numbered[1]))
+            if self.flat:
+                self.top.agrees("hook_point_layer", int(numbered[1]))
         return places
 
     @property

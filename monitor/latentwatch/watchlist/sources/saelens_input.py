@@ -2,7 +2,7 @@
 
 Three things stand in no cfg.json, or in no old one, but in SAELens' registry of releases (pretrained_saes.yaml): that
 gpt2-small-res-jb was trained on a centred stream, that mistral-7b-res-wg rescales to a constant norm, and the factors
-of `expected_average_only_in`. They are asked for.
+of `expected_average_only_in`. They are asked for. A training checkpoint of version 6 has its factor beside it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from __future__ import annotations
 from typing import Final
 
 from latentwatch.errors import RefusalReason
+from latentwatch.watchlist.declared import Known
 from latentwatch.watchlist.location import Location
 from latentwatch.watchlist.sources import SourceOptions
 from latentwatch.watchlist.sources.saelens_config import SaelensConfig
 
+SCALER: Final = "activation_scaler.json"
+"""Beside the weights of a training checkpoint: the factor that is not yet folded into them."""
+_SCALER: Final = Known(used=frozenset(("scaling_factor",)), only={"has_whitening": (False,)})
 NORM_OF: Final = {
     "none": "none",
     "layer_norm": "layer_norm",
@@ -56,6 +60,14 @@ def _mode(location: Location, config: SaelensConfig, options: SourceOptions) -> 
 
 
 def _input_scale(location: Location, mode: str, options: SourceOptions) -> float:
+    stated = location.config(SCALER, _SCALER).number("scaling_factor") if location.has(SCALER) else None
+    if stated is not None and (mode != "expected_average_only_in" or options.input_scale not in (None, stated)):
+        raise location.refuse(
+            f"{SCALER} says that its stream is multiplied by {stated}, normalize_activations is {mode!r} and option "
+            f"input_scale is {options.input_scale}",
+            "Remove the wrong one.",
+            RefusalReason.SOURCE_OPTION,
+        )
     if mode != "expected_average_only_in":
         if options.input_scale is not None:
             raise location.refuse(
@@ -64,13 +76,14 @@ def _input_scale(location: Location, mode: str, options: SourceOptions) -> float
                 RefusalReason.SOURCE_OPTION,
             )
         return 1.0
-    if options.input_scale is None:
+    scale = options.input_scale if stated is None else stated
+    if scale is None or not scale > 0:
         raise location.refuse(
             "normalize_activations is 'expected_average_only_in', whose factor is not in the files",
             "Give option input_scale: sqrt(d_model) / (mean norm of the training activations), or 1 if it is folded.",
             RefusalReason.SOURCE_SCALE_MISSING,
         )
-    return options.input_scale
+    return scale
 
 
 def _centred(location: Location, norm: str, config: SaelensConfig, options: SourceOptions) -> str:

@@ -60,7 +60,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     return Source(about, (location.file(),), rows)
 
 
-def load(location: Location) -> Any:
+def load(location: Location) -> object:
     """The fitted model of a .skops file. Raises WatchlistRefused: a damaged file, or one of unknown types."""
     path = location.file()
     try:
@@ -69,7 +69,8 @@ def load(location: Location) -> Any:
                 f"it holds objects of types that are not known to be safe: {', '.join(untrusted[:6])}",
                 "Save a linear classifier, or a Pipeline of StandardScaler and one.",
             )
-        return skops.load(path)
+        model: object = skops.load(path)
+        return model
     except WatchlistRefused:
         raise
     except Exception as error:
@@ -78,20 +79,26 @@ def load(location: Location) -> Any:
         raise location.refuse(found, "Save it again with skops.io.dump.") from error
 
 
-def decision(model: Any, x_TD: F64) -> F64:
+def decision(model: object, x_TD: F64) -> F64:
     """scikit-learn's own decision function, with a column also where it gives one number a token, [T, K]."""
-    return np.asarray(model.decision_function(x_TD), np.float64).reshape(len(x_TD), -1)
+    return np.asarray(cast(_LinearClassifier, model).decision_function(x_TD), np.float64).reshape(len(x_TD), -1)
 
 
 def _steps(location: Location, model: object) -> list[object]:
-    steps = [step for _, step in cast(Any, model).steps] if type(model).__name__ == "Pipeline" else [model]
+    steps = [step for _, step in cast(_Pipeline, model).steps] if type(model).__name__ == "Pipeline" else [model]
     if not steps or len(steps) > 2:
         names = ", ".join(type(step).__name__ for step in steps)
         raise refuse_architecture(location, f"pipeline of {names}", "only a StandardScaler may come before the probe")
     return steps
 
 
+class _Pipeline(Protocol):
+    steps: Iterable[tuple[str, object]]
+
+
 class _LinearClassifier(Protocol):
+    def decision_function(self, x_TD: F64) -> npt.ArrayLike: ...
+
     coef_: npt.ArrayLike
     intercept_: npt.ArrayLike
     classes_: Iterable[object]
@@ -153,8 +160,9 @@ def _refuse_mixed_columns(location: Location, step: object, d_in: int) -> None:
         )
 
 
-def _dense(values: Any) -> F64:
-    return np.asarray(values.toarray() if hasattr(values, "toarray") else values, np.float64)
+def _dense(values: object) -> F64:
+    """An array, also of a sparse matrix."""
+    return np.asarray(getattr(values, "toarray", lambda: values)(), np.float64)
 
 
 def _finite(location: Location, name: str, values: F64) -> F64:

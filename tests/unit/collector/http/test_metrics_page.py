@@ -10,8 +10,7 @@ import urllib.request
 
 import pytest
 from latentwatch.collector.core import Core
-from latentwatch.collector.http import metrics_page
-from latentwatch.collector.http.metrics_page import Busy, MetricsPage
+from latentwatch.collector.http.metrics_page import MetricsPage
 from latentwatch.collector.metrics_families import ProcessFacts
 from latentwatch.export.families import Family
 from latentwatch.export.metrics import Metric
@@ -61,35 +60,36 @@ def test_one_page_is_made_at_a_time_each_as_of_its_own_turn():
     async def scene():
         slow = Slow()
         page = MetricsPage(slow)
-        asked = [asyncio.create_task(page.render(open_metrics=False)) for _ in range(3)]
+        asked = [asyncio.create_task(page.render(open_metrics=False))]
+        await settled()
+        asked += [asyncio.create_task(page.render(open_metrics=wanted)) for wanted in (False, True)]
         await settled()
         assert slow.asked == 1, "the moment of a page is when its turn comes, and one moment is in memory"
         slow.go.set()
-        assert [made.split()[-1] for made in await asyncio.gather(*asked)] == [b"1.0", b"2.0", b"3.0"]
+        assert [made.split()[-1] for made in await asyncio.gather(*asked[:2])] == [b"1.0", b"2.0"]
+        assert b" 3.0\n" in await asked[2]
 
     asyncio.run(scene())
 
 
-def test_whoever_would_wait_for_too_long_is_told_so_at_once(monkeypatch):
-    monkeypatch.setattr(metrics_page, "_MOST_AT_ONCE", 2)
+def test_however_many_ask_none_is_crowded_out_and_two_pages_are_made():
+    """The ninth was refused once, whoever the eight were."""
 
     async def scene():
         slow = Slow()
         page = MetricsPage(slow)
-        asked = [asyncio.create_task(page.render(open_metrics=False)) for _ in range(2)]
+        asked = [asyncio.create_task(page.render(open_metrics=False)) for _ in range(500)]
         await settled()
-        with pytest.raises(Busy, match="2 others"):
-            await page.render(open_metrics=False)
+        asked += [asyncio.create_task(page.render(open_metrics=False)) for _ in range(500)]
+        await settled()
         slow.go.set()
-        await asyncio.gather(*asked)
-        assert await page.render(open_metrics=False), "and there is room again"
+        made = [text.split()[-1] for text in await asyncio.gather(*asked)]
+        assert made == [b"1.0"] * 500 + [b"2.0"] * 500 and slow.asked == 2
 
     asyncio.run(scene())
 
 
-def test_a_scraper_that_hangs_up_leaves_its_place_to_others(monkeypatch):
-    monkeypatch.setattr(metrics_page, "_MOST_AT_ONCE", 2)
-
+def test_a_scraper_that_hangs_up_takes_the_page_from_nobody():
     async def scene():
         slow = Slow()
         page = MetricsPage(slow)
@@ -99,8 +99,10 @@ def test_a_scraper_that_hangs_up_leaves_its_place_to_others(monkeypatch):
             asked.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asked
+        asked = asyncio.create_task(page.render(open_metrics=False))
+        await settled()
         slow.go.set()
-        assert await page.render(open_metrics=False)
+        assert await asked
 
     asyncio.run(scene())
 
@@ -141,24 +143,16 @@ def test_a_scrape_that_fails_fails_alone():
     assert [client.get("/metrics").status_code for _ in range(4)] == [500, 200, 500, 200]
 
 
-def test_a_busy_collector_answers_503_and_when_to_come_again(monkeypatch):
-    monkeypatch.setattr(metrics_page, "_MOST_AT_ONCE", 0)
-    app = app_of(Core(watchlist((sparse("f"),))), 1.0)
-    answer = TestClient(app).get("/metrics")
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    assert "scrape_interval" in answer.json()["detail"]
-
-
 @pytest.mark.e2e
 def test_scrapers_that_do_not_read_hold_nobody_up(tmp_path):
     """More of them than pages are made at once; each page is larger than what a socket takes unread."""
     with collector(tmp_path, tuple(sparse(f"f{i}") for i in range(512))) as made:
         host, port = made.http_url.removeprefix("http://").split(":")
-        idle = [socket.socket() for _ in range(metrics_page._MOST_AT_ONCE + 2)]
+        idle = [socket.socket() for _ in range(10)]
         for each in idle:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             each.connect((host, int(port)))
-            each.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            each.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
         with urllib.request.urlopen(f"{made.http_url}/healthz", timeout=10) as answer:
             assert answer.status == 200
         for each in idle:

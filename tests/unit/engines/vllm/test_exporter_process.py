@@ -9,7 +9,7 @@ import threading
 
 import pytest
 from latentwatch.engines.vllm import exporter_process
-from latentwatch.engines.vllm.exporter_process import ExporterChild
+from latentwatch.engines.vllm.exporter_process import ExporterChild, RestartBackoff
 from latentwatch.facts import EngineIdentity
 from latentwatch.handover.exporter_config import ExporterConfig, WatchedFeature
 from latentwatch.handover.ring import Geometry, Ring
@@ -113,3 +113,63 @@ def test_an_engine_that_ends_before_it_tells_anything_lets_its_exporter_go(monke
     assert child.process.stdin is not None
     child.process.stdin.close()
     assert child.process.wait(60) == 0
+
+
+def deaths(backoff: RestartBackoff, lives: list[float], now: float = 0.0) -> list[float]:
+    """The waits before each start of processes that live so long, looked at every second."""
+    waits = []
+    backoff.started(now)
+    for life in lives:
+        now += life
+        ended = now
+        backoff.ended(now)
+        while not backoff.is_due(now):
+            now += 1.0
+            backoff.ended(now)
+        waits.append(now - ended)
+        backoff.started(now)
+    return waits
+
+
+def test_an_exporter_that_ends_again_and_again_is_started_ever_more_rarely_and_for_ever():
+    waits = deaths(RestartBackoff(), [0.5] * 5000)
+    assert waits[:8] == [0, 1, 2, 4, 8, 16, 32, 60]
+    assert set(waits[8:]) == {60}
+
+
+def test_what_lived_well_for_a_while_is_forgiven():
+    waits = deaths(RestartBackoff(), [0.5] * 8 + [60.0, 0.5, 0.5] + [59.0])
+    assert waits[8:] == [0, 1, 2, 4]
+
+
+def test_an_engine_starts_its_exporter_after_any_number_of_deaths_and_says_so_once(monkeypatch, ring, caplog):
+    spawned: list[subprocess.Popen[bytes]] = []
+    children(monkeypatch, "", spawned)
+    child, now = ExporterChild(ring), 1e6
+    for i in range(2, 41):
+        spawned[-1].wait(60)
+        while not child.restart_if_ended(now):
+            now += 1.0
+        assert len(spawned) == i
+    spawned[-1].wait(60)
+    assert ring.restarts == 39
+    assert sum("the exporter ended with code" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_system_that_starts_no_process_costs_the_engine_nothing_and_is_asked_again(monkeypatch, ring):
+    spawned: list[subprocess.Popen[bytes]] = []
+
+    def refuses(*_args: object, **_options: object) -> subprocess.Popen[bytes]:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(exporter_process, "READY_SECONDS", 0.0)
+    with monkeypatch.context() as limited:
+        limited.setattr(exporter_process.subprocess, "Popen", refuses)
+        child = ExporterChild(ring)
+        child.configure(large_config(ring))
+        assert not any(child.restart_if_ended(1e6 + i) for i in range(10))
+    children(monkeypatch, "import sys; sys.stdin.readline()", spawned)
+    now = 1e6 + 10
+    while not child.restart_if_ended(now):
+        now += 1.0
+    assert now < 1e6 + 100 and spawned[0].wait(60) == 0

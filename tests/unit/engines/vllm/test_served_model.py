@@ -18,7 +18,7 @@ from latentwatch.watchlist import checkpoint
 from latentwatch.watchlist import file as watchlist_file
 
 from tests.support import tiny
-from tests.support.fake_model import Worker
+from tests.support.fake_model import Worker, lone_forward
 from tests.unit.watchlist.test_checkpoint import saved, weights
 
 
@@ -47,7 +47,8 @@ def attached(watchlist: Path, folder: Path, *, strict: bool = False) -> Attachme
     told = config(folder)
     worker.vllm_config.load_config = told.load_config
     vars(worker.vllm_config.model_config).update(vars(told.model_config))
-    attachment = Attachment(worker, PluginSettings(str(watchlist), "", "here", disabled=False, strict_model=strict))
+    chosen = PluginSettings(str(watchlist), "", "here", disabled=False, strict_model=strict)
+    attachment = Attachment(worker, chosen, lone_forward)
     worker.load_model()
     worker.compile_or_warm_up_model()
     return attachment
