@@ -255,6 +255,7 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "Qwen3_5MoeForCausalLM": {**_EXPERTS, **_LINEAR},
     "StableLmForCausalLM": {},
     "Zamba2ForCausalLM": {
+        "head_dim": None,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
         "mamba_d_state": 16,
         "n_mamba_heads": 4,
@@ -264,7 +265,7 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     # vLLM serves these with its Transformers backend.
     "ArceeForCausalLM": {},
     "CwmForCausalLM": {"layer_types": ["full_attention"] * tiny.LAYERS},
-    "FlexOlmoForCausalLM": _EXPERTS,
+    "FlexOlmoForCausalLM": {**_EXPERTS, "moe_intermediate_size": None},
     "GlmForCausalLM": {},
     "GPTBigCodeForCausalLM": {"n_embd": tiny.D_MODEL, "n_layer": tiny.LAYERS, "n_head": 2, "n_positions": 512},
     "GPTNeoXForCausalLM": {},

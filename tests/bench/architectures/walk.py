@@ -150,6 +150,7 @@ def _walk(row: Row, folder: Path, forks: Forks) -> dict[str, Any]:
             "layers": [] if row.mode == "compiled" else LAYERS,
         }
         off = json.loads(forks.do("engine", plain, folder, "off").read_text())
+        _check_finite(folder / "streams.npz")
     except Failed as error:
         return {"outcome": "engine_cannot", "reason": str(error)}
     watchlist = tiny.watchlist(
@@ -167,6 +168,12 @@ def _walk(row: Row, folder: Path, forks: Forks) -> dict[str, Any]:
     if on["outputs"] != off["outputs"]:
         return {"outcome": "harmed", "reason": "answers differ from those without the monitor"}
     return _judged(row, folder, forks, watchlist, off, sink)
+
+
+def _check_finite(streams: Path) -> None:
+    """Raises Failed: without the monitor the engine computes nothing that can be scored."""
+    if streams.exists() and not all(np.isfinite(x_TD).all() for x_TD in np.load(streams).values()):
+        raise Failed("without the monitor its streams are not finite")
 
 
 def _judged(
@@ -225,7 +232,7 @@ def _compared(
     by_hf, agree, why = None, None, ""
     try:
         if not row.reference:
-            raise Failed("it has no such architecture")
+            raise Failed("no such architecture")
         reference = dict(np.load(forks.do("hugging_face", job, folder, "hf")))
         by_hf = compare(watchlist, told, fed, reference, TOLERANCE[dtype])
         agree = _agree(reference, off["outputs"])
@@ -235,7 +242,11 @@ def _compared(
     streams = folder / "streams.npz"
     by_engine = compare(watchlist, told, fed, dict(np.load(streams)), TOLERANCE[dtype]) if streams.exists() else None
     alone = {} if "alone" not in off else {"same_answers_alone": off["alone"] == off["outputs"]}
-    return {"dtype": dtype, **alone, **verdict(by_hf, by_engine, agree, why, off.get("readers", []), TOLERANCE[dtype])}
+    return {
+        "dtype": dtype,
+        **alone,
+        **verdict(by_hf, by_engine, agree, why, off.get("readers", []), TOLERANCE[dtype], row.returned),
+    }
 
 
 def _agree(reference: dict[str, Any], outputs: list[list[int]]) -> float:
@@ -251,6 +262,7 @@ def verdict(
     why: str,
     readers: list[str],
     tolerance: float,
+    returned: bool = False,
 ) -> dict[str, Any]:
     """Hugging Face's word is taken where it confirms; the engine's own where vLLM's model is seen to be another."""
     told: dict[str, Any] = {}
@@ -265,7 +277,8 @@ def verdict(
         return {"outcome": "exact", "reason": "", **_figures("hugging_face", by_hf), **told}
     # Where both models answer alike from different streams, what the engine's modules are given is no excuse.
     if by_engine is not None and by_engine.exact and (by_hf is None or by_hf.same_place or (agree or 0.0) < 1.0):
-        reason = f"compared with what the engine's own modules are given: {why}"
+        given = "what the engine's layers return" if returned else "what the engine's own modules are given"
+        reason = f"compared with {given}: {why}"
         return {"outcome": "exact", "reason": reason, **_figures("engine", by_engine), **told}
     found = by_hf or by_engine
     if found is None:
