@@ -17,7 +17,7 @@ ROWS = {row.name: row for row in catalogue.rows()}
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    forks = Forks(seconds=300.0)
+    forks = Forks(seconds=120.0)
     yield forks
     forks.close()
 

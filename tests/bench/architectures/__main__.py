@@ -43,8 +43,9 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=1, help="engines at a time (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=240.0, help="limit of one engine (default: %(default)s)")
     parser.add_argument("--logs", type=Path, help="a folder for the engines' logs and checkpoints")
+    parser.add_argument("--result", type=Path, default=RESULT, help="default: %(default)s")
     args = parser.parse_args()
-    table = Table(RESULT)
+    table = Table(args.result)
     rows = [row for row in catalogue.rows() if not args.only or row.architecture in args.only]
     rows = [row for row in rows if args.again or table.outcome(row) in ("", *(FAILED if args.failed else ()))]
     with tempfile.TemporaryDirectory(prefix="lw-walk") as folder:

@@ -187,7 +187,6 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "GraniteMoeSharedForCausalLM": {**_EXPERTS, "shared_intermediate_size": 64},
     "GraniteMoeSWAForCausalLM": {**_EXPERTS, **_WINDOW, "shared_intermediate_size": 64},
     "GraniteSWAForCausalLM": _WINDOW,
-    "HrmTextForCausalLM": {},
     "HYV3ForCausalLM": {**_EXPERTS, "first_k_dense_replace": 1, "num_shared_experts": 1},
     "HYV4ForCausalLM": {**_EXPERTS},
     "HyperCLOVAXForCausalLM": {},
@@ -267,10 +266,16 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "CwmForCausalLM": {"layer_types": ["full_attention"] * tiny.LAYERS},
     "FlexOlmoForCausalLM": {**_EXPERTS, "moe_intermediate_size": None},
     "GlmForCausalLM": {},
-    "GPTBigCodeForCausalLM": {"n_embd": tiny.D_MODEL, "n_layer": tiny.LAYERS, "n_head": 2, "n_positions": 512},
+    "GPTBigCodeForCausalLM": {
+        "multi_query": False,
+        "n_embd": tiny.D_MODEL,
+        "n_layer": tiny.LAYERS,
+        "n_head": 2,
+        "n_positions": 512,
+    },
     "GPTNeoXForCausalLM": {},
     "HunYuanDenseV1ForCausalLM": {},
-    "HunYuanMoEV1ForCausalLM": {**_EXPERTS, "moe_topk": 2},
+    "HunYuanMoEV1ForCausalLM": {**_EXPERTS, "moe_intermediate_size": None, "moe_topk": 2},
     "Jais2ForCausalLM": {},
     "MellumForCausalLM": {**_EXPERTS},
     "OlmoForCausalLM": {},
@@ -351,6 +356,8 @@ _OTHERS = (
         reference=False,
         returned=True,
     ),
+    # Two stacks, which run in turns and several times. vLLM cannot chunk its prompts.
+    Row("HrmTextForCausalLM", engine={"max_num_batched_tokens": 256}),
     # Its layers run twice.
     Row(
         "IQuestLoopCoderForCausalLM",

@@ -111,6 +111,14 @@ def test_the_engines_own_word_counts_only_where_its_model_is_another(
     assert verdict(hugging_face, engine, alike, "", [], TOLERANCE)["outcome"] == outcome
 
 
-def test_the_reason_is_the_last_error_of_a_log():
-    log = "(EngineCore pid=1) ERROR 11-28 06:47:53 [core.py:1] ValueError: no\n  File\nRuntimeError: because\nINFO\n"
-    assert error_of(log) == "RuntimeError: because"
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("(EngineCore) ERROR ValueError: no\n  File\nRuntimeError: because\nINFO\n", "RuntimeError: because"),
+        ("ValidationError: 1 error\n  Value error, no such\n    more", "ValidationError: 1 error Value error, no such"),
+        ("    assert kind == 'known'\n           ^^^^\nAssertionError\n", "AssertionError: assert kind == 'known'"),
+        ("killed", "killed"),
+    ],
+)
+def test_the_reason_is_the_last_error_of_a_log(log: str, reason: str):
+    assert error_of(log) == reason

@@ -103,11 +103,18 @@ class Forks:
 
 
 def error_of(log: str) -> str:
-    """The last line of a log that names an exception; vLLM says more only before it."""
-    lines = re.findall(
-        r"^(?:\(.*?\) )?(?:[A-Z]+ [\d: -]+\[[^]]*\] )?([A-Za-z_.]*(?:Error|Exception|Refused)\b.*)", log, re.M
-    )
-    return lines[-1][:300] if lines else log.strip()[-300:]
+    """The last exception of a log, with the line below where it goes on, or the code above where it says nothing."""
+    lines = [line for line in log.splitlines() if line.strip(" ^~")]
+    named = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_.]*(Error|Exception|Refused)\b", line)]
+    if not named:
+        return log.strip()[-300:]
+    last = named[-1]
+    text = lines[last]
+    if ":" not in text and last:
+        text = f"{text}: {lines[last - 1].strip()}"
+    elif lines[last + 1 : last + 2] and lines[last + 1].startswith("  "):
+        text = f"{text} {lines[last + 1].strip()}"
+    return text[:300]
 
 
 def walk(row: Row, folder: Path, forks: Forks) -> dict[str, Any]:
@@ -153,9 +160,10 @@ def _walk(row: Row, folder: Path, forks: Forks) -> dict[str, Any]:
         _check_finite(folder / "streams.npz")
     except Failed as error:
         return {"outcome": "engine_cannot", "reason": str(error)}
-    watchlist = tiny.watchlist(
-        folder / "w.safetensors", layers=LAYERS, sparse=2, dense=6, architecture=row.architecture, threshold=0.0
-    )
+    said = json.loads((model / "config.json").read_text()).get("num_hidden_layers", tiny.LAYERS)
+    rows: Any = {"layers": LAYERS, "sparse": 2, "dense": 6, "threshold": 0.0}
+    card: Any = {"architecture": row.architecture, "num_layers": said}
+    watchlist = tiny.watchlist(folder / "w.safetensors", **rows, **card)
     with tempfile.TemporaryDirectory(prefix="lw") as short, RecordingCollector(Path(short) / "c.sock") as collector:
         env = {"LATENTWATCH_WATCHLIST": str(folder / "w.safetensors"), "LATENTWATCH_COLLECTOR": collector.target}
         try:
