@@ -287,7 +287,6 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "Starcoder2ForCausalLM": {},
     "VaultGemmaForCausalLM": {"query_pre_attn_scalar": 32, **_WINDOW},
     # In no registry of vLLM's, but the Transformers backend takes what its interface fits.
-    "DiffLlamaForCausalLM": {},
     "HeliumForCausalLM": {},
     "Dots1ForCausalLM": {**_EXPERTS, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "MinistralForCausalLM": {},
@@ -295,31 +294,8 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "NanoChatForCausalLM": {},
     "BitNetForCausalLM": {},
     "DogeForCausalLM": {},
-    "YoutuForCausalLM": _LATENT,
     "PhimoeForCausalLM": _EXPERTS,
     "PersimmonForCausalLM": {},
-    "GPTNeoForCausalLM": {"num_layers": tiny.LAYERS, "num_heads": 2, "attention_types": [[["global", "local"], 2]]},
-    "CodeGenForCausalLM": {
-        "n_embd": tiny.D_MODEL,
-        "n_layer": tiny.LAYERS,
-        "n_head": 4,
-        "n_positions": 512,
-        "rotary_dim": 8,
-    },
-    "XGLMForCausalLM": {"d_model": tiny.D_MODEL, "ffn_dim": 128, "num_layers": tiny.LAYERS, "attention_heads": 2},
-    "BioGptForCausalLM": {},
-    "ModernBertDecoderForCausalLM": {},
-    "MptForCausalLM": {"d_model": tiny.D_MODEL, "n_heads": 2, "n_layers": tiny.LAYERS, "max_seq_len": 512},
-    "JetMoeForCausalLM": {**_EXPERTS, "kv_channels": 32},
-    "BambaForCausalLM": {
-        "attn_layer_indices": [1, 3],
-        "mamba_n_heads": 4,
-        "mamba_d_head": 32,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 16,
-    },
-    "AriaTextForCausalLM": {"moe_num_experts": 4, "moe_topk": 2},
-    "MiniMaxForCausalLM": {**_EXPERTS},
 }
 
 
