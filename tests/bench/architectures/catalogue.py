@@ -149,7 +149,6 @@ _REGISTRY: dict[str, dict[str, Any]] = {
         **_WINDOW,
     },
     "Qwen3NextForCausalLM": {**_EXPERTS, **_LINEAR},
-    "Qwen4ExpForCausalLM": {**_EXPERTS, "indexer_budget": 64, "indexer_compress_ratio": 4},
     "Glm4ForCausalLM": {},
     "Glm4MoeForCausalLM": {
         **_EXPERTS,
@@ -294,7 +293,7 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "NanoChatForCausalLM": {},
     "BitNetForCausalLM": {},
     "DogeForCausalLM": {},
-    "PhimoeForCausalLM": _EXPERTS,
+    "PhimoeForCausalLM": {**_EXPERTS, "moe_intermediate_size": None},
     "PersimmonForCausalLM": {},
 }
 
@@ -309,7 +308,11 @@ _OTHERS = (
         "TeleFLMForCausalLM", {"use_mup": True, "mup_scale_factor": 1.0, "output_mult": 1.0}, made_by="LlamaForCausalLM"
     ),
     Row("MiMoForCausalLM", made_by="Qwen2ForCausalLM"),
-    Row("PhiMoEForCausalLM", {**_EXPERTS, "attention_bias": True, "lm_head_bias": True}, made_by="PhimoeForCausalLM"),
+    Row(
+        "PhiMoEForCausalLM",
+        {**_EXPERTS, "moe_intermediate_size": None, "attention_bias": True, "lm_head_bias": True},
+        made_by="PhimoeForCausalLM",
+    ),
     Row("OrionForCausalLM", {"rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0}, made_by="StableLmForCausalLM"),
     Row("Rnj1ForCausalLM", {**_WINDOW, "query_pre_attn_scalar": 32}, made_by="Gemma3ForCausalLM"),
     Row(

@@ -42,8 +42,6 @@ ENGINE: Final = {
 }
 """Prompts are chunked, and batches mix prefill and decode."""
 
-ALONE: Final = "one request at a time, for without the monitor vLLM answers some otherwise in a batch"
-
 
 class Failed(Exception):
     """What was to be done in a fork has no result. The text: its log's last error."""
@@ -126,11 +124,18 @@ def walk(row: Row, folder: Path, forks: Forks) -> dict[str, Any]:
         row = dataclasses.replace(row, engine={**row.engine, "dtype": "bfloat16"})
         again = _walk(row, folder, forks)
         found = again if again["outcome"] != "engine_cannot" else found
-    if found["outcome"] == "wrong" and not found.get("same_answers_alone", True):
+    otherwise = not found.get("same_answers_alone", True)
+    if found["outcome"] == "wrong" and (otherwise or found.get("dtype") == "bfloat16"):
         # What a request's stream is then depends on the others in its batch, so only a batch of one can be compared.
         alone = _walk(dataclasses.replace(row, engine={**row.engine, "max_num_seqs": 1}), folder, forks)
         if alone["outcome"] == "exact":
-            found = {**alone, "reason": f"{ALONE}; {alone['reason']}".removesuffix("; "), "same_answers_alone": False}
+            why = (
+                "without the monitor vLLM answers some otherwise in a batch"
+                if otherwise
+                else "a batch rounds otherwise"
+            )
+            reason = f"one request at a time, for {why}; {alone['reason']}".removesuffix("; ")
+            found = {**alone, "reason": reason, "same_answers_alone": not otherwise}
     return {"architecture": row.architecture, "mode": row.mode, **found, "seconds": round(time.monotonic() - began, 1)}
 
 
