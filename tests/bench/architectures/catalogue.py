@@ -259,7 +259,12 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {},
     "Qwen2MoeForCausalLM": _EXPERTS,
     "Qwen3ForCausalLM": {},
-    "Qwen3MoeForCausalLM": _EXPERTS,
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+    },
     "Qwen3_5ForCausalLM": _LINEAR,
     "Qwen3_5MoeForCausalLM": {**_EXPERTS, **_LINEAR},
     "StableLmForCausalLM": {},
