@@ -101,6 +101,7 @@ class RefusalReason(StrEnum):
     EVIDENCE_LOCKED = "evidence_locked", "another process writes to the evidence folder"
     EVIDENCE_RETENTION = "evidence_retention", "the bounds of evidence cannot be used"
     EVIDENCE_FORMAT = "evidence_format", "an evidence file is damaged or of another format"
+    EVIDENCE_ID_AMBIGUOUS = "evidence_id_ambiguous", "an id to delete by is that of several requests"
     EVIDENCE_UNREADABLE = "evidence_unreadable", "evidence cannot be read"
     EVIDENCE_KEY = "evidence_key", "the key of sealed evidence is missing or cannot be used"
     EVIDENCE_DAMAGED = "evidence_damaged", "sealed evidence does not open with its key"

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 
 from latentwatch.arrays import Array, axes
-from latentwatch.names import Outcome, Phase, Severity, TokenState, response_id, trace_id
+from latentwatch.names import Outcome, Phase, Severity, TokenState, trace_id
 
 EXCEEDANCE = np.dtype(
     [
@@ -85,10 +85,8 @@ class RequestInfo:
     traceparent: str = ""
     """W3C trace context of the client's request, empty where it sent none."""
     prompt_tokens: int | None = None
-
-    def is_named(self, name: str) -> bool:
-        """Whether this is its engine request id, response id or trace id."""
-        return name in (self.request_id, response_id(self.request_id), trace_id(self.traceparent))
+    response_id: str = ""
+    """What its client was answered with, as the server told it; empty where none did (offline, an id unknown here)."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +150,7 @@ class ShownRequest:
 
     request_id: str
     response_id: str
+    """What the client was answered with; the engine's id where no server told."""
     trace_id: str
     """32 hex digits of the client's traceparent, empty where it sent none."""
     replica: str
@@ -238,15 +237,15 @@ class Described(Protocol):
 
 
 def shown_exceedance(
-    exceedance: Exceedance, feature: Described, limit: float, *, request_id: str, trace: str, model_name: str
+    exceedance: Exceedance, feature: Described, limit: float, info: RequestInfo, *, trace: str | None = None
 ) -> dict[str, Any]:
-    """The fields of a ShownExceedance."""
+    """The fields of a ShownExceedance. Args: trace: as of `shown_request`."""
     return {
         "seconds": exceedance.seconds,
-        "request_id": request_id,
-        "response_id": response_id(request_id),
-        "trace_id": trace,
-        "model_name": model_name,
+        "request_id": info.request_id,
+        "response_id": info.response_id or info.request_id,
+        "trace_id": trace_id(info.traceparent) if trace is None else trace,
+        "model_name": info.model_name,
         "feature": feature.id,
         "label": feature.label,
         "severity": Severity(feature.severity),
@@ -290,7 +289,7 @@ def shown_request(info: RequestInfo, progress: RequestProgress, *, trace: str | 
     ended = progress.outcome is not None
     return {
         "request_id": info.request_id,
-        "response_id": response_id(info.request_id),
+        "response_id": info.response_id or info.request_id,
         "trace_id": trace_id(info.traceparent) if trace is None else trace,
         "replica": info.replica,
         "model_name": info.model_name,

@@ -116,22 +116,6 @@ class ModelMatch(StrEnum):
     """The watchlist says nothing of its model but the sizes."""
 
 
-# vLLM 0.20 to 0.33: [<n>_]cmpl-<X-Request-Id>-<prompt index>-<8 hex>, chatcmpl-<X-Request-Id>-<8 hex>.
-_COMPLETION = re.compile(r"(?:\d+_)?(cmpl-.*)-\d+-[0-9a-f]{8}")
-_CHAT = re.compile(r"(?:\d+_)?(chatcmpl-.*?)(?:_\d+)?-[0-9a-f]{8}")
-
-
-def response_id(engine_request_id: str) -> str:
-    """The id that the OpenAI-compatible response carried, from the engine's own request id.
-
-    An id of another shape (offline `LLM.generate`, a future vLLM) is returned as it is.
-    """
-    for shape in (_CHAT, _COMPLETION):
-        if match := shape.fullmatch(engine_request_id):
-            return match[1]
-    return engine_request_id
-
-
 def trace_id(traceparent: str) -> str:
     """The trace id of a W3C traceparent, empty if it is not one."""
     parts = traceparent.split("-")

@@ -205,6 +205,7 @@ VERBS = {
     "delete": "evidence delete chatcmpl-2 --dir {here}/evidence",
     "export": "evidence export --dir {here}/evidence --out {here}/parquet",
     "audit": "evidence audit --dir {here}/evidence",
+    "repair": "evidence repair --dir {here}/evidence",
     "key": "evidence key {here}/evidence.key",
     "build": "watchlist build {here}/w.yaml --out {here}/built.safetensors",
     "cards": "watchlist show {here}/w.safetensors",

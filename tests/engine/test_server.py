@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from latentwatch.cli import main
 from latentwatch.drift import canary
-from latentwatch.names import Outcome, TokenState, response_id
+from latentwatch.names import Outcome, TokenState
 from latentwatch.watchlist import file as watchlist_file
 
 from tests.engine.conftest import SMALL, monitored
@@ -70,7 +70,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, watchlist_path: Path) -> Told
     for name in [name for name in scores if "lwcanary" in name]:
         prompt = canary.canary_prompt(canary.read_key(folder / "canary.key"), name)
         canaries.setdefault(prompt, []).append(scores.pop(name))
-    by_response = {response_id(name): each for name, each in scores.items()}
+    by_response = {each.opened.response_id: each for each in scores.values()}
     return Told(answers, by_response, counted, engines, canary_exit, canaries)
 
 

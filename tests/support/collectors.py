@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
-from latentwatch.collector.evidence import Evidence
+from latentwatch.collector.evidence import Evidence, Meant
 from latentwatch.collector.http.app import make_app
 from latentwatch.collector.metrics_families import ProcessFacts
 from latentwatch.collector.service import CollectorSettings, Service
@@ -40,8 +40,8 @@ def app_of(
 ) -> ASGIApp:
     """The HTTP side of a core without state on a disk."""
 
-    async def forget(name: str) -> bool:
-        core.forget(name)
+    async def forget(meant: Meant) -> bool:
+        core.forget(meant)
         return True
 
     def facts() -> ProcessFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def one_request(
     rng = np.random.default_rng(number)
     named = request_id or f"chatcmpl-made-{number:012d}-0123abcd"
     info = RequestInfo(named, "pod-0/0", "toy", "0", seconds, opening_seen=True, prompt_tokens=10)
+    info = replace(info, response_id=named.rpartition("-")[0])
     request = RecordedRequest(number, info)
     fires, rows = np.zeros(activations, FIRE_RECORD), np.zeros(activations, row_record(2))
     fires["position"] = rows["position"] = np.arange(activations)

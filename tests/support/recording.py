@@ -71,7 +71,8 @@ class RecordingSink:
         for engine, batch in zip(self.engine_of, batches, strict=False):
             validate(batch, sparse_F=sparse, hook_points=len(watchlist.hooks))
             for opened in batch.opened:
-                by_handle[engine, opened.handle] = Scores(opened, engine)
+                # Said again of a session whose prompt has grown.
+                by_handle.setdefault((engine, opened.handle), Scores(opened, engine)).opened = opened
             values = np.zeros((batch.rows, len(sparse)), np.float32)
             values[batch.fires_N["row"], batch.fires_N["feature"]] = batch.fires_N["act"]
             if batch.rows:

@@ -101,9 +101,13 @@ class Tokens:
     norm_TH: np.ndarray
     outcome: Outcome = Outcome.FINISHED
     request_id: str = ""
+    response_id: str = ""
+    """Of a server's request, unless given: its id without the hex digits that the engine puts behind it."""
 
     def __post_init__(self) -> None:
         self.request_id = self.request_id or f"chatcmpl-{self.handle}-0123abcd"
+        if "cmpl-" in self.request_id:
+            self.response_id = self.response_id or self.request_id.rpartition("-")[0]
 
     @property
     def total(self) -> int:
@@ -114,11 +118,12 @@ class Tokens:
         return np.isin(self.state_T, (TokenState.SCORED, TokenState.INHERITED))
 
     def opened(self) -> RequestOpened:
-        return RequestOpened(self.handle, self.request_id, self.prompt_tokens)
+        return RequestOpened(self.handle, self.request_id, self.prompt_tokens, response_id=self.response_id)
 
     def closed(self) -> RequestClosed:
         output = max(0, self.total - self.prompt_tokens + 1)
-        return RequestClosed(self.handle, self.request_id, self.prompt_tokens, output, self.total, self.outcome)
+        counts = self.prompt_tokens, output, self.total
+        return RequestClosed(self.handle, self.request_id, *counts, self.outcome, self.response_id)
 
 
 def tokens(

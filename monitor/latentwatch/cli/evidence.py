@@ -18,6 +18,7 @@ EPILOG = "example:  latentwatch evidence query --dir /var/lib/latentwatch/eviden
 
 _Actions: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _DIR: Final = Path("/var/lib/latentwatch/evidence")
+_ID_HELP: Final = "response id, engine request id, trace id, or the client's X-Request-Id; exactly"
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -55,7 +56,7 @@ def _add_query(actions: _Actions) -> None:
         "List exceedances, the latest first, one a line. Every reading is noted in the folder's audit log.",
         "query --feature p.deception --since 2h",
     )
-    query.add_argument("--feature", metavar="ID", help="only this feature")
+    query.add_argument("--feature", type=options.text, metavar="ID", help="only this feature")
     query.add_argument(
         "--severity", choices=("critical", "warning", "info", "none"), help="only features of this severity"
     )
@@ -73,8 +74,13 @@ def _add_show(actions: _Actions) -> None:
         "Show a request: how it went, what it exceeded and where, token by token. Exit code 1 when it is not there.",
         "show chatcmpl-7f3a --html request.html",
     )
-    show.add_argument("id", metavar="ID", help="engine request id, response id or trace id")
-    show.add_argument("--feature", metavar="ID", help="only this feature (default: those that exceeded their limit)")
+    show.add_argument("id", type=options.text, metavar="ID", help=_ID_HELP)
+    show.add_argument(
+        "--feature",
+        type=options.text,
+        metavar="ID",
+        help="only this feature (default: those that exceeded their limit)",
+    )
     show.add_argument(
         "--key", type=Path, metavar="FILE", help="show the tokens too, where a gateway left them, with this key"
     )
@@ -91,10 +97,17 @@ def _add_delete(actions: _Actions) -> None:
         "delete",
         "delete one request for good",
         "Delete everything about a request and leave no trace of it in the files. Works beside a running collector,\n"
-        "once the request has ended. Exit code 1 when it is not there.",
+        "once the request has ended. Lists each request that it deletes: those whose id this is exactly, no other.\n"
+        "Exit code 1 when it is not there.",
         "delete chatcmpl-7f3a",
     )
-    delete.add_argument("id", metavar="ID", help="engine request id, response id or trace id")
+    delete.add_argument("id", type=options.text, metavar="ID", help=_ID_HELP)
+    delete.add_argument(
+        "--by",
+        choices=("response_id", "request_id", "trace_id", "client_id", "digest"),
+        help="what the id is; needed where it is the response id of one request and, say, the engine's id of another",
+    )
+    delete.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
 
 
 def _add_export(actions: _Actions) -> None:
@@ -117,7 +130,7 @@ def _add_audit(actions: _Actions) -> None:
         "List readings and deletions, the latest first. Request ids are noted as SHA-256 only; give one to ask for it.",
         "audit --id chatcmpl-7f3a",
     )
-    audit.add_argument("--id", default="", metavar="ID", help="only what was asked about this id")
+    audit.add_argument("--id", type=options.text, default="", metavar="ID", help="only what was asked about this id")
     audit.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
 
 
@@ -249,14 +262,27 @@ def _key(args: argparse.Namespace) -> int:
 
 
 def _delete(args: argparse.Namespace) -> int:
+    from latentwatch.client_ids import IdKind, meanings
     from latentwatch.evidence import store
+    from latentwatch.evidence.heatmap import printable
 
+    meant = meanings(args.id)
     with options.opened_evidence(args.dir) as (archive, audit):
-        erased = store.erase(args.dir, args.id, archive.damaged)
+        found = store.find(args.dir, meant, archive.damaged)
+        kind = store.one_kind(found, args.id, IdKind(args.by) if args.by else None)
+        found = [match for match in found if kind in match.kinds]
+        if not found or args.dry_run:
+            audit.add(time.time(), options.actor(), "show", len(found), request=args.id)
+        if not found:
+            _say_damaged(archive.damaged.names)
+            return _not_stored(args)
+        for match in found:
+            print(f"{printable(match.request_id)}  {printable(match.response_id)}")
+        if args.dry_run:
+            print(f"{len(found)} requests would be deleted, by {kind}")
+            return 0
+        erased = store.erase(args.dir, {kind: meant[kind]}, archive.damaged)
         audit.add(time.time(), options.actor(), "delete", erased.requests, request=args.id)
-    if not erased.requests:
-        _say_damaged(erased.damaged)
-        return _not_stored(args)
     print(f"{erased.requests} requests deleted, {erased.rows} rows")
     if _say_damaged(erased.damaged):
         return 1

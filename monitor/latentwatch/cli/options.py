@@ -70,6 +70,15 @@ def _parts(annotation: object) -> Iterator[object]:
         yield from _parts(part)
 
 
+def text(word: str) -> str:
+    """Type of what is looked for: a word that is no text is in no file, and is not sought there."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is no text in UTF-8") from error
+    return word
+
+
 def route(text: str) -> re.Pattern[str]:
     """Type of --route."""
     try:

@@ -13,8 +13,9 @@ import numpy as np
 from latentwatch.aggregate.requests import RequestFeatures, slices
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
+from latentwatch.client_ids import carried
 from latentwatch.collector.replicas import Boot
-from latentwatch.collector.requests import RequestSummary, TrackedRequest, bounded, summarise
+from latentwatch.collector.requests import RequestSummary, TrackedRequest, summarise
 from latentwatch.collector.state import CollectorState, EngineCounts
 from latentwatch.collector.step_listener import Ends, StepListener
 from latentwatch.facts import FeatureSummary, RequestProgress
@@ -118,7 +119,9 @@ class Closing:
         if request.info.prompt_tokens != event.prompt_tokens:
             request.info = replace(request.info, prompt_tokens=event.prompt_tokens)
         if not request.info.request_id:
-            request.info = replace(request.info, request_id=bounded(event.request_id))
+            request.info = replace(
+                request.info, request_id=carried(event.request_id), response_id=carried(event.response_id)
+            )
             state.index.add(request)
         missing = event.total_tokens - int(accounted.sum())
         if not request.info.opening_seen or missing == 0:

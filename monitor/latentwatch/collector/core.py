@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from latentwatch.client_ids import IdKind
 from latentwatch.collector import erase
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core_state import CoreState
@@ -73,6 +74,6 @@ class Core:
         if self.outbox is not None and state.outbox is not None:
             self.outbox.restore(state.outbox)
 
-    def forget(self, name: str) -> None:
+    def forget(self, meant: Mapping[IdKind, Sequence[str]]) -> None:
         """See erase.forget."""
-        erase.forget(self._state, self._listeners, name)
+        erase.forget(self._state, self._listeners, meant)

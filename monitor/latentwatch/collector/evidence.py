@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import dataclasses
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from latentwatch.client_ids import IdKind, meanings
 from latentwatch.collector.evidence_buffer import EvidenceScope, watched
 from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.errors import ConfigRefused, RefusalReason
@@ -19,7 +20,7 @@ from latentwatch.evidence import sealed_files, store
 from latentwatch.evidence.archive import Archive, StoredRequest, Wanted
 from latentwatch.evidence.audit import Audit
 from latentwatch.evidence.encryption import Content, Vault
-from latentwatch.evidence.segment import Erased
+from latentwatch.evidence.segment import Erased, Match
 from latentwatch.evidence.store import Retention, Store
 from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
 from latentwatch.facts import ShownExceedance
@@ -28,8 +29,10 @@ from latentwatch.watchlist.file import Watchlist
 
 T = TypeVar("T")
 
-Forget = Callable[[str], Awaitable[bool]]
-"""Has the rest of the collector forget a request; returns whether nothing of it is left there."""
+Meant = Mapping[IdKind, tuple[str, ...]]
+"""See client_ids.meanings."""
+Forget = Callable[[Meant], Awaitable[bool]]
+"""Has the rest of the collector forget the requests with these ids; returns whether nothing of it is left there."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,8 @@ class Evidence:
         """See Archive.find."""
 
         def work() -> list[StoredRequest]:
-            held = self._held(name)
-            found = self._archive.find(held)
-            self._audit.add(self._clock(), actor, "show", len(found), request=held)
+            found = self._archive.find(self.meanings(name))
+            self._audit.add(self._clock(), actor, "show", len(found), request=self._noted(name))
             return found
 
         return await self._read(work)
@@ -119,39 +121,49 @@ class Evidence:
 
         return await self._read(work)
 
-    async def erase(self, name: str, actor: str, forget: Forget) -> Erased:
-        """See store.erase, after everything that was recorded before; and the collector itself forgets the request."""
-        held = await asyncio.wrap_future(self._writer.run(lambda: self._held(name)))
-        erased = await asyncio.wrap_future(
-            self._writer.run(lambda: store.erase(self._folder, held, self._store.damaged))
-        )
-        if not await forget(held):
+    async def matches(self, name: str) -> list[Match]:
+        """Requests that are kept and have this id, of whatever kind; after everything that was recorded before."""
+        meant = self.meanings(name)
+        return await asyncio.wrap_future(self._writer.run(lambda: store.find(self._folder, meant, self._store.damaged)))
+
+    async def erase(self, name: str, kind: IdKind, actor: str, forget: Forget) -> tuple[Erased, list[Match]]:
+        """Delete the requests of which `name` is the id of this kind, and no other, after everything that was recorded
+        before; and the collector itself forgets them. Returns what was done and which requests they were."""
+        meant: Meant = {kind: self.meanings(name).get(kind, ())}
+
+        def work() -> tuple[Erased, list[Match]]:
+            found = store.find(self._folder, meant, self._store.damaged)
+            return store.erase(self._folder, meant, self._store.damaged), found
+
+        erased, found = await asyncio.wrap_future(self._writer.run(work))
+        ids = (*meant.get(IdKind.REQUEST, ()), *(match.request_id for match in found))
+        if not await forget({**meant, IdKind.REQUEST: ids}):
             erased = dataclasses.replace(erased, clean=False)
-        await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=held))
-        return erased
+        subject = self._noted(name)
+        await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=subject))
+        return erased, found
 
     async def attach(self, name: str, vault: Vault, content: Content, actor: str) -> int:
         """See Store.attach; after everything that was recorded before."""
 
         def work() -> int:
-            return self._store.attach(held, lambda key: vault.seal(key, content), self._clock())
+            return self._store.attach(self.meanings(name), lambda key: vault.seal(key, content), self._clock())
 
-        held = await asyncio.wrap_future(self._writer.run(lambda: self._held(name)))
         found = await asyncio.wrap_future(self._writer.run(work))
-        await self._read(lambda: self._audit.add(self._clock(), actor, "attach", found, request=held))
+        subject = self._noted(name)
+        await self._read(lambda: self._audit.add(self._clock(), actor, "attach", found, request=subject))
         return found
 
     async def content(self, name: str, vault: Vault, actor: str) -> Content | None:
         """What was said in the request with this id, the latest where it is several. Raises: ConfigRefused."""
 
         def work() -> Content | None:
-            held = self._held(name)
             found = [
-                (key, sealed)
-                for key in store.find(self._folder, held, self._store.damaged)
-                if (sealed := sealed_files.get(self._folder, key, self._store.damaged))
+                (match.key, sealed)
+                for match in store.find(self._folder, self.meanings(name), self._store.damaged)
+                if (sealed := sealed_files.get(self._folder, match.key, self._store.damaged))
             ]
-            self._audit.add(self._clock(), actor, "content", len(found), request=held)
+            self._audit.add(self._clock(), actor, "content", len(found), request=self._noted(name))
             return vault.open(*found[-1]) if found else None
 
         return await self._read(work)
@@ -171,12 +183,15 @@ class Evidence:
         self._reading.submit(self._audit.close).result()
         self._reading.shutdown()
 
-    def _held(self, name: str) -> str:
-        """What a request is kept under that somebody asks for by this name."""
+    def meanings(self, name: str) -> Meant:
+        """The ids under which a request may be kept that somebody asks for by this one."""
+        return self._pseudonyms.meanings(name) if self._pseudonyms else meanings(name)
+
+    def _noted(self, name: str) -> str:
+        """What the audit log has of a name: where ids are kept as keyed hashes, it has no clear one either."""
         if self._pseudonyms is None:
             return name
-        hashed, *others = self._pseudonyms.candidates(name)
-        return next((held for held in (hashed, *others) if store.find(self._folder, held, self._store.damaged)), hashed)
+        return self._pseudonyms.hashed(name)
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reading, work)

@@ -22,6 +22,7 @@ import numpy as np
 from latentwatch.aggregate.requests import StepView
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
+from latentwatch.client_ids import carried
 from latentwatch.collector.closing import Closing
 from latentwatch.collector.federation.merge import ReportMerge
 from latentwatch.collector.name_places import NamePlaces
@@ -223,6 +224,7 @@ class Ingest:
                 new[event.handle] = _opened(boot.hello, event, now)
                 continue
             request = state.slots.request(slot)
+            state.index.forget(request)
             opened_seconds, opening_seen = request.info.opened_seconds, request.info.opening_seen
             request.info = _opened(boot.hello, event, opened_seconds, opening_seen=opening_seen)
             state.index.add(request)
@@ -271,7 +273,7 @@ class Ingest:
 def _opened(hello: Hello, event: RequestOpened, opened_seconds: float, *, opening_seen: bool = True) -> RequestInfo:
     """Who a request is, from what its engine said at the opening. Client text is cut."""
     return RequestInfo(
-        bounded(event.request_id),
+        carried(event.request_id),
         hello.replica,
         hello.model_name,
         hello.engine,
@@ -280,6 +282,7 @@ def _opened(hello: Hello, event: RequestOpened, opened_seconds: float, *, openin
         bounded(event.adapter),
         bounded(event.traceparent),
         event.prompt_tokens,
+        carried(event.response_id),
     )
 
 

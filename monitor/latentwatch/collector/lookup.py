@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from latentwatch.aggregate.window import FeatureWindow
+from latentwatch.client_ids import IdKind, meanings
 from latentwatch.collector.drift import Drift
 from latentwatch.collector.exceedances import Listed
 from latentwatch.collector.federation.outbox import ReportOutbox
@@ -27,7 +28,7 @@ from latentwatch.collector.snapshot import (
 )
 from latentwatch.collector.state import CollectorState, open_requests
 from latentwatch.facts import ExceedanceView, RequestProgress, shown_exceedance, shown_features, shown_request
-from latentwatch.names import ModelMatch, trace_id
+from latentwatch.names import ModelMatch
 
 
 class Lookup:
@@ -93,10 +94,11 @@ class Lookup:
         opened += state.remote.latest(limit - len(opened))
         return [*opened, *state.index.latest_closed(limit - len(opened))]
 
-    def find(self, name: str) -> list[int]:
-        """Numbers of the requests with this engine request id or response id, newest first; empty when none is held."""
-        names = self._pseudonyms.candidates(name) if self._pseudonyms else (name,)
-        return next((list(reversed(found)) for id in names if (found := self._state.index.find(id))), [])
+    def find(self, name: str, kind: IdKind | None = None) -> list[int]:
+        """Numbers of the requests that have this id, newest first; empty when none is held. Args: kind: None: any."""
+        meant = self._pseudonyms.meanings(name) if self._pseudonyms else meanings(name)
+        found = self._state.index.find({each: ids for each, ids in meant.items() if kind in (None, each)})
+        return sorted(found, reverse=True)
 
     def request(self, serial: int) -> RequestView | None:
         """One request, by a number that `latest` or `find` gave; None when it was let go since."""
@@ -126,9 +128,7 @@ class Lookup:
             exceedance,
             self.features[exceedance.feature],
             float(state.table.limit_F[exceedance.feature]),
-            request_id=info.request_id,
-            trace=trace_id(info.traceparent),
-            model_name=info.model_name,
+            info,
         )
         return ExceedanceView(
             **shown,

@@ -2,7 +2,6 @@
 
 A request id holds what the client put into X-Request-Id. With a key, each id is replaced as a message comes in, before
 it is merged, written to the journal, recorded or forwarded. Who has a clear id asks with it, and its hash is looked up.
-Hashed is the id of the response, which the client and its gateway know.
 """
 
 from __future__ import annotations
@@ -13,15 +12,18 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from latentwatch import secrets
+from latentwatch.client_ids import IdKind, bounded_id, carried, hashed, meanings
 from latentwatch.errors import RefusalReason
-from latentwatch.names import response_id
+from latentwatch.facts import RequestInfo
+from latentwatch.step.batch import RequestClosed, RequestOpened
 from latentwatch.transport import codec
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sink import ReceivedBatch, ReceivedReport, Sink
 
+_Named = TypeVar("_Named", RequestOpened, RequestClosed, RequestInfo)
 _HASHED: Final = re.compile(r"hmac-[0-9a-f]{32}")
 
 
@@ -39,18 +41,25 @@ class Pseudonyms:
         instead = f"Write at least {secrets.MIN_KEY_BYTES} random bytes there, e.g. of openssl rand -hex 32."
         return cls(secrets.read_key(path, "--request-id-key-file", RefusalReason.REQUEST_ID_KEY, instead), exempt)
 
-    def of(self, request_id: str) -> str:
-        """What stands for an engine request id. A hash, from a sidecar that has a key too, stands for itself."""
-        if not request_id or _HASHED.fullmatch(request_id) or self._exempt(request_id):
-            return request_id
-        return self._hash(response_id(request_id))
+    def of(self, request_id: str, response_id: str, *, forwarded: bool = False) -> tuple[str, str]:
+        """What stands for the engine's id of a request and for its response id.
 
-    def candidates(self, name: str) -> tuple[str, ...]:
-        """What a request may be held under that somebody asks for by this name, in the order to try.
-
-        The name is a response id, or the engine's own; else one that is never hashed: a trace id, or a hash.
+        Args: forwarded: by a sidecar, which may have a key too: a hash then stands for itself.
         """
-        return tuple(dict.fromkeys((self._hash(name), self._hash(response_id(name)), name)))
+        if request_id and self._exempt(request_id):
+            return request_id, response_id
+        return self._of(request_id, forwarded), self._of(response_id, forwarded)
+
+    def hashed(self, name: str) -> str:
+        """The hash of a name that somebody asks with, as which it may be noted down."""
+        return name if not name or _HASHED.fullmatch(name) else self._hash(bounded_id(name))
+
+    def meanings(self, name: str) -> dict[IdKind, tuple[str, ...]]:
+        """As client_ids.meanings, of what requests are held under here."""
+        return hashed(meanings(name), self._hash)
+
+    def _of(self, id: str, forwarded: bool) -> str:
+        return id if not id or (forwarded and _HASHED.fullmatch(id)) else self._hash(carried(id))
 
     def _hash(self, name: str) -> str:
         return "hmac-" + hmac.new(self._key, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
@@ -70,19 +79,20 @@ class PseudonymSink:
         if batch.opened or batch.closed:
             batch = replace(
                 batch,
-                opened=tuple(replace(event, request_id=self._of(event.request_id)) for event in batch.opened),
-                closed=tuple(replace(event, request_id=self._of(event.request_id)) for event in batch.closed),
+                opened=tuple(self._renamed(event) for event in batch.opened),
+                closed=tuple(self._renamed(event) for event in batch.closed),
             )
             received = ReceivedBatch(received.sequence, batch, codec.encode_batch(received.sequence, batch))
         self._sink.observe(hello, received, now)
 
+    def _renamed(self, said: _Named, *, forwarded: bool = False) -> _Named:
+        request_id, response_id = self._of(said.request_id, said.response_id, forwarded=forwarded)
+        return replace(said, request_id=request_id, response_id=response_id)
+
     def merge(self, hello: Hello, received: ReceivedReport, now: float) -> None:
         """See Sink."""
         if received.report.requests:
-            rows = tuple(
-                replace(row, info=replace(row.info, request_id=self._of(row.info.request_id)))
-                for row in received.report.requests
-            )
+            rows = tuple(replace(row, info=self._renamed(row.info, forwarded=True)) for row in received.report.requests)
             report = replace(received.report, requests=rows)
             received = ReceivedReport(received.sequence, report, codec.encode_report(received.sequence, report))
         self._sink.merge(hello, received, now)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from latentwatch.aggregate.requests import RequestFeatures
+from latentwatch.client_ids import carried
 from latentwatch.collector.requests import RequestSummary, Roster, SummariesState, TrackedRequest, bounded
 from latentwatch.facts import FEATURE_STAT, RequestInfo
 from latentwatch.names import Outcome
@@ -53,12 +54,17 @@ class RemoteRequests:
         info, known = row.info, self._serials.get(RemoteKey(hello.replica, hello.boot_id, row.number))
         if known is not None:
             request = self._summaries[known].request
-            named = bounded(info.request_id)
-            request.info = replace(request.info, request_id=named, prompt_tokens=info.prompt_tokens)
+            request.info = replace(
+                request.info,
+                request_id=carried(info.request_id),
+                response_id=carried(info.response_id),
+                prompt_tokens=info.prompt_tokens,
+            )
             return request
         info = replace(
             info,
-            request_id=bounded(info.request_id),
+            request_id=carried(info.request_id),
+            response_id=carried(info.response_id),
             adapter=bounded(info.adapter),
             traceparent=bounded(info.traceparent),
         )

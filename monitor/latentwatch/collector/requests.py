@@ -15,11 +15,10 @@ import numpy as np
 
 from latentwatch.aggregate.requests import RequestFeatures
 from latentwatch.arrays import Array, axes, check
+from latentwatch.client_ids import MAX_ID_CHARACTERS, IdKind
 from latentwatch.facts import FEATURE_STAT, FeatureSummary, RequestInfo, RequestProgress
-from latentwatch.names import Outcome, Phase, TokenState, response_id
+from latentwatch.names import Outcome, Phase, TokenState, trace_id
 
-MAX_ID_CHARACTERS: Final = 256
-"""Of a request id, adapter or traceparent. vLLM's own ids are below 60; the rest is the client's X-Request-Id."""
 _NO_SLOT: Final = -1
 
 
@@ -236,7 +235,7 @@ class RequestIndexState:
 
 
 class RequestIndex:
-    """Requests by either of their ids, and the closed ones in the order of their end.
+    """Requests by each of their ids, and the closed ones in the order of their end.
 
     Beyond `closed_bound` the oldest summary goes; one with an exceedance then stays among the last
     `flagged_bound` such.
@@ -244,13 +243,13 @@ class RequestIndex:
 
     def __init__(self, closed_bound: int, flagged_bound: int) -> None:
         self._closed_bound, self._flagged_bound = closed_bound, flagged_bound
-        self._serials: dict[str, dict[int, None]] = {}
+        self._serials: dict[tuple[IdKind, str], dict[int, None]] = {}
         self._closed: OrderedDict[int, RequestSummary] = OrderedDict()
         self._flagged: OrderedDict[int, RequestSummary] = OrderedDict()
         self.evicted = 0
 
     def add(self, request: TrackedRequest) -> None:
-        """Make a request findable by the engine's id and by the response id."""
+        """Make a request findable by each id that is known of it."""
         for name in _names(request):
             self._serials.setdefault(name, {})[request.collector_serial] = None
 
@@ -272,9 +271,15 @@ class RequestIndex:
         self._closed.pop(request.collector_serial, None)
         self._flagged.pop(request.collector_serial, None)
 
-    def find(self, name: str) -> tuple[int, ...]:
-        """Serial numbers of the requests with this id, oldest first."""
-        return tuple(self._serials.get(bounded(name), ()))
+    def find(self, meant: Mapping[IdKind, Sequence[str]]) -> set[int]:
+        """Serial numbers of the requests with one of these ids; see client_ids.meanings."""
+        return {
+            serial
+            for kind, ids in meant.items()
+            for held in _HELD_AS[kind]
+            for each in ids
+            for serial in self._serials.get((held, each), ())
+        }
 
     def closed_request(self, serial: int) -> RequestSummary | None:
         """The summary of a closed request, None when it is open or gone."""
@@ -310,8 +315,23 @@ class RequestIndex:
         self.evicted += 1
 
 
-def _names(request: TrackedRequest) -> set[str]:
-    return {request.info.request_id, response_id(request.info.request_id)} - {""}
+_HELD_AS: Final = {
+    IdKind.RESPONSE: (IdKind.RESPONSE,),
+    IdKind.REQUEST: (IdKind.REQUEST,),
+    IdKind.TRACE: (IdKind.TRACE,),
+    IdKind.CLIENT: (IdKind.RESPONSE,),
+    IdKind.DIGEST: (IdKind.RESPONSE, IdKind.REQUEST),
+}
+
+
+def _names(request: TrackedRequest) -> list[tuple[IdKind, str]]:
+    info = request.info
+    names = (
+        (IdKind.REQUEST, info.request_id),
+        (IdKind.RESPONSE, info.response_id),
+        (IdKind.TRACE, trace_id(info.traceparent)),
+    )
+    return [(kind, name) for kind, name in names if name]
 
 
 @dataclass(frozen=True)
@@ -421,5 +441,5 @@ class Slots:
 
 
 def bounded(text: str) -> str:
-    """Text from outside, cut to MAX_ID_CHARACTERS."""
+    """Text from outside that is no id, cut to MAX_ID_CHARACTERS."""
     return text[:MAX_ID_CHARACTERS]

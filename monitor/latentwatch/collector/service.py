@@ -9,11 +9,12 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentwatch import __version__, host
+from latentwatch.client_ids import IdKind
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
@@ -114,11 +115,11 @@ class Parts:
     report_client: ReportClient | None = None
     start_seconds: float = field(default_factory=time.time)
 
-    async def forget(self, name: str) -> bool:
+    async def forget(self, meant: Mapping[IdKind, Sequence[str]]) -> bool:
         """Have core and state forget a request; whether nothing of it is left there."""
         if self.durable is not None:
-            return await self.durable.forget(name, time.time())
-        self.core.forget(name)
+            return await self.durable.forget(meant, time.time())
+        self.core.forget(meant)
         return True
 
     def process(self) -> ProcessFacts:

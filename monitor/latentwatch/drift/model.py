@@ -246,7 +246,7 @@ class ModelDrift:
             observed=copy.deepcopy(self.observed),
             counts=copy.deepcopy(self._counts),
             groups=list(self._groups),
-            replicas=[ReplicaPlace(*place) for place in zip(self._replicas, self._replica_window, strict=True)],
+            replicas=list(map(ReplicaPlace, self._replicas, self._replica_window)),
             waiting_requests=self._row_count,
             requests=self._requests,
             excluded_windows=self._excluded_windows,
@@ -269,8 +269,6 @@ class ModelDrift:
         self._window = state.window
         self._replicas = [place.replica for place in state.replicas]
         self._replica_window = [place.window for place in state.replicas]
-        if not {replica for replica, _ in state.groups} <= {*self._replicas}:
-            raise ValueError("groups of replicas that it does not know")
         for replica, adapter in state.groups:
             self._group(replica, adapter)
         if len(state.counts.levels_GFB) < len(self._groups):
@@ -279,8 +277,8 @@ class ModelDrift:
             if state.detectors.replica_2DF.shape[1] < len(self._replicas):
                 raise ValueError(f"detectors of fewer than {len(self._replicas)} replicas")
             self._detectors = copy.deepcopy(state.detectors)
-        elif len(self._replicas) > self._detectors.replica_2DF.shape[1]:
-            self._detectors.grow(len(self._replicas))
+        else:
+            self._detectors.grow(max(1, len(self._replicas)))
         self.observed, self._counts = copy.deepcopy(state.observed), copy.deepcopy(state.counts)
         self._row_count, self._requests = state.waiting_requests, state.requests
         self._excluded_windows = state.excluded_windows
@@ -294,14 +292,13 @@ class ModelDrift:
         group = self._groups.get((replica, adapter))
         if group is not None:
             return group
-        if (replica, adapter) != _BEYOND and (len(self._groups) >= _GROUPS - 1 or not self._place(replica)):
+        beyond = len(self._groups) >= _GROUPS - 1 and (replica, adapter) != _BEYOND
+        if beyond or not self._place(replica):
             return self._group(*_BEYOND)
-        if replica == _BEYOND[0]:
-            self._place(replica)
         group = self._groups[replica, adapter] = len(self._groups)
         if group >= len(self._counts.levels_GFB):
             self._flush()
-            wider = RequestCounts.empty(self._layout, min(_GROUPS, 2 * group))
+            wider = RequestCounts.empty(self._layout, min(_GROUPS, max(1, 2 * group)))
             wider.levels_GFB[:group] = self._counts.levels_GFB
             self._counts.levels_GFB = wider.levels_GFB
         return group

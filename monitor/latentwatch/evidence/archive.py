@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
+from latentwatch.client_ids import Asked
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence import segment
 from latentwatch.evidence.damage import Damaged
@@ -37,8 +38,19 @@ from latentwatch.names import Outcome, Phase, TokenState
 
 _REQUEST: Final = "SELECT * FROM request WHERE key = ?"
 _ENDED: Final = "SELECT * FROM request WHERE model_name = ? AND outcome IS NOT NULL ORDER BY closed_seconds"
+_INFO: Final = (
+    "request_id",
+    "response_id",
+    "replica",
+    "model_name",
+    "engine",
+    "opened_seconds",
+    "adapter",
+    "prompt_tokens",
+)
 _EXCEEDANCE: Final = """
-SELECT r.request_id, r.trace_id, r.model_name, e.feature, e.seconds, e.position, e.phase, e.value
+SELECT r.request_id, r.response_id, r.trace_id, r.replica, r.model_name, r.engine, r.adapter, r.opened_seconds,
+  r.opening_seen, r.prompt_tokens, e.feature, e.seconds, e.position, e.phase, e.value
 FROM exceedance e JOIN request r ON r.key = e.request
 """
 _CLOCK_TICK_NS: Final = 100_000_000
@@ -125,9 +137,9 @@ class Archive:
         self._listed_at_ns = 0
         """The folder's time of change when `_paths` was read from it; 0 for read it again."""
 
-    def find(self, name: str) -> list[StoredRequest]:
-        """Requests whose engine request id, response id or trace id this is, newest first."""
-        return [*self._each(lambda reader: [reader.request(key) for key in reader.find(name)])]
+    def find(self, asked: Asked) -> list[StoredRequest]:
+        """Requests that have this id, of whatever kind, or one of these; newest first. See client_ids."""
+        return [*self._each(lambda reader: [reader.request(key) for key in reader.find(asked)])]
 
     def exceedances(self, wanted: Wanted, limit: int) -> list[ShownExceedance]:
         """The latest exceedances of this kind, newest first."""
@@ -269,8 +281,8 @@ class _Reader:
     def watchlist_sha256(self) -> str:
         return self._watched.sha256
 
-    def find(self, name: str) -> list[int]:
-        return segment.find(self._connection, name)
+    def find(self, asked: Asked) -> list[int]:
+        return [match.key for match in segment.find(self._connection, asked)]
 
     def ended(self, model_name: str) -> Iterator[Ended]:
         for row in self._connection.execute(_ENDED, (model_name,)):
@@ -337,9 +349,8 @@ class _Reader:
                 feature,
                 # Only a feature with a limit exceeds one.
                 cast(float, feature.limit),
-                request_id=row["request_id"],
+                _info(row),
                 trace=row["trace_id"],
-                model_name=row["model_name"],
             )
         )
 
@@ -379,8 +390,7 @@ def _requests(reader: _Reader) -> Iterator[StoredRequest]:
 
 
 def _info(row: sqlite3.Row) -> RequestInfo:
-    names = ("request_id", "replica", "model_name", "engine", "opened_seconds", "adapter", "prompt_tokens")
-    return RequestInfo(**{name: row[name] for name in names}, opening_seen=bool(row["opening_seen"]))
+    return RequestInfo(**{name: row[name] for name in _INFO}, opening_seen=bool(row["opening_seen"]))
 
 
 def _progress(row: sqlite3.Row) -> RequestProgress:

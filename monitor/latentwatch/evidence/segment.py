@@ -11,19 +11,21 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
+import re
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
 from latentwatch.arrays import Array, Dtype
+from latentwatch.client_ids import Asked, IdKind, kinds_of, meanings_of
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence.records import Activations, Ended, Exceeded, Record, RecordedRequest
-from latentwatch.names import TokenState, response_id, trace_id
+from latentwatch.names import TokenState, trace_id
 
 FORMAT: Final = 1
 BUSY_SECONDS = 10.0
@@ -63,6 +65,8 @@ CREATE INDEX exceedance_by_time ON exceedance (seconds);
 CREATE TABLE activations (request INTEGER NOT NULL, fires BLOB NOT NULL, rows BLOB NOT NULL);
 CREATE INDEX activations_by_request ON activations (request);
 """
+_TOLD: Final = "response_ids_told"
+"""What stands in `about` where response ids are those that servers told; before, they were guessed from request ids."""
 _REQUEST_COLUMNS: Final = (
     "key, request_id, response_id, trace_id, replica, model_name, engine, adapter, opened_seconds, opening_seen"
 )
@@ -164,12 +168,13 @@ def create(path: Path, schema: str) -> sqlite3.Connection:
 
 
 def watchlist_sha256(path: Path) -> str:
-    """Which watchlist a segment's numbers refer to; empty for a file without a say. Raises: sqlite3.Error."""
+    """Which watchlist a segment's numbers refer to; empty for a file that is not to be continued, since it has no say
+    or its response ids are guesses. Raises: sqlite3.Error."""
     with contextlib.closing(connect(path, "rw")) as connection:
         if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'about'").fetchone():
             return ""
-        row = connection.execute("SELECT value FROM about WHERE name = 'watchlist_sha256'").fetchone()
-        return str(row[0]) if row else ""
+        about = dict(connection.execute("SELECT name, value FROM about"))
+        return str(about.get("watchlist_sha256", "")) if _TOLD in about else ""
 
 
 def side_files(path: Path) -> tuple[Path, ...]:
@@ -206,7 +211,8 @@ class Segment:
     def _describe(self, watched: Watched) -> None:
         with _transaction(self._connection) as connection:
             connection.executemany(
-                "INSERT INTO about VALUES (?, ?)", (("watchlist", watched.name), ("watchlist_sha256", watched.sha256))
+                "INSERT INTO about VALUES (?, ?)",
+                (("watchlist", watched.name), ("watchlist_sha256", watched.sha256), (_TOLD, "1")),
             )
             connection.executemany(
                 "INSERT INTO feature VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -256,16 +262,48 @@ def erase(connection: sqlite3.Connection, path: Path, keys: Sequence[int]) -> Er
     return Erased(len(keys), rows, int(rewritten), clean)
 
 
-def find(connection: sqlite3.Connection, name: str) -> list[int]:
-    """Keys of the requests whose engine request id, response id or trace id this is, newest first."""
-    if not name:
+class Match(NamedTuple):
+    """A request that was found by an id."""
+
+    key: int
+    request_id: str
+    response_id: str
+    kinds: frozenset[IdKind]
+    """As what the id is its own."""
+
+
+def find(connection: sqlite3.Connection, asked: Asked) -> list[Match]:
+    """The requests that have this id, of whatever kind, or one of these; newest first. See client_ids."""
+    meant = meanings_of(asked)
+    ids = list(dict.fromkeys(id for each in meant.values() for id in each if id))
+    if not ids:
         return []
+    marks = ", ".join(f"?{place}" for place in range(1, len(ids) + 1))
+    columns = "SELECT key, request_id, response_id, trace_id FROM request WHERE"
     rows = connection.execute(
-        "SELECT key FROM request WHERE request_id = ?1 UNION SELECT key FROM request WHERE response_id = ?1 "
-        "UNION SELECT key FROM request WHERE trace_id = ?1 AND trace_id != '' ORDER BY key DESC",
-        (name,),
+        f"{columns} request_id IN ({marks}) UNION {columns} response_id IN ({marks}) "
+        f"UNION {columns} trace_id IN ({marks}) AND trace_id != '' ORDER BY key DESC",
+        ids,
     )
-    return [key for (key,) in rows]
+    told = connection.execute("SELECT 1 FROM about WHERE name = ?", (_TOLD,)).fetchone() is not None
+    matches = []
+    for key, request_id, response_id, trace in rows.fetchall():
+        known = response_id if told or _is_sure(request_id, response_id) else ""
+        if kinds := kinds_of(meant, response=known, request=request_id, trace=trace):
+            matches.append(Match(key, request_id, response_id, frozenset(kinds)))
+    return matches
+
+
+_ENGINE_SUFFIX: Final = re.compile(r"(-\d+)?-[0-9a-f]{8}")
+
+
+def _is_sure(request_id: str, response_id: str) -> bool:
+    """Whether a response id that an earlier version guessed leaves nothing of the engine's id unexplained.
+
+    It also left out what looked like the number of a part, `_42`, and that may have been the client's.
+    """
+    _, found, rest = request_id.partition(response_id)
+    return bool(found) and (not rest or _ENGINE_SUFFIX.fullmatch(rest) is not None)
 
 
 def pack(records: Array) -> bytes:
@@ -339,7 +377,7 @@ def _request_row(request: RecordedRequest) -> tuple[object, ...]:
     return (
         request.key,
         info.request_id,
-        response_id(info.request_id),
+        info.response_id or info.request_id,
         trace_id(info.traceparent),
         info.replica,
         info.model_name,

@@ -26,15 +26,18 @@ from typing import Final
 from filelock import BaseFileLock
 
 from latentwatch import storage
+from latentwatch.client_ids import MAX_ID_CHARACTERS, Asked, IdKind, common_kind, meanings
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence import audit, sealed_files, segment
 from latentwatch.evidence.damage import Damaged
 from latentwatch.evidence.records import Ended, Record
-from latentwatch.evidence.segment import NOTHING_ERASED, Erased, Segment, Watched
+from latentwatch.evidence.segment import NOTHING_ERASED, Erased, Match, Segment, Watched
 
 SEGMENTS: Final = 16
 """Segments that fill the bound on size: one that goes takes a sixteenth of the evidence with it."""
 SMALLEST_BYTES: Final = 32 << 20
+_LISTED: Final = 10
+"""Requests that a refusal names."""
 _REQUESTS_AT_HOME: Final = 65_536
 """Requests that run, and those whose end was never told; an older one would go on in the newest segment."""
 _NAME: Final = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d{4,})\.evidence")
@@ -166,12 +169,12 @@ class Store:
                 if not self.damaged.record(path, error):
                     raise
 
-    def attach(self, name: str, seal: Callable[[int], bytes], now: float) -> int:
-        """Keep the content of the one request with this id. Returns how many have it; unless 1, nothing was kept."""
-        keys = find(self.folder, name, self.damaged)
-        if len(keys) == 1:
-            sealed_files.put(self.folder, keys[0], seal(keys[0]), now, self.damaged)
-        return len(keys)
+    def attach(self, asked: Asked, seal: Callable[[int], bytes], now: float) -> int:
+        """Keep the content of the one request with one of these ids. Returns how many have it; unless 1, nothing is."""
+        found = find(self.folder, asked, self.damaged)
+        if len(found) == 1:
+            sealed_files.put(self.folder, found[0].key, seal(found[0].key), now, self.damaged)
+        return len(found)
 
     def sync(self) -> None:
         """Have the disk hold what was written: the death of the host costs nothing of it. Raises OSError."""
@@ -255,28 +258,51 @@ def folder_bytes(folder: Path) -> int:
     return sum(map(size_bytes, aged(folder)))
 
 
-def find(folder: Path, name: str, damaged: Damaged | None = None) -> list[int]:
-    """Keys of the requests with this engine request id, response id or trace id, but for those in damaged files."""
-    found: set[int] = set()
+def find(folder: Path, asked: Asked, damaged: Damaged | None = None) -> list[Match]:
+    """The requests that have this id, of whatever kind, or one of these, but for those in damaged files; oldest first.
+    See client_ids."""
+    found: dict[int, Match] = {}
     damaged = damaged or Damaged(folder)
     for path in segments(folder):
         with _usable(path, damaged) as connection:
             if connection is not None:
-                found |= set(segment.find(connection, name))
-    return sorted(found)
+                found |= {match.key: match for match in segment.find(connection, asked)}
+    return [found[key] for key in sorted(found)]
 
 
-def erase(folder: Path, name: str, damaged: Damaged | None = None) -> Erased:
-    """Delete the requests with this engine request id, response id or trace id, and leave no trace of them.
+def one_kind(found: Sequence[Match], name: str, kind: IdKind | None = None) -> IdKind:
+    """As what `name` is the id of all of these requests, so that deleting by it reaches no other's.
+
+    Args:   kind: what the name is, where somebody said it.
+    Raises: ConfigRefused "evidence_id_ambiguous": it is that of different requests, as different kinds of id.
+    """
+    chosen = kind or common_kind(match.kinds for match in found)
+    if chosen is None:
+        listed = ", ".join(f"{match.request_id} by {'/'.join(sorted(match.kinds))}" for match in found[:_LISTED])
+        raise ConfigRefused(
+            f"deleting {name[:MAX_ID_CHARACTERS]!r}",
+            found=f"it is the id of different requests, of a different kind in each: {listed}",
+            instead="Say with --by, or by=, which kind of id it is.",
+            reason=RefusalReason.EVIDENCE_ID_AMBIGUOUS,
+        )
+    return chosen
+
+
+def erase(folder: Path, asked: Asked, damaged: Damaged | None = None) -> Erased:
+    """Delete the requests that have this id or one of these, and leave no trace of them. No other is touched.
 
     Works beside a collector that writes to the folder. A request that still runs would be written again as it ends.
     Files that cannot be used are named: they may hold rows of the request, which only removing the file would delete.
+    Raises: ConfigRefused as `one_kind`, where only a name is given.
     """
+    if isinstance(asked, str):
+        kind = one_kind(find(folder, asked, damaged), asked)
+        asked = {kind: meanings(asked).get(kind, ())}
     total = NOTHING_ERASED
     damaged = damaged or Damaged(folder)
     for path in segments(folder):
         with _usable(path, damaged) as connection:
-            if connection is not None and (keys := segment.find(connection, name)):
+            if connection is not None and (keys := [match.key for match in segment.find(connection, asked)]):
                 total += segment.erase(connection, path, keys)
                 total += sealed_files.erase(folder, keys, damaged)
     # Named last: a file may have turned out to be damaged just now.

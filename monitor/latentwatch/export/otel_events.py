@@ -25,7 +25,6 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from latentwatch import __version__, host
 from latentwatch.evidence.records import Exceeded, Record
 from latentwatch.evidence.segment import Watched
-from latentwatch.names import response_id
 
 EVENT_NAME: Final = "gen_ai.evaluation.result"
 SCOPE: Final = InstrumentationScope("latentwatch", __version__)
@@ -94,7 +93,7 @@ class EventSender:
                 "gen_ai.evaluation.score.label": "exceeded",
                 "gen_ai.evaluation.explanation": f"{feature.label}: {exceedance.value:.4g} over the limit "
                 f"{feature.limit:g} at position {exceedance.position}, {phase}",
-                "gen_ai.response.id": response_id(request.request_id),
+                "gen_ai.response.id": request.response_id or request.request_id,
                 "gen_ai.request.model": request.model_name,
                 "latentwatch.request.id": request.request_id,
                 "latentwatch.replica": request.replica,

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from latentwatch.arrays import I64, U8, Array
+from latentwatch.client_ids import briefly
 from latentwatch.exporter.attribution import ScoredRows, StepRows, attribute, joined, span
 from latentwatch.exporter.inheritance import Hit, Inheritance
 from latentwatch.exporter.ledger_state import LedgerState
@@ -23,7 +24,9 @@ from latentwatch.handover.events import (
     Blocks,
     Closed,
     Event,
+    Grown,
     Opened,
+    TurnEnded,
     Unannounced,
     decode_events,
     encode_events,
@@ -49,7 +52,6 @@ _COUNTS: Final = (
     "untraced_requests",
 )
 """Fields of EngineCounters, and attributes of Ledger."""
-_BRIEF_CHARACTERS: Final = 64
 
 
 class _Settled:
@@ -164,10 +166,10 @@ class Ledger:
                 self._fold(event, settled)
             elif isinstance(event, Opened):
                 self._begin(event)
-                opened.append(
-                    RequestOpened(event.handle, event.request_id, event.prompt_tokens, event.adapter, event.traceparent)
-                )
-            elif event.slot in self._open:
+                opened.append(_told(event))
+            elif isinstance(event, Grown) and event.slot in self._open:
+                opened.append(_told(self._grow(event)))
+            elif isinstance(event, Closed) and event.slot in self._open:
                 closed.append(self._close(event, settled))
         return opened, closed
 
@@ -240,16 +242,26 @@ class Ledger:
         self._by_slot.place(event.slot, event.handle, event.prompt_tokens)
         self._inheritance.open(event.slot)
 
+    def _grow(self, event: Grown) -> Opened:
+        """Returns the request as it is now."""
+        known = self._open[event.slot]
+        self._open[event.slot] = grown = dataclasses.replace(known, prompt_tokens=event.prompt_tokens)
+        self._lines[event.slot] = encode_events([grown])
+        self._by_slot.prompt[event.slot] = event.prompt_tokens
+        self._hits = [hit._replace(request=grown) if hit.request is known else hit for hit in self._hits]
+        return grown
+
     def _close(self, event: Closed, settled: _Settled) -> RequestClosed:
+        if event.prompt_tokens >= 0 and event.prompt_tokens != self._open[event.slot].prompt_tokens:
+            self._grow(Grown(event.slot, event.prompt_tokens))
         request = self._open[event.slot]
         for hit in [hit for hit in self._hits if hit.request is request]:
             self._hits.remove(hit)
             settled.add(*self._inheritance.of(hit))
         settled.add(self._missing(request, event))
-        closed = self._closed(request, event)
         del self._open[event.slot], self._lines[event.slot]
         self._by_slot.handle[event.slot] = -1
-        return closed
+        return _closed(request, event, self._total(request, event))
 
     def _ends(self, events: Sequence[Event]) -> I64:
         """By slot: the first position past what a request that ended has computed, NO_BOUND for the others."""
@@ -258,6 +270,8 @@ class Ledger:
             if isinstance(event, Closed) and event.slot in self._open:
                 # Overwrites: the first closing of a slot is that of the request in the steps that wait.
                 end[event.slot] = self._end(event)
+            elif isinstance(event, TurnEnded) and event.slot in self._open:
+                end[event.slot] = event.end
         return end
 
     def _decide(self, raw: RawStep | None, end: I64) -> _Settled:
@@ -343,7 +357,8 @@ class Ledger:
         request = self._open.get(closing.slot)
         if request is None or closing.output_tokens < 0:
             return int(NO_BOUND)
-        return request.prompt_tokens + max(0, closing.output_tokens - 1)
+        prompt_tokens = closing.prompt_tokens if closing.prompt_tokens >= 0 else request.prompt_tokens
+        return prompt_tokens + max(0, closing.output_tokens - 1)
 
     def _total(self, request: Opened, closing: Closed) -> int:
         """Positions that the request's segments must cover."""
@@ -360,23 +375,30 @@ class Ledger:
         reached, stop = int(self._by_slot.next[closing.slot]), self._total(request, closing)
         return span(request.handle, reached, stop, request.prompt_tokens, reason)
 
-    def _closed(self, request: Opened, closing: Closed) -> RequestClosed:
-        total = self._total(request, closing)
-        return RequestClosed(
-            handle=request.handle,
-            request_id=request.request_id,
-            prompt_tokens=request.prompt_tokens,
-            output_tokens=closing.output_tokens
-            if closing.output_tokens >= 0
-            else max(0, total + 1 - request.prompt_tokens),
-            total_tokens=total,
-            outcome=Outcome.ABORTED if closing.aborted else Outcome.FINISHED,
-        )
+
+def _closed(request: Opened, closing: Closed, total: int) -> RequestClosed:
+    """Args: total: positions that the request's segments cover."""
+    output_tokens = closing.output_tokens if closing.output_tokens >= 0 else max(0, total + 1 - request.prompt_tokens)
+    return RequestClosed(
+        handle=request.handle,
+        request_id=request.request_id,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=output_tokens,
+        total_tokens=total,
+        outcome=Outcome.ABORTED if closing.aborted else Outcome.FINISHED,
+        response_id=request.response_id,
+    )
+
+
+def _told(event: Opened) -> RequestOpened:
+    names = event.adapter, event.traceparent, event.response_id
+    return RequestOpened(event.handle, event.request_id, event.prompt_tokens, *names)
 
 
 def _cut(event: Opened) -> Opened:
-    """With so little text that any number of requests fits into a checkpoint."""
-    return dataclasses.replace(event, request_id=event.request_id[-_BRIEF_CHARACTERS:], adapter="", traceparent="")
+    """With so little text that any number of requests fits into a checkpoint, and ids that are told apart as before."""
+    request_id, response_id = briefly(event.request_id), briefly(event.response_id)
+    return dataclasses.replace(event, request_id=request_id, response_id=response_id, adapter="", traceparent="")
 
 
 def _padded(values: Array, rows: int) -> Array:

@@ -23,7 +23,9 @@ class Opened:
     adapter: str
     traceparent: str
     untraced: int = 0
-    """Requests before it whose trace context could not be carried, since this was last said."""
+    """Requests before it whose trace context and response id could not be carried, since this was last said."""
+    response_id: str = ""
+    """What the client was answered with; see client_ids."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,25 @@ class Closed:
     aborted: bool
     reached: int = 0
     """The first position past those that steps computed which found no slot in the ring; 0 where there were none."""
+    prompt_tokens: int = -1
+    """As the engine has them at the end: a session's grow. -1 where it did not say."""
+
+
+@dataclass(frozen=True)
+class TurnEnded:
+    """A session that takes more input ended its output. It stays open; what it computed past here is no token of it."""
+
+    slot: int
+    end: int
+    """The first position past what counts: it goes on there."""
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A session was given more input: what it computes from here on is prompt up to the new length."""
+
+    slot: int
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -61,8 +82,15 @@ class Unannounced:
     """As in Opened."""
 
 
-Event = Opened | Closed | Blocks | Unannounced
-_TAGS: Final[dict[type[Event], str]] = {Opened: "o", Closed: "c", Blocks: "b", Unannounced: "u"}
+Event = Opened | Closed | TurnEnded | Grown | Blocks | Unannounced
+_TAGS: Final[dict[type[Event], str]] = {
+    Opened: "o",
+    Closed: "c",
+    TurnEnded: "t",
+    Grown: "g",
+    Blocks: "b",
+    Unannounced: "u",
+}
 
 
 def encode_events(events: Sequence[Event]) -> bytes:
@@ -89,6 +117,7 @@ def positions_computed(prompt_tokens: int, closed: Closed, reached: int) -> int:
     """Positions of a request that ended: as many as its tokens but the last, which nothing was computed from; where
     the engine did not say how many it had, or it had none yet, those that are known to be `reached`.
     """
+    prompt_tokens = prompt_tokens if closed.prompt_tokens < 0 else closed.prompt_tokens
     if closed.output_tokens > 0:
         return prompt_tokens + closed.output_tokens - 1
     reached = max(reached, closed.reached)

@@ -48,12 +48,14 @@ class RequestOpened:
 
     handle: int
     request_id: str
-    """The engine's own id; names.response_id() gives the id that the client saw."""
+    """The engine's own id."""
     prompt_tokens: int
     adapter: str = ""
     """LoRA adapter name, empty for the base model."""
     traceparent: str = ""
     """W3C trace context of the client's request, empty where it sent none."""
+    response_id: str = ""
+    """The id that the client was answered with, see client_ids; empty where no server told."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class RequestClosed:
     total_tokens: int
     """prompt_tokens + output_tokens - 1 for a finished request; where the engine stopped for an aborted one."""
     outcome: Outcome
+    response_id: str = ""
 
 
 @dataclass(frozen=True)

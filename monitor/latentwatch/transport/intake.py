@@ -115,7 +115,11 @@ class Intake:
         """Whether the spool took a batch."""
         if self._spool is None or self.closing or not message:
             return False
-        return self._spool.append(sequence, tokens_of(batch), message)
+        if not self._spool.append(sequence, tokens_of(batch), message):
+            return False
+        with self._lock:
+            self._buffer.record_sent(batch)
+        return True
 
     def _to_memory(self, sequence: int, batch: StepBatch, message: bytes) -> None:
         with self._lock:

@@ -148,7 +148,7 @@ class SendBuffer:
         self._queue_bytes = 0
         self._in_flight_bytes = 0
         self._untold: set[int] = set()
-        """Handles of requests whose beginning was dropped, and that have not ended since."""
+        """Handles of requests whose beginning was dropped, and of which no collector will hear anything else so far."""
         self._owed: list[RequestClosed] = []
         """Ends that were dropped, of requests whose beginning was not."""
 
@@ -198,6 +198,11 @@ class SendBuffer:
         owed, self._owed = self._owed, []
         return replace(batch, closed=(*owed, *batch.closed))
 
+    def record_sent(self, batch: StepBatch) -> None:
+        """Collectors will hear of these requests, whatever was dropped of them."""
+        if self._untold:
+            self._untold.difference_update(batch.segments_S["handle"].tolist(), (end.handle for end in batch.closed))
+
     def send_next(self, ahead: Spooled | None) -> Outgoing | None:
         """Move the batch of the lowest number in flight; None where none waits, or enough is in flight.
 
@@ -215,6 +220,8 @@ class SendBuffer:
         else:
             pending = self._pop_waiting()
             outgoing = Outgoing(pending.sequence, pending.content, spooled=False)
+            if self._untold:
+                self.record_sent(_batch(pending.content))
         self._in_flight.append(pending)
         self._in_flight_bytes += pending.nbytes
         self.books.resent_batches += pending.sequence <= self._highest_sent

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from latentwatch import __version__
-from latentwatch.names import response_id
+from latentwatch.step.batch import RequestOpened
 from latentwatch.watchlist import file as watchlist_file
 
 from tests.bench.accounting import checks, models
@@ -181,7 +181,7 @@ def _accounts(
     requests: list[Request], on: Any, sink: RecordingSink, watchlist: watchlist_file.Watchlist
 ) -> dict[str, list[Account]]:
     """By label: every request of the run with what the collector was told of it."""
-    scores = {_index(name): told for name, told in sink.requests(watchlist).items()}
+    scores = {_index(told.opened): told for told in sink.requests(watchlist).values()}
     made: dict[str, list[Account]] = defaultdict(list)
     for i, (request, ran) in enumerate(zip(requests, on["requests"], strict=True)):
         computed = ran.get("computed") if ran["aborted"] else len(request.prompt) + max(0, len(ran["outputs"]) - 1)
@@ -189,9 +189,9 @@ def _accounts(
     return made
 
 
-def _index(request_id: str) -> int:
-    """Ours, from the engine's id of a request: the script names it so, and a client in X-Request-Id."""
-    return int(response_id(request_id).removeprefix("cmpl-").partition("-")[0])
+def _index(opened: RequestOpened) -> int:
+    """Ours, from what a request is called: the script names it so, and a client in X-Request-Id."""
+    return int((opened.response_id or opened.request_id).removeprefix("cmpl-").partition("-")[0])
 
 
 def _check_occurred(engine: Engine, on: Any, sink: RecordingSink, accounts: list[Account]) -> None:
@@ -208,7 +208,7 @@ def _check_occurred(engine: Engine, on: Any, sink: RecordingSink, accounts: list
     )
     if engine.served:
         for i, (account, answer) in enumerate(zip(accounts, on["requests"], strict=True)):
-            assert response_id(account.scores.opened.request_id) == answer["response_id"], f"request {i}"
+            assert account.scores.opened.response_id == answer["response_id"], f"request {i}"
             assert account.scores.opened.traceparent == server.traceparent(i), f"request {i}"
         first = [account.scores.closed for account in accounts if account.request.wave == 0]
         told, counted = sum(closed.total_tokens + 1 for closed in first if closed), sum(metrics.values())

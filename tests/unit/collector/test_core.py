@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.client_ids import bounded_id
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.http.overview import overview
@@ -15,7 +16,7 @@ from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.snapshot import RequestView
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.names import Outcome, Phase, Reason, Severity, TokenState
-from latentwatch.step.batch import EngineCounters, StepBatch
+from latentwatch.step.batch import SEGMENT_DTYPE, UNANNOUNCED, EngineCounters, StepBatch
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.watchlist.file import Limit
@@ -428,13 +429,14 @@ def test_the_exemplar_is_the_latest_exceedance_with_its_trace():
     )
 
 
-def test_client_text_is_cut_to_a_bound_and_still_found():
+def test_an_id_of_any_length_is_kept_as_its_digest_and_found_by_itself():
     made, who = connected()
     request = one_loud_request([0, 5])
     request.request_id = "x" * 5000
     feed(made, who, Schedule.one_step([request]).batches(FEATURES))
     (view,) = views_of(made, request.request_id)
-    assert len(view.request_id) == 256
+    assert view.request_id == bounded_id(request.request_id) and len(view.request_id) < 80
+    assert not views_of(made, request.request_id + "y") and views_of(made, view.request_id) == [view]
 
 
 # -- statistics
@@ -513,3 +515,18 @@ def test_whether_it_serves_the_watchlists_model_is_a_metric_and_a_line_on_the_pa
     page = overview(made.lookup, 1001.0, most_features=1)
     assert (page.engines[0].model_match, page.engines[0].model_text) == (label, "the values of x are others")
     assert ("another model" in page.seen.headline) == (label == "differs")
+
+
+def test_tokens_of_requests_that_nobody_announced_are_in_their_state_and_make_no_request():
+    made, who = connected()
+    lost = np.array(
+        [
+            (UNANNOUNCED, 0, 700, TokenState.DROPPED, Reason.RING_FULL, Phase.PROMPT),
+            (UNANNOUNCED, 0, 300, TokenState.DROPPED, Reason.RING_FULL, Phase.OUTPUT),
+        ],
+        SEGMENT_DTYPE,
+    )
+    feed(made, who, [StepBatch(step=1, time_unix_nano=1, segments_S=lost)])
+    (engine,) = made.lookup.snapshot(0).engines
+    assert engine.tokens[TokenState.DROPPED, Reason.RING_FULL].tolist()[Phase.PROMPT :] == [700, 300]
+    assert made.lookup.snapshot(0).collector.open_requests == 0

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from latentwatch import secrets
+from latentwatch.client_ids import IdKind
 from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.evidence import EvidenceSettings
@@ -139,10 +140,17 @@ def test_a_canary_run_keeps_the_id_by_which_it_is_known():
     canary = b"0123456789abcdef"
     pseudonyms = Pseudonyms(KEY.encode(), lambda id: canary_prompt(canary, id) is not None)
     ours = f"cmpl-{canary_id(canary, 3, '0' * 16)}-0-0123abcd"
-    assert pseudonyms.of(ours) == ours and ours in pseudonyms.candidates(ours)
+    assert pseudonyms.of(ours, "") == (ours, "") and ours in pseudonyms.meanings(ours)[IdKind.REQUEST]
     forged = ours.replace("lwcanary-3", "lwcanary-4")
-    assert pseudonyms.of(forged) != forged
-    assert pseudonyms.of("") == ""
+    assert pseudonyms.of(forged, "")[0] != forged
+    assert pseudonyms.of("", "") == ("", "")
+
+
+def test_a_client_cannot_be_kept_under_the_hash_of_another():
+    pseudonyms = Pseudonyms(KEY.encode(), lambda id: False)
+    hash, _ = pseudonyms.of("chatcmpl-theirs", "")
+    assert pseudonyms.of(hash, "") != (hash, "")  # an engine's client calls its request so
+    assert pseudonyms.of(hash, "", forwarded=True) == (hash, "")
 
 
 def test_a_route_cannot_be_read_from_a_hash(tmp_path):

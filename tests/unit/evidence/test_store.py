@@ -116,11 +116,13 @@ def test_queries_filter_by_feature_severity_model_and_time(tmp_path):
 def test_a_request_is_found_by_engine_id_response_id_and_trace_id(tmp_path):
     request = one_request(1)[0].request
     traceparent = f"00-{'ab' * 16}-{'cd' * 8}-01"
-    traced = request._replace(info=replace(request.info, request_id="chatcmpl-abc-0123abcd", traceparent=traceparent))
+    ids = {"request_id": "chatcmpl-abc-0123abcd", "response_id": "chatcmpl-abc"}
+    traced = request._replace(info=replace(request.info, **ids, traceparent=traceparent))
     with store(tmp_path) as written:
         written.write([record._replace(request=traced) for record in one_request(1)], NOW)
     archive = Archive(tmp_path)
-    assert [archive.find(name)[0].key for name in ("chatcmpl-abc-0123abcd", "chatcmpl-abc", "ab" * 16)] == [1, 1, 1]
+    for name in ("chatcmpl-abc-0123abcd", "chatcmpl-abc", "ab" * 16, "abc"):
+        assert [found.key for found in archive.find(name)] == [1]
     assert archive.find("") == archive.find("chatcmpl") == []
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentwatch.exporter.ledger import Ledger
 from latentwatch.exporter.ledger_state import LedgerState
-from latentwatch.handover.events import Closed, Event, Opened, decode_events, encode_events
+from latentwatch.handover.events import Closed, Event, Grown, Opened, TurnEnded, decode_events, encode_events
 from latentwatch.handover.ring import REQUEST_DTYPE, RawStep
 from latentwatch.names import Outcome, Phase, Reason, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, EngineCounters, RequestClosed, StepBatch, owns_rows
@@ -356,3 +356,36 @@ def test_a_ledger_that_takes_over_after_any_step_says_what_the_first_one_would_h
         books.take(ledger.finish())
         assert books.tokens == whole.tokens and books.closed == whole.closed
         assert {k: v for k, v in books.score.items() if v == v} == {k: v for k, v in whole.score.items() if v == v}
+
+
+def phases(books: Books, handle: int) -> dict[Phase, int]:
+    return {phase: sum(n for (h, _, _, of), n in books.tokens.items() if (h, of) == (handle, phase)) for phase in Phase}
+
+
+def test_a_session_is_prompt_and_output_by_turns_and_the_row_past_an_output_is_no_token():
+    """Three inputs of 5, 4 and 3 tokens; outputs of 3, 1 and 2, of which the last token is dropped each time."""
+    books = run(
+        raw([(0, 0, 5)], [opened(0, 1, 5)], number=1),
+        raw([(0, 5, 1)], number=2),
+        raw([(0, 6, 1)], number=3),
+        raw([(0, 7, 1)], number=4),  # computed past the end, before the engine knew of it
+        raw([], [TurnEnded(0, 7)], number=5),
+        raw([(0, 7, 4)], [Grown(0, 11)], number=6),
+        raw([(0, 11, 3)], [TurnEnded(0, 11), Grown(0, 14)], number=7),
+        raw([(0, 14, 1)], number=8),
+        raw([], [Closed(0, 2, False, 0, 14)], number=9),
+    )
+    closed = books.closed[1]
+    assert (closed.prompt_tokens, closed.output_tokens, closed.total_tokens) == (14, 2, 15)
+    assert books.total(1) == 15 and phases(books, 1) == {Phase.PROMPT: 12, Phase.OUTPUT: 3}
+    assert sorted(position for _, position in books.score) == list(range(15))
+
+
+def test_a_session_whose_last_input_was_never_computed_ends_where_the_engine_stopped():
+    books = run(
+        raw([(0, 0, 5)], [opened(0, 1, 5)], number=1),
+        raw([(0, 5, 1)], number=2),
+        raw([], [TurnEnded(0, 6), Closed(0, 0, True, 6, 10)], number=3),
+    )
+    assert books.closed[1].total_tokens == books.total(1) == 6
+    assert books.closed[1].prompt_tokens == 10

@@ -15,8 +15,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from latentwatch.errors import StreamRefused
-from latentwatch.names import Phase, Reason, TokenState
-from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, RequestOpened, StepBatch
+from latentwatch.names import Outcome, Phase, Reason, TokenState
+from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch
 from latentwatch.transport import codec
 from latentwatch.transport.send_buffer import BOOKS, Drop, SendBuffer, tokens_of
 from latentwatch.transport.shed_priority import ShedPriority
@@ -338,3 +338,31 @@ def test_the_lower_number_leaves_first_wherever_it_lies(spooled):
     buffer.add(5, batch(5))
     outgoing = buffer.send_next(Spooled(spooled, 3, b"message"))
     assert outgoing is not None and outgoing.spooled == (spooled == 4)
+
+
+def test_of_books_for_which_there_is_no_room_the_ends_are_told_and_requests_that_nobody_saw_are_counted():
+    """Request 1 began before, and ends in what is dropped; each other one begins and ends there."""
+    buffer, collector = SendBuffer(3_000), Collector()
+    opened = [RequestOpened(n, f"r{n}", 4) for n in range(1, 400)]
+    buffer.add(1, replace(one_step(1, 0, 0, 0, True), opened=(opened[0],)))
+    outgoing = buffer.send_next(None)
+    assert outgoing is not None
+    collector.receive(outgoing.message())
+    buffer.acknowledge(1)
+    told: list[RequestClosed] = []
+    for n in range(2, 300):
+        ends = [RequestClosed(n, f"r{n}", 4, 1, 4, Outcome.FINISHED)]
+        ends += [RequestClosed(1, "r1", 4, 9, 12, Outcome.FINISHED)] if n == 5 else []
+        # A gap between two numbers: books that do not follow on each other are not joined.
+        batch_n = replace(one_step(n, 0, 0, 0, True), opened=(opened[n - 1],), closed=tuple(ends))
+        buffer.add(2 * n, buffer.with_owed(batch_n))
+    for heartbeat in (700, 701):
+        buffer.add(heartbeat, buffer.with_owed(StepBatch(step=1, time_unix_nano=1)))
+        while (outgoing := buffer.send_next(None)) is not None:
+            received = codec.decode_request(outgoing.message())
+            assert isinstance(received, ReceivedBatch)
+            told += received.batch.closed
+            buffer.acknowledge(outgoing.sequence)
+    assert [closed.handle for closed in told].count(1) == 1
+    dropped = buffer.books.dropped_requests
+    assert dropped > 100 and len(told) == 299 - dropped

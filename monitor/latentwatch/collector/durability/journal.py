@@ -34,13 +34,14 @@ import json
 import logging
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from latentwatch import storage
+from latentwatch.client_ids import IdKind
 from latentwatch.collector.core import Core
 from latentwatch.collector.core_state import CoreState
 from latentwatch.collector.durability import checkpoint, events, schema
@@ -241,7 +242,7 @@ class DurableSink:
             except OSError as error:
                 self._fail(error)
 
-    async def forget(self, name: str, now: float) -> bool:
+    async def forget(self, meant: Mapping[IdKind, Sequence[str]], now: float) -> bool:
         """See Core.forget; and have the files say nothing of it any more. Returns whether they do.
 
         A new checkpoint takes the place of the files that tell of it. Killed before that, it is all there again. Files
@@ -249,7 +250,7 @@ class DurableSink:
         """
         while self._writing:
             await asyncio.sleep(_WAIT_SECONDS)
-        self._core.forget(name)
+        self._core.forget(meant)
         return await self._checkpoint(now) and not self._folder.aside()
 
     def close(self, now: float) -> None:

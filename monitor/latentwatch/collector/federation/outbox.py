@@ -157,7 +157,7 @@ class ReportOutbox(StepListener):
         for i, (number, report) in enumerate(self.reports):
             if any(is_gone(row.info.request_id) for row in report.requests):
                 rows_without = tuple(
-                    replace(row, info=replace(row.info, request_id="", traceparent=""))
+                    replace(row, info=replace(row.info, request_id="", response_id="", traceparent=""))
                     if is_gone(row.info.request_id)
                     else row
                     for row in report.requests

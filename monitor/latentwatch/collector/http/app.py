@@ -22,6 +22,7 @@ from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentwatch import __version__
+from latentwatch.client_ids import MAX_ASKED_CHARACTERS, MAX_ID_CHARACTERS
 from latentwatch.collector.evidence import Evidence, Forget
 from latentwatch.collector.http.auth import Access, challenge
 from latentwatch.collector.http.bodies import MAX_BODY_BYTES, Bodies
@@ -33,7 +34,6 @@ from latentwatch.collector.http.overview import Overview, overview
 from latentwatch.collector.http.responses import as_json, encoded
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.metrics_families import Families, ProcessFacts
-from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.collector.snapshot import Anomaly, RequestView
 from latentwatch.drift.model import Alarm, DriftView
 from latentwatch.export.prometheus import negotiate
@@ -269,8 +269,9 @@ def _add_api(app: FastAPI, lookup: Lookup, clock: Callable[[], float]) -> None:
         responses={404: {"description": "no such request is held"}},
         tags=["api"],
     )
-    async def get_request(request_id: Annotated[str, Path(max_length=4 * MAX_ID_CHARACTERS)]) -> Response:
-        """The requests with this engine request id, or with this id of an OpenAI-compatible response."""
+    async def get_request(request_id: Annotated[str, Path(max_length=MAX_ASKED_CHARACTERS)]) -> Response:
+        """The requests whose response id, engine request id or trace id this is, or whose client sent it as
+        X-Request-Id; exactly."""
         found = lookup.find(request_id)
         if not found:
             raise HTTPException(

@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import dataclasses
 import sqlite3
+from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response, Security
 from fastapi.responses import JSONResponse
 
+from latentwatch.client_ids import MAX_ASKED_CHARACTERS, MAX_ID_CHARACTERS, IdKind, common_kind
 from latentwatch.collector.evidence import Evidence, Forget
 from latentwatch.collector.http.auth import BEARER, ERASE, EVIDENCE
 from latentwatch.collector.http.bodies import BODY_ANSWERS, Bodies, json_body
 from latentwatch.collector.http.responses import as_json
 from latentwatch.collector.lookup import Lookup
-from latentwatch.collector.requests import MAX_ID_CHARACTERS
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence.archive import StoredRequest, Wanted
 from latentwatch.evidence.encryption import MAX_TOKENS, Content, Vault
+from latentwatch.evidence.segment import Match
 from latentwatch.facts import ShownExceedance
 from latentwatch.names import Severity
 
@@ -28,6 +30,10 @@ _CLOSED: Final = (
     "This collector is open to the network and asks readers for no token, so evidence is told to nobody. Start it with "
     "--http-token-file FILE, or with --evidence-readers everyone."
 )
+_AMBIGUOUS: Final = (
+    "Different requests have this id, as different kinds of id; nothing was deleted. Say by= which kind is meant."
+)
+_LISTED: Final = 10
 _NOT_KEPT: Final = "It exceeded no limit, is too old, or was seen by another collector."
 _Answers = dict[int | str, dict[str, Any]]
 _READ: Final[_Answers] = {
@@ -37,10 +43,16 @@ _READ: Final[_Answers] = {
 }
 _TRUST: Final[_Answers] = _READ | {
     401: {"description": "the token is missing or wrong"},
-    409: {"description": "the request still runs, several have this id, or what is kept cannot be opened"},
+    409: {"description": "the request still runs, others have this id too, or what is kept cannot be opened"},
 }
 
-Id = Annotated[str, Path(max_length=4 * MAX_ID_CHARACTERS, description="engine request id, response id or trace id")]
+Id = Annotated[
+    str,
+    Path(
+        max_length=MAX_ASKED_CHARACTERS,
+        description="response id, engine request id, trace id, or the X-Request-Id that the client sent; exactly",
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +70,22 @@ class EvidenceRequests:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvidenceErased:
-    """What was deleted."""
+class ErasedRequest:
+    """One of the requests that are deleted."""
 
+    request_id: str
+    response_id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceErased:
+    """What was deleted, or would be."""
+
+    by: IdKind
+    """As what the id was compared."""
+    deleted: list[ErasedRequest]
+    """Which requests; those in memory only are not among them."""
+    dry_run: bool
     requests: int
     rows: int
     clean: bool
@@ -160,20 +185,41 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
         responses=_TRUST,
         tags=["evidence"],
     )
-    async def delete_request(request: Request, evidence: Trusted, request_id: Id) -> Response:
+    async def delete_request(
+        request: Request,
+        evidence: Trusted,
+        request_id: Id,
+        by: Annotated[
+            IdKind | None, Query(description="what the id is; needed where it is several requests' own")
+        ] = None,
+        dry_run: Annotated[bool, Query(description="only say what would be deleted")] = False,
+    ) -> Response:
         """Delete everything about these requests, and leave no trace in the files, in --state or in memory.
 
-        Counts stay, and that some request went above a limit.
+        Only requests whose id this is exactly. Where it is the response id of one and, say, the engine's id of another,
+        nothing is deleted until `by` says which is meant. Counts stay, and that some request went above a limit.
         """
-        views = map(lookup.request, lookup.find(request_id))
+        found = await evidence.matches(request_id)
+        held = {kind: lookup.find(request_id, kind) for kind in IdKind}
+        serials = {serial for of_kind in held.values() for serial in of_kind}
+        in_memory = [{kind for kind, of_kind in held.items() if serial in of_kind} for serial in serials]
+        kinds = [*(match.kinds for match in found), *in_memory]
+        kind = common_kind(kinds if by is None else [], by)
+        if kind is None:
+            raise HTTPException(409, f"{_AMBIGUOUS} {_listed(found)}")
+        views = map(lookup.request, held[kind])
         if any(view.outcome == "open" for view in views if view):
             raise HTTPException(409, "The request still runs and more of it would be written. Ask again once it ended.")
-        erased = await evidence.erase(request_id, _actor(request), forget)
+        if dry_run:
+            meant = [match for match in found if kind in match.kinds]
+            return as_json(EvidenceErased(kind, _named(meant), True, len(meant), 0, True))
+        erased, gone = await evidence.erase(request_id, kind, _actor(request), forget)
         if not erased.requests:
             beyond = f" {len(erased.damaged)} damaged files may hold it: {', '.join(erased.damaged)}."
             said = f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}"
             raise HTTPException(404, said + (beyond if erased.damaged else ""))
-        return as_json(EvidenceErased(erased.requests, erased.rows, erased.clean, erased.damaged))
+        counts = erased.requests, erased.rows, erased.clean, erased.damaged
+        return as_json(EvidenceErased(kind, _named(gone), False, *counts))
 
     @app.put(
         "/v1/evidence/content/{request_id:path}",
@@ -209,6 +255,14 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
         if content is None:
             raise HTTPException(404, f"nothing that was said in request {request_id[:MAX_ID_CHARACTERS]!r} is kept.")
         return as_json(ContentOut(content.tokens, content.token_ids))
+
+
+def _listed(matches: Sequence[Match]) -> str:
+    return ", ".join(f"{match.request_id} by {'/'.join(sorted(match.kinds))}" for match in matches[:_LISTED])
+
+
+def _named(matches: Sequence[Match]) -> list[ErasedRequest]:
+    return [ErasedRequest(match.request_id, match.response_id) for match in matches]
 
 
 def _actor(request: Request) -> str:

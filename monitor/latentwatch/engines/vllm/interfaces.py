@@ -20,6 +20,7 @@ class NewRequest(Protocol):
 
     req_id: str
     prompt_token_ids: Sequence[int] | None
+    """None where the prompt is given as embeddings; see step_tap.prompt_tokens_of."""
     num_computed_tokens: int
     block_ids: Sequence[Sequence[int]]
     """Per KV cache group."""
@@ -178,3 +179,5 @@ class Request(Protocol):
     request_id: str
     status: object
     num_output_tokens: int
+    num_prompt_tokens: int
+    num_computed_tokens: int

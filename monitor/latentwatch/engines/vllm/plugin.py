@@ -55,9 +55,13 @@ def _install(chosen: PluginSettings) -> None:
     _salt_compile_cache(VllmConfig, chosen)
     if not multiprocessing.current_process().name.startswith(_ENGINE_PROCESSES):
         # Requests come in here. The module costs an engine process half a second of its start, for nothing.
+        from starlette.applications import Starlette
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from latentwatch.engines.vllm import response_ids
+
         trace_context.install(AsyncLLM)
+        response_ids.install(Starlette)
 
 
 def _attach_to_workers(worker_class: Any, chosen: PluginSettings) -> None:

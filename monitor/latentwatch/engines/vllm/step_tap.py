@@ -5,6 +5,7 @@ The target is 50 microseconds at 256 requests, so the work is array copies and o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latentwatch.arrays import Array
+from latentwatch.client_ids import bounded_id, carried
 from latentwatch.engines.vllm import request_ends, row_map, trace_context
 from latentwatch.engines.vllm.arming import ArmedHook
 from latentwatch.engines.vllm.interfaces import ModelRunner, NewRequest, SchedulerOutput
@@ -30,7 +32,9 @@ from latentwatch.handover.events import (
     Blocks,
     Closed,
     Event,
+    Grown,
     Opened,
+    TurnEnded,
     Unannounced,
     encode_events,
     positions_computed,
@@ -44,8 +48,6 @@ _BLOCKS_PER_EVENT = 2048
 MAX_OWED = 4096
 """Events that wait while the ring is full. Beyond them requests that began and ended meanwhile are folded into sums:
 those that live, or that the exporter knows, are few; these may be any number."""
-_ID_HEAD, _ID_TAIL = 200, 56
-"""Characters of a long request id that are kept. It holds the client's X-Request-Id, which may be as long as a slot."""
 
 
 class _Queued(NamedTuple):
@@ -70,20 +72,32 @@ class Requests:
         self._handles = 0
         self._reached = np.zeros(256, np.int64)
         """By slot: the first position past what its request has computed."""
+        self._prompt: dict[int, int] = {}
+        """By slot: the prompt tokens that were announced."""
 
     def update(self, scheduler_output: SchedulerOutput) -> list[Event]:
         """Take the openings and closings that the scheduler announces with a step; closings come first."""
         events: list[Event] = []
         if scheduler_output.finished_req_ids:
-            for request_id, (output_tokens, aborted) in request_ends.ended_requests(scheduler_output).items():
+            for request_id, end in request_ends.ended_requests(scheduler_output).items():
                 slot = self.slot_of.pop(request_id, None)
                 if slot is not None:
                     self._blocks.pop(request_id, None)
                     self._free.append(slot)
                     # The number of tokens says how many positions there were; without one, only the steps do.
-                    reached = int(self._reached[slot]) if output_tokens <= 0 else 0
-                    events.append(Closed(slot, output_tokens, aborted, reached))
-        events.extend(self._open(new) for new in scheduler_output.scheduled_new_reqs if new.req_id not in self.slot_of)
+                    reached = int(self._reached[slot]) if end.output_tokens <= 0 else 0
+                    events.append(Closed(slot, end.output_tokens, end.aborted, reached, end.prompt_tokens))
+        for request_id, stop in request_ends.ended_outputs(scheduler_output).items():
+            if (slot := self.slot_of.get(request_id)) is not None:
+                self._reached[slot] = min(stop, self._reached[slot])
+                events.append(TurnEnded(slot, stop))
+        for new in scheduler_output.scheduled_new_reqs:
+            if (slot := self.slot_of.get(new.req_id)) is None:
+                events.append(self._open(new))
+            elif self._prompt[slot] != (grown := prompt_tokens_of(new)):
+                # A session went on with more input. One that was preempted is told as new too, on one of the runners.
+                self._prompt[slot] = grown
+                events.append(Grown(slot, grown))
         if self._cache is not None:
             events += _in_lines(self._given(scheduler_output, self._cache))
         return events
@@ -121,29 +135,37 @@ class Requests:
     def _open(self, new: NewRequest) -> Opened:
         slot = self._free.pop() if self._free else len(self.slot_of)
         self._handles += 1
+        told = trace_context.told_of(new)
         # The worker's runner re-adds a preempted request as new, with its output in the prefill; it has a slot then.
         opened = Opened(
             slot=slot,
             handle=self._handles,
-            request_id=_bounded(new.req_id),
-            prompt_tokens=len(new.prompt_token_ids or ()),
+            request_id=bounded_id(new.req_id),
+            prompt_tokens=prompt_tokens_of(new),
             cached=int(new.num_computed_tokens),
-            adapter=getattr(new.lora_request, "lora_name", None) or "",
-            traceparent=trace_context.traceparent_of(new),
-            untraced=trace_context.untraced_before(new),
+            adapter=carried(str(getattr(new.lora_request, "lora_name", None) or "")),
+            traceparent=told.traceparent,
+            untraced=told.untraced,
+            response_id=told.response_id,
         )
         self.slot_of[new.req_id] = slot
+        self._prompt[slot] = opened.prompt_tokens
         if slot >= len(self._reached):
             self._reached = np.concatenate([self._reached, np.zeros_like(self._reached)])
         self._reached[slot] = opened.cached
         return opened
 
 
-def _bounded(request_id: str) -> str:
-    """Its end is vLLM's, and tells two requests of one long name apart."""
-    if len(request_id) <= _ID_HEAD + _ID_TAIL:
-        return request_id
-    return f"{request_id[:_ID_HEAD]}...{request_id[-_ID_TAIL:]}"
+def prompt_tokens_of(new: NewRequest) -> int:
+    """Positions of a prompt, given as tokens or as embeddings; of a session all that it was given or said before."""
+    told: int | None = getattr(new, "prompt_len", None)
+    if told is not None:
+        return told
+    # vLLM before NewRequestData.prompt_len.
+    if new.prompt_token_ids is not None:
+        return len(new.prompt_token_ids)
+    embeds = getattr(new, "prompt_embeds", None)
+    return 0 if embeds is None else int(embeds.shape[0])
 
 
 def _in_lines(given: list[list[int]]) -> list[Event]:
@@ -165,19 +187,29 @@ def _in_lines(given: list[list[int]]) -> list[Event]:
 
 def _folded(owed: Sequence[Event]) -> list[Event]:
     """The same books in few events: requests that began and ended in them become sums, KV blocks are left out."""
-    closed: list[Event] = []
+    told: list[Event] = []
     begun: dict[int, Opened] = {}
+    turns: dict[int, TurnEnded] = {}
+    grown: dict[int, Grown] = {}
     sums = Unannounced(0, 0, 0)
     for event in owed:
         if isinstance(event, Opened):
             begun[event.slot] = event
+        elif isinstance(event, Unannounced):
+            sums = Unannounced(*(a + b for a, b in zip(astuple(sums), astuple(event), strict=True)))
         elif isinstance(event, Closed) and event.slot in begun:
             sums = _with(sums, begun.pop(event.slot), event)
         elif isinstance(event, Closed):
-            closed.append(event)
-        elif isinstance(event, Unannounced):
-            sums = Unannounced(*(a + b for a, b in zip(astuple(sums), astuple(event), strict=True)))
-    return [*closed, sums, *begun.values()]
+            # Of a session's turns the first says which of the rows that the exporter has are true.
+            told += [of.pop(event.slot) for of in (turns, grown) if event.slot in of]
+            told.append(event)
+        elif isinstance(event, Grown) and event.slot in begun:
+            begun[event.slot] = dataclasses.replace(begun[event.slot], prompt_tokens=event.prompt_tokens)
+        elif isinstance(event, Grown):
+            grown[event.slot] = event
+        elif isinstance(event, TurnEnded) and event.slot not in begun:
+            turns.setdefault(event.slot, event)
+    return [*told, *turns.values(), *grown.values(), sums, *begun.values()]
 
 
 def _with(sums: Unannounced, opened: Opened, closed: Closed) -> Unannounced:

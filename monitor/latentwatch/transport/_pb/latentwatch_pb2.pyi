@@ -117,34 +117,38 @@ class StepBatch(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., step: _Optional[int] = ..., time_unix_nano: _Optional[int] = ..., segments: _Optional[bytes] = ..., fires: _Optional[bytes] = ..., dense: _Optional[bytes] = ..., norm: _Optional[bytes] = ..., dense_features: _Optional[int] = ..., hook_points: _Optional[int] = ..., opened: _Optional[_Iterable[_Union[RequestOpened, _Mapping]]] = ..., closed: _Optional[_Iterable[_Union[RequestClosed, _Mapping]]] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ...) -> None: ...
 
 class RequestOpened(_message.Message):
-    __slots__ = ("handle", "request_id", "prompt_tokens", "adapter", "traceparent")
+    __slots__ = ("handle", "request_id", "prompt_tokens", "adapter", "traceparent", "response_id")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_ID_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     prompt_tokens: int
     adapter: str
     traceparent: str
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., adapter: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    response_id: str
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., adapter: _Optional[str] = ..., traceparent: _Optional[str] = ..., response_id: _Optional[str] = ...) -> None: ...
 
 class RequestClosed(_message.Message):
-    __slots__ = ("handle", "request_id", "prompt_tokens", "output_tokens", "total_tokens", "outcome")
+    __slots__ = ("handle", "request_id", "prompt_tokens", "output_tokens", "total_tokens", "outcome", "response_id")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_ID_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     prompt_tokens: int
     output_tokens: int
     total_tokens: int
     outcome: int
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., outcome: _Optional[int] = ...) -> None: ...
+    response_id: str
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., outcome: _Optional[int] = ..., response_id: _Optional[str] = ...) -> None: ...
 
 class EngineCounters(_message.Message):
     __slots__ = ("steps", "ring_dropped_steps", "op_silent_steps", "recomputed_tokens", "surplus_tokens", "exporter_restarts", "shed_batches", "reconnects", "unattributed_rows", "unannounced_requests", "untraced_requests", "shed_critical_tokens", "shed_warning_tokens", "lost_tokens", "spool_bytes", "spool_failures", "spool_refused")
@@ -253,7 +257,7 @@ class ModelDelta(_message.Message):
     def __init__(self, model_name: _Optional[str] = ..., fired: _Optional[_Iterable[int]] = ..., requests: _Optional[_Iterable[int]] = ..., exceedances: _Optional[_Iterable[int]] = ..., statistic: _Optional[_Iterable[int]] = ..., statistic_sum: _Optional[_Iterable[float]] = ..., norm: _Optional[_Iterable[int]] = ..., norm_sum: _Optional[_Iterable[float]] = ..., peak: _Optional[bytes] = ...) -> None: ...
 
 class RequestRow(_message.Message):
-    __slots__ = ("number", "replica", "model_name", "engine", "request_id", "adapter", "traceparent", "opened_seconds", "opening_seen", "outcome", "closed_seconds", "prompt_tokens", "output_tokens", "total_tokens", "tokens", "features", "crossings")
+    __slots__ = ("number", "replica", "model_name", "engine", "request_id", "adapter", "traceparent", "opened_seconds", "opening_seen", "outcome", "closed_seconds", "prompt_tokens", "output_tokens", "total_tokens", "tokens", "features", "crossings", "response_id")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +275,7 @@ class RequestRow(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     CROSSINGS_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_ID_FIELD_NUMBER: _ClassVar[int]
     number: int
     replica: str
     model_name: str
@@ -288,4 +293,5 @@ class RequestRow(_message.Message):
     tokens: _containers.RepeatedScalarFieldContainer[int]
     features: bytes
     crossings: bytes
-    def __init__(self, number: _Optional[int] = ..., replica: _Optional[str] = ..., model_name: _Optional[str] = ..., engine: _Optional[str] = ..., request_id: _Optional[str] = ..., adapter: _Optional[str] = ..., traceparent: _Optional[str] = ..., opened_seconds: _Optional[float] = ..., opening_seen: bool = ..., outcome: _Optional[int] = ..., closed_seconds: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., features: _Optional[bytes] = ..., crossings: _Optional[bytes] = ...) -> None: ...
+    response_id: str
+    def __init__(self, number: _Optional[int] = ..., replica: _Optional[str] = ..., model_name: _Optional[str] = ..., engine: _Optional[str] = ..., request_id: _Optional[str] = ..., adapter: _Optional[str] = ..., traceparent: _Optional[str] = ..., opened_seconds: _Optional[float] = ..., opening_seen: bool = ..., outcome: _Optional[int] = ..., closed_seconds: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., features: _Optional[bytes] = ..., crossings: _Optional[bytes] = ..., response_id: _Optional[str] = ...) -> None: ...

@@ -55,6 +55,7 @@ def batch_message(number: int, batch: StepBatch) -> pb.StepBatch:
                     prompt_tokens=opened.prompt_tokens,
                     adapter=opened.adapter,
                     traceparent=opened.traceparent,
+                    response_id=opened.response_id,
                 )
                 for opened in batch.opened
             ],
@@ -66,6 +67,7 @@ def batch_message(number: int, batch: StepBatch) -> pb.StepBatch:
                     output_tokens=closed.output_tokens,
                     total_tokens=closed.total_tokens,
                     outcome=closed.outcome,
+                    response_id=closed.response_id,
                 )
                 for closed in batch.closed
             ],
@@ -91,7 +93,14 @@ def read_batch(message: pb.StepBatch) -> StepBatch:
         dense_RP=_matrix(what, "dense", message.dense, DENSE_DTYPE, rows, message.dense_features),
         norm_RH=_matrix(what, "norm", message.norm, NORM_DTYPE, rows, message.hook_points),
         opened=tuple(
-            RequestOpened(opened.handle, opened.request_id, opened.prompt_tokens, opened.adapter, opened.traceparent)
+            RequestOpened(
+                opened.handle,
+                opened.request_id,
+                opened.prompt_tokens,
+                opened.adapter,
+                opened.traceparent,
+                opened.response_id,
+            )
             for opened in message.opened
         ),
         closed=tuple(
@@ -102,6 +111,7 @@ def read_batch(message: pb.StepBatch) -> StepBatch:
                 closed.output_tokens,
                 closed.total_tokens,
                 outcome(what, closed.outcome),
+                closed.response_id,
             )
             for closed in message.closed
         ),

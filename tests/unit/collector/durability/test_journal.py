@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.client_ids import IdKind
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.durability import checkpoint, journal, schema
@@ -182,7 +183,7 @@ def test_a_request_that_is_deleted_is_in_no_file_and_does_not_come_back(tmp_path
     before = counts(one._core)
     asyncio.run(one._checkpoint(1100.0))
     assert one._core.lookup.find("chatcmpl-2") and held(tmp_path, named)
-    assert asyncio.run(one.forget("chatcmpl-2", 1101.0))
+    assert asyncio.run(one.forget({IdKind.RESPONSE: ("chatcmpl-2",)}, 1101.0))
     assert not one._core.lookup.find("chatcmpl-2") and not held(tmp_path, named)
     killed(one)
     again = DurableSink(core(bounds=roomy), tmp_path, 1102.0)
@@ -294,7 +295,9 @@ def test_a_state_that_cannot_be_read_is_set_aside_once_that_is_possible_and_neve
     asyncio.run(second.maintain(1020.0))
     assert second.facts.durable and second.facts.files_aside == 2
     assert before.with_name(before.name + ".aside").read_bytes() == content
-    assert not asyncio.run(second.forget("chatcmpl-1", 1021.0)), "what is set aside may tell of it"
+    assert not asyncio.run(second.forget({IdKind.RESPONSE: ("chatcmpl-1",)}, 1021.0)), (
+        "what is set aside may tell of it"
+    )
     killed(second)
     third = DurableSink(core(), tmp_path, 1022.0)
     assert third.hello(hello(), 1022.0) == 5 and third.facts.files_aside == 2
@@ -354,7 +357,7 @@ def test_evidence_that_is_not_written_keeps_the_journal_that_it_can_be_made_of_a
     asyncio.run(sink.maintain(1100.0))
     run(sink, steps[4:6], 5)
     assert sink.facts.durable and len(list(tmp_path.rglob("journal-*"))) == 2
-    assert not asyncio.run(sink.forget("chatcmpl-1", 1101.0)), "the journals tell of it"
+    assert not asyncio.run(sink.forget({IdKind.RESPONSE: ("chatcmpl-1",)}, 1101.0)), "the journals tell of it"
     killed(sink)
     again = core()
     assert DurableSink(again, tmp_path, 1102.0).hello(hello(), 1102.0) == 6, "one journal leads to the next"

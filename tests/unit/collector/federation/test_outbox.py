@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentwatch.client_ids import IdKind
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.durability.journal import DurableSink
@@ -300,7 +301,7 @@ def test_a_request_that_is_deleted_waits_for_no_gateway():
         if step is steps[-3]:
             source.ingest.tick(1050.0)
     for request_id in (ended[0], ended[-1]):
-        source.forget(request_id)
+        source.forget({IdKind.REQUEST: (request_id,)})
         assert request_id not in repr(source.outbox.reports) + repr(source.outbox._plain) + repr(source.outbox._flagged)
     source.ingest.tick(1100.0)
     carry(source, gateway, forwarder())

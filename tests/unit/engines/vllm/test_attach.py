@@ -172,3 +172,11 @@ def test_a_long_reason_for_not_being_armed_is_no_longer_than_a_collector_takes(t
     worker.vllm_config.model_config.served_model_name = "m"
     worker.vllm_config.parallel_config = SimpleNamespace(data_parallel_rank=0, data_parallel_index=0)
     assert len(attachment._identity("").not_armed_text) == IDENTITY_TEXT_CHARACTERS
+
+
+def test_steps_too_large_for_any_ring_are_refused_by_name_before_anything_is_hooked(tmp_path):
+    worker: Any = Worker()
+    worker.vllm_config.scheduler_config.max_num_batched_tokens = 1 << 24
+    attachment = attached(worker, tmp_path)
+    assert attachment._refusal is not None and attachment._refusal.reason == "ring_geometry"
+    assert attachment._ring is not None and not attachment._hooks

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latentwatch.client_ids import bounded_id
 from latentwatch.engines.vllm import request_ends, row_map
 from latentwatch.engines.vllm.arming import ArmedHook
 from latentwatch.engines.vllm.kv_cache import KvCache
 from latentwatch.engines.vllm.read_buffers import HostBuffers, write_compacted
-from latentwatch.engines.vllm.step_tap import MAX_OWED, Requests, StepTap
+from latentwatch.engines.vllm.step_tap import MAX_OWED, Requests, StepTap, prompt_tokens_of
 from latentwatch.exporter.ledger import Ledger
 from latentwatch.exporter.score_cache import ScoreCache
-from latentwatch.handover.events import Blocks, Event, encode_events
+from latentwatch.handover.events import Blocks, Event, Grown, encode_events
 from latentwatch.handover.ring import EVENT_BYTES, Geometry, Ring
 from latentwatch.kernels import reference
 from latentwatch.kernels.reference import UNWRITTEN
@@ -156,14 +157,13 @@ def test_while_nobody_reads_what_is_owed_stays_bounded_and_no_token_is_missing_i
     assert not tap._owed
 
 
-def test_a_request_id_as_long_as_a_slot_is_cut_and_reaches_the_exporter(hooks):
+def test_a_request_id_as_long_as_a_slot_reaches_the_exporter_as_its_digest(hooks):
     ring = Ring.create(geometry(hooks))
     tap = StepTap(ring, hooks, on_gpu=False)
     name = "cmpl-" + "\u4e00" * EVENT_BYTES + "-0-0123abcd"
     tap.after_step(v1_runner({name: 0}), scheduled({name: 1}, new=[(name, 1)]))
     (opened,) = Ledger(armed=True, drafts=False).settle(ring.peek(), EngineCounters()).opened
-    assert len(opened.request_id) < 300
-    assert opened.request_id.endswith("-0-0123abcd")
+    assert opened.request_id == bounded_id(name) != bounded_id(name + "0")
 
 
 CACHE = KvCache(group=0, blocks=100_000, block_size=4)
@@ -316,9 +316,64 @@ def test_how_a_request_ended_travels_with_the_schedulers_own_message():
     scheduler = _Scheduler()
     assert scheduler._free_request(SimpleNamespace(request_id="a", num_output_tokens=7, status=1)) == "freed"
     scheduler._free_request(SimpleNamespace(request_id="b", num_output_tokens=0, status=2))
-    assert request_ends.ended_requests(scheduler.schedule()) == {"a": (7, False), "b": (0, True)}
+    assert request_ends.ended_requests(scheduler.schedule()) == {"a": (7, False, -1), "b": (0, True, -1)}
     assert request_ends.ended_requests(scheduler.schedule()) == {}
 
 
 def test_a_scheduler_that_does_not_say_how_a_request_ended_is_read_as_unknown():
-    assert request_ends.ended_requests(SimpleNamespace(finished_req_ids={"a"})) == {"a": (-1, False)}
+    assert request_ends.ended_requests(SimpleNamespace(finished_req_ids={"a"})) == {"a": (-1, False, -1)}
+
+
+def test_the_prompt_is_as_long_as_what_vllm_computes_of_it_given_as_embeddings_or_as_tokens():
+    """NewRequestData of a prompt of embeddings has no token ids; before 0.32 it had no prompt_len either."""
+    embedded = SimpleNamespace(prompt_token_ids=None, prompt_embeds=torch.zeros(40, 8))
+    assert prompt_tokens_of(embedded) == 40
+    assert prompt_tokens_of(SimpleNamespace(prompt_token_ids=[1, 2], prompt_embeds=None)) == 2
+    assert prompt_tokens_of(SimpleNamespace(prompt_len=7, prompt_token_ids=[1], prompt_embeds=None)) == 7
+
+
+class _SessionStatus(_Status):
+    WAITING_FOR_STREAMING_REQ = 3
+
+
+class _SessionScheduler:
+    """The same of a vLLM that takes input while a request runs."""
+
+    _free_request, schedule = _Scheduler._free_request, _Scheduler.schedule
+
+    def __init__(self) -> None:
+        self.finished: set[str] = set()
+        self.requests: dict[str, Any] = {}
+
+    def add_request(self, request: Any) -> None:
+        existing = self.requests.setdefault(request.request_id, request)
+        if existing is not request and not request.resumable:
+            existing.status = _SessionStatus.FINISHED_ABORTED
+            self._free_request(existing)
+
+    def _handle_stopped_request(self, request: Any) -> bool:
+        return not request.resumable
+
+
+def a_session(**changes: Any) -> Any:
+    fields = {"request_id": "s", "resumable": True, "status": 1, "num_output_tokens": 2, "num_computed_tokens": 9}
+    return SimpleNamespace(**{**fields, "num_prompt_tokens": 8, **changes})
+
+
+def test_the_end_of_a_sessions_output_travels_and_its_last_input_is_no_abort():
+    request_ends.install(_SessionScheduler, _SessionStatus)
+    scheduler, session = _SessionScheduler(), a_session()
+    scheduler.add_request(session)
+    assert scheduler._handle_stopped_request(session) is False
+    assert request_ends.ended_outputs(scheduler.schedule()) == {"s": 9}
+    assert request_ends.ended_outputs(scheduler.schedule()) == {}
+    session.status = _SessionStatus.WAITING_FOR_STREAMING_REQ
+    scheduler.add_request(a_session(resumable=False))
+    assert request_ends.ended_requests(scheduler.schedule()) == {"s": (2, False, 8)}
+
+
+def test_a_session_is_told_anew_with_each_input_and_not_when_it_was_preempted(hooks):
+    requests = Requests(None)
+    requests.update(scheduled({"s": 3}, new=[("s", 3)]))
+    assert requests.update(scheduled({"s": 4}, new=[("s", 9)])) == [Grown(0, 9)]
+    assert requests.update(scheduled({"s": 4}, new=[("s", 9)])) == []
