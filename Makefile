@@ -59,6 +59,9 @@ bench-step-time: $(VENV)/.dev ## step time with the monitor on / off on the CPU 
 bench-accounting: $(VENV)/.dev ## I1, I2 and I3 in every engine mode on the CPU engine
 	$(BIN)/python -m tests.bench.accounting.run
 
+bench-architectures: $(VENV)/.dev ## every architecture of vLLM's registry with and without the monitor, on tiny random checkpoints
+	$(BIN)/python -m tests.bench.architectures
+
 bench-host-time: $(VENV)/.dev ## what a step costs on the engine's thread and in the exporter, without the op
 	$(BIN)/python -m tests.bench.host_time
 

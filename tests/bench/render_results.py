@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,8 +321,28 @@ def mutants() -> str:
     return f"{table(header, rows)}\n\n{drawn}, seed {result['seed']}. {_made(result)}"
 
 
+def architectures() -> str:
+    result = _result("architectures")
+    rows = [
+        [
+            row["architecture"] + (", compiled" if row["mode"] == "compiled" else ""),
+            row["outcome"],
+            f"{row['worst_score_error']:.1e}" if "worst_score_error" in row else "",
+            str(row.get("positions") or ""),
+            row.get("oracle", "").replace("_", " "),
+            row["reason"].replace("|", "\\|").replace("<", "&lt;").replace("\n", " "),
+        ]
+        for row in result["rows"]
+    ]
+    outcomes = Counter(row["outcome"] for row in result["rows"])
+    header = ["architecture", "outcome", "largest error", "positions", "compared with", "why"]
+    counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    return f"{table(header, rows)}\n\n{counted}. {_made(result)}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "accounting": accounting,
+    "architectures": architectures,
     "step-time": step_time,
     "chaos": chaos,
     "fuzz": fuzz,
