@@ -239,7 +239,6 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "Mamba2ForCausalLM": {**_MAMBA, "num_heads": 4, "head_dim": 32, "n_groups": 1},
     "MiniCPM3ForCausalLM": {**_LATENT, "kv_lora_rank": 32, "scale_depth": 1.4, "scale_emb": 2, "dim_model_base": 32},
     "MiniMaxM2ForCausalLM": {**_EXPERTS, "scoring_func": "sigmoid", "rotary_dim": 16},
-    "InklingForCausalLM": {**_EXPERTS},
     "Ministral3ForCausalLM": {},
     "MistralForCausalLM": {},
     "MixtralForCausalLM": _EXPERTS,
@@ -353,6 +352,7 @@ _OTHERS = (
     ),
     # Two stacks, which run in turns and several times. vLLM cannot chunk its prompts.
     Row("HrmTextForCausalLM", engine={"max_num_batched_tokens": 256}),
+    Row("InklingForCausalLM", _EXPERTS, engine={"skip_tokenizer_init": False}),
     # Its layers run twice.
     Row(
         "IQuestLoopCoderForCausalLM",
