@@ -12,12 +12,15 @@ below 2**29 / R in size, e.g. 8192 rows of any float16 at all.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latentwatch.aggregate.features import RollingGroup
 from latentwatch.aggregate.packed_max import NOTHING, pack
 from latentwatch.arrays import Array, axes, check
+
+if TYPE_CHECKING:
+    from latentwatch.aggregate.features import RollingGroup
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Before:
         except Exception:
             # A bug, or memory that something wrote over. Scores from here on are better than none at all.
             log.exception("latentwatch: what the exporter before this one left cannot be read; its requests are lost")
-            ring.checkpoint.begin_anew()
+            ring.checkpoint.restart()
             # Numbers go on: a collector takes each of them once.
             return cls(ExporterState(read=ring.read, sequence=ring.checkpoint.numbered), [])
 

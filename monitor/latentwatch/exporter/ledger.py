@@ -326,7 +326,7 @@ class Ledger:
             # An unknown request's rows are all "computed before": they belong to an account that is lost.
             from_Q=np.where(known_Q, from_Q, start_Q + count_Q),
             to_Q=np.maximum(np.where(known_Q, decided.to_Q, 0), from_Q),
-            reason_T=self._reasons(raw),
+            reason_T=_reasons(raw, self._armed),
             fires_N=raw.fires_N,
             dense_TP=_padded(raw.dense_TP, raw.rows),
             norm_TH=_padded(raw.norm_TH, raw.rows),
@@ -346,16 +346,6 @@ class Ledger:
             else:
                 # Preempted, and resumed behind what it had computed: others have filled the cache for it meanwhile.
                 self._hits.append(Hit(request, first, stop))
-
-    def _reasons(self, raw: RawStep) -> U8:
-        """uint8 [T]: why each row of the step carries no score."""
-        reason_T = np.full(raw.rows, Reason.NONE, np.uint8)
-        if not self._armed or raw.silent:
-            reason_T[:] = Reason.OP_SILENT if self._armed else Reason.NOT_ARMED
-            return reason_T
-        reason_T[raw.scored_rows :] = Reason.TRIPLES_FULL
-        reason_T[: raw.scored_rows][~np.isfinite(raw.norm_TH).all(axis=1)] = Reason.NON_FINITE
-        return reason_T
 
     def _end(self, closing: Closed) -> int:
         """First position past what the engine computed for the request, as far as the closing says it."""
@@ -411,3 +401,14 @@ def _padded(values: Array, rows: int) -> Array:
     out = np.zeros((rows, values.shape[1]), values.dtype)
     out[: len(values)] = values
     return out
+
+
+def _reasons(raw: RawStep, armed: bool) -> U8:
+    """uint8 [T]: why each row of the step carries no score."""
+    reason_T = np.full(raw.rows, Reason.NONE, np.uint8)
+    if not armed or raw.silent:
+        reason_T[:] = Reason.OP_SILENT if armed else Reason.NOT_ARMED
+        return reason_T
+    reason_T[raw.scored_rows :] = Reason.TRIPLES_FULL
+    reason_T[: raw.scored_rows][~np.isfinite(raw.norm_TH).all(axis=1)] = Reason.NON_FINITE
+    return reason_T

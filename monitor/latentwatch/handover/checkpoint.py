@@ -89,7 +89,7 @@ class Checkpoint:
             at += _ENTRY.size + nbytes
         return bytes(area[_STATE.size : _STATE.size + size]), found
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         """Forget what `load` found, or could not read: the next commit says all there is."""
         self._half, self._end, self._live, self._live_bytes = 0, 0, {}, 0
 
