@@ -81,9 +81,7 @@ def replay(core: Core, folder: StateFolder, first: int, evidence_written: Callab
     return given
 
 
-def _replay(
-    core: Core, records: list[bytes], evidence_written: Callable[[], Future[None]] | None
-) -> tuple[int, str]:
+def _replay(core: Core, records: list[bytes], evidence_written: Callable[[], Future[None]] | None) -> tuple[int, str]:
     """How many events were taken, and what is wrong with the one behind them; empty where there is none."""
     names: dict[int, Hello] = {}
     for i, record in enumerate(records, start=1):
