@@ -33,6 +33,17 @@ import safetensors.numpy
 from latentwatch.arrays import Array
 from latentwatch.errors import Refusal, RefusalReason
 
+_MISTAKES: Final = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EEXIST,
+        errno.EINVAL,
+        errno.ENOSYS,
+    }
+)
 _SIZES: Final = struct.Struct("<II")  # bytes of the body, CRC-32
 _METADATA_KEY: Final = "latentwatch"
 _DIGEST_KEY: Final = "content_sha256"
@@ -206,6 +217,14 @@ class FramedLog:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def is_mistake(error: OSError) -> bool:
+    """Whether a path can be no folder of ours, whatever becomes of the disk; else it may be full, or away for a while.
+
+    ENOSYS: its file system has no locks.
+    """
+    return error.errno in _MISTAKES
 
 
 def lock_folder(folder: Path, name: str = "lock") -> filelock.BaseFileLock | None:

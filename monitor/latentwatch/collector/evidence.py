@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,8 @@ from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
 from latentwatch.facts import ShownExceedance
 from latentwatch.transport.credentials import Tokens
 from latentwatch.watchlist.file import Watchlist
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -82,20 +85,12 @@ class Evidence:
         """Who may delete, and put and get what was said, over HTTP; None: nobody."""
         self.vault = Vault.read(settings.key_file) if settings.key_file else None
         self._store = Store(settings.folder, watched(watchlist), settings.retention)
+        self._audit: Audit | None = None
+        self._archive: Archive | None = None
         try:
-            self._audit = Audit(settings.folder, self._store.damaged)
-        except sqlite3.Error as error:
-            self._store.close()
-            raise ConfigRefused(
-                f"evidence folder {settings.folder}",
-                found=str(error),
-                instead="Give a folder that the collector may write to, on a disk with room.",
-                reason=RefusalReason.EVIDENCE_FOLDER,
-            ) from error
-        with contextlib.suppress(sqlite3.Error):
-            # On a full disk the old entries stay until the next start.
-            self._audit.prune(clock())
-        self._archive = Archive(settings.folder, self._store.damaged)
+            self._opened()
+        except (sqlite3.Error, OSError, ConfigRefused) as error:
+            log.error("evidence in %s is not read until its audit log can be written: %s", settings.folder, error)
         self._reading = ThreadPoolExecutor(1, "evidence-read")
         self._writer = Writer(self._store, clock=clock)
         self.put = self._writer.put
@@ -104,8 +99,9 @@ class Evidence:
         """See Archive.find."""
 
         def work() -> list[StoredRequest]:
-            found = self._archive.find(self.meanings(name))
-            self._audit.add(self._clock(), actor, "show", len(found), request=self._noted(name))
+            archive, _ = self._opened()
+            found = archive.find(self.meanings(name))
+            self._note(actor, "show", len(found), name)
             return found
 
         return await self._read(work)
@@ -115,8 +111,9 @@ class Evidence:
         subject = " ".join(f"{name}={value}" for name, value in vars(wanted).items() if value is not None)
 
         def work() -> list[ShownExceedance]:
-            found = self._archive.exceedances(wanted, limit)
-            self._audit.add(self._clock(), actor, "query", len(found), subject=subject)
+            archive, audit = self._opened()
+            found = archive.exceedances(wanted, limit)
+            audit.add(self._clock(), actor, "query", len(found), subject=subject)
             return found
 
         return await self._read(work)
@@ -139,8 +136,7 @@ class Evidence:
         ids = (*meant.get(IdKind.REQUEST, ()), *(match.request_id for match in found))
         if not await forget({**meant, IdKind.REQUEST: ids}):
             erased = dataclasses.replace(erased, clean=False)
-        subject = self._noted(name)
-        await self._read(lambda: self._audit.add(self._clock(), actor, "delete", erased.requests, request=subject))
+        await self._read(lambda: self._note(actor, "delete", erased.requests, name))
         return erased, found
 
     async def attach(self, name: str, vault: Vault, content: Content, actor: str) -> int:
@@ -150,8 +146,7 @@ class Evidence:
             return self._store.attach(self.meanings(name), lambda key: vault.seal(key, content), self._clock())
 
         found = await asyncio.wrap_future(self._writer.run(work))
-        subject = self._noted(name)
-        await self._read(lambda: self._audit.add(self._clock(), actor, "attach", found, request=subject))
+        await self._read(lambda: self._note(actor, "attach", found, name))
         return found
 
     async def content(self, name: str, vault: Vault, actor: str) -> Content | None:
@@ -163,7 +158,7 @@ class Evidence:
                 for match in store.find(self._folder, self.meanings(name), self._store.damaged)
                 if (sealed := sealed_files.get(self._folder, match.key, self._store.damaged))
             ]
-            self._audit.add(self._clock(), actor, "content", len(found), request=self._noted(name))
+            self._note(actor, "content", len(found), name)
             return vault.open(*found[-1]) if found else None
 
         return await self._read(work)
@@ -174,14 +169,33 @@ class Evidence:
 
     def facts(self) -> EvidenceFacts:
         """Counts for /metrics."""
-        return EvidenceFacts(self._writer.totals(), store.folder_bytes(self._folder), self._store.damaged.names)
+        totals = self._writer.totals()
+        with contextlib.suppress(OSError):
+            return EvidenceFacts(totals, store.folder_bytes(self._folder), self._store.damaged.names)
+        return EvidenceFacts(totals)  # of a folder that is away
 
     def close(self) -> None:
         """Write what is queued and close the files; waits for the disk."""
         self._writer.close()
-        self._reading.submit(self._archive.close).result()
-        self._reading.submit(self._audit.close).result()
+        for part in (self._archive, self._audit):
+            if part is not None:
+                self._reading.submit(part.close).result()
         self._reading.shutdown()
+
+    def _opened(self) -> tuple[Archive, Audit]:
+        """For the thread that reads: the folder, and what notes it. Raises sqlite3.Error, OSError, ConfigRefused."""
+        if self._audit is None:
+            self._audit = Audit(self._folder, self._store.damaged)
+            with contextlib.suppress(sqlite3.Error):
+                # On a full disk the old entries stay until the next start.
+                self._audit.prune(self._clock())
+        if self._archive is None:
+            self._archive = Archive(self._folder, self._store.damaged)
+        return self._archive, self._audit
+
+    def _note(self, actor: str, action: str, found: int, name: str) -> None:
+        _, audit = self._opened()
+        audit.add(self._clock(), actor, action, found, request=self._noted(name))
 
     def meanings(self, name: str) -> Meant:
         """The ids under which a request may be kept that somebody asks for by this one."""

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import logging
 import re
 import sqlite3
 from collections import defaultdict
@@ -32,6 +33,8 @@ from latentwatch.evidence import audit, sealed_files, segment
 from latentwatch.evidence.damage import Damaged
 from latentwatch.evidence.records import Ended, Record
 from latentwatch.evidence.segment import NOTHING_ERASED, Erased, Match, Segment, Watched
+
+log = logging.getLogger(__name__)
 
 SEGMENTS: Final = 16
 """Segments that fill the bound on size: one that goes takes a sixteenth of the evidence with it."""
@@ -69,19 +72,46 @@ class Store:
     """The one writer of a folder. One thread at a time; nothing here is shared with readers but the files."""
 
     def __init__(self, folder: Path, watched: Watched, retention: Retention) -> None:
-        """Raises: ConfigRefused: the folder cannot be written, or another collector writes to it."""
+        """On a disk that is full or away nothing is written; each of the methods tries again, and raises OSError.
+
+        Raises: ConfigRefused: the path can be no folder, or another collector writes to it.
+        """
         self.folder = folder
         self.damaged = Damaged(folder)
         self._watched = watched
         self._retention = retention
-        self._lock = _lock(folder)
+        self._lock: BaseFileLock | None = None
         self._open: dict[Path, Segment] = {}
         self._home: dict[int, Path] = {}
         """Where each request lies that was written and has not ended."""
         self._newest: Path | None = None
+        try:
+            self._own()
+        except OSError as error:
+            if storage.is_mistake(error):
+                raise _refused(folder, error.strerror or str(error), "Give a folder.") from error
+            log.error(
+                "evidence folder %s cannot be written: %s. Until it can, what would be written there is only counted.",
+                folder,
+                error.strerror or error,
+            )
+
+    def _own(self) -> None:
+        """Have the folder. Raises OSError; ConfigRefused: another collector has it."""
+        if self._lock is None:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = storage.lock_folder(self.folder, "evidence.lock")
+        if self._lock is None:
+            raise ConfigRefused(
+                f"evidence folder {self.folder}",
+                found="another collector writes to it",
+                instead="Give each collector a folder of its own.",
+                reason=RefusalReason.EVIDENCE_LOCKED,
+            )
 
     def write(self, records: Sequence[Record], now: float) -> None:
         """Take records into their segments. Raises: sqlite3.Error; then some segments may have taken theirs."""
+        self._own()
         newest = self._segment_for(now)
         parts: dict[Path, list[Record]] = defaultdict(list)
         for record in records:
@@ -110,6 +140,7 @@ class Store:
         """Set aside what cannot be used, remove what is too old or too much, close what rests. What fails of it does
         not hold up the rest; the first failure is raised then.
         """
+        self._own()
         failures: list[Exception] = []
         for work in (
             self._settle,
@@ -171,6 +202,7 @@ class Store:
 
     def attach(self, asked: Asked, seal: Callable[[int], bytes], now: float) -> int:
         """Keep the content of the one request with one of these ids. Returns how many have it; unless 1, nothing is."""
+        self._own()
         found = find(self.folder, asked, self.damaged)
         if len(found) == 1:
             sealed_files.put(self.folder, found[0].key, seal(found[0].key), now, self.damaged)
@@ -178,6 +210,7 @@ class Store:
 
     def sync(self) -> None:
         """Have the disk hold what was written: the death of the host costs nothing of it. Raises OSError."""
+        self._own()
         for path in self._open:
             for part in segment.side_files(path):
                 with contextlib.suppress(FileNotFoundError):
@@ -194,7 +227,8 @@ class Store:
         self._open.clear()
         with contextlib.suppress(OSError):
             self.damaged.settle()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def _segment_for(self, now: float) -> Path:
         """The segment that new requests go to: of this day and watchlist, and not full."""
@@ -223,6 +257,10 @@ class Store:
         return None
 
     def _writable(self, path: Path) -> Segment:
+        if path in self._open and not path.exists():
+            # Somebody removed it: what is written to it from here on would be found by nobody.
+            with contextlib.suppress(sqlite3.Error):
+                self._open.pop(path).close()
         if path not in self._open:
             self._open[path] = Segment(path, self._watched)
         return self._open[path]
@@ -334,25 +372,9 @@ def _day_start(path: Path) -> float:
     return day.timestamp()
 
 
-def _lock(folder: Path) -> BaseFileLock:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = storage.lock_folder(folder, "evidence.lock")
-    except OSError as error:
-        raise ConfigRefused(
-            f"evidence folder {folder}",
-            found=error.strerror or str(error),
-            instead="Give a folder that the collector may write to.",
-            reason=RefusalReason.EVIDENCE_FOLDER,
-        ) from error
-    if lock is None:
-        raise ConfigRefused(
-            f"evidence folder {folder}",
-            found="another collector writes to it",
-            instead="Give each collector a folder of its own.",
-            reason=RefusalReason.EVIDENCE_LOCKED,
-        )
-    return lock
+def _refused(folder: Path, found: str, instead: str) -> ConfigRefused:
+    what = f"evidence folder {folder}"
+    return ConfigRefused(what, found=found, instead=instead, reason=RefusalReason.EVIDENCE_FOLDER)
 
 
 def _refuse(what: str, found: str, instead: str) -> ConfigRefused:

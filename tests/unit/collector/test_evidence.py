@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -14,13 +18,15 @@ from latentwatch.cli import main
 from latentwatch.collector.core import Core
 from latentwatch.collector.evidence import Evidence, EvidenceSettings
 from latentwatch.errors import ConfigRefused
-from latentwatch.evidence import sealed_files
+from latentwatch.evidence import sealed_files, segment
+from latentwatch.evidence.archive import Archive
 from latentwatch.evidence.audit import Audit
 from latentwatch.evidence.encryption import write_key
+from latentwatch.step.batch import StepBatch
 from prometheus_client.openmetrics import parser
 
 from tests.support.collectors import app_of
-from tests.support.evidence import FEATURES, NOW
+from tests.support.evidence import FEATURES, NOW, one_request
 from tests.support.streams import Schedule, Tokens, hello, received, tokens, watchlist
 
 TOKEN = "correct-horse-battery"
@@ -59,7 +65,9 @@ def made(tmp_path, token_file):
     for sequence, batch in enumerate(Schedule.one_step(seen()).batches(FEATURES), start=1):
         core.ingest.observe(hello(), received(sequence, batch), NOW)
     evidence._writer.run(lambda: None).result(10)
-    yield Client(app_of(core, NOW, evidence=evidence)), tmp_path / "evidence"
+    client = Client(app_of(core, NOW, evidence=evidence))
+    client.evidence = evidence
+    yield client, tmp_path / "evidence"
     evidence.close()
 
 
@@ -86,6 +94,74 @@ def test_the_exemplar_of_a_page_leads_to_the_request_in_the_evidence(made):
             assert listed["position"] in shown[sample.labels["feature"]]["positions"]
     assert families["latentwatch_evidence_written"].samples[0].value > 0
     assert families["latentwatch_evidence_folder_bytes"].samples[0].value > 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EACCES])
+def test_a_collector_starts_on_a_disk_that_cannot_be_written_counts_what_it_drops_and_goes_on_when_it_can(
+    tmp_path, monkeypatch, caplog, code
+):
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    folder, requests = tmp_path / "evidence", seen()
+    core = None
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", failing)
+        patched.setattr(segment, "create", full)
+        evidence = Evidence(EvidenceSettings(folder), watchlist(FEATURES), lambda: NOW)
+        core = Core(watchlist(FEATURES), evidence=[evidence.put])
+        core.ingest.hello(hello(), NOW)
+        core.ingest.observe(hello(), received(1, step_batch_of(requests[:1])), NOW)
+        evidence._writer.run(lambda: None).result(10)
+        assert "is only counted" in caplog.text and os.strerror(code) in caplog.text
+        assert evidence.facts().writer.dropped["request_end", "write_failed"] == 1
+        client = Client(app_of(core, NOW, evidence=evidence))
+        for url in ("/v1/evidence/exceedances", "/v1/evidence/requests/chatcmpl-1"):
+            assert client("GET", url).status_code == 503
+        assert client("GET", "/metrics").status_code == 200
+    core.ingest.observe(hello(), received(2, step_batch_of(requests[1:2])), NOW)
+    evidence._writer.run(lambda: None).result(10)
+    assert client("GET", "/v1/evidence/requests/chatcmpl-2").status_code == 200
+    assert evidence.facts().writer.written["request_end"] == 1
+    evidence.close()
+
+
+def step_batch_of(requests: list[Tokens]) -> StepBatch:
+    (batch,) = Schedule.one_step(requests).batches(FEATURES)
+    return batch
+
+
+def test_a_path_that_can_be_no_evidence_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigRefused, match="Not a directory") as refused:
+        Evidence(EvidenceSettings(tmp_path / "file" / "evidence"), watchlist(FEATURES), lambda: NOW)
+    assert refused.value.reason == "evidence_folder"
+
+
+@pytest.mark.parametrize("what", ["segment", "folder"])
+def test_evidence_that_somebody_removes_beneath_a_collector_is_begun_anew_and_nothing_goes_into_files_that_are_gone(
+    made, what
+):
+    client, folder = made
+    if what == "folder":
+        shutil.rmtree(folder)
+        assert client("GET", "/metrics").status_code == 200
+        folder.mkdir()
+    else:
+        for path in folder.glob("*.evidence*"):
+            if path.suffix == ".evidence":
+                path.unlink()
+    evidence = client.evidence
+    evidence.put(one_request(77, request_id="chatcmpl-new-0123abcd"))
+    evidence._writer.run(lambda: None).result(10)
+    assert evidence.facts().writer.dropped == {}
+    reader = Archive(folder)
+    (found,) = reader.find("chatcmpl-new-0123abcd")
+    assert found.outcome != "open"
+    reader.close()
 
 
 def test_exceedances_are_listed_and_filtered(made):

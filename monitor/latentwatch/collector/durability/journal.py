@@ -30,7 +30,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import struct
@@ -63,8 +62,6 @@ _SYNC_SECONDS: Final = 1.0
 _WAIT_SECONDS: Final = 0.02
 _JOURNALS_BYTES: Final = 8 * _JOURNAL_BYTES
 """Beyond it a checkpoint replaces them though the evidence is not written: the disk is for the state first."""
-_MISTAKES: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST, errno.EINVAL})
-"""What a path says that can be no folder, whatever becomes of the disk. ENOSYS: its file system has no locks."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class DurableSink:
             self._folder.open()
             self._resume()
         except OSError as error:
-            if error.errno in _MISTAKES or error.errno == errno.ENOSYS:
+            if storage.is_mistake(error):
                 raise _unusable(folder, error) from error
             self._unread = True
             log.error(

@@ -146,6 +146,7 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
     """Add the routes; they say so where there is no evidence."""
     app.state.evidence = evidence
 
+    @app.exception_handler(OSError)
     @app.exception_handler(sqlite3.Error)
     async def unreadable(_: Request, error: Exception) -> Response:
         # Unread rather than unaudited.
