@@ -25,6 +25,7 @@ RUNS: dict[str, Callable[[int], Books]] = {
     "exporter_kills_without_spool": lambda seed: faults.exporter_kills(100, seed, spool=False),
     "exporter_and_collector_kills": lambda seed: faults.exporter_kills(100, seed, spool=False, collector_kills=True),
     "exporter_kills_full_ring": lambda seed: faults.exporter_kills(25, seed, **faults.FULL_RING),
+    "exporter_stops": lambda seed: faults.exporter_stops(10, seed),
     "gateway_kills": lambda seed: faults.gateway_kills(200, seed),
     "cuts": lambda seed: faults.cuts(20, seed),
     "half_open": lambda seed: faults.half_open(2, seed, 16.0),

@@ -58,6 +58,7 @@ class Engine:
         step_tap.MAX_OWED = config.max_owed
         self._tap = StepTap(self.ring, (self._hook,), on_gpu=False, cache=cache)
         exporter_process.CHECK_SECONDS = _CHECK_SECONDS
+        exporter_process.STUCK_SECONDS = config.stuck_seconds
         self._exporter = ExporterChild(self.ring, RestartBackoff(0.01, config.restart_seconds, 1.0))
         self._exporter.configure(
             ExporterConfig(

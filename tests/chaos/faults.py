@@ -74,6 +74,30 @@ def exporter_kills(count: int, seed: int, *, spool: bool = True, collector_kills
         return reconcile(f"exporter SIGKILL, {how}", made, [handed], [collector.totals()], [running])
 
 
+def exporter_stops(count: int, seed: int, *, spool: bool = True) -> Books:
+    """SIGSTOP of the exporter: it goes on after a while, or, every other time, never does and is ended by its engine."""
+    rng = random.Random(seed)
+    with world() as made:
+        collector = made.collector()
+        collector.start()
+        settings = {"LATENTWATCH_SPOOL": str(made.folder / "spool")} if spool else {}
+        running = made.engine(f"unix://{collector.socket}", settings, seed=seed + 1, stuck_seconds=30.0)
+        running.until_exporter_reads()
+        for i in range(count):
+            time.sleep(rng.uniform(0.0, 1.0))
+            stopped = running.exporter
+            with made.fault():
+                running.kill_exporter(signal.SIGSTOP)
+                if i % 2:
+                    until(lambda stopped=stopped: running.exporter not in (stopped, None), "another exporter")  # type: ignore[misc]
+                else:
+                    time.sleep(rng.uniform(0.5, 2.0))
+                    running.kill_exporter(signal.SIGCONT)
+        handed = running.stop([collector])
+        how = "spool" if spool else "no spool"
+        return reconcile(f"exporter SIGSTOP, {how}", made, [handed], [collector.totals()], [running])
+
+
 def gateway_kills(count: int, seed: int) -> Books:
     """SIGKILL of a gateway, and every other time of a sidecar, while three sidecars of two engines forward to it."""
     rng = random.Random(seed)

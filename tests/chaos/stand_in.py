@@ -22,6 +22,8 @@ class Config:
     steps_per_second: float = 100.0
     restart_seconds: float = 0.05
     """What an exporter that dies again and again is waited for at most; in production a minute."""
+    stuck_seconds: float = 120.0
+    """exporter_process.STUCK_SECONDS."""
     max_owed: int = 4096
     """step_tap.MAX_OWED."""
     slot_rows: int = 48

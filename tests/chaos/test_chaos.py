@@ -41,3 +41,11 @@ def test_what_is_computed_while_the_ring_is_full_and_the_exporter_dead_is_droppe
     print(books.line())
     assert books.lost == books.doubled == books.unbooked == books.open == 0
     assert set(books.dropped) <= {"ring_full"}
+
+
+def test_exporters_that_are_stopped_go_on_or_are_ended_and_every_token_is_in_one_state():
+    books = faults.exporter_stops(2, seed=1)
+    print(books.line())
+    assert books.merged > 0
+    assert books.lost == books.doubled == books.unbooked == books.open == 0
+    assert set(books.dropped) <= {"ring_full"}
