@@ -146,7 +146,7 @@ class DurableSink:
     def _resume(self) -> None:
         """Put the collector where the files that can be used end. Raises OSError; StateRefused "state_header"."""
         self._number = self._folder.newest()
-        number = restore(self._core, self._folder, self._header)
+        number = restore(self._core, self._folder, lambda path: checkpoint.read(path, self._header))
         if number is None:
             self._folder.name_other_formats(schema.FORMAT)
             return

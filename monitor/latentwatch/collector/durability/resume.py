@@ -8,19 +8,20 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from latentwatch import storage
-from latentwatch.collector.durability import checkpoint, events
+from latentwatch.collector.durability import events
 from latentwatch.collector.durability.folder import StateFolder
 from latentwatch.errors import RefusalReason, StateRefused
 from latentwatch.transport.hello import Hello
 
 if TYPE_CHECKING:
     from latentwatch.collector.core import Core
+    from latentwatch.collector.core_state import CoreState
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +31,16 @@ _REPLAYED_AT_ONCE: Final = 512
 """Events that are taken again before what they gave is written: more would not fit into the queue of evidence."""
 
 
-def restore(core: Core, folder: StateFolder, header: Mapping[str, Any]) -> int | None:
+def restore(core: Core, folder: StateFolder, read: Callable[[Path], CoreState]) -> int | None:
     """Put a collector where the newest checkpoint is that can be used; its number, None where there is none.
 
+    Args:   read: checkpoint.read, for the header of today's.
     Raises: OSError; StateRefused "state_header".
     """
     for number in reversed(folder.numbers("checkpoint")):
         path = folder.file("checkpoint", number)
         try:
-            core.restore(checkpoint.read(path, header))
+            core.restore(read(path))
         except StateRefused as refused:
             if refused.reason != RefusalReason.STATE_DAMAGED:
                 raise
