@@ -75,7 +75,7 @@ def exporter_kills(count: int, seed: int, *, spool: bool = True, collector_kills
 
 
 def exporter_stops(count: int, seed: int, *, spool: bool = True) -> Books:
-    """SIGSTOP of the exporter: it goes on after a while, or, every other time, never does and is ended by its engine."""
+    """SIGSTOP of the exporter: it goes on after a while; every other time it never does, and its engine ends it."""
     rng = random.Random(seed)
     with world() as made:
         collector = made.collector()
