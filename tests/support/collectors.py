@@ -17,6 +17,7 @@ from latentwatch.collector.http.app import make_app
 from latentwatch.collector.metrics_families import ProcessFacts
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.names import Severity
+from latentwatch.transport.sink import Sink
 from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.file import Feature, Limit
 from starlette.types import ASGIApp
@@ -65,7 +66,12 @@ def collector(
         in_loop(made.stop())
 
 
-def exceed(service: Service, request_id: str = "chatcmpl-1-0123abcd", features: Sequence[Feature] = FEATURES) -> None:
+def exceed(
+    service: Service,
+    request_id: str = "chatcmpl-1-0123abcd",
+    features: Sequence[Feature] = FEATURES,
+    sink: Sink | None = None,
+) -> None:
     """One engine, and a request of four tokens, the third above the first feature's limit with 5.0. Its drift window
     closes."""
     who = hello(watchlist_sha256=service.core.watchlist.sha256)
@@ -79,6 +85,7 @@ def exceed(service: Service, request_id: str = "chatcmpl-1-0123abcd", features: 
         opened=[request.opened()],
         closed=[request.closed()],
     )
-    service.core.ingest.hello(who, time.time())
-    service.core.ingest.observe(who, received(1, batch), time.time())
+    sink = sink or service.core.ingest
+    sink.hello(who, time.time())
+    sink.observe(who, received(1, batch), time.time())
     service.core.drift.tick(time.time() + 60)

@@ -163,6 +163,14 @@ class Evidence:
 
         return await self._read(work)
 
+    def wait_for_release(self) -> None:
+        """See Writer."""
+        self._writer.wait_for_release()
+
+    def release(self) -> None:
+        """See Writer."""
+        self._writer.release()
+
     def written(self) -> Future[None]:
         """Done once every record that was put before is on the disk, or counted as dropped."""
         return self._writer.run(self._store.sync)

@@ -154,20 +154,34 @@ def wire(settings: CollectorSettings) -> Parts:
     pseudonyms = _pseudonyms(settings)
     telemetry = Telemetry(settings.otlp, watched(limited), time.time) if settings.otlp else None
     evidence = Evidence(settings.evidence, limited, time.time, pseudonyms) if settings.evidence else None
+    takers = [part for part in (evidence, telemetry) if part is not None]
     core = Core(
         watchlist,
         settings.bounds,
         settings.drift,
-        evidence=[part.put for part in (evidence, telemetry) if part is not None],
+        evidence=[part.put for part in takers],
         evidence_scope=settings.evidence.scope if settings.evidence else "exceeded",
         forward_boot_id=uuid.uuid4().hex if settings.forward else "",
         pseudonyms=pseudonyms,
     )
     # What its journal tells again may not have been written down before: evidence hears it again.
     durable = None
+
+    def release() -> None:
+        for part in takers:
+            part.release()
+
     if settings.state is not None:
         written = evidence.written if evidence is not None else None
-        durable = DurableSink(core, settings.state, time.time(), evidence_written=written)
+        durable = DurableSink(
+            core,
+            settings.state,
+            time.time(),
+            evidence_written=written,
+            committed=release,
+        )
+        for part in takers:
+            part.wait_for_release()
     sink = durable or core.ingest
     receiver = Receiver(
         PseudonymSink(sink, pseudonyms) if pseudonyms else sink,

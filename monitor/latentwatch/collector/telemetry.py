@@ -98,6 +98,14 @@ class Telemetry:
         """Queue the events of these records."""
         self._events.put([record for record in records if isinstance(record, Exceeded)])
 
+    def wait_for_release(self) -> None:
+        """See Writer."""
+        self._events.wait_for_release()
+
+    def release(self) -> None:
+        """See Writer."""
+        self._events.release()
+
     def facts(self) -> OtlpFacts:
         """Counts for /metrics."""
         return OtlpFacts(self._events.totals(), self._failed)

@@ -2,6 +2,9 @@
 
 A full queue drops what comes next and counts it; so does a store that fails, after which it is tried again. Evidence
 is lost then, and nothing else.
+
+Beside a journal it writes what the journal has: else a collector that is killed would find in its evidence requests
+that it has not seen, and which their engine sends again.
 """
 
 from __future__ import annotations
@@ -76,6 +79,8 @@ class Writer:
         self._tasks: deque[tuple[int, Callable[[], None]]] = deque()
         """Each with the number of records that were queued before it."""
         self._put = self._done = 0
+        self._released: int | None = None
+        """How many of those that were put may be written; None: all."""
         self._queued_bytes = 0
         self._written: Counter[str] = Counter()
         self._dropped: Counter[tuple[str, str]] = Counter()
@@ -98,6 +103,17 @@ class Writer:
                     self._queued_bytes += size
             if len(self._queue) >= BATCH_RECORDS:
                 self._changed.notify()
+
+    def wait_for_release(self) -> None:
+        """From now on write only what was put before `release`, or before `close`."""
+        with self._changed:
+            self._released = self._put
+
+    def release(self) -> None:
+        """What was put until now may be written."""
+        with self._changed:
+            if self._released is not None:
+                self._released = self._put
 
     def run(self, task: Callable[[], T]) -> Future[T]:
         """Do something in the writer's thread, after every record that was put before, whatever comes after it."""
@@ -125,7 +141,7 @@ class Writer:
             with self._changed:
                 if not self._wanted():
                     self._changed.wait(_PAUSE_SECONDS)
-                batch = [self._queue.popleft() for _ in range(min(BATCH_RECORDS, len(self._queue)))]
+                batch = [self._queue.popleft() for _ in range(min(BATCH_RECORDS, self._ready()))]
                 self._queued_bytes -= sum(map(size_bytes, batch))
                 done = self._closing and not batch and not self._tasks
             if batch:
@@ -146,7 +162,14 @@ class Writer:
             return self._tasks.popleft()[1] if self._tasks and self._tasks[0][0] <= self._done else None
 
     def _wanted(self) -> bool:
-        return bool(self._closing or self._tasks or len(self._queue) >= BATCH_RECORDS)
+        due = self._tasks and self._tasks[0][0] <= self._done + self._ready()
+        return bool(self._closing or due or self._ready() >= BATCH_RECORDS)
+
+    def _ready(self) -> int:
+        """Records in the queue that may be written."""
+        if self._released is None or self._closing:
+            return len(self._queue)
+        return self._released - self._done
 
     def _write(self, batch: list[Record]) -> None:
         done = self._guarded(lambda: self._target.write(batch, self._clock()))

@@ -37,7 +37,13 @@ FAILED = ("no_checkpoint", "engine_cannot", "not_compared", "harmed", "wrong")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="architectures to walk")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="architectures, or one in a mode: 'Olmo2ForCausalLM, compiled'",
+    )
     parser.add_argument("--again", action="store_true", help="walk also what is there for the same versions")
     parser.add_argument("--failed", action="store_true", help="walk again what is neither exact nor refused")
     parser.add_argument("--at-once", type=int, default=1, help="engines at a time (default: %(default)s)")
@@ -46,7 +52,7 @@ def main() -> int:
     parser.add_argument("--result", type=Path, default=RESULT, help="default: %(default)s")
     args = parser.parse_args()
     table = Table(args.result)
-    rows = [row for row in catalogue.rows() if not args.only or row.architecture in args.only]
+    rows = [row for row in catalogue.rows() if not args.only or {row.architecture, row.name} & {*args.only}]
     rows = [row for row in rows if args.again or table.outcome(row) in ("", *(FAILED if args.failed else ()))]
     with tempfile.TemporaryDirectory(prefix="lw-walk") as folder:
         _walk_all(rows, args.logs or Path(folder), table, args.at_once, args.seconds)

@@ -308,7 +308,6 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "NanoChatForCausalLM": {},
     "BitNetForCausalLM": {},
     "DogeForCausalLM": {},
-    "PhimoeForCausalLM": {**_EXPERTS, "moe_intermediate_size": None},
     "PersimmonForCausalLM": {},
 }
 

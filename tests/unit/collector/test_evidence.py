@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from latentwatch.evidence.encryption import write_key
 from latentwatch.step.batch import StepBatch
 from prometheus_client.openmetrics import parser
 
-from tests.support.collectors import app_of
+from tests.support.collectors import app_of, collector, exceed
 from tests.support.evidence import FEATURES, NOW, one_request
 from tests.support.streams import Schedule, Tokens, hello, received, tokens, watchlist
+from tests.support.wire import eventually
 
 TOKEN = "correct-horse-battery"
 
@@ -328,3 +330,15 @@ def test_a_deletion_names_the_files_that_may_still_hold_the_request(made):
     assert gone.status_code == 404 and damaged.name in gone.json()["detail"]
     assert client("GET", "/v1/evidence/requests/chatcmpl-1").status_code == 200
     assert "latentwatch_evidence_damaged_files 1" in client("GET", "/metrics").text
+
+
+def test_no_evidence_is_written_of_what_the_journal_does_not_have(tmp_path, monkeypatch):
+    """Killed then, the collector is sent it again, and would find the request twice, once as if it ran for ever."""
+    monkeypatch.setattr("latentwatch.collector.service._TICK_SECONDS", 60.0)
+    with collector(tmp_path, state=tmp_path / "state", evidence=EvidenceSettings(tmp_path / "evidence")) as service:
+        sink = service._parts.sink
+        exceed(service, sink=sink)
+        time.sleep(0.6)
+        assert not list((tmp_path / "evidence").glob("*.evidence"))
+        sink.commit()
+        eventually(lambda: Archive(tmp_path / "evidence").find("chatcmpl-1-0123abcd"))

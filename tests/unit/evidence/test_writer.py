@@ -57,6 +57,22 @@ def test_everything_is_written_in_order_and_closing_writes_the_rest():
     assert writer.totals().queued_bytes == 0 and max(target.batches) <= 5000
 
 
+def test_beside_a_journal_only_what_was_released_is_written_whatever_waits_and_closing_writes_the_rest():
+    target = RecordTarget()
+    writer = Writer(target)
+    writer.put(exceedances(3))
+    writer.wait_for_release()
+    writer.put(exceedances(6_000))
+    done = writer.run(lambda: len(target.records))
+    time.sleep(0.5)
+    assert len(target.records) == 3 and not done.done()
+    writer.release()
+    writer.put(exceedances(2))
+    assert done.result(5) == 6_003 and len(target.records) == 6_003
+    writer.close()
+    assert len(target.records) == 6_005 and writer.totals().written == {"exceedance": 6_005}
+
+
 def test_a_full_queue_drops_the_newest_counts_them_and_does_not_wait():
     target = RecordTarget()
     target.gate.clear()

@@ -11,8 +11,9 @@ up as a gap in the sequence numbers. Of a journal whose end is torn or damaged e
 that is damaged is set aside, see `folder`. So is a damaged checkpoint: the one before it counts where it is still
 there, else the collector begins at zero, and says so. No file stops it.
 
-The order in which files come and go: a journal is removed only after the checkpoint behind it is on the disk, and that
-is written only after the evidence that its events gave is. So evidence that still waited in memory as a collector was
+The order in which files come and go: evidence is written once the journal has the events that gave it, so that a killed
+collector finds none of a batch that it is sent again; a journal is removed only after the checkpoint behind it is on
+the disk, and that is written only after the evidence is. So evidence that still waited in memory as a collector was
 killed is made again from the journal.
 
 A disk that is full or gone, now or as a collector starts, does not stop the monitoring: what is merged is acknowledged
@@ -86,12 +87,19 @@ class DurableSink:
     """
 
     def __init__(
-        self, core: Core, folder: Path, now: float, *, evidence_written: Callable[[], Future[None]] | None = None
+        self,
+        core: Core,
+        folder: Path,
+        now: float,
+        *,
+        evidence_written: Callable[[], Future[None]] | None = None,
+        committed: Callable[[], None] = lambda: None,
     ) -> None:
         """Resume from what the folder holds, or begin in it.
 
         Args:   core: has seen nothing yet.   now: seconds since the Unix epoch.   evidence_written: what is done once
-                all evidence that the core gave until now is on a disk; None where it gives none.
+                all evidence that the core gave until now is on a disk; None where it gives none.   committed: called
+                whenever the journal has all that the core was given, or cannot have it.
         Raises: StateRefused: "state_in_use", "state_unusable" or "state_header".
         """
         self._core = core
@@ -104,6 +112,7 @@ class DurableSink:
         }
         self._folder = StateFolder(folder, f"{core.watchlist.sha256[:16]}-{schema.FORMAT}")
         self._evidence_written = evidence_written
+        self._committed = committed
         self._names: dict[Hello, int] = {}
         self._journal: storage.FramedLog | None = None
         """None after a failure, until a checkpoint succeeds."""
@@ -180,6 +189,7 @@ class DurableSink:
                 self._journal.commit()
             except OSError as error:
                 self._fail(error)
+        self._committed()
 
     # -- the rest of what changes a collector
 
