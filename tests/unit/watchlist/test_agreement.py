@@ -127,3 +127,15 @@ def test_random_tokens_are_the_same_each_time_and_of_several_lengths() -> None:
     np.testing.assert_array_equal(x_TD, x_TD.astype(np.float32))
     lengths = np.linalg.norm(x_TD, axis=1)
     assert lengths.max() > 300 * lengths.min()
+
+
+@pytest.mark.parametrize("error", [AttributeError("no _gate"), ImportError("no triton"), NotImplementedError("on CPU")])
+def test_a_library_that_fails_for_a_reason_of_its_own_is_no_judge(
+    tmp_path: Path, sae: Source, library: Callable[[Callable[[F64], F64]], None], error: Exception
+) -> None:
+    def fail(_: F64) -> F64:
+        raise error
+
+    library(fail)
+    said = built(tmp_path).features[0].source["checked_against"]
+    assert said == f"unverified: a library 1.0 cannot be asked ({type(error).__name__}: {error})"
