@@ -30,6 +30,10 @@ _NOTES: Final = ("id", "topic", "kind", "near", "label", "source", "category", "
 """Fields of a line that are for people."""
 
 
+_OTHER_FILES: Final = {b"PAR1": "a Parquet file", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file"}
+"""First bytes of files that data sets come in, and that are not lines of JSON."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One text or dialogue of a .jsonl file."""
@@ -68,22 +72,37 @@ def requests(path: Path) -> list[Request]:
 
     A content is text, or a list of OpenAI's content parts of which one is text and no other stands.
 
+    Blank lines are passed over.
+
     Raises: WatchlistRefused: the file is missing or empty, or a line is neither or holds what would not reach the
             model: a part that is not text, null, tool calls, an unknown role or field. The line is named.
     """
     found: list[Request] = []
+    number = 0
     try:
         with path.open("rb") as stream:
-            while line := stream.readline(MAX_LINE_BYTES):
-                found.append(_request(strict_json(line), f"{path.name}:{len(found) + 1}"))
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if line.strip():
+                    found.append(_request(_fields(line), f"{path.name}:{number}"))
     except OSError as error:
         raise _refuse(str(path), f"it cannot be read ({error.strerror})", "Give a .jsonl file.") from error
     except (ValueError, RecursionError) as error:
-        place = f"{path.name} line {len(found) + 1}"
+        place = f"{path.name} line {number}"
         raise _refuse(place, f"not a request ({error})", 'Write {"text": "..."} or {"messages": [...]}.') from error
     if not found:
         raise _refuse(str(path), "it holds no requests", "Give one per line.")
     return found
+
+
+def _fields(line: bytes) -> object:
+    """What a line holds. Raises ValueError that says what stands there instead of JSON, or RecursionError."""
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"it has more than {MAX_LINE_BYTES} bytes")
+    for start, what in _OTHER_FILES.items():
+        if line.startswith(start):
+            raise ValueError(f"this is {what}, not lines of JSON")
+    return strict_json(line)
 
 
 def _request(fields: object, own_group: str) -> Request:
@@ -138,6 +157,10 @@ def _content(content: object, place: str) -> str:
 def _text(value: object, place: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{place} is {_kind(value)}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} has half a character, {value[error.start]!r}, which no tokenizer reads") from error
     return value
 
 

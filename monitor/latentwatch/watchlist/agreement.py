@@ -28,6 +28,10 @@ MAX_RELATIVE_ERROR: Final = 1e-4
 """Of the sum of magnitudes: what float32 sums leave, tenfold."""
 
 
+class _NoJudge(Exception):
+    """The library failed for a reason that is not the source's."""
+
+
 def checked(choice: SourceChoice, source: Source, index_K: Sequence[int]) -> str:
     """Against what the rows were checked, in words for the card.
 
@@ -40,7 +44,10 @@ def checked(choice: SourceChoice, source: Source, index_K: Sequence[int]) -> str
     rows = source.rows(index_K)
     kth_T = None if source.about.k is None else topk.kth_largest(source, x_TD, source.about.k)
     ours_TK, margin_TK = _encoded(rows, x_TD, kth_T)
-    theirs_TK = _asked(choice, source, answer, x_TD)[:, list(index_K)]
+    try:
+        theirs_TK = _asked(choice, source, answer, x_TD)[:, list(index_K)]
+    except _NoJudge as none:
+        return f"unverified: {answer.library} cannot be asked ({none})"
     wrong = _wrong(ours_TK, theirs_TK, margin_TK, _size(rows, x_TD))
     if wrong is not None:
         t, i = wrong
@@ -60,7 +67,14 @@ def _asked(choice: SourceChoice, source: Source, answer: upstream.Upstream, x_TD
         theirs_TF = answer.encode(x_TD)
         found = f"{theirs_TF.shape[-1]} activations of a token"
     except (RuntimeError, ValueError, IndexError) as error:
-        theirs_TF, found = np.zeros((0, 0)), f"an error ({' '.join(str(error).split())[:120]})"
+        why = " ".join(str(error).split())[:120]
+        if isinstance(error, NotImplementedError):  # a RuntimeError that says nothing of the source
+            raise _NoJudge(f"{type(error).__name__}: {why}") from error
+        theirs_TF, found = np.zeros((0, 0)), f"an error ({why})"
+    except Exception as error:
+        # A library that lacks a package, a kernel or an attribute of another version fails only when it computes, with
+        # nearly anything; that says nothing of the source.
+        raise _NoJudge(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
     if theirs_TF.shape != (len(x_TD), source.about.width):
         raise choice.location.refuse(
             f"{answer.library} gives {found} of width {x_TD.shape[1]}, and {source.about.width} are read here",

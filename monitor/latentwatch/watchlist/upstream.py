@@ -119,7 +119,8 @@ def _circuit_tracer(_: SourceChoice, source: Source) -> Encode:
 def _repeng(_: SourceChoice, source: Source) -> Encode:
     extract = importlib.import_module("repeng.extract")
     number = int(str(source.about.notes["direction"]).removeprefix("direction."))
-    direction_D = extract.ControlVector.import_gguf(source.files[0]).directions[number]
+    # In float16, as some store it, NumPy would take its length in float16 too.
+    direction_D = np.float64(extract.ControlVector.import_gguf(source.files[0]).directions[number])
     return lambda x_TD: np.asarray(extract.project_onto_direction(x_TD, direction_D), np.float64)[:, None]
 
 

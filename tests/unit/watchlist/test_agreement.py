@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,3 +128,32 @@ def test_random_tokens_are_the_same_each_time_and_of_several_lengths() -> None:
     np.testing.assert_array_equal(x_TD, x_TD.astype(np.float32))
     lengths = np.linalg.norm(x_TD, axis=1)
     assert lengths.max() > 300 * lengths.min()
+
+
+@pytest.mark.parametrize("error", [AttributeError("no _gate"), ImportError("no triton"), NotImplementedError("on CPU")])
+def test_a_library_that_fails_for_a_reason_of_its_own_is_no_judge(
+    tmp_path: Path, sae: Source, library: Callable[[Callable[[F64], F64]], None], error: Exception
+) -> None:
+    def fail(_: F64) -> F64:
+        raise error
+
+    library(fail)
+    said = built(tmp_path).features[0].source["checked_against"]
+    assert said == f"unverified: a library 1.0 cannot be asked ({type(error).__name__}: {error})"
+
+
+def test_a_direction_in_float16_is_judged_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    direction_D = np.linspace(0.1, 3, F, dtype=np.float16)
+
+    def project(hidden: F64, direction: F64) -> F64:  # as repeng.extract of 0.4.0
+        return np.asarray((hidden @ direction) / np.linalg.norm(direction))
+
+    vector = SimpleNamespace(directions={3: direction_D})
+    library = SimpleNamespace(ControlVector=SimpleNamespace(import_gguf=lambda _: vector))
+    library.project_onto_direction = project
+    monkeypatch.setattr(upstream.importlib, "import_module", lambda _: library)
+    about = SimpleNamespace(notes={"direction": "direction.3"})
+    encode = upstream._repeng(None, SimpleNamespace(about=about, files=["v.gguf"]))  # type: ignore[arg-type] # stand-ins
+    exact_D = direction_D.astype(np.float64)
+    x_TD = agreement.tokens(F)
+    np.testing.assert_allclose(encode(x_TD)[:, 0], x_TD @ exact_D / np.linalg.norm(exact_D), rtol=1e-6, atol=1e-6)

@@ -638,3 +638,75 @@ def test_one_text_part_is_its_text_and_a_null_group_is_no_group(tmp_path: Path) 
     first, second = activations.requests(tmp_path / "a.jsonl")
     assert first.content == ({"role": "user", "content": "hello"},)
     assert (first.group, second.group) == ("a.jsonl:1", "7")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own", "why"),
+    [
+        ("abstopk", {"k": 4}, "keeps the sign"),
+        ("matching_pursuit", {"residual_threshold": 0.1, "max_iterations": 9}, "one after another"),
+        ("batchtopk", {"k": 4.0, "topk_threshold_lr": 0.01}, "save_inference_model"),
+        ("matryoshka_batchtopk", {"k": 4.0, "matryoshka_widths": [8, 32]}, "save_inference_model"),
+    ],
+)
+def test_an_saelens_architecture_that_cannot_be_watched_is_refused_as_such_and_not_for_its_keys(
+    tmp_path: Path, architecture: str, own: dict[str, Any], why: str
+) -> None:
+    saelens(tmp_path / "sae")
+    edit(tmp_path / "sae" / "cfg.json", architecture=architecture, **own)
+    with pytest.raises(WatchlistRefused, match=why) as refused:
+        opened("saelens", tmp_path, "sae", 2)
+    assert "option ignore" not in str(refused.value)
+
+
+def test_a_classifier_of_a_scikit_learn_whose_attributes_are_not_found_is_told_so(tmp_path: Path) -> None:
+    from sklearn.linear_model import RidgeClassifier
+
+    model = RidgeClassifier().fit(stream(60), np.arange(60) % 2)
+    del model.classes_  # as files of scikit-learn 1.5 lack it
+    import skops.io
+
+    skops.io.dump(model, tmp_path / "m.skops")
+    with pytest.raises(WatchlistRefused, match=r"no classes_: .*another scikit-learn saved it.*scikit-learn \d"):
+        opened("sklearn_probe", tmp_path, "m.skops", trained_on="resid_post.3")
+
+
+def test_a_direction_0_is_none_of_llama_cpp(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "v.gguf", "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_uint32("controlvector.layer_count", 5)
+    for number in range(5):
+        writer.add_tensor(f"direction.{number}", np.full(D, number + 1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert opened("control_vector", tmp_path, "v.gguf", written_by="repeng").about.d_in == D
+    with pytest.raises(WatchlistRefused, match=r"direction\.0, which llama\.cpp neither writes nor reads"):
+        opened("control_vector", tmp_path, "v.gguf", written_by="llama.cpp")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{"text": "a"}\n' + b'{"text": "' + b"a" * activations.MAX_LINE_BYTES + b'"}\n', "line 2: .*more than"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+        (b"\x1f\x8b\x08", "a gzip file"),
+        (b'\n{"text": "\\ud83d"}\n', "line 2: .*half a character"),
+        (b"\n\n", "no requests"),
+    ],
+)
+def test_a_file_that_is_no_lines_of_text_is_told_what_it_is(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(WatchlistRefused, match=why):
+        activations.requests(tmp_path / "a.jsonl")
+
+
+def test_blank_lines_hold_no_request_and_are_counted_as_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\r\n\r\n{"text": "b"}\n\n')
+    assert [(one.content, one.group) for one in activations.requests(tmp_path / "a.jsonl")] == [
+        ("a", "a.jsonl:1"),
+        ("b", "a.jsonl:3"),
+    ]

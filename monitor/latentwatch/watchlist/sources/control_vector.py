@@ -47,6 +47,12 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     if len(shape) != 1 or 0 in shape:
         raise location.refuse(f"{name} has shape {list(shape)}, not a vector", "Give one number per dimension.")
     directions = [one for one in tensors.entries if re.fullmatch(r"direction\.\d+", one, re.ASCII)]
+    if options.written_by == "llama.cpp" and "direction.0" in tensors.entries:
+        raise location.refuse(
+            "it has a direction.0, which llama.cpp neither writes nor reads: its first is direction.1",
+            "Check option written_by.",
+            RefusalReason.SOURCE_PLACE_MISSING,
+        )
     others = {one: Unread("the direction of another layer", shape) for one in directions if one != name}
     pairs = tensors.declare(location, {name: shape}, others, _PAIRS)
     if "general.architecture" not in pairs.fields:

@@ -31,7 +31,7 @@ def open_source(location: Location, hook_point: HookPoint, options: SourceOption
     """Open a SAELens folder."""
     options.refuse_unused(location, "input_scale", "centre", "norm")
     config = SaelensConfig(location)
-    config.check_architecture()
+    config.check_heads()
     refuse_other_place(location, config.places, hook_point)
     config.check_values()
     norm, scale = stream.preparation(location, config, options)

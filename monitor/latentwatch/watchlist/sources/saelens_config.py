@@ -102,6 +102,7 @@ class SaelensConfig:
         self.architecture = self._architecture(raw)
         self.transcoder = "transcoder" in self.architecture
         self.skips = "skip" in self.architecture
+        self._check_linear()  # before the keys, of which an architecture that cannot be watched has its own
         about = _PLACES | _ABOUT_MODEL
         known = _ENCODER | (_TOPK if self.architecture == "topk" else _NOT_TOPK)
         known |= _TRANSCODER if self.transcoder else Known()
@@ -191,7 +192,7 @@ class SaelensConfig:
         """Whether activations are multiplied by the length of their decoder rows."""
         return self.k is not None and self.top.flag("rescale_acts_by_decoder_norm", False)
 
-    def check_architecture(self) -> None:
+    def _check_linear(self) -> None:
         """Refuse what has no linear row per feature."""
         if self.architecture in _TRAINING_ONLY:
             why = "this is a training checkpoint; save it with save_inference_model()"
@@ -200,6 +201,9 @@ class SaelensConfig:
         if base not in ("standard", "jumprelu", "gated", "topk", "transcoder"):
             why = _NOT_LINEAR.get(self.architecture, "it is unknown here")
             raise refuse_architecture(self._location, self.architecture, why)
+
+    def check_heads(self) -> None:
+        """Refuse what was trained on attention heads."""
         reshaped = (self.top.text("reshape_activations") or "none") != "none"
         heads = [self.metadata.fields.get(key) for key in ("hook_head_index", "hook_point_head_index")]
         if reshaped or any(head is not None for head in heads):

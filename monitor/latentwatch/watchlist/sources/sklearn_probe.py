@@ -10,6 +10,7 @@ SVC has a row per pair of classes, which are no classes, though for three classe
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol, cast
@@ -75,8 +76,13 @@ def load(location: Location) -> object:
         raise
     except Exception as error:
         # skops, zipfile, json and NumPy raise a dozen kinds between them; all mean a damaged or foreign file.
-        found = f"not a whole skops file ({type(error).__name__}: {str(error)[:160]})"
-        raise location.refuse(found, "Save it again with skops.io.dump.") from error
+        found = f"skops cannot read it: damaged, another format or version ({type(error).__name__}: {str(error)[:160]})"
+        instead = f"Save it with skops.io.dump of {_versions()}."
+        raise location.refuse(found, instead) from error
+
+
+def _versions() -> str:
+    return " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("scikit-learn", "skops"))
 
 
 def decision(model: object, x_TD: F64) -> F64:
@@ -114,8 +120,15 @@ class _Scaler(Protocol):
 def _classifier(location: Location, probe: object) -> tuple[F64, F64, Mapping[str, int]]:
     name = type(probe).__name__
     pairwise = name in _PAIRWISE
-    if name not in _LINEAR | _PAIRWISE or not hasattr(probe, "coef_") or not hasattr(probe, "classes_"):
-        raise refuse_architecture(location, name, "it is not known to have one linear row per class, or is not fitted")
+    if name not in _LINEAR | _PAIRWISE:
+        raise refuse_architecture(location, name, "it is not known to have one linear row per class")
+    if missing := [attribute for attribute in ("coef_", "intercept_", "classes_") if not hasattr(probe, attribute)]:
+        raise location.refuse(
+            f"its {name} has no {' and no '.join(missing)}: it is not fitted, its kernel is not linear, or another "
+            "scikit-learn saved it",
+            f"Fit a linear one and save it by {_versions()}, or write its rows as a linear_probe.",
+            RefusalReason.SOURCE_ARCHITECTURE,
+        )
     fitted = cast(_LinearClassifier, probe)
     w_KD = _finite(location, "coef_", np.atleast_2d(_dense(fitted.coef_)))
     bias_K = _finite(location, "intercept_", np.broadcast_to(_dense(fitted.intercept_), len(w_KD)).copy())
