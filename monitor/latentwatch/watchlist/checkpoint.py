@@ -196,9 +196,11 @@ def _tensors(
         paths = [folder / name for name in names] or [
             path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")
         ]
-        files = [SafetensorsFile(path) for path in paths if go_on() and path.is_file()]
-        if len(files) < len(paths):
-            return {}
+        files: list[SafetensorsFile] = []
+        for path in paths:
+            if not path.is_file() or (files and not go_on()):
+                return {}
+            files.append(SafetensorsFile(path))
     except (OSError, WatchlistRefused):
         return {}
     tied = _is_tied(config)

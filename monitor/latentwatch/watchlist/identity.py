@@ -27,17 +27,14 @@ class ModelIdentity:
 
     def __post_init__(self) -> None:
         """Raises ValueError: it is not what a checkpoint's folder says, and nothing could be compared with it."""
-        texts = (*self.tokenizer.items(), *self.samples.items()) if self._has_tables() else ((0, 0),)
-        if not all(isinstance(text, str) for pair in texts for text in pair) or not isinstance(
-            self.tensors_sha256, str
-        ):
-            raise ValueError("the model's identity is not made of tables of texts")
+        if not all(isinstance(table, Mapping) for table in (self.config, self.tokenizer, self.samples)):
+            raise ValueError("the model's identity is not made of tables")
+        texts = (self.tensors_sha256, *self.tokenizer.values(), *self.samples.values())
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("the tables of the model's identity do not hold texts")
         for name, sample in self.samples.items():
             if not _SAMPLE.fullmatch(sample):
                 raise ValueError(f"the values of {name[:80]!r} in the model's identity are not values")
-
-    def _has_tables(self) -> bool:
-        return all(isinstance(table, Mapping) for table in (self.config, self.tokenizer, self.samples))
 
     @property
     def is_stated(self) -> bool:
