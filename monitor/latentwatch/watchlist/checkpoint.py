@@ -102,11 +102,16 @@ def compare(
 # -- config.json
 
 
+def _read(path: Path) -> bytes:
+    """A file of bounded size. Raises OSError: also for what is no file, and might never end or never begin."""
+    if not path.is_file() or path.stat().st_size > _MOST_FILE_BYTES:
+        raise OSError(f"{path} is no file of at most {_MOST_FILE_BYTES} bytes")
+    return path.read_bytes()
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MOST_FILE_BYTES:
-            return {}
-        value = json.loads(path.read_bytes())
+        value = json.loads(_read(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -146,9 +151,7 @@ def _tokenizer(folder: Path) -> dict[str, str]:
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model"):
         path = folder / name
         try:
-            if path.stat().st_size > _MOST_FILE_BYTES:
-                continue
-            data = path.read_bytes()
+            data = _read(path)
         except OSError:
             continue
         made = {"vocabulary": _vocabulary_sha256(data)} if name == "tokenizer.json" else {}
@@ -182,8 +185,10 @@ def _tokenizer_difference(stated: ModelIdentity, folder: Path) -> Iterator[str]:
 # -- the weights
 
 
-def _tensors(folder: Path, config: Config) -> dict[str, tuple[SafetensorsFile, Entry]]:
-    """The checkpoint's tensors by name without layout; empty where it has no safetensors that can be read."""
+def _tensors(
+    folder: Path, config: Config, go_on: Callable[[], bool] = lambda: True
+) -> dict[str, tuple[SafetensorsFile, Entry]]:
+    """The checkpoint's tensors by name without layout; empty where it has no safetensors that can be read in time."""
     try:
         index = _json(folder / "model.safetensors.index.json").get("weight_map", {})
         names = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else []
@@ -191,7 +196,11 @@ def _tensors(folder: Path, config: Config) -> dict[str, tuple[SafetensorsFile, E
         paths = [folder / name for name in names] or [
             path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")
         ]
-        files = [SafetensorsFile(path) for path in paths]
+        files: list[SafetensorsFile] = []
+        for path in paths:
+            if not path.is_file() or (files and not go_on()):
+                return {}
+            files.append(SafetensorsFile(path))
     except (OSError, WatchlistRefused):
         return {}
     tied = _is_tied(config)
@@ -267,7 +276,9 @@ def _weights(stated: ModelIdentity, folder: Path, config: Config, go_on: Callabl
         return Comparison(ModelMatch.UNKNOWN, "the watchlist states no weights")
     if _is_quantised(config):
         return Comparison(ModelMatch.UNKNOWN, "the weights are quantised, and cannot be compared")
-    tensors = _tensors(folder, config)
+    tensors = _tensors(folder, config, go_on)
+    if not tensors and not go_on():
+        return Comparison(ModelMatch.UNKNOWN, "reading what tensors the weights are takes too long here")
     known = [name for name in stated.samples if name in tensors and _code(tensors[name][1])]
     if not known:
         return Comparison(ModelMatch.UNKNOWN, "the weights are in no safetensors with names that are known")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,7 @@ from latentwatch.facts import IDENTITY_TEXT_CHARACTERS
 from latentwatch.names import ModelMatch
 from latentwatch.watchlist import checkpoint
 from latentwatch.watchlist import file as watchlist_file
+from latentwatch.watchlist.identity import ModelIdentity
 
 from tests.support import tiny
 from tests.support.fake_model import Worker, lone_forward
@@ -141,3 +145,48 @@ def test_the_setting_is_read_from_the_environment() -> None:
     assert PluginSettings.from_env({"LATENTWATCH_STRICT_MODEL": "1"}).strict_model
     assert not PluginSettings.from_env({"LATENTWATCH_STRICT_MODEL": "0"}).strict_model
     assert not PluginSettings.from_env({}).strict_model
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_what_is_no_file_in_the_models_folder_is_not_read(watchlist: Path, tmp_path: Path, name: str) -> None:
+    """Nobody writes into this pipe: whoever opens it waits for ever, before the server is up."""
+    other = saved(tmp_path / "other")
+    (other / name).unlink(missing_ok=True)
+    os.mkfifo(other / name)
+    found: list[Any] = []
+    stated = watchlist_file.read(watchlist)
+    reading = threading.Thread(target=lambda: found.append(served_model.compared(config(other), stated)), daemon=True)
+    reading.start()
+    reading.join(20.0)
+    assert found and found[0].match != "differs"
+
+
+def test_weights_in_more_files_than_there_is_time_for_are_not_compared(
+    watchlist: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors")
+    opened: list[Path] = []
+    monkeypatch.setattr(checkpoint, "SafetensorsFile", opened.append)
+    found = checkpoint.compare(watchlist_file.read(watchlist).identity, folder, go_on=lambda: False)
+    assert (found.match, len(opened)) == ("unknown", 1) and "takes too long" in found.text
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"samples": {"a": "BF16:zz"}},
+        {"samples": {"a": "F16:abc"}},
+        {"samples": {"a": ""}},
+        {"samples": {"a": 5}},
+        {"samples": [1]},
+        {"config": [1]},
+        {"tokenizer": {"vocabulary": 5}},
+        {"tokenizer": "x"},
+        {"tensors_sha256": 5},
+    ],
+    ids=str,
+)
+def test_an_identity_that_nothing_can_be_compared_with_is_refused_where_it_is_read(lie: dict[str, Any]) -> None:
+    """Not compared, it would pass for one that is not known, and be armed strictly too."""
+    with pytest.raises(ValueError, match="identity"):
+        ModelIdentity(**lie)
