@@ -382,7 +382,12 @@ def exceedance(**columns: Any) -> np.ndarray:
         ({"exceedances": exceedance(feature=5)}, "no feature or no phase"),
         ({"exceedances": exceedance(phase=0)}, "no feature or no phase"),
         ({"exceedances": exceedance(value=np.nan)}, "no finite number"),
-        ({"info": {"opened_seconds": float("inf")}}, "no finite number"),
+        ({"exceedances": exceedance(position=-1)}, "at no position"),
+        *(
+            ({"info": {"opened_seconds": seconds}}, "before 1970 or after 2037")
+            for seconds in (float("inf"), float("nan"), 1e308, 1e300, 1e12, -1.0)
+        ),
+        ({"exceedances": exceedance(seconds=1e300)}, "before 1970 or after 2037"),
         ({"progress": {"tokens": np.zeros(3, np.int64)}}, "3 token counts"),
     ],
 )
