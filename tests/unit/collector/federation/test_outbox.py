@@ -18,11 +18,11 @@ from latentwatch.errors import StreamRefused
 from latentwatch.evidence.records import Activations, Ended, Exceeded, Record
 from latentwatch.facts import EXCEEDANCE, FEATURE_STAT
 from latentwatch.names import Outcome, Severity
-from latentwatch.step.batch import StepBatch
+from latentwatch.step.batch import EngineCounters, StepBatch
 from latentwatch.transport import codec
 from latentwatch.transport.codec.fields import MAX_COUNT
 from latentwatch.transport.hello import Hello
-from latentwatch.transport.report import Report, RequestRow
+from latentwatch.transport.report import ReplicaState, Report, RequestRow
 from latentwatch.transport.sink import ReceivedReport
 from latentwatch.watchlist.file import Limit
 
@@ -396,6 +396,14 @@ def test_a_row_that_does_not_fit_is_refused_and_changes_nothing(row, found):
     gateway.ingest.hello(forwarder(), 1000.0)
     refusal = refused(gateway, a_report(requests=(broken_row(**row),)))
     assert refusal.reason == "malformed_batch" and found in refusal.found
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300, -1.0])
+def test_an_engine_that_was_seen_at_no_time_is_refused(seconds):
+    gateway, report = core(), a_report()
+    gateway.ingest.hello(forwarder(), 1000.0)
+    state = ReplicaState(hello(), True, seconds, 0, EngineCounters())
+    assert "was last seen at" in refused(gateway, replace(report, replicas=(state,))).found
 
 
 def test_counts_of_another_shape_are_refused():
