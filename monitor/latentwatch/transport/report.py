@@ -8,7 +8,7 @@ travel as rows, one each: maxima, counts and exceedances per feature, and no tok
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,6 +21,8 @@ from latentwatch.names import Outcome, Phase, Reason, TokenState
 from latentwatch.step.batch import EngineCounters
 from latentwatch.transport.hello import Hello
 
+_LAST_SECONDS: Final = float(1 << 31)
+"""In 2038; a key of evidence has 41 bits for milliseconds."""
 TOKEN_SHAPE: Final = (len(TokenState) + 1, len(Reason), len(Phase) + 1)
 """Token counts by TokenState, Reason and Phase value; index 0 of the first and the last is unused."""
 
@@ -123,6 +125,9 @@ def validate(report: Report, *, features: int, hook_points: int, statistic_bucke
             _malformed(f"a sum of model {model.model_name[:64]!r} is no finite number")
         if not (model.peak_F < np.inf).all():
             _malformed(f"a peak of model {model.model_name[:64]!r} is NaN or infinite")
+    for state in report.replicas:
+        if not _are_times([state.last_seen_seconds]):
+            _malformed(f"replica {state.hello.replica[:64]!r} was last seen at {state.last_seen_seconds}")
     if not _fit(report.requests, F):
         for found in _wrong_rows(report.requests, F):
             _malformed(found)
@@ -149,8 +154,9 @@ def _fit(rows: tuple[RequestRow, ...], features: int) -> bool:
         and ((seen["position"] >= 0) & (seen["fired"] >= 0)).all()
         and ((exceedances["feature"] < features) & np.isin(exceedances["phase"], list(Phase))).all()
         and np.isfinite(exceedances["value"]).all()
-        and np.isfinite(exceedances["seconds"]).all()
-        and np.isfinite([(row.info.opened_seconds, row.progress.closed_seconds) for row in rows]).all()
+        and (exceedances["position"] >= 0).all()
+        and _are_times(exceedances["seconds"])
+        and _are_times([seconds for row in rows for seconds in (row.info.opened_seconds, row.progress.closed_seconds)])
     )
 
 
@@ -169,10 +175,16 @@ def _wrong_rows(rows: tuple[RequestRow, ...], features: int) -> Iterator[str]:
             yield f"request {row.number} has a feature that fired less than never"
         if (exceedances["feature"] >= features).any() or not np.isin(exceedances["phase"], list(Phase)).all():
             yield f"an exceedance of request {row.number} names no feature or no phase"
-        if not (np.isfinite(exceedances["value"]).all() and np.isfinite(exceedances["seconds"]).all()):
-            yield f"an exceedance of request {row.number} is no finite number"
-        if not np.isfinite([row.info.opened_seconds, row.progress.closed_seconds]).all():
-            yield f"a time of request {row.number} is no finite number"
+        if not np.isfinite(exceedances["value"]).all() or (exceedances["position"] < 0).any():
+            yield f"an exceedance of request {row.number} is no finite number, or at no position"
+        if not _are_times([*exceedances["seconds"], row.info.opened_seconds, row.progress.closed_seconds]):
+            yield f"a time of request {row.number} is before 1970 or after 2037"
+
+
+def _are_times(seconds: Sequence[float] | Array) -> bool:
+    """Seconds since the epoch that a file of evidence has room for; 0 for what did not happen yet."""
+    given = np.asarray(seconds, np.float64)
+    return bool(((given >= 0) & (given < _LAST_SECONDS)).all())
 
 
 def _malformed(found: str) -> None:

@@ -40,6 +40,9 @@ def _refusal(scope: Scope, hosts: Hosts) -> tuple[RefusalReason, Response] | Non
     if (malformed := _malformed(scope)) is not None:
         return RefusalReason.HTTP_MALFORMED, malformed
     headers: dict[bytes, bytes] = dict(scope["headers"])
+    if b"host" not in headers and scope["path"] == "/healthz":
+        # HTTP/1.0, as a load balancer's check of health asks by default; a browser always says whom it asks.
+        return None
     host = headers.get(b"host", b"").decode("latin-1")
     if not hosts.is_ours(host):
         said = (

@@ -18,11 +18,11 @@ from latentwatch.errors import StreamRefused
 from latentwatch.evidence.records import Activations, Ended, Exceeded, Record
 from latentwatch.facts import EXCEEDANCE, FEATURE_STAT
 from latentwatch.names import Outcome, Severity
-from latentwatch.step.batch import StepBatch
+from latentwatch.step.batch import EngineCounters, StepBatch
 from latentwatch.transport import codec
 from latentwatch.transport.codec.fields import MAX_COUNT
 from latentwatch.transport.hello import Hello
-from latentwatch.transport.report import Report, RequestRow
+from latentwatch.transport.report import ReplicaState, Report, RequestRow
 from latentwatch.transport.sink import ReceivedReport
 from latentwatch.watchlist.file import Limit
 
@@ -382,7 +382,12 @@ def exceedance(**columns: Any) -> np.ndarray:
         ({"exceedances": exceedance(feature=5)}, "no feature or no phase"),
         ({"exceedances": exceedance(phase=0)}, "no feature or no phase"),
         ({"exceedances": exceedance(value=np.nan)}, "no finite number"),
-        ({"info": {"opened_seconds": float("inf")}}, "no finite number"),
+        ({"exceedances": exceedance(position=-1)}, "at no position"),
+        *(
+            ({"info": {"opened_seconds": seconds}}, "before 1970 or after 2037")
+            for seconds in (float("inf"), float("nan"), 1e308, 1e300, 1e12, -1.0)
+        ),
+        ({"exceedances": exceedance(seconds=1e300)}, "before 1970 or after 2037"),
         ({"progress": {"tokens": np.zeros(3, np.int64)}}, "3 token counts"),
     ],
 )
@@ -391,6 +396,14 @@ def test_a_row_that_does_not_fit_is_refused_and_changes_nothing(row, found):
     gateway.ingest.hello(forwarder(), 1000.0)
     refusal = refused(gateway, a_report(requests=(broken_row(**row),)))
     assert refusal.reason == "malformed_batch" and found in refusal.found
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300, -1.0])
+def test_an_engine_that_was_seen_at_no_time_is_refused(seconds):
+    gateway, report = core(), a_report()
+    gateway.ingest.hello(forwarder(), 1000.0)
+    state = ReplicaState(hello(), True, seconds, 0, EngineCounters())
+    assert "was last seen at" in refused(gateway, replace(report, replicas=(state,))).found
 
 
 def test_counts_of_another_shape_are_refused():

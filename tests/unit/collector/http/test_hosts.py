@@ -88,6 +88,12 @@ def test_a_request_of_http_1_0_needs_a_host_too(service):
         assert answer(peer).status == 421
 
 
+def test_a_load_balancer_that_names_no_host_is_told_of_health(service):
+    with connect(service.http_url) as peer:
+        peer.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert answer(peer).status == 200
+
+
 def test_beyond_loopback_an_address_is_answered_and_a_name_needs_to_be_listed():
     hosts = Hosts(["latentwatch-collector.monitoring.svc", "lw.example.org"])
     hosts.bound("0.0.0.0", "0.0.0.0")
