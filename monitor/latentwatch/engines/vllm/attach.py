@@ -34,7 +34,8 @@ logger = logging.getLogger("vllm.latentwatch")
 
 MAX_FAILURES: Final = 3
 """In a row; one step that succeeds forgives those before it. Then for good, until the engine is started again: what
-began, ended and moved in the steps that were not seen is known to nobody, and tokens would be scored for the wrong request.
+began, ended and moved in the steps that were not seen is known to nobody, and tokens would be scored for the wrong
+request.
 """
 
 

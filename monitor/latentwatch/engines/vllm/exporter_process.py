@@ -74,8 +74,9 @@ class RestartBackoff:
 
 
 class ExporterChild:
-    """One worker's exporter. Used from the engine's thread only, but that a thread of this class restarts it once `watch`
-    was called. The two share no lock: the engine's thread reads a count.
+    """One worker's exporter. Used from the engine's thread only; after `watch` a thread of this class restarts it.
+
+    The two share no lock: the engine's thread reads a count.
     """
 
     def __init__(self, ring: Ring, backoff: RestartBackoff | None = None) -> None:
