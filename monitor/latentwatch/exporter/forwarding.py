@@ -106,8 +106,7 @@ class Exporter:
             self._offer(batch, self._ring.read + 1)
             self._ring.release(waits=self._waits)
         elif now - self._sent_at > HEARTBEAT_SECONDS:
-            heartbeat = StepBatch(step=self._step, time_unix_nano=time.time_ns(), counters=self._counters())
-            self._offer(heartbeat, self._ring.read)
+            self._offer(self._heartbeat(), self._ring.read)
         else:
             return False
         self._sent_at = now
@@ -119,8 +118,10 @@ class Exporter:
         """
         if engine_ended:
             batch = dataclasses.replace(self._ledger.finish(), counters=self._counters())
-            if len(batch.segments_S):
+            if len(batch.segments_S) or self._sender.intake.owes_ends:
                 self._sender.offer(batch)
+        elif self._sender.intake.owes_ends:
+            self._offer(self._heartbeat(), self._ring.read)
         stats = self._sender.close(DRAIN_SECONDS)
         if engine_ended and stats.dropped_tokens:
             log.error(
@@ -129,6 +130,9 @@ class Exporter:
             )
 
     # -- one step
+
+    def _heartbeat(self) -> StepBatch:
+        return StepBatch(step=self._step, time_unix_nano=time.time_ns(), counters=self._counters())
 
     def _settled(self, raw: RawStep) -> StepBatch:
         """What the step settles. Where that fails its rows are given up, which counts as a gap, or all of it."""

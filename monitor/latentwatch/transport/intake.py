@@ -74,6 +74,12 @@ class Intake:
                 self._buffer.give_up(0, 0, Drop.REFUSED)
             return []
 
+    @property
+    def owes_ends(self) -> bool:
+        """Whether ends of requests wait for the next batch that is numbered."""
+        with self._lock:
+            return self._buffer.owes_ends
+
     def send(self, numbered: Sequence[Numbered]) -> list[int]:
         """Take batches for delivery, in the order of their numbers; those numbers that the spool took."""
         spooled = []
@@ -118,7 +124,7 @@ class Intake:
         if not self._spool.append(sequence, tokens_of(batch), message):
             return False
         with self._lock:
-            self._buffer.record_sent(batch)
+            self._buffer.record_spooled(batch)
         return True
 
     def _to_memory(self, sequence: int, batch: StepBatch, message: bytes) -> None:

@@ -19,20 +19,23 @@ Pure: no gRPC, thread, file or clock. What a spool holds is handed in when it is
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from latentwatch.errors import StreamRefused
 from latentwatch.names import Reason
-from latentwatch.step.batch import RequestClosed, StepBatch
+from latentwatch.step.batch import StepBatch
 from latentwatch.step.reshape import column_bytes, joined_books, with_rows
 from latentwatch.transport import codec
+from latentwatch.transport.request_ends import RequestEnds
 from latentwatch.transport.shed_priority import RANKS, ShedPriority
 from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.transport.spooled import Spooled
@@ -76,7 +79,8 @@ class SendBooks:
     dropped_tokens: Counter[Drop] = field(default_factory=Counter)
     """Tokens of the segments of those; no collector hears of them before their request ends."""
     dropped_requests: int = 0
-    """Requests that began and ended in those for which there was no room; no collector hears of them."""
+    """Requests that began and ended in those for which there was no room, of which no collector hears; and those whose
+    end was refused twice."""
 
     def drop(self, tokens: int, why: Drop) -> None:
         """Count a batch of so many tokens that is given up."""
@@ -105,7 +109,7 @@ class Pending:
     sequence: int
     tokens: int
     content: StepBatch | bytes
-    """Its message once scores of it were given up; nothing where it lies in a spool and is in flight."""
+    """Its message once scores of it were given up, or where it lies in a spool."""
     nbytes: int
     rank: int
     """The lowest rank of scores that it may still have."""
@@ -147,12 +151,7 @@ class SendBuffer:
         self._to_shed: tuple[deque[Pending], ...] = tuple(deque() for _ in range(BOOKS))
         self._queue_bytes = 0
         self._in_flight_bytes = 0
-        self._untold: set[int] = set()
-        """Handles of requests whose beginning was dropped, and of which no collector will hear anything else so far."""
-        self._heard_of: set[int] = set()
-        """Handles of requests in what the spool took while older batches wait here."""
-        self._owed: list[RequestClosed] = []
-        """Ends that were dropped, of requests whose beginning was not."""
+        self._ends = RequestEnds()
 
     @property
     def acked(self) -> int:
@@ -195,19 +194,16 @@ class SendBuffer:
 
     def with_owed(self, batch: StepBatch) -> StepBatch:
         """The batch that is numbered next, with the ends that it has to tell as well."""
-        if not self._owed:
-            return batch
-        owed, self._owed = self._owed, []
-        return replace(batch, closed=(*owed, *batch.closed))
+        return self._ends.with_owed(batch)
 
-    def record_sent(self, batch: StepBatch) -> None:
-        """Collectors will hear of these requests, whatever was dropped of them, or will be."""
-        if not len(self):
-            self._heard_of.clear()
-            return
-        handles = {*batch.segments_S["handle"].tolist(), *(end.handle for end in batch.closed)}
-        self._heard_of |= handles
-        self._untold -= handles
+    @property
+    def owes_ends(self) -> bool:
+        """Whether `with_owed` would add any."""
+        return self._ends.owes
+
+    def record_spooled(self, batch: StepBatch) -> None:
+        """The spool has it: collectors will hear of its requests, whatever was dropped of them, or will be."""
+        self._ends.told(batch, older_wait=len(self) > 0)
 
     def send_next(self, ahead: Spooled | None) -> Outgoing | None:
         """Move the batch of the lowest number in flight; None where none waits, or enough is in flight.
@@ -222,12 +218,13 @@ class SendBuffer:
         if ahead is not None and not (first and first[0].sequence < ahead.sequence):
             outgoing = Outgoing(ahead.sequence, ahead.message, spooled=True)
             cost = MESSAGE_BYTES + len(ahead.message)
-            pending = Pending(ahead.sequence, ahead.tokens, b"", cost, BOOKS, spooled=True)
+            pending = Pending(ahead.sequence, ahead.tokens, ahead.message, cost, BOOKS, spooled=True)
         else:
             pending = self._pop_waiting()
             outgoing = Outgoing(pending.sequence, pending.content, spooled=False)
-            if self._untold:
-                self.record_sent(_batch(pending.content))
+            if self._ends.any_untold:
+                # What waited before it was sent or dropped already.
+                self._ends.told(_batch(pending.content), older_wait=False)
         self._in_flight.append(pending)
         self._in_flight_bytes += pending.nbytes
         self.books.resent_batches += pending.sequence <= self._highest_sent
@@ -254,7 +251,7 @@ class SendBuffer:
         """The collector will not have it. Its number counts as acknowledged from now on."""
         oldest = self._in_flight[0]
         self._release(oldest.sequence)
-        self._drop(oldest, Drop.REFUSED)
+        self._refuse(oldest)
 
     def cannot_send(self, sequence: int) -> None:
         """Drop a batch in flight that cannot be encoded; one that is not in flight any more comes again."""
@@ -262,7 +259,7 @@ class SendBuffer:
             if pending.sequence == sequence:
                 self._in_flight.remove(pending)
                 self._in_flight_bytes -= pending.nbytes
-                self._drop(pending, Drop.REFUSED)
+                self._refuse(pending)
                 return
 
     def close(self) -> None:
@@ -327,19 +324,15 @@ class SendBuffer:
         self._queue_bytes -= oldest.nbytes
         if oldest.rank < BOOKS:
             self._to_shed[oldest.rank].remove(oldest)
-        self._note_ends(oldest)
+        self.books.dropped_requests += self._ends.dropped(_batch(oldest.content))
         self._drop(oldest, Drop.NO_ROOM)
         return True
 
-    def _note_ends(self, dropped: Pending) -> None:
-        batch = _batch(dropped.content)
-        self._untold.update({opened.handle for opened in batch.opened} - self._heard_of)
-        for closed in batch.closed:
-            if closed.handle in self._untold:
-                self._untold.remove(closed.handle)
-                self.books.dropped_requests += 1
-            else:
-                self._owed.append(closed)
+    def _refuse(self, pending: Pending) -> None:
+        # Bytes that cannot be read tell of no request, and no collector could read them either.
+        with contextlib.suppress(StreamRefused):
+            self.books.dropped_requests += self._ends.refused(_batch(pending.content))
+        self._drop(pending, Drop.REFUSED)
 
     def _shed(self, pending: Pending) -> None:
         """Give up the scores of the lowest rank of a batch in the queue, and keep its books."""
@@ -352,7 +345,7 @@ class SendBuffer:
         except Exception:
             # Whatever is wrong with it, it cannot be sent either.
             self._queue.remove(pending)
-            self._drop(pending, Drop.REFUSED)
+            self._refuse(pending)
             return
         pending.nbytes = MESSAGE_BYTES + len(pending.content)
         self._queue_bytes += pending.nbytes

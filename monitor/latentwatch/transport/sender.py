@@ -87,7 +87,7 @@ class SenderStats:
     dropped_tokens: int
     """Tokens of the segments in `dropped_batches`; no collector hears of them before their request ends."""
     dropped_requests: int
-    """Requests that began and ended in those; no collector hears of them."""
+    """Requests that began and ended in those, of which no collector hears; and those whose end was refused twice."""
     refused_batches: int
     """Those of `dropped_batches` that the collector refused, or that could not be encoded."""
     resent_batches: int

@@ -31,7 +31,7 @@ from latentwatch.names import Reason, TokenState
 from latentwatch.step.batch import UNANNOUNCED, StepBatch, owns_rows
 from latentwatch.transport import codec
 from latentwatch.transport.send_buffer import Drop
-from latentwatch.transport.sender import Sender
+from latentwatch.transport.sender import Sender, SenderStats
 from latentwatch.transport.sink import ReceivedBatch
 from latentwatch.transport.spool import SpoolFolder, SpoolSettings
 
@@ -317,6 +317,44 @@ def test_an_exporter_that_is_told_to_stop_while_its_engine_runs_leaves_all_to_th
     site.exporter.finish(engine_ended=False)
     site.restart()
     site.check()
+
+
+@pytest.mark.parametrize("engine_ended", [True, False])
+def test_ends_that_wait_for_the_next_batch_are_told_when_none_comes(tmp_path, monkeypatch, engine_ended):
+    """They stood in a batch that the collector refused, the last one before the exporter ends."""
+    site = Site(tmp_path, np.random.default_rng(1), spool=False)
+    buffer = site.sender._buffer
+    told: list[int] = []
+
+    def take(message: bytes) -> int:
+        received = codec.decode_request(message)
+        assert isinstance(received, ReceivedBatch)
+        told.extend(end.handle for end in received.batch.closed)
+        return received.sequence
+
+    monkeypatch.setattr(site.collector, "take", take)
+    refused: list[int] = []
+    while not refused:
+        site.compute()
+        site.exporter.forward_step(0.0)
+        outgoing = buffer.send_next(None)
+        if outgoing is None:
+            continue
+        received = codec.decode_request(outgoing.message())
+        assert isinstance(received, ReceivedBatch)
+        refused = [end.handle for end in received.batch.closed]
+        if refused:
+            buffer.drop_oldest_in_flight()
+        else:
+            buffer.acknowledge(outgoing.sequence)
+
+    def close(_seconds: float) -> SenderStats:
+        site.deliver()
+        return site.sender.stats()
+
+    monkeypatch.setattr(site.sender, "close", close)
+    site.exporter.finish(engine_ended=engine_ended)
+    assert told == refused
 
 
 def test_a_step_that_no_exporter_survives_is_given_up_and_counted_and_those_behind_it_are_not(tmp_path):

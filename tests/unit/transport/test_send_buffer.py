@@ -244,6 +244,153 @@ TestDeliveries = Deliveries.TestCase
 TestDeliveries.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
+class Ends(RuleBasedStateMachine):
+    """Requests begin, compute and end while batches are spooled, sent, joined, dropped, requeued and forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = SendBuffer(200)
+        self.sequence = self.handles = 0
+        self.running: dict[int, int] = {}
+        self.ended: set[int] = set()
+        self.spool: list[Spooled] = []
+        self.read = 0
+        self.heard: set[int] = set()
+        self.told: Counter[int] = Counter()
+        self.high = 0
+        self.safe: tuple[int, set[int], Counter[int]] = (0, set(), Counter())
+
+    def offered(self, batch: StepBatch, spools: bool) -> None:
+        batch = self.buffer.with_owed(batch)
+        # A gap between two numbers keeps some batches from being joined, so that others are dropped.
+        self.sequence += 1 + (self.sequence % 4 > 0)
+        if spools:
+            message = codec.encode_batch(self.sequence, batch)
+            self.spool.append(Spooled(self.sequence, tokens_of(batch), message))
+            getattr(self.buffer, "record_spooled", getattr(self.buffer, "record_sent", None))(batch)
+        else:
+            self.buffer.add(self.sequence, batch)
+
+    @rule(
+        begins=st.integers(0, 2),
+        computes=st.booleans(),
+        ends=st.integers(0, 2),
+        spools=st.sampled_from([False] * 4 + [True]),
+        times=st.sampled_from([1, 1, 4, 12]),
+    )
+    def step(self, begins: int, computes: bool, ends: int, spools: bool, times: int) -> None:
+        for _ in range(times):
+            opened = [RequestOpened(self.handles + i + 1, "r" * 30, 4) for i in range(begins)]
+            self.handles += begins
+            self.running |= {event.handle: 0 for event in opened}
+            segments = []
+            for handle, at in self.running.items() if computes else ():
+                segments.append((handle, at, 1, TokenState.UNSEEN, Reason.PREFIX_CACHE, Phase.PROMPT))
+                self.running[handle] += 1
+            over = sorted(self.running)[:ends]
+            closed = tuple(RequestClosed(n, "r" * 30, 4, 1, self.running.pop(n), Outcome.FINISHED) for n in over)
+            self.ended |= set(over)
+            books = replace(one_step(1, 0, 0, 0, True), segments_S=np.array(segments, SEGMENT_DTYPE))
+            self.offered(replace(books, opened=tuple(opened), closed=closed), spools)
+
+    @rule(times=st.sampled_from([1, 1, 2, 30]), arrives=st.booleans(), acknowledges=st.booleans())
+    def send(self, times: int, arrives: bool, acknowledges: bool) -> None:
+        """What does not arrive is lost with its stream."""
+        for _ in range(times):
+            while self.read < len(self.spool) and self.spool[self.read].sequence <= self.buffer.acked:
+                self.read += 1
+            outgoing = self.buffer.send_next(self.spool[self.read] if self.read < len(self.spool) else None)
+            if outgoing is None:
+                break
+            self.read += outgoing.spooled
+            if arrives:
+                self.receive(outgoing.message())
+        if not arrives:
+            self.end_the_stream(False)
+        elif acknowledges:
+            self.acknowledge()
+
+    def receive(self, message: bytes) -> None:
+        received = codec.decode_request(message)
+        assert isinstance(received, ReceivedBatch)
+        if received.sequence > self.high:
+            self.high = received.sequence
+            self.heard |= {event.handle for event in received.batch.opened}
+            self.heard |= set(received.batch.segments_S["handle"].tolist())
+            self.told.update(event.handle for event in received.batch.closed)
+
+    @rule()
+    def acknowledge(self) -> None:
+        self.safe = self.high, self.heard.copy(), self.told.copy()
+        self.buffer.acknowledge(self.high)
+
+    @rule(crashes=st.booleans())
+    def end_the_stream(self, crashes: bool) -> None:
+        if crashes:
+            self.high, heard, told = self.safe
+            self.heard, self.told = heard.copy(), told.copy()
+        self.buffer.requeue()
+        self.read = 0
+        self.acknowledge()
+
+    def teardown(self) -> None:
+        """A collector that works gets the rest."""
+        self.end_the_stream(False)
+        for _ in range(3):
+            self.offered(StepBatch(step=1, time_unix_nano=1), False)
+            for _ in range(1000):
+                self.send(30, True, True)
+                if not len(self.buffer) and self.read >= len(self.spool):
+                    break
+        assert max(self.told.values(), default=0) <= 1, "told once"
+        assert not (self.heard & self.ended) - self.told.keys(), "no request that a collector heard of stays open"
+        assert self.buffer.books.dropped_requests == len(self.ended - self.told.keys()), "the others are counted"
+
+
+TestEnds = Ends.TestCase
+TestEnds.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+def end_of(handle: int) -> StepBatch:
+    return replace(one_step(handle, 1, 0, 0, True), closed=(RequestClosed(handle, "r", 4, 1, 4, Outcome.FINISHED),))
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+def test_an_end_in_a_batch_that_is_refused_is_told_once_more_and_then_counted(spooled):
+    buffer = SendBuffer(1 << 20)
+    if spooled:
+        ahead = Spooled(1, 3, codec.encode_batch(1, end_of(7)))
+    else:
+        ahead = None
+        buffer.add(1, end_of(7))
+    assert buffer.send_next(ahead) is not None
+    buffer.drop_oldest_in_flight()
+    again = buffer.with_owed(StepBatch(step=2, time_unix_nano=1))
+    assert [event.handle for event in again.closed] == [7] and buffer.books.dropped_requests == 0
+    buffer.add(2, again)
+    assert buffer.send_next(None) is not None
+    buffer.drop_oldest_in_flight()
+    assert not buffer.with_owed(StepBatch(step=3, time_unix_nano=1)).closed
+    assert buffer.books.dropped_requests == 1
+
+
+def test_a_request_that_is_heard_of_when_nothing_else_waits_has_its_end_told():
+    """Its beginning was given up; what is sent of it later leaves a buffer that is empty."""
+    buffer = SendBuffer(1)
+    buffer.add(1, replace(one_step(1, 0, 0, 0, True), opened=(RequestOpened(9, "r", 4),)))
+    buffer.add(3, one_step(3, 0, 0, 0, True))
+    assert buffer.books.dropped_batches == {Drop.NO_ROOM: 1}
+    assert buffer.send_next(None) is not None
+    buffer.acknowledge(3)
+    buffer.add(5, one_step(9, 0, 0, 0, True))
+    assert buffer.send_next(None) is not None
+    buffer.acknowledge(5)
+    buffer.add(7, end_of(9))
+    buffer.add(9, one_step(8, 0, 0, 0, True))
+    assert [event.handle for event in buffer.with_owed(StepBatch(step=1, time_unix_nano=1)).closed] == [9]
+    assert buffer.books.dropped_requests == 0
+
+
 def test_a_refusal_that_comes_when_there_is_no_room_is_counted_once():
     """The refused batch is the oldest, and so the first to go when the ended stream's batches wait again."""
     buffer = SendBuffer(1)

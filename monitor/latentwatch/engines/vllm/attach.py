@@ -33,6 +33,10 @@ logger = logging.getLogger("vllm.latentwatch")
 """Under vLLM's own logger, so that its handlers and format apply."""
 
 MAX_FAILURES: Final = 3
+"""In a row; one step that succeeds forgives those before it. Then for good, until the engine is started again: what
+began, ended and moved in the steps that were not seen is known to nobody, and tokens would be scored for the wrong
+request.
+"""
 
 
 class Attachment:
@@ -205,6 +209,7 @@ class Attachment:
             self._start_tap()
         if self._exporter is not None:
             self._exporter.configure(self._exporter_config(self._ring, self._cache))
+            self._exporter.watch()
 
     def _start_tap(self) -> None:
         assert self._ring is not None  # _warmed_up
@@ -253,7 +258,7 @@ class Attachment:
         if self._tap is None:
             return
         self._tap.after_step(self._worker.model_runner, scheduler_output)
-        if self._exporter is not None and self._exporter.restart_if_ended(time.monotonic()):
+        if self._exporter is not None and self._exporter.was_restarted(time.monotonic()):
             self._tap.exporter_restarted()
         self._failures = 0
 

@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -73,7 +74,10 @@ class RestartBackoff:
 
 
 class ExporterChild:
-    """One worker's exporter. Used from the engine's thread only."""
+    """One worker's exporter. Used from the engine's thread only; after `watch` a thread of this class restarts it.
+
+    The two share no lock: the engine's thread reads a count.
+    """
 
     def __init__(self, ring: Ring, backoff: RestartBackoff | None = None) -> None:
         self._ring = ring
@@ -83,6 +87,8 @@ class ExporterChild:
         self._may_log = LogLimit(_LOG_AGAIN_SECONDS, time.monotonic)
         self._checked = 0.0
         self._given_back, self._stuck_seconds = 0, 0.0
+        self._watched = False
+        self._restarts = self._restarts_told = 0
         self.process: subprocess.Popen[bytes] | None = None
         """None where the system would not start one, until it does."""
         self._spawn(time.monotonic())
@@ -104,6 +110,35 @@ class ExporterChild:
                 return
             time.sleep(0.01)
 
+    def watch(self) -> None:
+        """Restart it from now on also while the engine makes no step: what the ring holds would wait for the next one.
+
+        The thread ends with the engine or the ring, and a fork of the engine has none. Raises nothing.
+        """
+        try:
+            threading.Thread(target=self._watch, name="latentwatch-exporter", daemon=True).start()
+            self._watched = True
+        except RuntimeError as error:
+            # A limit on threads: `was_restarted` looks, then.
+            logger.error("latentwatch: no thread watches the exporter (%s); an idle engine does not restart it", error)
+
+    def was_restarted(self, now: float) -> bool:
+        """Whether it was started again since this was last asked. For each step; `now` as in `restart_if_ended`."""
+        if not self._watched:
+            self.restart_if_ended(now)
+        told, self._restarts_told = self._restarts_told, self._restarts
+        return self._restarts_told > told
+
+    def _watch(self) -> None:
+        while not self._ring.closed:
+            time.sleep(CHECK_SECONDS)
+            try:
+                self.restart_if_ended(time.monotonic())
+            except Exception:
+                # Without this thread nothing would be exported again, and it is not the engine's to see.
+                if self._may_log("watch"):
+                    logger.exception("latentwatch: looking after the exporter failed; it is tried again")
+
     def restart_if_ended(self, now: float) -> bool:
         """Start the process again where it has ended and it is time; True where that happened.
 
@@ -117,6 +152,8 @@ class ExporterChild:
         if self.process is not None and self.process.poll() is None:
             self._end_if_stuck(self.process, since)
             return False
+        if self._ring.closed:
+            return False  # it ended because the engine says no more
         self._backoff.ended(now)
         if not self._backoff.is_due(now):
             return False
@@ -130,6 +167,7 @@ class ExporterChild:
         self._spawn(now)
         if self._configured:
             self._announce_config()
+        self._restarts += self.process is not None
         return self.process is not None
 
     def _end_if_stuck(self, process: subprocess.Popen[bytes], since: float) -> None:

@@ -10,10 +10,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 from latentwatch.engines.vllm import exporter_process
+from latentwatch.engines.vllm.attach import Attachment
 from latentwatch.engines.vllm.exporter_process import STUCK_SECONDS, ExporterChild, RestartBackoff
+from latentwatch.engines.vllm.step_tap import StepTap
 from latentwatch.facts import EngineIdentity
 from latentwatch.handover.exporter_config import ExporterConfig, WatchedFeature
 from latentwatch.handover.ring import Geometry, Ring
@@ -186,6 +189,56 @@ def test_an_interpreter_that_cannot_say_what_it_is_costs_the_engine_nothing(monk
     child.configure(large_config(ring))
     assert not any(child.restart_if_ended(1e6 + i) for i in range(10))
     assert "does not start an exporter" in caplog.text
+
+
+def test_the_exporter_of_an_idle_engine_is_started_again_and_the_next_step_learns_of_it(monkeypatch, ring):
+    """The engine's thread does nothing here: no step comes."""
+    spawned: list[subprocess.Popen[bytes]] = []
+    children(monkeypatch, "import time; time.sleep(600)", spawned)
+    monkeypatch.setattr(exporter_process, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(exporter_process, "READY_SECONDS", 0.0)
+    attachment = Attachment.__new__(Attachment)
+    child = attachment._exporter = ExporterChild(ring)
+    attachment._ring, attachment._cache, attachment._hooks = ring, None, ()
+    attachment._start_tap = lambda: None  # type: ignore[method-assign]
+    attachment._tap = cast(StepTap, object())
+    attachment._exporter_config = lambda *_: large_config(ring)  # type: ignore[method-assign]
+    try:
+        attachment._warmed_up()
+        spawned[0].kill()
+        deadline = time.monotonic() + 20.0
+        while len(spawned) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(spawned) == 2 and ring.restarts == 1, "an idle engine leaves its exporter dead"
+        while not child.was_restarted(0.0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.monotonic() < deadline and not child.was_restarted(0.0), "the tap is told once"
+        ring.close()
+        spawned[1].kill()
+        spawned[1].wait()
+        time.sleep(0.5)
+        assert len(spawned) == 2, "an engine that says no more starts none"
+        assert "latentwatch-exporter" not in [thread.name for thread in threading.enumerate()]
+    finally:
+        for process in spawned:
+            process.kill()
+            process.wait()
+
+
+def test_a_host_without_a_thread_to_spare_has_the_exporter_looked_after_by_the_steps(monkeypatch, ring, caplog):
+    def no_thread(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    spawned: list[subprocess.Popen[bytes]] = []
+    children(monkeypatch, "", spawned)
+    child = ExporterChild(ring)
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", no_thread)
+        child.watch()
+    assert "no thread watches the exporter" in caplog.text
+    spawned[0].wait(60)
+    assert child.was_restarted(1e6) and not child.was_restarted(1e6)
+    spawned[1].wait(60)
 
 
 def write_step(ring: Ring) -> None:
