@@ -77,7 +77,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 def delivered(new: list[tuple[str, Any]], hooks: tuple[ArmedHook, ...]) -> Iterator[ReceivedBatch]:
-    """What a collector reads off the wire: a step in which each request computes its prompt of three, and their ends."""
+    """What a collector reads off the wire: a step in which each computes its prompt of three, and their ends."""
     n = len(new)
     sizes = {"features": 5 * len(hooks), "dense": len(hooks), "hook_points": len(hooks)}
     ring = Ring.create(Geometry(max_requests=n, max_rows=3 * n, **sizes))
