@@ -116,10 +116,18 @@ def _is_text(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def common_kind(found: Iterable[Collection[IdKind]], wanted: IdKind | None = None) -> IdKind | None:
-    """The first kind of id as which an id is that of every request found with it; None where there is none.
+def meant_kind(found: Iterable[tuple[Collection[IdKind], str]]) -> IdKind | None:
+    """As what a name is meant that was given without its kind: the first kind, where every reading of it reaches the
+    same requests, and these are of one response. None where it could be meant otherwise: to act on it would be a guess.
 
-    Args: wanted: the only kind that counts.
+    Args: found: of each request with that id, as what it is the id's, and its response id.
     """
-    common = set(IdKind if wanted is None else (wanted,)).intersection(*found)
-    return next((kind for kind in IdKind if kind in common), None)
+    kinds: set[frozenset[IdKind]] = set()
+    responses: set[str] = set()
+    for of_request, response in found:
+        kinds.add(frozenset(of_request))
+        responses.add(response)
+    if len(kinds) > 1 or len(responses) > 1:
+        return None
+    (only,) = kinds or {frozenset((IdKind.RESPONSE,))}
+    return next(kind for kind in IdKind if kind in only)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from latentwatch.client_ids import IdKind, bounded_id, carried, common_kind, kinds_of, meanings
+from latentwatch.client_ids import IdKind, bounded_id, carried, kinds_of, meanings, meant_kind
 from latentwatch.collector.pseudonyms import Pseudonyms
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence import store as stores
@@ -84,11 +84,16 @@ def test_hashed_ids_find_their_own_and_no_others(one: str, other: str):
     assert (IdKind.RESPONSE in found) == (one == other)
 
 
-def test_one_kind_is_that_of_all_or_none():
-    response, request = {IdKind.RESPONSE}, {IdKind.REQUEST}
-    assert common_kind([response, response | request]) == IdKind.RESPONSE
-    assert common_kind([response, request]) is None
-    assert common_kind([], IdKind.TRACE) == common_kind([{IdKind.TRACE}], IdKind.TRACE) == IdKind.TRACE
+def test_a_name_is_meant_as_what_it_is_where_no_reading_of_it_reaches_other_requests():
+    response, request, trace, client = ({kind} for kind in (*IdKind,)[:4])
+    assert meant_kind([(response, "a"), (response, "a")]) == IdKind.RESPONSE
+    assert meant_kind([(trace | client, "a")]) == IdKind.TRACE, "either is this one request"
+    assert meant_kind([]) == IdKind.RESPONSE
+    assert meant_kind([(response, "a"), (response | request, "a")]) is None, "as the engine's id it is one of two"
+    assert meant_kind([(trace | client, "a"), (trace, "b")]) is None, "a client's own id is not its whole trace"
+    assert meant_kind([(response, "a"), (request, "b")]) is None
+    assert meant_kind([(trace, "a"), (trace, "b")]) is None, "two responses may be two people's"
+    assert meant_kind([(client, "chatcmpl-a"), (client, "cmpl-a")]) is None
 
 
 def kept(folder: Path, *requests: Served) -> None:

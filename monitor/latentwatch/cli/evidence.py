@@ -269,7 +269,12 @@ def _delete(args: argparse.Namespace) -> int:
     meant = meanings(args.id)
     with options.opened_evidence(args.dir) as (archive, audit):
         found = store.find(args.dir, meant, archive.damaged)
-        kind = store.one_kind(found, args.id, IdKind(args.by) if args.by else None)
+        try:
+            kind = store.one_kind(found, args.id, IdKind(args.by) if args.by else None)
+        except ConfigRefused:
+            # It names them.
+            audit.add(time.time(), options.actor(), "show", len(found), request=args.id)
+            raise
         found = [match for match in found if kind in match.kinds]
         if not found or args.dry_run:
             audit.add(time.time(), options.actor(), "show", len(found), request=args.id)

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from latentwatch.client_ids import IdKind, meanings
 from latentwatch.collector.evidence_buffer import EvidenceScope, watched
@@ -36,6 +36,10 @@ Meant = Mapping[IdKind, tuple[str, ...]]
 """See client_ids.meanings."""
 Forget = Callable[[Meant], Awaitable[bool]]
 """Has the rest of the collector forget the requests with these ids; returns whether nothing of it is left there."""
+
+
+_GIVEN: Final[tuple[IdKind, ...]] = (IdKind.RESPONSE, IdKind.REQUEST, IdKind.DIGEST)
+"""Kinds of id that server and engine give."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,10 @@ class Evidence:
         meant = self.meanings(name)
         return await asyncio.wrap_future(self._writer.run(lambda: store.find(self._folder, meant, self._store.damaged)))
 
+    async def told(self, name: str, count: int, actor: str) -> None:
+        """Note that whoever asked with this name was told of so many requests. Raises sqlite3.Error."""
+        await self._read(lambda: self._note(actor, "show", count, name))
+
     async def erase(self, name: str, kind: IdKind, actor: str, forget: Forget) -> tuple[Erased, list[Match]]:
         """Delete the requests of which `name` is the id of this kind, and no other, after everything that was recorded
         before; and the collector itself forgets them. Returns what was done and which requests they were."""
@@ -140,25 +148,35 @@ class Evidence:
         return erased, found
 
     async def attach(self, name: str, vault: Vault, content: Content, actor: str) -> int:
-        """See Store.attach; after everything that was recorded before."""
+        """See Store.attach; after everything that was recorded before.
+
+        Args: name: of the response or the engine's, no other kind: what was said in a request that is not kept must not
+              go to one that somebody else called so.
+        """
+        meant: Meant = {kind: ids for kind, ids in self.meanings(name).items() if kind in _GIVEN}
 
         def work() -> int:
-            return self._store.attach(self.meanings(name), lambda key: vault.seal(key, content), self._clock())
+            return self._store.attach(meant, lambda key: vault.seal(key, content), self._clock())
 
         found = await asyncio.wrap_future(self._writer.run(work))
         await self._read(lambda: self._note(actor, "attach", found, name))
         return found
 
     async def content(self, name: str, vault: Vault, actor: str) -> Content | None:
-        """What was said in the request with this id, the latest where it is several. Raises: ConfigRefused."""
+        """What was said in the request with this id, the latest where one called so came again.
+
+        Raises: ConfigRefused: it cannot be opened, or is the id of different requests; see store.one_kind.
+        """
 
         def work() -> Content | None:
+            matches = store.find(self._folder, self.meanings(name), self._store.damaged)
             found = [
                 (match.key, sealed)
-                for match in store.find(self._folder, self.meanings(name), self._store.damaged)
+                for match in matches
                 if (sealed := sealed_files.get(self._folder, match.key, self._store.damaged))
             ]
             self._note(actor, "content", len(found), name)
+            store.one_kind(matches, name)
             return vault.open(*found[-1]) if found else None
 
         return await self._read(work)

@@ -27,7 +27,7 @@ from typing import Final
 from filelock import BaseFileLock
 
 from latentwatch import storage
-from latentwatch.client_ids import MAX_ID_CHARACTERS, Asked, IdKind, common_kind, meanings
+from latentwatch.client_ids import MAX_ID_CHARACTERS, Asked, IdKind, meanings, meant_kind
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence import audit, sealed_files, segment
 from latentwatch.evidence.damage import Damaged
@@ -309,18 +309,18 @@ def find(folder: Path, asked: Asked, damaged: Damaged | None = None) -> list[Mat
 
 
 def one_kind(found: Sequence[Match], name: str, kind: IdKind | None = None) -> IdKind:
-    """As what `name` is the id of all of these requests, so that deleting by it reaches no other's.
+    """As what `name` is the id of these requests, so that nothing is done to any that is not meant.
 
     Args:   kind: what the name is, where somebody said it.
-    Raises: ConfigRefused "evidence_id_ambiguous": it is that of different requests, as different kinds of id.
+    Raises: ConfigRefused "evidence_id_ambiguous": see client_ids.meant_kind.
     """
-    chosen = kind or common_kind(match.kinds for match in found)
+    chosen = kind or meant_kind((match.kinds, match.response_id) for match in found)
     if chosen is None:
         listed = ", ".join(f"{match.request_id} by {'/'.join(sorted(match.kinds))}" for match in found[:_LISTED])
         raise ConfigRefused(
-            f"deleting {name[:MAX_ID_CHARACTERS]!r}",
-            found=f"it is the id of different requests, of a different kind in each: {listed}",
-            instead="Say with --by, or by=, which kind of id it is.",
+            f"id {name[:MAX_ID_CHARACTERS]!r}",
+            found=f"it is the id of {len(found)} different requests, and more than one may be meant: {listed}",
+            instead="Say with --by, or by=, which kind of id it is, or give the response id or the engine's own.",
             reason=RefusalReason.EVIDENCE_ID_AMBIGUOUS,
         )
     return chosen

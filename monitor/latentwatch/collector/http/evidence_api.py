@@ -12,7 +12,7 @@ import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response, Security
 from fastapi.responses import JSONResponse
 
-from latentwatch.client_ids import MAX_ASKED_CHARACTERS, MAX_ID_CHARACTERS, IdKind, common_kind
+from latentwatch.client_ids import MAX_ASKED_CHARACTERS, MAX_ID_CHARACTERS, IdKind, meant_kind
 from latentwatch.collector.evidence import Evidence, Forget
 from latentwatch.collector.http.auth import BEARER, ERASE, EVIDENCE
 from latentwatch.collector.http.bodies import BODY_ANSWERS, Bodies, json_body
@@ -31,7 +31,8 @@ _CLOSED: Final = (
     "--http-token-file FILE, or with --evidence-readers everyone."
 )
 _AMBIGUOUS: Final = (
-    "Different requests have this id, as different kinds of id; nothing was deleted. Say by= which kind is meant."
+    "Different requests have this id, and more than one may be meant; nothing was deleted. Say by= which kind of id it "
+    "is, or give the response id or the engine's own."
 )
 _LISTED: Final = 10
 _NOT_KEPT: Final = "It exceeded no limit, is too old, or was seen by another collector."
@@ -191,28 +192,30 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
         evidence: Trusted,
         request_id: Id,
         by: Annotated[
-            IdKind | None, Query(description="what the id is; needed where it is several requests' own")
+            IdKind | None, Query(description="what the id is; needed where more than one may be meant")
         ] = None,
         dry_run: Annotated[bool, Query(description="only say what would be deleted")] = False,
     ) -> Response:
         """Delete everything about these requests, and leave no trace in the files, in --state or in memory.
 
         Only requests whose id this is exactly. Where it is the response id of one and, say, the engine's id of another,
-        nothing is deleted until `by` says which is meant. Counts stay, and that some request went above a limit.
+        or that of several responses, nothing is deleted until `by` says which is meant. Counts stay, and that some
+        request went above a limit.
         """
         found = await evidence.matches(request_id)
-        held = {kind: lookup.find(request_id, kind) for kind in IdKind}
-        serials = {serial for of_kind in held.values() for serial in of_kind}
-        in_memory = [{kind for kind, of_kind in held.items() if serial in of_kind} for serial in serials]
-        kinds = [*(match.kinds for match in found), *in_memory]
-        kind = common_kind(kinds if by is None else [], by)
+        kind = by or meant_kind(
+            [*((match.kinds, match.response_id) for match in found), *_remembered(lookup, request_id)]
+        )
+        meant = [match for match in found if kind in match.kinds]
+        if kind is None or dry_run:
+            # Whose id it is was read all the same.
+            await evidence.told(request_id, len(found if kind is None else meant), _actor(request))
         if kind is None:
             raise HTTPException(409, f"{_AMBIGUOUS} {_listed(found)}")
-        views = map(lookup.request, held[kind])
+        views = map(lookup.request, lookup.find(request_id, kind))
         if any(view.outcome == "open" for view in views if view):
             raise HTTPException(409, "The request still runs and more of it would be written. Ask again once it ended.")
         if dry_run:
-            meant = [match for match in found if kind in match.kinds]
             return as_json(EvidenceErased(kind, _named(meant), True, len(meant), 0, True))
         erased, gone = await evidence.erase(request_id, kind, _actor(request), forget)
         if not erased.requests:
@@ -231,6 +234,8 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
     )
     async def put_content(request: Request, evidence: Trusted, vault: Sealing, request_id: Id) -> Response:
         """Keep what was said in a request that is kept, sealed; for a gateway that saw the response.
+
+        By the id of the response, or by the engine's: another's X-Request-Id may be equal to it.
 
         Nothing of the body is read before the token.
         """
@@ -256,6 +261,15 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
         if content is None:
             raise HTTPException(404, f"nothing that was said in request {request_id[:MAX_ID_CHARACTERS]!r} is kept.")
         return as_json(ContentOut(content.tokens, content.token_ids))
+
+
+def _remembered(lookup: Lookup, name: str) -> list[tuple[set[IdKind], str]]:
+    """Of each request in memory that has this id, as what it is the id's, and its response id."""
+    kinds: dict[int, set[IdKind]] = {}
+    for kind in IdKind:
+        for serial in lookup.find(name, kind):
+            kinds.setdefault(serial, set()).add(kind)
+    return [(of, view.response_id) for serial, of in kinds.items() if (view := lookup.request(serial))]
 
 
 def _listed(matches: Sequence[Match]) -> str:

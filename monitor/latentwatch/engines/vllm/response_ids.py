@@ -14,6 +14,8 @@ from typing import Any, Final
 
 _METADATA: Final = "RequestResponseMetadata"
 _SERVERS: Final = "vllm.entrypoints"
+_SEEN: Final = "latentwatch_served"
+"""In the scope of an HTTP request that has its place: apps within the app are called with the same."""
 _served: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("latentwatch_served", default=None)
 """Of the HTTP request that is served here. A dict, so that tasks which began before the id was known see it too."""
 
@@ -26,9 +28,11 @@ def install(app_class: Any) -> None:
 
     @functools.wraps(original)
     async def call(self: object, scope: Any, receive: object, send: object) -> None:
-        if scope.get("type") != "http" or _served.get() is not None:
+        # Not by the context: uvicorn begins the next request of a pipelined connection within that of the one before.
+        if scope.get("type") != "http" or _SEEN in scope:
             await original(self, scope, receive, send)
             return
+        scope[_SEEN] = True
         _watch_metadata()
         token = _served.set({})
         try:

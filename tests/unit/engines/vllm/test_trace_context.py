@@ -105,6 +105,24 @@ def test_the_id_of_the_response_goes_before_what_the_server_makes_of_it(engine):
     assert response_ids.current() == ""
 
 
+def test_a_request_that_begins_within_another_ones_context_has_a_place_of_its_own(engine):
+    """As uvicorn begins the next one of a connection whose client did not wait for the answer."""
+    inner: list[str] = []
+
+    async def serve_both(self: Any, scope: Any, receive: Any, send: Any) -> None:
+        if scope["id"] == "cmpl-a":
+            await note("cmpl-a")
+            if "mounted" not in scope:
+                await self({**scope, "mounted": True}, receive, send)
+                await asyncio.create_task(self({"type": "http", "id": ""}, receive, send))
+        inner.append(response_ids.current())
+
+    app = type("App", (), {"__call__": serve_both})
+    response_ids.install(app)
+    asyncio.run(app()({"type": "http", "id": "cmpl-a"}, None, None))
+    assert inner == ["cmpl-a", "", "cmpl-a"], "an app within the app, the next request, the first one again"
+
+
 async def serve(self: Any, scope: Any, receive: Any, send: Any) -> None:
     noted = asyncio.Event()
 
