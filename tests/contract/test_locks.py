@@ -26,7 +26,7 @@ def name(requirement: str) -> str:
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(LOCKED, 2)), ids=lambda path: path.stem)
 def test_what_two_locks_share_has_one_version(one: Path, other: Path) -> None:
     first, second = pins(one), pins(other)
-    assert len(first) > 10 and len(second) > 10, "the files were read"
+    assert first and second, "the files were read"
     assert {key: (first[key], second[key]) for key in first.keys() & second.keys() if first[key] != second[key]} == {}
 
 

@@ -99,8 +99,8 @@ BUGS = {
     ),
     "eight characters of a token compared": Bug(
         "monitor/latentwatch/transport/credentials.py",
-        "hmac.compare_digest(token.encode(), one.encode())",
-        "hmac.compare_digest(token.encode()[:8], one.encode()[:8])",
+        "hmac.compare_digest(shown, one.encode())",
+        "hmac.compare_digest(shown[:8], one.encode()[:8])",
         f"{CREDENTIALS}::test_a_token_that_differs_in_one_character_is_no_token",
     ),
     "the key of pseudonyms ignored": Bug(
@@ -141,7 +141,7 @@ BUGS = {
     ),
     "a rename that is not on the disk": Bug(
         "monitor/latentwatch/storage.py",
-        "    _sync_folder(path.parent)\n",
+        "    sync_folder(path.parent)\n",
         "",
         f"{STORAGE}::{ON_DISK}",
     ),
