@@ -236,7 +236,8 @@ class Ledger:
         self.untraced_requests += event.untraced
         self._place(event)
         self._by_slot.next[event.slot] = event.cached
-        self._by_slot.rows_at[event.slot] = self._newest
+        # No row of it was read. Its opening may be told behind its rows, when they found the ring full.
+        self._by_slot.rows_at[event.slot] = 0
         if event.cached:
             self._hits.append(Hit(event, 0, event.cached))
 

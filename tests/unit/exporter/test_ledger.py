@@ -329,6 +329,22 @@ def test_a_single_step_that_was_lost_before_an_idle_moment_is_a_gap_and_no_prefi
     assert books.total(1) == books.closed[1].total_tokens == 6
 
 
+def test_what_is_told_late_in_several_parts_is_of_the_steps_that_were_lost_before_the_first_of_them():
+    """All parts have the number of the newest step, so none after the first one shows a loss of its own."""
+    books = run(
+        raw([(0, 0, 4)], [opened(0, 1, 4)], number=1),
+        raw([], [opened(1, 2, 5), Closed(1, 3, False)], number=9),
+        raw([], [opened(1, 3, 6), Closed(1, 2, False)], number=9),
+        raw([(0, 4, 1)], number=10),
+        raw([], [opened(2, 4, 7), Closed(2, 1, False)], number=10),
+        raw([], [Closed(0, 8, False)], number=10),
+    )
+    for handle, tokens in ((2, 7), (3, 7), (4, 7)):
+        assert books.total(handle) == tokens
+        assert not any(books.tokens.get((handle, TokenState.DROPPED, Reason.LOST, phase)) for phase in Phase)
+        assert sum(books.tokens[handle, TokenState.DROPPED, Reason.RING_FULL, phase] for phase in Phase) == tokens
+
+
 def test_of_a_request_that_was_aborted_before_its_first_token_what_the_ring_had_no_room_for_counts():
     books = run(
         raw([(0, 0, 4)], [opened(0, 1, 40)], number=1),
