@@ -175,7 +175,7 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
         )
 
     def afar() -> str:
-        """A collector with old state, evidence that is lost, drift, and a baseline of another model."""
+        """A collector with old state, evidence that is lost or damaged, drift, and a baseline of another model."""
         now, wrong = time.time(), fleet.troubled
         drifts = {feature: f'model_name="m",feature="{feature}",kind="rate"' for feature in ("p.deceive", "f.refunds")}
         info = 'label="x",hook_point="resid_post.0",kind="sae",gate="exact"'
@@ -187,6 +187,8 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
                 'latentwatch_drift_limit_log10_evalue{model_name="m",kind="rate"} 7.9\n',
                 *(f"latentwatch_drift_log10_evalue{{{labels}}} {9 * wrong}\n" for labels in drifts.values()),
                 f'latentwatch_evidence_dropped_total{{kind="request",reason="queue_full"}} {until_now()}\n',
+                f"latentwatch_evidence_damaged_files {int(wrong)}\n",
+                f'latentwatch_engine_model_info{{replica="pod-9/0",model_name="m",match="differs"}} {int(wrong)}\n',
                 f'latentwatch_feature_info{{feature="p.deceive",severity="critical",{info}}} 1\n',
                 f'latentwatch_feature_info{{feature="f.refunds",severity="warning",{info}}} 1\n',
             )
