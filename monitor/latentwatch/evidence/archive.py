@@ -390,6 +390,9 @@ def _requests(reader: _Reader) -> Iterator[StoredRequest]:
 
 
 def _info(row: sqlite3.Row) -> RequestInfo:
+    """Raises TypeError for a column of bytes, which no JSON could tell."""
+    if unread := [name for name in _INFO if isinstance(row[name], bytes)]:
+        raise TypeError(f"{', '.join(unread)} is no text")
     return RequestInfo(**{name: row[name] for name in _INFO}, opening_seen=bool(row["opening_seen"]))
 
 

@@ -95,7 +95,7 @@ def same_requests(gateway: Core, source: Core, replica: str) -> None:
     """Each ended request looks the same at both."""
     views = [source.lookup.request(serial) for serial in source.lookup.latest(1000)]
     for view in (view for view in views if view and view.outcome != "open"):
-        (there,) = [gateway.lookup.request(serial) for serial in gateway.lookup.find(view.response_id)]
+        (there,) = [gateway.lookup.request(serial) for serial in gateway.lookup.find(view.request_id)]
         assert there is not None and there.replica == replica
         assert repr(there) == repr(view)
 
