@@ -310,36 +310,6 @@ def _largest_error(row: dict[str, Any]) -> str:
     return "not compared" if row["i2_max_error"] is None else f"{row['i2_max_error']:.1e}"
 
 
-def mutants() -> str:
-    result = _result("mutants")
-    rows = [
-        [row["room"], f"{row['made']:,}", f"{row['killed']:,}", f"{row['killed'] / row['made']:.0%}", row["survivors"]]
-        for row in result["rows"]
-    ]
-    header = ["room", "planted", "killed", "share", "what most survivors are"]
-    drawn = f"{result['drawn_each']} drawn in each room" if result["drawn_each"] else "all mutants"
-    return f"{table(header, rows)}\n\n{drawn}, seed {result['seed']}. {_made(result)}"
-
-
-def architectures() -> str:
-    result = _result("architectures")
-    rows = [
-        [
-            row["architecture"] + (", compiled" if row["mode"] == "compiled" else ""),
-            row["outcome"],
-            f"{row['worst_score_error']:.1e}" if "worst_score_error" in row else "",
-            str(row.get("positions") or ""),
-            row.get("oracle", "").replace("_", " "),
-            row["reason"].replace("|", "\\|").replace("<", "&lt;").replace("\n", " "),
-        ]
-        for row in result["rows"]
-    ]
-    outcomes = Counter(row["outcome"] for row in result["rows"])
-    header = ["architecture", "outcome", "largest error", "positions", "compared with", "why"]
-    counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-    return f"{table(header, rows)}\n\n{counted}. {_made(result)}"
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
     "accounting": accounting,
     "architectures": architectures,
