@@ -310,6 +310,25 @@ def _largest_error(row: dict[str, Any]) -> str:
     return "not compared" if row["i2_max_error"] is None else f"{row['i2_max_error']:.1e}"
 
 
+def architectures() -> str:
+    result = _result("architectures")
+    rows = [
+        [
+            row["architecture"] + (", compiled" if row["mode"] == "compiled" else ""),
+            row["outcome"],
+            f"{row['worst_score_error']:.1e}" if "worst_score_error" in row else "",
+            str(row.get("positions") or ""),
+            row.get("oracle", "").replace("_", " "),
+            row["reason"].replace("|", "\\|").replace("<", "&lt;").replace("\n", " "),
+        ]
+        for row in result["rows"]
+    ]
+    outcomes = Counter(row["outcome"] for row in result["rows"])
+    header = ["architecture", "outcome", "largest error", "positions", "compared with", "why"]
+    counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    return f"{table(header, rows)}\n\n{counted}. {_made(result)}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "accounting": accounting,
     "architectures": architectures,
