@@ -81,6 +81,7 @@ def arm(
         ]
         confirm(places, hooks, forward)
     except Exception:
+        # Whatever it is, it is passed on, and no hook stays behind.
         _remove_all(places)
         raise
     for hook_ in hooks:
