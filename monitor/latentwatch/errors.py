@@ -142,6 +142,7 @@ class RefusalReason(StrEnum):
     DEMO_ASSETS_MISSING = "demo_assets_missing", "the demo's assets are not where they are installed"
     DEMO_BUILD_EXTRA = "demo_build_extra", "the packages that build the demo are not installed"
     DEMO_PROMPTS = "demo_prompts", "the demo's prompts cannot be used"
+    MODEL_FILE = "model_file", "a model's file is missing, damaged or of a kind that cannot be converted"
     VLLM_MISSING = "vllm_missing", "vLLM is not installed"
     NO_ANSWER = "no_answer", "a server did not answer a request of the demo"
     CHILD_FAILED = "child_failed", "a process that was started ended or did not come up"
