@@ -5,6 +5,7 @@ Shape legend: N fired activations, R rows (tokens with scores), P dense features
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -57,6 +58,14 @@ class Ended(NamedTuple):
 
 
 Record = Exceeded | Activations | Ended
+
+
+class NotWritten(Exception):
+    """Some of the records that were to be written were not, for the reason in its cause; the others were."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        super().__init__(f"{len(records)} records are not written")
+        self.records = records
 
 
 def kind(record: Record) -> str:

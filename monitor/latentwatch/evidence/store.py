@@ -31,7 +31,7 @@ from latentwatch.client_ids import MAX_ID_CHARACTERS, Asked, IdKind, meanings, m
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence import audit, sealed_files, segment
 from latentwatch.evidence.damage import Damaged
-from latentwatch.evidence.records import Ended, Record
+from latentwatch.evidence.records import Ended, NotWritten, Record
 from latentwatch.evidence.segment import NOTHING_ERASED, Erased, Match, Segment, Watched
 
 log = logging.getLogger(__name__)
@@ -110,18 +110,29 @@ class Store:
             )
 
     def write(self, records: Sequence[Record], now: float) -> None:
-        """Take records into their segments. Raises: sqlite3.Error; then some segments may have taken theirs."""
+        """Take records into their segments; one that fails does not hold up the others.
+
+        Raises: NotWritten, with the records of those that failed. OSError, ConfigRefused: nothing is written.
+        """
         self._own()
         newest = self._segment_for(now)
         parts: dict[Path, list[Record]] = defaultdict(list)
         for record in records:
             home = self._home.setdefault(record.request.key, newest)
             parts[home].append(record)
+        failed: list[Record] = []
+        reason: Exception | None = None
         for path, part in parts.items():
-            self._write(path, part, now)
+            try:
+                self._write(path, part, now)
+            except (sqlite3.Error, OSError, ConfigRefused) as error:
+                failed += part
+                reason = reason or error
         for record in records:
             if isinstance(record, Ended):
                 self._home.pop(record.request.key, None)
+        if reason is not None:
+            raise NotWritten(failed) from reason
 
     def _write(self, path: Path, records: Sequence[Record], now: float) -> None:
         """Where a segment turns out to be damaged, the newest one takes them."""

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-from latentwatch.evidence.records import Record, kind, size_bytes
+from latentwatch.evidence.records import NotWritten, Record, kind, size_bytes
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class RecordTarget(Protocol):
     """Where records go. Called by the writer's thread only."""
 
     def write(self, records: Sequence[Record], now: float) -> None:
-        """Take records; may raise anything, then they count as dropped."""
+        """Take records. Raises NotWritten with those that count as dropped, or anything: then all of them do."""
 
     def prune(self, now: float) -> None:
         """Called about once a second."""
@@ -172,24 +172,24 @@ class Writer:
         return self._released - self._done
 
     def _write(self, batch: list[Record]) -> None:
-        done = self._guarded(lambda: self._target.write(batch, self._clock()))
-        kinds = Counter(map(kind, batch))
+        error = self._guarded(lambda: self._target.write(batch, self._clock()))
+        failed = () if error is None else error.records if isinstance(error, NotWritten) else batch
+        dropped = Counter(map(kind, failed))
         with self._changed:
-            if done:
-                self._written.update(kinds)
-            else:
-                self._dropped.update({(name, "write_failed"): count for name, count in kinds.items()})
+            self._written.update(Counter(map(kind, batch)) - dropped)
+            self._dropped.update({(name, "write_failed"): count for name, count in dropped.items()})
 
-    def _guarded(self, work: Callable[[], object]) -> bool:
-        """Whether it worked. A failure is said once a minute: a full disk would fill the log too."""
+    def _guarded(self, work: Callable[[], object]) -> Exception | None:
+        """What went wrong. It is said once a minute: a full disk would fill the log too."""
         try:
             work()
-        except Exception as error:
+        except Exception as error:  # whatever a disk or a driver does, the thread goes on
             if time.monotonic() - self._complained > _COMPLAIN_SECONDS:
                 self._complained = time.monotonic()
-                log.warning("%s is not written: %s: %s", self._thread.name, type(error).__name__, error)
-            return False
-        return True
+                reason = error.__cause__ if isinstance(error, NotWritten) else error
+                log.warning("%s is not written: %s: %s", self._thread.name, type(reason).__name__, reason)
+            return error
+        return None
 
 
 def _resolve(task: Callable[[], T], future: Future[T]) -> None:

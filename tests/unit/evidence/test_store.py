@@ -18,6 +18,7 @@ from latentwatch.evidence import store as stores
 from latentwatch.evidence.archive import Archive, Wanted
 from latentwatch.evidence.records import Ended
 from latentwatch.evidence.store import SMALLEST_BYTES, Retention, Store
+from latentwatch.evidence.writer import Writer
 from latentwatch.names import TokenState
 
 from tests.support.evidence import FEATURES, NOW, one_request, records, store
@@ -212,6 +213,28 @@ def test_a_request_stays_in_one_segment_when_the_day_changes_under_it(tmp_path):
         assert [path.name[:10] for path in stores.segments(tmp_path)] == ["2025-11-22", "2025-11-23"]
         (found,) = Archive(tmp_path).find(first.request.info.request_id)
     assert found.outcome == "finished" and found.exceedances and found.activations
+
+
+def test_a_segment_that_fails_costs_its_own_records_alone_and_they_alone_count_as_not_written(tmp_path, monkeypatch):
+    """The requests of yesterday stay in yesterday's segment: one batch goes into two."""
+    first, *rest = one_request(1, exceedances=2)
+    written = Store(tmp_path, watched(watchlist(FEATURES)), Retention())
+    written.write([first], NOW)
+    tomorrow = one_request(2, seconds=NOW + DAY)
+    write = segment.Segment.write
+
+    def disk_error_yesterday(self, records):
+        if records[0].request.key == first.request.key:
+            raise sqlite3.OperationalError("disk I/O error")
+        write(self, records)
+
+    monkeypatch.setattr(segment.Segment, "write", disk_error_yesterday)
+    writer = Writer(written, clock=lambda: NOW + DAY)
+    writer.put(rest + tomorrow)
+    writer.close()
+    totals = writer.totals()
+    assert sum(totals.dropped.values()) == len(rest) and sum(totals.written.values()) == len(tomorrow)
+    assert {reason for _, reason in totals.dropped} == {"write_failed"}
 
 
 def test_nothing_is_older_than_the_bound(tmp_path):
