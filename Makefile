@@ -8,10 +8,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet
 REQ := .requirements
+FLOORS := .cache/floors
+REGISTRY ?=
 # Two files of tests at a time, in the order of the folders: the engine tests are the long ones and come early.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test check unit engine lint types imports dependencies page docs proto lock clean system
+.PHONY: floors floors-sample release release-dry-run
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -19,7 +22,7 @@ demo: system $(VENV)/.real ## watch a real vLLM server from end to end; report i
 	$(BIN)/latentwatch demo
 
 test: system $(VENV)/.dev ## everything: linters, types, import rules, unit, contract, engine and end-to-end tests
-	@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory check floors-sample release-dry-run
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
 check: lint types imports dependencies page docs ## linters, types, import and dependency rules, links of the documents
@@ -52,6 +55,21 @@ unit: $(VENV)/.dev ## the tests that start no engine
 
 engine: $(VENV)/.dev ## the tests on a real vLLM engine
 	$(BIN)/python -m pytest -m engine
+
+# Of what the collector does, where a library's version shows: its server, its streams, its files, OTLP.
+TESTS_OF_FLOORS := tests/unit/collector tests/unit/transport tests/unit/export tests/unit/evidence tests/unit/drift tests/unit/test_*.py
+floors: $(FLOORS)/.installed ## the lowest versions that pyproject.toml accepts, installed beside, and the collector's tests on them
+	PYTHONPATH=monitor:. $(FLOORS)/bin/python -m pytest -o addopts=--import-mode=importlib -q $(TESTS_OF_FLOORS)
+
+floors-sample: $(FLOORS)/.installed
+	PYTHONPATH=monitor:. $(FLOORS)/bin/python -m pytest -o addopts=--import-mode=importlib -q tests/unit/collector/http/test_https.py \
+	  tests/unit/collector/test_service.py tests/unit/transport/test_receiver.py tests/unit/export
+
+release: $(VENV)/.dev $(VENV)/.release ## build, check and publish wheel, sdist, images and chart: make release REGISTRY=registry.example/team
+	$(BIN)/python .ci/release.py --publish --registry "$(REGISTRY)"
+
+release-dry-run: $(VENV)/.dev $(VENV)/.release ## the same into dist/, without publishing; says by name what cannot be built here
+	$(BIN)/python .ci/release.py
 
 bench-step-time: $(VENV)/.dev ## step time with the monitor on / off on the CPU engine
 	$(BIN)/python -m tests.bench.step_time
@@ -118,6 +136,7 @@ lock: ## resolve the lock files again (needs uv)
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/docs.txt $(REQ)/docs.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/mutants.txt $(REQ)/mutants.in
 	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/fuzz.txt $(REQ)/fuzz.in
+	uv pip compile --python-version 3.11 --no-header --no-annotate -o $(REQ)/release.txt $(REQ)/release.in
 	# A CPU torch has neither a local version on every index nor CUDA packages behind it.
 	sed -i -E 's/^(torch==[0-9.]+)\+cpu/\1/; /^(nvidia|cuda)-/d' $(REQ)/engine-cpu.txt $(REQ)/dev.txt
 
@@ -163,4 +182,14 @@ $(VENV)/.mutants: $(REQ)/mutants.txt | $(VENV)/bin/python
 
 $(VENV)/.fuzz: $(REQ)/fuzz.txt | $(VENV)/bin/python
 	$(PIP) --no-deps -r $(REQ)/fuzz.txt
+	@touch $@
+
+$(VENV)/.release: $(REQ)/release.txt | $(VENV)/bin/python
+	$(PIP) --no-deps -r $(REQ)/release.txt
+	@touch $@
+
+$(FLOORS)/.installed: pyproject.toml $(REQ)/floors.py $(REQ)/dev.txt
+	$(PYTHON) -m venv --clear $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet \
+	  $$($(PYTHON) $(REQ)/floors.py collector otel parquet) $$(grep -E '^(pytest|pytest-timeout|hypothesis)==' $(REQ)/dev.txt)
 	@touch $@

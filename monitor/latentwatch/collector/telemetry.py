@@ -68,7 +68,7 @@ class Telemetry:
             raise ConfigRefused(
                 "--otlp",
                 found=f"{error.name} is not installed",
-                instead="Run: pip install 'latentwatch[otel]'",
+                instead="Run in a clone of the repository: pip install '.[otel]'",
                 reason=RefusalReason.PACKAGE_MISSING,
             ) from error
         try:

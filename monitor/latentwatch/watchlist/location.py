@@ -144,7 +144,8 @@ class Location:
             hub = importlib.import_module("huggingface_hub")
         except ImportError as error:
             raise self.refuse(
-                "the package huggingface_hub is not installed", "Install latentwatch[convert], or give a local path."
+                "the package huggingface_hub is not installed",
+                "In a clone: pip install '.[convert]', or give a local path.",
             ) from error
         path = "/".join(part for part in ((match["path"] or "").strip("/"), name) if part)
         if not path:

@@ -129,7 +129,7 @@ def build(
         raise ConfigRefused(
             "demo build",
             found=f"{', '.join(missing)} not installed",
-            instead="Run: pip install 'latentwatch[demo-build]'.",
+            instead="Run in a clone of the repository: pip install '.[demo-build]'",
             reason=RefusalReason.DEMO_BUILD_EXTRA,
         )
     import torch

@@ -173,7 +173,7 @@ def _module(format_name: str, location: Location) -> ModuleType:
     except ImportError as error:
         raise location.refuse(
             f"format {format_name!r} needs the package {error.name!r}, which is not installed",
-            "Install latentwatch[convert].",
+            "In a clone of the repository: pip install '.[convert]'",
             RefusalReason.SOURCE_PACKAGE,
         ) from error
 
