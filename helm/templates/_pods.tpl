@@ -126,6 +126,12 @@ seccompProfile:
 - --otlp-metrics={{ . }}
 {{- end }}
 {{- end }}
+{{- with .Values.prometheusRule.runbookUrl }}
+- --runbook-url={{ . }}
+{{- end }}
+{{- with .Values.prometheusRule.grafanaUrl }}
+- --grafana-url={{ . }}
+{{- end }}
 {{- with .Values.forward }}
 {{- if .to }}
 {{- if ne $.Values.mode "sidecar" }}

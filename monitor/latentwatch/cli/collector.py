@@ -29,6 +29,8 @@ _GROUPS: Final = {
     "peer": "engines",
     "tls": "engines",
     "http": "HTTP",
+    "runbook": "HTTP",
+    "grafana": "HTTP",
     "forward": "gateway",
     "evidence": "evidence",
     "otlp": "OpenTelemetry",
@@ -75,6 +77,7 @@ def _announce(listen: Sequence[str], service: Service) -> None:
 def settings(config: CollectorConfig) -> CollectorSettings:
     """The collector that these options describe. Reads baseline and canary key. Raises Refusal."""
     from latentwatch.collector.http.connection import HttpLimits
+    from latentwatch.collector.http.overview import Links
     from latentwatch.collector.service import CollectorSettings
     from latentwatch.collector.telemetry import TelemetrySettings
     from latentwatch.transport.credentials import ServerTls
@@ -95,6 +98,7 @@ def settings(config: CollectorConfig) -> CollectorSettings:
         http_hosts=config.http_host,
         http_limits=HttpLimits(config.http_connections, config.http_peer_connections),
         http_body_bytes=int(config.http_body_mib * (1 << 20)),
+        links=Links(config.runbook_url or "", (config.grafana_url or "").rstrip("/")),
         peer_streams=config.peer_streams,
         http_tls=ServerTls(http_tls[0], http_tls[1], protocol="http/1.1") if http_tls[0] and http_tls[1] else None,
         request_id_key_file=config.request_id_key_file,

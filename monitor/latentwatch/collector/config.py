@@ -103,6 +103,12 @@ class CollectorConfig(BaseSettings):
     http_body_mib: Amount = 16.0
     """largest body that is read, MiB: what was said in a request"""
 
+    runbook_url: Url | None = None
+    """where you publish dashboards/runbook.md, such as https://wiki.example.org/latentwatch; the page links to it
+    (default: no link)"""
+    grafana_url: Url | None = None
+    """of your Grafana, such as https://grafana.example.org; the page links to its dashboards (default: no link)"""
+
     forward_to: Annotated[str, Metavar("ADDRESS")] | None = None
     """tell this collector, the gateway, once a second what is counted here, and a row for each request (default:
     nothing is forwarded)"""

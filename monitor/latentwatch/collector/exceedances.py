@@ -59,21 +59,32 @@ class ExceedanceRing:
 
     def latest(self, limit: int) -> Iterator[Listed]:
         """The latest ones, newest first."""
-        capacity = len(self._exceedances)
-        count = min(limit, self._added, capacity)
-        for place in (((self._added - 1) % capacity - np.arange(count)) % capacity).tolist():
-            yield Listed(Exceedance.of(self._exceedances[place]), self._requests[place], float(self._peaks[place]))
+        yield from map(self._listed, self._newest_first(limit).tolist())
 
     def of_requests(self, limit: int) -> list[list[Listed]]:
         """All that is known of the latest requests, a list each; the one with the latest exceedance first."""
-        found: dict[int, list[Listed]] = {}
-        for listed in self.latest(len(self._exceedances)):
-            serial = listed.request.collector_serial
-            if serial in found:
-                found[serial].append(listed)
-            elif len(found) < limit:
-                found[serial] = [listed]
+        order = self._newest_first(len(self._exceedances))
+        serials, first = np.unique(self._serials[order], return_index=True)
+        wanted = serials[np.argsort(first)[:limit]]
+        found: dict[int, list[Listed]] = {serial: [] for serial in wanted.tolist()}
+        for place in order[np.isin(self._serials[order], wanted)].tolist():
+            found[int(self._serials[place])].append(self._listed(place))
         return list(found.values())
+
+    def requests_since(self, seconds: float, features: Array) -> int:
+        """How many requests went above a limit of these features since then, of those that are still in the ring."""
+        order = self._newest_first(len(self._exceedances))
+        known = self._exceedances[order]
+        lately = (known["seconds"] >= seconds) & np.isin(known["feature"], features)
+        return len(np.unique(self._serials[order][lately]))
+
+    def _newest_first(self, limit: int) -> Array:
+        """Places of the latest ones."""
+        capacity = len(self._exceedances)
+        return ((self._added - 1) % capacity - np.arange(min(limit, self._added, capacity))) % capacity
+
+    def _listed(self, place: int) -> Listed:
+        return Listed(Exceedance.of(self._exceedances[place]), self._requests[place], float(self._peaks[place]))
 
     def requests(self) -> Iterator[TrackedRequest]:
         """The request of every exceedance."""

@@ -28,7 +28,7 @@ from latentwatch.collector.snapshot import (
 )
 from latentwatch.collector.state import CollectorState, open_requests
 from latentwatch.facts import ExceedanceView, RequestProgress, shown_exceedance, shown_features, shown_request
-from latentwatch.names import ModelMatch
+from latentwatch.names import ModelMatch, Severity
 
 
 class Lookup:
@@ -86,6 +86,11 @@ class Lookup:
             Anomaly.of([self._exceedance(listed) for listed in of_request])
             for of_request in self._state.exceedances.of_requests(limit)
         ]
+
+    def requests_over(self, since: float, severity: Severity) -> int:
+        """Requests that went above a limit of this severity since then, of the exceedances that are still listed."""
+        features = np.flatnonzero([feature.severity is severity for feature in self.features])
+        return self._state.exceedances.requests_since(since, features)
 
     def latest(self, limit: int) -> list[int]:
         """Numbers for `request`: open requests, newest first, then closed ones, latest end first."""

@@ -28,6 +28,7 @@ from latentwatch.collector.http.app import make_app
 from latentwatch.collector.http.bodies import MAX_BODY_BYTES
 from latentwatch.collector.http.connection import HttpLimits
 from latentwatch.collector.http.hosts import Hosts
+from latentwatch.collector.http.overview import Links
 from latentwatch.collector.http.server import HttpServer
 from latentwatch.collector.ingest import Ingest
 from latentwatch.collector.metrics_families import Families, ProcessFacts
@@ -93,6 +94,8 @@ class CollectorSettings:
     """Names under which it is asked over HTTP; see http.hosts."""
     http_limits: HttpLimits = field(default_factory=HttpLimits)
     http_body_bytes: int = MAX_BODY_BYTES
+    links: Links = field(default_factory=Links)
+    """From the page to the runbook and to Grafana."""
     peer_streams: int = PEER_STREAMS
     """Connections and streams of engines from one peer."""
     request_id_key_file: Path | None = None
@@ -250,6 +253,7 @@ class Service:
             evidence_is_open=lambda: open_to_all or self._http.is_loopback,
             hosts=self._hosts,
             max_body_bytes=settings.http_body_bytes,
+            links=settings.links,
             on_refused=parts.sink.refused,
         )
         self._http = HttpServer(

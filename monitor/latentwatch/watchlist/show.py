@@ -27,6 +27,14 @@ def identity_text(watchlist: Watchlist) -> str:
     return watchlist.identity.summary() if watchlist.identity else "not stated; an engine cannot tell another model"
 
 
+def statistic_text(limit: Limit | None) -> str:
+    """What a limit is on: `largest value`, `largest mean of 8 tokens in the output`."""
+    if limit is None:
+        return "largest value"
+    name = "largest value" if limit.statistic == "max" else f"largest mean of {limit.window_tokens} tokens"
+    return name if limit.phase == "any" else f"{name} in the {limit.phase}"
+
+
 def limit_text(limit: Limit | None) -> str:
     """`max > 4.2 in the output`, or a dash."""
     if limit is None:

@@ -36,6 +36,8 @@ GIVEN = {
     "http_tls_key": "hk",
     "http_host": ["lw.example.org"],
     "http_connections": 64,
+    "runbook_url": "https://wiki.example.org/latentwatch",
+    "grafana_url": "https://grafana.example.org",
     "http_peer_connections": 16,
     "http_body_mib": 4.0,
     "forward_to": "gateway:9090",

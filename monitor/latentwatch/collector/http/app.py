@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable
 from importlib.resources import files
 from pathlib import PurePath
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import numpy as np
 from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
@@ -27,10 +27,11 @@ from latentwatch.collector.evidence import Evidence, Forget
 from latentwatch.collector.http.auth import Access, challenge
 from latentwatch.collector.http.bodies import MAX_BODY_BYTES, Bodies
 from latentwatch.collector.http.evidence_api import add_evidence
+from latentwatch.collector.http.features import Features, features_of
 from latentwatch.collector.http.guard import guarded
 from latentwatch.collector.http.hosts import Hosts
 from latentwatch.collector.http.metrics_page import MetricsPage
-from latentwatch.collector.http.overview import Overview, overview
+from latentwatch.collector.http.overview import Links, Overview, overview
 from latentwatch.collector.http.responses import as_json, encoded
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.metrics_families import Families, ProcessFacts
@@ -39,7 +40,7 @@ from latentwatch.drift.model import Alarm, DriftView
 from latentwatch.export.prometheus import negotiate
 from latentwatch.facts import ExceedanceView
 from latentwatch.transport.credentials import Tokens
-from latentwatch.watchlist.file import MAX_FEATURES, Limit
+from latentwatch.watchlist.file import MAX_FEATURES
 
 _PAGE_MEDIA: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS: Final = (
@@ -62,35 +63,6 @@ class Health:
     status: str
     version: str
     streams: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """The watchlist's features with their totals."""
-
-    watchlist: str
-    sha256: str
-    features: list[FeatureTotals]
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureTotals:
-    """One feature, as the watchlist describes it and as this collector counted it over all models."""
-
-    id: str
-    label: str
-    severity: str
-    hook_point: str
-    kind: str
-    gate: str
-    units: str
-    limit: Limit | None
-    skip_first_positions: int
-    source: dict[str, Any]
-    evidence: dict[str, Any]
-    fired_tokens: int
-    requests: int
-    exceedances: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +134,14 @@ def make_app(
     evidence_is_open: Callable[[], bool] = lambda: True,
     hosts: Hosts | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    links: Links | None = None,
     on_refused: Callable[[str], None] = lambda _reason: None,
 ) -> ASGIApp:
     """The ASGI application.
 
     Args: clock: gives seconds since the Unix epoch.   forget: has the collector forget a request, beside its evidence.
           readers, evidence_is_open: see auth.Access.   hosts: whom it may be asked as; None: as anybody.
-          max_body_bytes: of what was said in a request.
+          max_body_bytes: of what was said in a request.   links: shown on the page.
     """
     app = FastAPI(
         title="latentwatch collector",
@@ -179,7 +152,7 @@ def make_app(
         redoc_url=None,
     )
     _add_operations(app, lookup, clock, process)
-    _add_api(app, lookup, clock)
+    _add_api(app, lookup, clock, links or Links())
     add_evidence(app, lookup, evidence, forget, Bodies(max_body_bytes, on_refused))
     for file in files("latentwatch.collector.http").joinpath("static").iterdir():
         if media := _PAGE_MEDIA.get(PurePath(file.name).suffix):
@@ -210,7 +183,7 @@ def _add_operations(
         return as_json(Health("ok", __version__, connected))
 
 
-def _add_api(app: FastAPI, lookup: Lookup, clock: Callable[[], float]) -> None:
+def _add_api(app: FastAPI, lookup: Lookup, clock: Callable[[], float], links: Links) -> None:
     @app.get("/v1/overview", response_model=Overview, tags=["api"])
     async def get_overview(
         features: Annotated[int, Query(ge=0, le=MAX_FEATURES)] = 48,
@@ -222,13 +195,13 @@ def _add_api(app: FastAPI, lookup: Lookup, clock: Callable[[], float]) -> None:
         `features` many of those that match `search`, from rank `first` on. An id finds its feature alone; any other
         text is looked for in ids, labels, hook points and severities.
         """
-        found = overview(lookup, clock(), most_features=features, first_feature=first, search=search)
-        return as_json(found)
+        view = overview(lookup, clock(), most_features=features, first_feature=first, search=search, links=links)
+        return as_json(view)
 
     @app.get("/v1/features", response_model=Features, tags=["api"])
     async def get_features() -> Response:
         """Every feature of the watchlist."""
-        return as_json(Features(lookup.watchlist.name, lookup.watchlist.sha256, _feature_totals(lookup, clock())))
+        return as_json(features_of(lookup, clock()))
 
     @app.get("/v1/exceedances", response_model=Exceedances, tags=["api"])
     async def get_exceedances(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
@@ -286,20 +259,6 @@ def _add_file(app: FastAPI, path: str, content: bytes, media: str) -> None:
     @app.get(path, include_in_schema=False)
     async def get_file() -> Response:
         return Response(content, headers={"content-type": media})
-
-
-def _feature_totals(lookup: Lookup, now: float) -> list[FeatureTotals]:
-    models = lookup.snapshot(now).models
-    return [
-        FeatureTotals(
-            **dataclasses.asdict(feature),
-            hook_point=str(point),
-            fired_tokens=sum(int(model.fired_F[i]) for model in models),
-            requests=sum(int(model.requests_F[i]) for model in models),
-            exceedances=sum(int(model.exceedances_F[i]) for model in models),
-        )
-        for i, (feature, point) in enumerate(zip(lookup.features, lookup.watchlist.hook_point_F, strict=True))
-    ]
 
 
 def _drift_of(lookup: Lookup, view: DriftView) -> DriftOfModel:

@@ -5,7 +5,7 @@ Shape legend: F features, M windows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -16,13 +16,13 @@ from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
 from latentwatch.collector.http.verdicts import Coverage, Engine, Verdict, is_anything_wrong, is_everything_seen
 from latentwatch.collector.lookup import Lookup
-from latentwatch.collector.snapshot import ReplicaView, Snapshot
-from latentwatch.facts import ExceedanceView
+from latentwatch.collector.snapshot import Anomaly, ReplicaView, Snapshot
 from latentwatch.names import Reason, Severity, TokenState
 from latentwatch.transport.report import TOKEN_SHAPE
 from latentwatch.watchlist.file import Feature
+from latentwatch.watchlist.show import statistic_text
 
-EXCEEDANCES_SHOWN: Final = 50
+REQUESTS_SHOWN: Final = 40
 _WEIGHT: Final = {Severity.CRITICAL: 3, Severity.WARNING: 2, Severity.INFO: 1, Severity.NONE: 0}
 
 
@@ -38,16 +38,28 @@ class FeatureSeries:
     units: str
     limit: float | None
     statistic: str
-    """What is plotted and what the limit is on: "max" or "rolling mean of N", with the phase where it is one."""
+    """What is plotted and what the limit is on, in words: see watchlist.show.statistic_text."""
     exceedances: int
     """Since the collector started."""
     recent_exceedances: int
     fired_ratio: float | None
     """Tokens on which it fired among those seen in the windows shown; None for dense features and without tokens."""
+    drifts: bool
+    """Whether a detector of it is above its limit, of some model."""
     peak: float | None
-    """Largest value in the windows shown."""
+    """Largest value of `statistic` in the windows shown."""
     series: list[float | None]
     """Largest value per window; None where there was none. A sparse feature without a fire on tokens seen is at 0."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """Where what this collector does not serve is; an empty text where that was not said."""
+
+    runbook: str = ""
+    """Of the runbook's text: what to do about an alert stands at #<its name in small letters>."""
+    grafana: str = ""
+    """Of the Grafana that has the dashboards, without a / behind."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +89,21 @@ class Overview:
     features_found: int
     """How many were asked for."""
     features_total: int
-    exceedances: list[ExceedanceView]
-    """Newest first."""
+    flagged: list[Anomaly]
+    """Requests that exceeded a limit, the latest first, each with everything that it exceeded."""
     engines: list[Engine]
+    links: Links
 
 
-def overview(lookup: Lookup, now: float, *, most_features: int, first_feature: int = 0, search: str = "") -> Overview:
+def overview(
+    lookup: Lookup,
+    now: float,
+    *,
+    most_features: int,
+    first_feature: int = 0,
+    search: str = "",
+    links: Links = Links(),  # noqa: B008: frozen, so that it is no state of its own
+) -> Overview:
     """The state as the page shows it: of the features that match `search`, at most so many from this rank on.
 
     A feature's id matches that feature alone; any other text those that have it in id, label, hook point or severity.
@@ -94,10 +115,11 @@ def overview(lookup: Lookup, now: float, *, most_features: int, first_feature: i
     seen_M = windows.tokens_by_state[:, [TokenState.SCORED, TokenState.INHERITED]].sum(axis=1)
     coverage = _coverage(totals, seen_M, missed_M, lookup.bounds.window_seconds)
     engines = [_engine(replica, now) for replica in snapshot.replicas]
-    exceedances = lookup.exceedances(EXCEEDANCES_SHOWN)
+    flagged = lookup.anomalies(REQUESTS_SHOWN)
+    drifting = _drifting(lookup, snapshot)
     minutes = lookup.bounds.windows * lookup.bounds.window_seconds / 60
     seen = is_everything_seen(coverage, engines, minutes)
-    found = _found(lookup, windows, search.strip())
+    found = _found(lookup, windows, drifting, search.strip())
     return Overview(
         now=now,
         version=__version__,
@@ -105,7 +127,12 @@ def overview(lookup: Lookup, now: float, *, most_features: int, first_feature: i
         watchlist_sha256=lookup.watchlist.sha256,
         watchlist_notes=lookup.watchlist.notes,
         wrong=is_anything_wrong(
-            _by_severity(lookup.features, windows), exceedances, _drifting(lookup, snapshot), seen, minutes
+            _by_severity(lookup.features, windows),
+            {severity: lookup.requests_over(now - 60 * minutes, severity) for severity in Severity},
+            sorted((each for anomaly in flagged for each in anomaly.exceedances), key=lambda each: -each.seconds),
+            drifting,
+            seen,
+            minutes,
         ),
         seen=seen,
         coverage=coverage,
@@ -115,11 +142,14 @@ def overview(lookup: Lookup, now: float, *, most_features: int, first_feature: i
         window_end=end,
         tokens_seen=seen_M.tolist(),
         tokens_missed=missed_M.tolist(),
-        features=_features(lookup, snapshot, windows, seen_M, found[first_feature : first_feature + most_features]),
+        features=_features(
+            lookup, snapshot, windows, seen_M, drifting, found[first_feature : first_feature + most_features]
+        ),
         features_found=len(found),
         features_total=len(lookup.features),
-        exceedances=exceedances,
+        flagged=flagged,
         engines=engines,
+        links=links,
     )
 
 
@@ -153,9 +183,10 @@ def _by_severity(features: Sequence[Feature], windows: FeatureWindow) -> dict[Se
     return counts
 
 
-def _found(lookup: Lookup, windows: FeatureWindow, text: str) -> list[int]:
+def _found(lookup: Lookup, windows: FeatureWindow, drifting: Sequence[Feature], text: str) -> list[int]:
     """Numbers of the features that match, the most abnormal first."""
-    ranked = _by_abnormality(lookup.features, windows.exceedances_F.sum(axis=0), windows.peak_F.max(axis=0))
+    exceeded_F, peak_F = windows.exceedances_F.sum(axis=0), windows.peak_F.max(axis=0)
+    ranked = _by_abnormality(lookup.features, exceeded_F, peak_F, {feature.id for feature in drifting})
     if not text:
         return ranked
     if exact := [i for i in ranked if lookup.features[i].id == text]:
@@ -168,13 +199,16 @@ def _found(lookup: Lookup, windows: FeatureWindow, text: str) -> list[int]:
 
 
 def _features(
-    lookup: Lookup, snapshot: Snapshot, windows: FeatureWindow, seen_M: Array, wanted: Sequence[int]
+    lookup: Lookup,
+    snapshot: Snapshot,
+    windows: FeatureWindow,
+    seen_M: Array,
+    drifting: Collection[Feature],
+    wanted: Sequence[int],
 ) -> list[FeatureSeries]:
     points = lookup.watchlist.hook_point_F
-    exceeded_F = windows.exceedances_F.sum(axis=0)
-    peak_F = windows.peak_F.max(axis=0)
     total_F = sum((model.exceedances_F for model in snapshot.models), np.zeros(len(points), np.int64))
-    fired_F = windows.fired_F.sum(axis=0)
+    seen = int(seen_M.sum())
     made = []
     for i in wanted:
         feature = lookup.features[i]
@@ -187,19 +221,23 @@ def _features(
                 kind=feature.kind,
                 units=feature.units,
                 limit=feature.limit.value if feature.limit else None,
-                statistic=_statistic(feature),
+                statistic=statistic_text(feature.limit),
                 exceedances=int(total_F[i]),
-                recent_exceedances=int(exceeded_F[i]),
-                fired_ratio=None if feature.dense else _ratio(int(fired_F[i]), int(seen_M.sum())),
-                peak=_number(float(peak_F[i])),
+                recent_exceedances=int(windows.exceedances_F[:, i].sum()),
+                fired_ratio=None if feature.dense else _ratio(int(windows.fired_F[:, i].sum()), seen),
+                drifts=feature in drifting,
+                peak=_number(float(windows.peak_F[:, i].max())),
                 series=_series(windows.peak_F[:, i], None if feature.dense else seen_M),
             )
         )
     return made
 
 
-def _by_abnormality(features: Sequence[Feature], exceeded_F: Array, peak_F: Array) -> list[int]:
-    """Order of the page: exceeded lately, the severe first; then nearness to the limit, those of no severity last.
+def _by_abnormality(
+    features: Sequence[Feature], exceeded_F: Array, peak_F: Array, drifting: Collection[str]
+) -> list[int]:
+    """Order of the page: exceeded lately or drifting, the severe first, and of those of one severity the exceeded;
+    then nearness to the limit, those of no severity last.
 
     Nearness is cut to tenths of the limit, so that rows do not change places at every refresh.
     """
@@ -210,9 +248,10 @@ def _by_abnormality(features: Sequence[Feature], exceeded_F: Array, peak_F: Arra
         nearness = -np.inf
         if limit and np.isfinite(peak_F[i]):
             nearness = round((float(peak_F[i]) - limit.value) / max(abs(limit.value), 1e-6), 1)
-        exceeded = int(exceeded_F[i])
+        exceeded, drifts = int(exceeded_F[i]), feature.id in drifting
         weight = _WEIGHT[feature.severity]
-        return (-weight if exceeded else 0, -exceeded, not weight, -nearness, limit is None, i)
+        abnormal = -weight if exceeded or drifts else 0
+        return (abnormal, -exceeded, not drifts, not weight, -nearness, limit is None, i)
 
     return sorted(range(len(features)), key=key)
 
@@ -225,14 +264,6 @@ def _series(peak_M: Array, seen_M: Array | None) -> list[float | None]:
     values = np.round(np.where(finite_M, peak_M, 0.0).astype(np.float64), digits)
     gap_M = ~finite_M if seen_M is None else ~finite_M & (seen_M == 0)
     return [None if gap else value for value, gap in zip(values.tolist(), gap_M.tolist(), strict=True)]
-
-
-def _statistic(feature: Feature) -> str:
-    limit = feature.limit
-    if limit is None:
-        return "max"
-    name = "max" if limit.statistic == "max" else f"rolling mean of {limit.window_tokens}"
-    return name if limit.phase == "any" else f"{name}, {limit.phase} only"
 
 
 def _engine(replica: ReplicaView, now: float) -> Engine:

@@ -67,6 +67,7 @@ class Engine:
 
 def is_anything_wrong(
     exceeded: Mapping[Severity, int],
+    requests: Mapping[Severity, int],
     latest: Sequence[ExceedanceView],
     drifting: Sequence[Feature],
     seen: Verdict,
@@ -74,8 +75,8 @@ def is_anything_wrong(
 ) -> Verdict:
     """What pages, the critical before the rest, and requests before drift.
 
-    Args:   exceeded: requests above a limit in the last `minutes`, by severity.   latest: newest first.
-    drifting: features of which a detector alarms, the strongest first.
+    Args: exceeded: exceedances in the last `minutes`, by severity.   requests: which those were of, as far as they are
+          still listed.   latest: newest first.   drifting: features of which a detector alarms, the strongest first.
     """
     lately = f"in the last {minutes:g} minutes"
     critical = [feature for feature in drifting if feature.severity is Severity.CRITICAL]
@@ -86,7 +87,8 @@ def is_anything_wrong(
             return Verdict(
                 level,
                 f"{count:,} {severity} {'exceedance' if count == 1 else 'exceedances'}",
-                lately.capitalize() + (f". Latest: {newest.label or newest.feature}." if newest else "."),
+                f"{_in_requests(requests[severity])}{lately}.".capitalize()
+                + (f" Latest: {newest.label or newest.feature}." if newest else ""),
             )
         if drifts:
             said = "1 feature drifts" if len(drifting) == 1 else f"{len(drifting):,} features drift"
@@ -131,6 +133,10 @@ def is_everything_seen(coverage: Coverage, engines: Sequence[Engine], minutes: f
     if recent is None:
         return Verdict("ok", "Everything is seen", f"No token came {lately}.")
     return Verdict("ok", "Everything is seen", f"{_percent(recent)} of tokens {lately}.")
+
+
+def _in_requests(count: int) -> str:
+    return f"of {count:,} {'request' if count == 1 else 'requests'} " if count else ""
 
 
 def _percent(ratio: float) -> str:

@@ -64,7 +64,7 @@ def test_a_share_just_below_one_is_not_rounded_up_to_all():
     ],
 )
 def test_nothing_is_wrong_only_when_everything_was_seen_and_nothing_exceeded(exceeded, seen, level, headline):
-    found = is_anything_wrong({**dict.fromkeys(Severity, 0), **exceeded}, [], [], seen, 6)
+    found = is_anything_wrong({**dict.fromkeys(Severity, 0), **exceeded}, dict.fromkeys(Severity, 0), [], [], seen, 6)
     assert (found.level, found.headline) == (level, headline) and found.detail
 
 
@@ -80,9 +80,8 @@ def test_nothing_is_wrong_only_when_everything_was_seen_and_nothing_exceeded(exc
 )
 def test_a_drift_is_something_wrong_too(exceeded, drifting, level, headline):
     features = {feature.id: feature for feature in FEATURES}
-    found = is_anything_wrong(
-        {**dict.fromkeys(Severity, 0), **exceeded}, [], [features[name] for name in drifting], SEEN, 6
-    )
+    none = dict.fromkeys(Severity, 0)
+    found = is_anything_wrong({**none, **exceeded}, none, [], [features[name] for name in drifting], SEEN, 6)
     assert (found.level, found.headline) == (level, headline)
 
 

@@ -25,6 +25,18 @@ export interface Alarm {
   text: string;
 }
 
+/** One request and everything that it exceeded: one event, however many features and tokens it was. */
+export interface Anomaly {
+  request_id: string;
+  response_id: string;
+  model_name: string;
+  trace_id: string;
+  severity: Severity;
+  first_seconds: number;
+  last_seconds: number;
+  exceedances: ExceedanceView[];
+}
+
 /** Tokens since the collector started, and how many of them were seen lately. */
 export interface Coverage {
   tokens: Record<string, number>;
@@ -113,6 +125,7 @@ export interface FeatureSeries {
   exceedances: number;
   recent_exceedances: number;
   fired_ratio: number | null;
+  drifts: boolean;
   peak: number | null;
   series: (number | null)[];
 }
@@ -127,12 +140,14 @@ export interface FeatureTotals {
   gate: string;
   units: string;
   limit: Limit | null;
+  statistic: string;
   skip_first_positions: number;
   source: Record<string, unknown>;
   evidence: Record<string, unknown>;
   fired_tokens: number;
   requests: number;
   exceedances: number;
+  reliability: Reliability | null;
 }
 
 /** The watchlist's features with their totals. */
@@ -148,6 +163,12 @@ export interface Limit {
   value: number;
   window_tokens: number;
   phase: string;
+}
+
+/** Where what this collector does not serve is; an empty text where that was not said. */
+export interface Links {
+  runbook: string;
+  grafana: string;
 }
 
 /** One refresh of the page. */
@@ -169,8 +190,19 @@ export interface Overview {
   features: FeatureSeries[];
   features_found: number;
   features_total: number;
-  exceedances: ExceedanceView[];
+  flagged: Anomaly[];
   engines: Engine[];
+  links: Links;
+}
+
+/** How often requests go above a limit: as its baseline promised, and as it was seen here. */
+export interface Reliability {
+  promised_ratio: number | null;
+  exceedances: number;
+  requests: number;
+  seen_ratio: number | null;
+  seen_low: number | null;
+  seen_high: number | null;
 }
 
 /** One request, open or closed. */

@@ -1,13 +1,15 @@
-// The dialog: it shows the request or the feature that stands behind the address's #.
+// The dialog: it shows the request, the feature or the help that stands behind the address's #.
 
 import { NoAnswer, Refused } from "./api.js";
 import { at, emptyNote, setText } from "./dom.js";
 import { featureDetails } from "./feature.js";
+import { help } from "./keys.js";
 import { targetOf } from "./links.js";
 import { requestDetails } from "./request.js";
 
 /** @import { Target } from "./links.js" */
 
+const KINDS = { request: "Request", feature: "Feature", help: "Help" };
 const dialog = at("details", HTMLDialogElement);
 
 /** Shows what the address names, or nothing. */
@@ -18,9 +20,9 @@ export async function showDetails() {
     dialog.close();
     return;
   }
-  setText(at("details-kind"), target.kind === "request" ? "Request" : "Feature");
+  setText(at("details-kind"), KINDS[target.kind]);
   at("details-title").className = target.kind;
-  fill(target.id, [emptyNote("Looking it up.")]);
+  fill(target.kind === "help" ? "" : target.id, [emptyNote("Looking it up.")]);
   if (!dialog.open) dialog.showModal();
   const { title, parts } = await lookUp(target);
   // The address may name something else by now.
@@ -37,7 +39,9 @@ export function followAddress() {
 }
 
 /** @param {Target} target */
-async function lookUp({ kind, id }) {
+async function lookUp(target) {
+  if (target.kind === "help") return help();
+  const { kind, id } = target;
   try {
     return await (kind === "request" ? requestDetails(id) : featureDetails(id));
   } catch (error) {

@@ -1,12 +1,13 @@
 // Drift from the baseline: the features whose detectors are nearest to their limits, or furthest above them.
 
 import { get } from "./api.js";
+import { watched } from "./catalogue.js";
 import { at, make, setText } from "./dom.js";
 import { ago, count, figure } from "./format.js";
 import { featureLink } from "./links.js";
 import { meter } from "./plots.js";
 
-/** @import { Alarm, DriftOfFeature, DriftOfModel } from "./answers.d.ts" */
+/** @import { Alarm, DriftOfFeature, DriftOfModel, FeatureTotals } from "./answers.d.ts" */
 
 /** One row: a feature of a model, and its detector that is nearest to its limit. */
 /** @typedef {{ model: DriftOfModel, feature: DriftOfFeature, kind: string, over: number }} Suspect */
@@ -21,15 +22,12 @@ const KINDS = {
   canary: "fixed prompts",
 };
 
-/** By id. @type {Map<string, string> | null} */
-let labels = null;
 let drawn = "";
 
 /** Asks for drift and shows it. */
 export async function refreshDrift() {
-  // The watchlist does not change while a collector lives.
-  labels ??= new Map((await get("/v1/features")).features.map((feature) => [feature.id, feature.label]));
-  showDrift((await get("/v1/drift")).models, labels);
+  const catalogue = await watched();
+  showDrift((await get("/v1/drift")).models, catalogue);
 }
 
 /**
@@ -42,9 +40,9 @@ export function began({ since_seconds }) {
 
 /**
  * @param {DriftOfModel[]} models
- * @param {Map<string, string>} names
+ * @param {Map<string, FeatureTotals>} catalogue
  */
-function showDrift(models, names) {
+function showDrift(models, catalogue) {
   const suspects = models
     .filter((model) => model.armed)
     .flatMap((model) => model.features.slice(0, ROWS_SHOWN).map((feature) => suspect(model, feature)))
@@ -56,7 +54,7 @@ function showDrift(models, names) {
   const key = JSON.stringify(suspects.map(({ model, feature }) => [model.model_name, feature, model.alarms]));
   if (drawn === key) return;
   drawn = key;
-  at("drift").replaceChildren(...suspects.map((found) => driftRow(found, names)));
+  at("drift").replaceChildren(...suspects.map((found) => driftRow(found, catalogue)));
 }
 
 /**
@@ -72,13 +70,13 @@ function suspect(model, feature) {
 
 /**
  * @param {Suspect} suspect
- * @param {Map<string, string>} names
+ * @param {Map<string, FeatureTotals>} catalogue
  */
-function driftRow({ model, feature, kind }, names) {
+function driftRow({ model, feature, kind }, catalogue) {
   const { feature: id, rate_ratio, log10_evalue } = feature;
   const alarm = model.alarms.find((found) => found.feature === id && found.kind === kind);
   const words = `${KINDS[kind] ?? kind} · ${alarm ? began(alarm) : model.model_name}`;
-  const name = featureLink(id, make("b", {}, names.get(id) || id));
+  const name = featureLink(id, make("b", {}, catalogue.get(id)?.label || id));
   return make(
     "tr",
     { className: alarm ? "hot" : "" },

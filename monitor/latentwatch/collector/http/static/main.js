@@ -1,10 +1,12 @@
 // The live page: asks the collector again and again, and shows what it answers.
 
 import { get, NoAnswer } from "./api.js";
+import { watched } from "./catalogue.js";
 import { followAddress, showDetails } from "./details.js";
 import { at, setText } from "./dom.js";
 import { refreshDrift } from "./drift.js";
 import { clockTime } from "./format.js";
+import { followKeys } from "./keys.js";
 import { hashOf } from "./links.js";
 import { PAGE, showOverview } from "./overview.js";
 
@@ -22,9 +24,10 @@ let shownSeconds = null;
 async function ask() {
   const asked = question;
   const view = await get("/v1/overview", { features: PAGE, ...asked });
+  const catalogue = await watched();
   if (asked !== question) return;
   shownSeconds = view.now;
-  showOverview(view, asked);
+  showOverview(view, asked, catalogue);
 }
 
 /** @param {number} rank of the first feature to show */
@@ -44,6 +47,7 @@ function showConnection(problem) {
   at("banner").hidden = problem === "";
   setText(at("live-text"), problem ? "no connection" : "live");
   if (!problem) return;
+  document.title = "✕ No connection – latentwatch";
   const shown =
     shownSeconds === null ? "Nothing has been shown yet." : `What is shown is from ${clockTime(shownSeconds)}.`;
   setText(at("banner"), `The collector does not answer (${problem}). ${shown} Trying again every 2 seconds.`);
@@ -77,5 +81,6 @@ at("find").addEventListener("submit", (event) => {
   if (id) location.hash = hashOf({ kind: "request", id });
 });
 followAddress();
+followKeys();
 repeat(refreshDrift, DRIFT_MS);
 repeat(ask, REFRESH_MS, showConnection).then(showDetails);

@@ -1,11 +1,12 @@
-// The page itself: two verdicts, coverage, traffic, the features over time, the latest exceedances, the engines.
+// The page itself: two verdicts, coverage, traffic, the features over time, the engines.
 
 import { at, draw, liveList, make, setText } from "./dom.js";
-import { ago, count, figure, idWords, share } from "./format.js";
-import { featureLink, hashOf } from "./links.js";
+import { showFlagged } from "./flagged.js";
+import { ago, count, figure, share } from "./format.js";
+import { featureLink, grafanaBoard, hashOf, showWays } from "./links.js";
 import { sparkline, trafficPlot } from "./plots.js";
 
-/** @import { Coverage, Engine, ExceedanceView, FeatureSeries, Overview, Verdict } from "./answers.d.ts" */
+/** @import { Coverage, Engine, FeatureSeries, FeatureTotals, Links, Overview, Verdict } from "./answers.d.ts" */
 /** @import { Row } from "./dom.js" */
 
 /**
@@ -31,15 +32,15 @@ const showLegend = liveList(at("legend"), ([state]) => state, legendRow);
 const showFigures = liveList(at("figures"), ([name]) => name, figureRow);
 const showTraffic = trafficPlot(at("traffic-plot", SVGSVGElement));
 const showRows = liveList(at("features"), (feature) => feature.feature, featureRow);
-const showExceedances = liveList(at("exceedances"), ({ event }) => keyOf(event), exceedanceRow);
 const showEngines = liveList(at("engines"), (engine) => engine.replica, engineRow);
 
 /**
  * Shows one answer of the collector.
  * @param {Overview} view
  * @param {Question} question that it answers
+ * @param {Map<string, FeatureTotals>} catalogue
  */
-export function showOverview(view, question) {
+export function showOverview(view, question, catalogue) {
   setText(at("watchlist"), view.watchlist);
   setText(at("sha"), view.watchlist_sha256.slice(0, 12));
   showWrong(view.wrong);
@@ -53,13 +54,21 @@ export function showOverview(view, question) {
   ]);
   showTraffic(view);
   showFeatures(view, question);
-  showExceedances(view.exceedances.map((event) => ({ event, now: view.now })));
-  at("exceedances-empty").hidden = view.exceedances.length > 0;
+  showFlagged(view, catalogue);
   showEngines(view.engines);
   at("engines-empty").hidden = view.engines.length > 0;
   const caution = "A feature above its limit is evidence, not proof.";
   setText(at("about"), `latentwatch ${view.version}. ${caution} ${view.watchlist_notes}`);
+  showLinks(view.links);
   document.title = titleOf([view.wrong, view.seen]);
+}
+
+/** Out of the page, where this collector was told to where. @param {Links} links */
+function showLinks(links) {
+  showWays(at("elsewhere"), [
+    ["runbook", links.runbook],
+    ["Grafana", grafanaBoard(links, "overview")],
+  ]);
 }
 
 /** @param {Verdict[]} verdicts */
@@ -153,17 +162,23 @@ function showFeatures(view, { first, search }) {
   setText(at("span"), `last ${minutes % 1 ? minutes.toFixed(1) : minutes} min`);
 }
 
+/** @param {string} name of its column, which a card says again */
+function numberCell(name) {
+  const node = make("td", { className: "number" });
+  node.dataset.name = name;
+  return node;
+}
+
 /** @returns {Row<FeatureSeries>} */
 function featureRow() {
   const label = make("b");
   const link = featureLink("", label);
-  const about = make("small");
+  const about = make("span");
   const plot = sparkline();
-  const peak = make("td", { className: "number peak" });
-  const limit = make("td", { className: "number" });
-  const fires = make("td", { className: "number" });
-  const exceeded = make("td", { className: "number" });
-  const name = make("td", { className: "name" }, link, about);
+  const drifts = make("span", { className: "drifts" }, "drifts");
+  const [peak, limit, fires, exceeded] = ["Peak", "Limit", "Fires on", "Exceeded"].map((name) => numberCell(name));
+  peak.classList.add("peak");
+  const name = make("td", { className: "name" }, link, make("small", {}, drifts, about));
   const node = make("tr", {}, name, make("td", { className: "plot" }, plot.node), peak, limit, fires, exceeded);
   return {
     node,
@@ -171,8 +186,9 @@ function featureRow() {
       node.classList.toggle("hot", feature.recent_exceedances > 0);
       link.href = hashOf({ kind: "feature", id: feature.feature });
       setText(label, feature.label || feature.feature);
-      label.title = `${feature.label} (${feature.statistic}, in ${feature.units || "its own units"})`;
+      label.title = `${feature.statistic}, in ${feature.units || "its own units"}`;
       setText(about, `${feature.feature} · ${feature.hook_point} · ${feature.severity}`);
+      drifts.hidden = !feature.drifts;
       plot.update(feature);
       setText(peak, figure(feature.peak));
       setText(limit, figure(feature.limit));
@@ -180,45 +196,6 @@ function featureRow() {
       setText(fires, sparse ? share(feature.fired_ratio) : "every token");
       setText(exceeded, feature.limit === null ? "no limit" : count(feature.exceedances));
       exceeded.classList.toggle("muted", !feature.exceedances);
-    },
-  };
-}
-
-/** @param {ExceedanceView} event */
-function keyOf(event) {
-  return `${event.seconds} ${event.request_id} ${event.feature} ${event.position}`;
-}
-
-/** @returns {Row<{ event: ExceedanceView, now: number }>} */
-function exceedanceRow() {
-  const severity = make("span");
-  const label = make("b");
-  const when = make("time");
-  const peak = make("strong");
-  const rest = make("span");
-  const id = make("span", { className: "id" });
-  const button = make(
-    "button",
-    { type: "button" },
-    make("span", { className: "first" }, severity, label, when),
-    make("span", { className: "values" }, peak, rest),
-    id,
-  );
-  return {
-    node: make("li", {}, button),
-    update({ event, now }) {
-      button.onclick = () => {
-        location.hash = hashOf({ kind: "request", id: event.request_id });
-      };
-      button.disabled = !event.request_id;
-      severity.className = `chip ${event.severity}`;
-      setText(severity, event.severity);
-      setText(label, event.label || event.feature);
-      setText(when, ago(now - event.seconds));
-      when.dateTime = new Date(event.seconds * 1000).toISOString();
-      setText(peak, figure(event.peak));
-      setText(rest, ` over limit ${figure(event.limit)}, from token ${event.position} (${event.phase})`);
-      setText(id, idWords(event.request_id));
     },
   };
 }

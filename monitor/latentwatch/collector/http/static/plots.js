@@ -3,7 +3,7 @@
 import { draw, setAttributes } from "./dom.js";
 import { figure } from "./format.js";
 
-/** @import { FeatureSeries, ShownFeature, StoredActivations } from "./answers.d.ts" */
+/** @import { FeatureSeries, ShownFeature } from "./answers.d.ts" */
 
 const STRETCHED = { preserveAspectRatio: "none", role: "img" };
 
@@ -154,32 +154,5 @@ export function exceededPositions(features, prompt, tokens) {
     draw("rect", { class: "prompt", x: 0, y: 8, width: prompt, height: 18 }),
     draw("rect", { class: "output", x: prompt, y: 8, width: total - prompt, height: 18 }),
     ...marks,
-  );
-}
-
-/**
- * One feature token by token. Its strength is height as well as shade: it is read without telling colours apart.
- * @param {StoredActivations} found
- * @param {number} total tokens of the request
- * @param {number} prompt tokens
- */
-export function activations({ feature, label, limit, dense, positions, values }, total, prompt) {
-  const top = Math.max(...values, limit ?? 0, 1e-9);
-  const bottom = dense ? Math.min(...values, 0) : 0;
-  const cells = positions.map((position, i) => {
-    const strength = ((values[i] - bottom) / (top - bottom)) ** 0.7;
-    const height = Math.max(1.5, 12 * strength);
-    const over = limit !== null && values[i] > limit;
-    const box = { x: position, y: 12 - height, width: 1, height, "fill-opacity": (0.25 + 0.75 * strength).toFixed(2) };
-    const title = draw("title", {}, `token ${position}: ${figure(values[i])}`);
-    return draw("rect", { class: over ? "cell over" : "cell", ...box }, title);
-  });
-  const words = `${label || feature}: ${positions.length} tokens, largest ${figure(Math.max(...values))}`;
-  return draw(
-    "svg",
-    { ...STRETCHED, viewBox: `0 0 ${total} 12`, "aria-label": words },
-    draw("rect", { class: "track", x: 0, y: 0, width: total, height: 12 }),
-    ...cells,
-    draw("line", { class: "split", x1: prompt, x2: prompt, y1: 0, y2: 12 }),
   );
 }

@@ -1,28 +1,46 @@
 // One request: what is known of it, which features it showed and where; token by token where evidence is written.
 
-import { get, NoAnswer } from "./api.js";
+import { get, NoAnswer, Refused } from "./api.js";
+import { statisticOf, watched } from "./catalogue.js";
 import { emptyNote, fact, make } from "./dom.js";
 import { clockTime, count, figure } from "./format.js";
-import { activations, exceededPositions } from "./plots.js";
+import { featureLink } from "./links.js";
+import { exceededPositions } from "./plots.js";
+import { tokenByToken } from "./tokens.js";
 
-/** @import { ShownFeature, RequestView, StoredRequest } from "./answers.d.ts" */
+/** @import { FeatureTotals, RequestView, ShownFeature, StoredRequest } from "./answers.d.ts" */
+/** @typedef {Omit<RequestView, "exceeded_features">} Shown */
 
-const STRIPS_SHOWN = 12;
+const SAME_SECONDS = 0.5;
 
 /**
  * What the dialog shows of the request with this id; of all of them, where several have it.
  * @param {string} request_id
  */
 export async function requestDetails(request_id) {
-  const [{ requests }, stored] = await Promise.all([
-    get("/v1/requests/{request_id}", { request_id }),
-    evidence(request_id),
-  ]);
-  const parts = requests.flatMap((request) => {
-    const found = stored.find((kept) => kept.request_id === request.request_id && kept.activations.length > 0);
-    return requestView(request, found);
+  const [requests, stored, catalogue] = await Promise.all([known(request_id), evidence(request_id), watched()]);
+  if (requests instanceof NoAnswer && !stored.length) throw requests;
+  const pairs = joined(requests instanceof NoAnswer ? [] : requests, stored);
+  const parts = pairs.flatMap(({ request, kept }, i) => {
+    const heading = make("h3", { className: "which" }, `Request ${i + 1} of ${pairs.length} with this id`);
+    const began = make("span", {}, `, began ${clockTime(request.opened_seconds)} on ${request.replica}`);
+    heading.append(began);
+    return [...(pairs.length > 1 ? [heading] : []), ...requestView(request, kept, catalogue)];
   });
   return { title: request_id, parts };
+}
+
+/**
+ * Those in the collector's memory; its refusal where there is none.
+ * @param {string} request_id
+ */
+async function known(request_id) {
+  try {
+    return (await get("/v1/requests/{request_id}", { request_id })).requests;
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    return error;
+  }
 }
 
 /** Only a collector that writes evidence knows every position. @param {string} request_id */
@@ -36,20 +54,53 @@ async function evidence(request_id) {
 }
 
 /**
- * @param {RequestView} request
- * @param {StoredRequest} [stored] with its activations
+ * Each request with its evidence, the latest first. An id that a client uses twice is two requests: told apart by the
+ * engine process and by when they began. Evidence outlives memory: what only it knows comes too.
+ * @param {RequestView[]} requests
+ * @param {StoredRequest[]} stored
+ * @returns {{ request: Shown, kept: StoredRequest | undefined }[]}
  */
-function requestView(request, stored) {
+function joined(requests, stored) {
+  const left = new Set(stored);
+  /** @type {{ request: Shown, kept: StoredRequest | undefined }[]} */
+  const pairs = requests.map((request) => {
+    const kept = [...left].find((one) => isSame(one, request));
+    if (kept) left.delete(kept);
+    return { request, kept };
+  });
+  pairs.push(...[...left].map((kept) => ({ request: kept, kept })));
+  return pairs.sort((one, other) => other.request.opened_seconds - one.request.opened_seconds);
+}
+
+/**
+ * @param {StoredRequest} kept
+ * @param {Shown} request
+ */
+function isSame(kept, request) {
+  return (
+    kept.request_id === request.request_id &&
+    kept.replica === request.replica &&
+    Math.abs(kept.opened_seconds - request.opened_seconds) < SAME_SECONDS
+  );
+}
+
+/**
+ * @param {Shown} request
+ * @param {StoredRequest | undefined} kept its evidence
+ * @param {Map<string, FeatureTotals>} catalogue
+ */
+function requestView(request, kept, catalogue) {
   /** @type {Node[]} */
   const parts = [factsOf(request)];
-  if (stored) parts.push(tokenByToken(stored));
+  const strips = kept?.activations.length ? tokenByToken(kept, catalogue) : null;
+  if (strips) parts.push(strips);
   if (!request.opening_seen) {
     parts.push(emptyNote("This request began before this collector; its first tokens are not in these figures."));
   }
   if (request.features.length) {
     // With every position known, a line of marks would only repeat it.
-    if (!stored) parts.push(marks(request));
-    parts.push(featureTable(request.features));
+    if (!strips) parts.push(marks(request));
+    parts.push(featureTable([...request.features], catalogue));
   } else {
     parts.push(emptyNote("No watched feature fired in this request."));
   }
@@ -57,9 +108,9 @@ function requestView(request, stored) {
   return parts;
 }
 
-/** @param {RequestView} request */
+/** @param {Shown} request */
 function factsOf(request) {
-  const { scored, inherited, unseen, dropped } = request.tokens;
+  const { scored = 0, inherited = 0, unseen = 0, dropped = 0 } = request.tokens;
   const seen = scored + inherited;
   const missing = unseen + dropped;
   const facts = [
@@ -68,7 +119,7 @@ function factsOf(request) {
     fact("Took", request.duration_seconds === null ? "–" : `${figure(request.duration_seconds)} s`),
     fact("Tokens", request.total_tokens === null ? `${count(seen + missing)} so far` : count(request.total_tokens)),
     fact("Seen", missing ? `${count(seen)}, ${count(missing)} missing` : "all of them"),
-    fact("Limits exceeded", count(request.exceeded_features)),
+    fact("Limits exceeded", count(request.features.filter((feature) => feature.exceeded).length)),
     fact("Engine", `${request.replica}, ${request.model_name}`),
     fact("Id in the response", request.response_id || "–"),
   ];
@@ -77,7 +128,7 @@ function factsOf(request) {
   return make("dl", { className: "facts" }, ...facts);
 }
 
-/** @param {RequestView} request */
+/** @param {Shown} request */
 function marks({ features, prompt_tokens, total_tokens }) {
   const prompt = prompt_tokens ?? 0;
   const note = make(
@@ -86,11 +137,15 @@ function marks({ features, prompt_tokens, total_tokens }) {
     make("span", {}, `prompt, ${count(prompt)} tokens`),
     make("span", {}, "marks: where a limit was exceeded most"),
   );
-  return make("div", { className: "strip" }, exceededPositions(features, prompt, total_tokens), note);
+  return make("div", { className: "strip" }, exceededPositions([...features], prompt, total_tokens), note);
 }
 
-/** @param {ShownFeature[]} features */
-function featureTable(features) {
+/**
+ * One value a feature: that of the statistic that its limit is on, by its name.
+ * @param {ShownFeature[]} features
+ * @param {Map<string, FeatureTotals>} catalogue
+ */
+function featureTable(features, catalogue) {
   const rows = features.map((f) =>
     make(
       "tr",
@@ -98,45 +153,18 @@ function featureTable(features) {
       make(
         "td",
         { className: "name" },
-        make("b", {}, f.label || f.feature),
-        make("small", {}, `${f.feature} · ${f.severity}`),
+        featureLink(f.feature, make("b", {}, f.label || f.feature)),
+        make("small", {}, `${f.feature} · ${f.severity} · ${statisticOf(catalogue, f.feature)}`),
       ),
-      make("td", { className: "number peak" }, figure(f.statistic ?? f.max)),
+      make("td", { className: "number peak" }, figure(f.limit === null ? f.max : f.statistic)),
       make("td", { className: "number" }, figure(f.limit)),
-      make("td", { className: "number" }, String(f.statistic_position ?? f.position)),
+      make("td", { className: "number" }, String((f.limit === null ? f.position : f.statistic_position) ?? "–")),
       make("td", { className: "number" }, f.fired_tokens ? count(f.fired_tokens) : "–"),
     ),
   );
-  const heads = ["Feature", "Largest", "Limit", "At token", "Fired on"].map((name, i) =>
+  const heads = ["Feature", "Value", "Limit", "At token", "Fired on"].map((name, i) =>
     make("th", { className: i ? "number" : "", scope: "col" }, name),
   );
   const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows));
   return make("div", { className: "scroll" }, table);
-}
-
-/** @param {StoredRequest} request */
-function tokenByToken(request) {
-  const ends = request.activations.flatMap((found) => found.positions.map((position) => position + 1));
-  const total = Math.max(request.total_tokens ?? 0, ...ends, 1);
-  const prompt = request.prompt_tokens ?? 0;
-  const rows = request.activations
-    .slice(0, STRIPS_SHOWN)
-    .map((found) =>
-      make(
-        "div",
-        { className: "strip-row" },
-        make("span", { className: "strip-name", title: found.feature }, found.label || found.feature),
-        activations(found, total, prompt),
-      ),
-    );
-  const note =
-    `One column a token, ${count(total)} in all; the line is where the prompt (${count(prompt)}) ends. ` +
-    "Higher is stronger; orange: this token alone is over the limit.";
-  return make(
-    "div",
-    { className: "strips" },
-    make("h3", {}, "Token by token"),
-    ...rows,
-    make("p", { className: "note" }, note),
-  );
 }
