@@ -1,4 +1,4 @@
-"""Tables of docs/results.md and docs/metrics.md, from the files and the table that hold what they show.
+"""Tables of docs/results.md, metrics.md, watchlist.md and settings.md, from what they show: files and code.
 
 python -m tests.bench.render_results            # write
 python -m tests.bench.render_results --check    # exit code 1 where one is stale
@@ -18,16 +18,15 @@ from typing import Any
 from latentwatch.errors import RefusalReason
 from latentwatch.export.metrics import METRICS
 
+from tests.support import reference
 from tests.support.engines import ROOT
+from tests.support.reference import table
 
 RESULTS_PAGE = ROOT / "docs/results.md"
+WATCHLIST_PAGE = ROOT / "docs/watchlist.md"
+SETTINGS_PAGE = ROOT / "docs/settings.md"
 METRICS_PAGE = ROOT / "docs/metrics.md"
 RESULTS = ROOT / "tests/bench/results"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines)
 
 
 def _result(name: str) -> dict[str, Any]:
@@ -361,6 +360,8 @@ def refusal_reasons() -> str:
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     RESULTS_PAGE: BLOCKS,
     METRICS_PAGE: {"metrics": metrics, "refusal-reasons": refusal_reasons},
+    WATCHLIST_PAGE: {"watchlist-keys": reference.watchlist_keys},
+    SETTINGS_PAGE: {"environment": reference.environment},
 }
 
 

@@ -30,8 +30,10 @@ import yaml
 from latentwatch import secrets
 from latentwatch.cli import main
 from latentwatch.collector.drift import DriftSettings
+from latentwatch.collector.evidence import EvidenceSettings
 from latentwatch.collector.service import Service
 from latentwatch.drift import baseline
+from latentwatch.evidence import encryption
 from latentwatch.watchlist import file as watchlist_file
 
 from tests.support.collectors import FEATURES, collector, exceed
@@ -149,6 +151,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "20-gemmascope-res-16k").mkdir()
     (made / "20-gemmascope-res-16k/batch-0.jsonl").write_text(json.dumps(explained) + "\n")
     secrets.write(made / "latentwatch.token", b"a-token-that-nobody-asks-for\n")
+    secrets_of_evidence(made)
     with store(made / "evidence") as writing:
         writing.write(one_request(1, request_id="chatcmpl-7f3a-0123abcd", seconds=time.time()), time.time())
     return made
@@ -172,7 +175,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     folder, untold = tmp_path_factory.mktemp("servers"), tmp_path_factory.mktemp("untold")
     config = yaml.safe_load((ROOT / "dashboards/alertmanager.yml").read_text())
     with (
-        collector(folder) as made,
+        collector(folder, evidence=EvidenceSettings(folder / "evidence", **secrets_of_evidence(folder))) as made,
         collector(untold, drift=DriftSettings()) as trusted,
         alertmanager(folder, config) as receiver,
     ):
@@ -187,6 +190,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
                 lambda: ask(url, "query_exemplars", query="latentwatch_exceedances_total", start=0, end=time.time())
             )
             yield {
+                "folder": str(folder),
                 "watchlist": str(folder / "w.safetensors"),
                 "TRUSTED": trusted.http_url,
                 "COLLECTOR": address,
@@ -194,6 +198,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
                 "AM": receiver,
                 "ENGINE": engine,
             }
+
+
+def secrets_of_evidence(folder: Path) -> dict[str, Path]:
+    """What the commands about content show, and what the collector seals it with."""
+    secrets.write(folder / "evidence.token", b"whoever-may-delete\n")
+    encryption.write_key(folder / "evidence.key")
+    return {"token_file": folder / "evidence.token", "key_file": folder / "evidence.key"}
 
 
 def ordinary(service: Service) -> None:
@@ -300,5 +311,12 @@ def test_a_command_of_others_runs(line: str, servers: dict[str, str]) -> None:
     for name in ("COLLECTOR", "PROMETHEUS", "ENGINE"):
         line = re.sub(rf"\b{name}\b", servers[name], line)
     line = re.sub(r"\bcurl\b", "curl --fail-with-body", line)
-    ran = subprocess.run(["bash", "-o", "pipefail", "-c", line], env=env, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        cwd=servers["folder"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ran.returncode == 0, f"{line}\n{ran.stdout}{ran.stderr}"

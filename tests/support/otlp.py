@@ -26,14 +26,20 @@ class OtlpReceiver(
         self.metrics: list[Any] = []
         self.spans: list[Any] = []
         self.resources: list[dict[str, Any]] = []
+        self.headers: list[dict[str, Any]] = []
+        self.shown: list[str] = []
+        """Names on the certificates that senders showed."""
 
     def Export(self, request: Any, context: Any) -> Any:
+        self.headers.append({item.key: item.value for item in context.invocation_metadata()})
+        self.shown += [name.decode() for name in context.auth_context().get("x509_common_name", [])]
         if isinstance(request, logs_service_pb2.ExportLogsServiceRequest):
             for part in request.resource_logs:
                 self.resources.append(attributes(part.resource))
                 self.logs += [record for scope in part.scope_logs for record in scope.log_records]
             return logs_service_pb2.ExportLogsServiceResponse()
         if isinstance(request, metrics_service_pb2.ExportMetricsServiceRequest):
+            self.resources += [attributes(part.resource) for part in request.resource_metrics]
             self.metrics.append(
                 {m.name: m for part in request.resource_metrics for scope in part.scope_metrics for m in scope.metrics}
             )
@@ -43,12 +49,16 @@ class OtlpReceiver(
 
 
 @contextmanager
-def otlp_receiver() -> Iterator[OtlpReceiver]:
+def otlp_receiver(credentials: grpc.ServerCredentials | None = None) -> Iterator[OtlpReceiver]:
+    """One on a port of this host; over TLS with credentials."""
     receiver, server = OtlpReceiver(), grpc.server(futures.ThreadPoolExecutor(8))
     logs_service_pb2_grpc.add_LogsServiceServicer_to_server(receiver, server)
     metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(receiver, server)
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)
-    receiver.url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    if credentials is None:
+        receiver.url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    else:
+        receiver.url = f"https://127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
     server.start()
     try:
         yield receiver

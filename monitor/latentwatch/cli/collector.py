@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from latentwatch.collector.config import CollectorConfig
     from latentwatch.collector.evidence import EvidenceSettings
     from latentwatch.collector.service import CollectorSettings, ForwardSettings, Service
+    from latentwatch.collector.telemetry import TelemetrySettings
 
 HELP = "Receive what engines score, and serve metrics, a JSON API and a live page."
 EPILOG = """Each option may stand in the file of --config instead (http: 0.0.0.0:9464) or in the environment
@@ -50,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM."""
     import asyncio
     import json
-    import logging
 
     from latentwatch.collector.config import CollectorConfig
 
@@ -79,7 +81,6 @@ def settings(config: CollectorConfig) -> CollectorSettings:
     from latentwatch.collector.http.connection import HttpLimits
     from latentwatch.collector.http.overview import Links
     from latentwatch.collector.service import CollectorSettings
-    from latentwatch.collector.telemetry import TelemetrySettings
     from latentwatch.transport.credentials import ServerTls
 
     tls, http_tls = (config.tls_cert, config.tls_key), (config.http_tls_cert, config.http_tls_key)
@@ -90,7 +91,7 @@ def settings(config: CollectorConfig) -> CollectorSettings:
         state=config.state,
         drift=options.drift_settings(config.baseline, config.canary_key, config.route),
         evidence=_evidence(config),
-        otlp=TelemetrySettings(config.otlp, config.otlp_metrics) if config.otlp else None,
+        otlp=_otlp(config),
         forward=_forward(config),
         tls=ServerTls(tls[0], tls[1], config.tls_client_ca) if tls[0] and tls[1] else None,
         token_files=config.token_file,
@@ -103,6 +104,21 @@ def settings(config: CollectorConfig) -> CollectorSettings:
         http_tls=ServerTls(http_tls[0], http_tls[1], protocol="http/1.1") if http_tls[0] and http_tls[1] else None,
         request_id_key_file=config.request_id_key_file,
     )
+
+
+def _otlp(config: CollectorConfig) -> TelemetrySettings | None:
+    """None where nothing is to be sent, OTEL_SDK_DISABLED included."""
+    from latentwatch.collector.telemetry import TelemetrySettings
+    from latentwatch.export import otlp_environment
+
+    if config.otlp is None:
+        return None
+    if otlp_environment.disabled(os.environ):
+        logging.getLogger("latentwatch.collector").warning("OTEL_SDK_DISABLED=true: nothing is sent over OTLP")
+        return None
+    name = host.host_name()
+    # Another collector on this host has another port.
+    return TelemetrySettings(config.otlp, config.otlp_metrics, f"{name} {config.http}" if name else "")
 
 
 def _evidence(config: CollectorConfig) -> EvidenceSettings | None:

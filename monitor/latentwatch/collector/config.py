@@ -39,7 +39,6 @@ class Metavar:
 
 File = Annotated[Path, Metavar("FILE")]
 Folder = Annotated[Path, Metavar("FOLDER")]
-Url = Annotated[str, Metavar("URL"), Field(pattern="^https?://")]
 Count = Annotated[int, Metavar("N"), Field(gt=0)]
 Amount = Annotated[float, Metavar("N"), Field(gt=0, allow_inf_nan=False)]
 
@@ -143,9 +142,10 @@ class CollectorConfig(BaseSettings):
     evidence_content_hours: Amount = 24.0
     """remove what was said before it is so old"""
 
-    otlp: Url | None = None
+    otlp: Annotated[str, Metavar("URL"), Field(pattern="^(https?://|env$)")] | None = None
     """send every exceedance as a gen_ai.evaluation.result event, in the trace of its request, to this OTLP/gRPC
-    receiver, such as http://127.0.0.1:4317 (default: nothing is sent)"""
+    receiver, such as http://127.0.0.1:4317 or https:// for TLS; 'env': to the one of OTEL_EXPORTER_OTLP_ENDPOINT
+    (default: nothing is sent)"""
     otlp_metrics: Annotated[float, Metavar("SECONDS"), Field(ge=0, allow_inf_nan=False)] = 0.0
     """with --otlp: send the metrics too, so often; 0 leaves them to be scraped"""
 

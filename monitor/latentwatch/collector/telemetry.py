@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.evidence.records import Exceeded, Record
 from latentwatch.evidence.segment import Watched
 from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
+from latentwatch.export import otlp_environment
 from latentwatch.export.families import Family
+from latentwatch.export.otlp_environment import FROM_ENVIRONMENT
 
 if TYPE_CHECKING:
     from latentwatch.export.otel_metrics import MetricSender
@@ -27,15 +30,17 @@ class TelemetrySettings:
     """Where OTLP goes."""
 
     endpoint: str
-    """http://host:port or https://host:port of an OTLP receiver that speaks gRPC."""
+    """http://host:port or https://host:port of an OTLP receiver that speaks gRPC; "env": as the environment says."""
     metrics_seconds: float = 0.0
     """How often the metrics are sent; 0 sends none, since /metrics has them."""
+    instance: str = ""
+    """What stays of this collector over a restart, for `service.instance.id`; empty: nothing does."""
 
     def __post_init__(self) -> None:
-        if not self.endpoint.startswith(("http://", "https://")):
+        if self.endpoint != FROM_ENVIRONMENT and not self.endpoint.startswith(("http://", "https://")):
             raise ConfigRefused(
                 f"--otlp {self.endpoint}",
-                found="it is no http:// or https:// address",
+                found="it is no http:// or https:// address, and not 'env'",
                 instead="Give the gRPC port of an OTLP receiver, such as http://127.0.0.1:4317.",
                 reason=RefusalReason.OTLP_ENDPOINT,
             )
@@ -60,7 +65,10 @@ class Telemetry:
     """What a collector sends over OTLP."""
 
     def __init__(self, settings: TelemetrySettings, watched: Watched, clock: Callable[[], float]) -> None:
-        """Raises: ConfigRefused "package_missing": OpenTelemetry is not installed; "otlp_endpoint"."""
+        """Raises: ConfigRefused "package_missing": OpenTelemetry is not installed; "otlp_endpoint"; "tls_unusable"."""
+        otlp_environment.check(os.environ)
+        endpoint = functools.partial(otlp_environment.endpoint, settings.endpoint, env=os.environ)
+        events_to, metrics_to = endpoint("logs"), endpoint("metrics") if settings.metrics_seconds else None
         try:
             from latentwatch.export.otel_events import EventSender
             from latentwatch.export.otel_metrics import MetricSender
@@ -72,8 +80,8 @@ class Telemetry:
                 reason=RefusalReason.PACKAGE_MISSING,
             ) from error
         try:
-            events = EventSender(settings.endpoint, watched)
-            metrics = MetricSender(settings.endpoint) if settings.metrics_seconds else None
+            events = EventSender(events_to, watched, settings.instance)
+            metrics = MetricSender(metrics_to, settings.instance) if metrics_to else None
         except Exception as error:
             # ValueError, or a kind of the library's own: what it could not read of the environment.
             raise ConfigRefused(

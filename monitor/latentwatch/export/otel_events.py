@@ -11,6 +11,7 @@ An event is sent at least once: after a collector was killed, those of its last 
 from __future__ import annotations
 
 import urllib.parse
+import uuid
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -34,13 +35,25 @@ _SEVERITIES: Final = {
     "info": SeverityNumber.INFO,
     "none": SeverityNumber.INFO,
 }
+_OF_INSTANCES: Final = uuid.UUID("4d63009a-8d0f-11ee-aad7-4c796ed8e320")
+"""The namespace that the semantic conventions name for ids made of what an instance is."""
 _TRACE_CONTEXT: Final = TraceContextTextMapPropagator()
 
 
-def resource() -> Resource:
-    """This collector; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES of the environment come on top."""
-    own = Resource({"service.name": "latentwatch-collector", "service.version": __version__})
-    return own.merge(OTELResourceDetector().detect())
+def resource(instance: str) -> Resource:
+    """This collector; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES of the environment come on top.
+
+    Args: instance: what tells this collector from others and stays over a restart, so that its series go on; empty
+          where nothing does, then it is another one after each start.
+    """
+    named = uuid.uuid5(_OF_INSTANCES, instance) if instance else uuid.uuid4()
+    own = {
+        "service.name": "latentwatch-collector",
+        "service.version": __version__,
+        "service.instance.id": str(named),
+        "host.name": host.host_name(),
+    }
+    return Resource({key: value for key, value in own.items() if value}).merge(OTELResourceDetector().detect())
 
 
 def channel_options(endpoint: str) -> tuple[tuple[str, Any], ...]:
@@ -52,15 +65,17 @@ def channel_options(endpoint: str) -> tuple[tuple[str, Any], ...]:
 class EventSender:
     """A `RecordTarget` of evidence.writer: the writer's thread, bounds and counts stand around it."""
 
-    def __init__(self, endpoint: str, watched: Watched) -> None:
-        """Args: endpoint: http://host:port, or https:// for TLS. Headers and certificates by OTEL_EXPORTER_OTLP_*."""
+    def __init__(self, endpoint: str, watched: Watched, instance: str = "") -> None:
+        """Args: endpoint: http://host:port, or https:// for TLS. Headers and certificates by OTEL_EXPORTER_OTLP_*.
+        instance: see `resource`.
+        """
         self._exporter = OTLPLogExporter(
             endpoint=endpoint,
             insecure=endpoint.startswith("http://"),
             channel_options=channel_options(endpoint),  # type: ignore[arg-type] # declared as one pair of strings
         )
         self._watched = watched
-        self._resource = resource()
+        self._resource = resource(instance)
 
     def write(self, records: Sequence[Record], now: float) -> None:
         """Send the events of these records. Raises: ConnectionError: the receiver did not take them in time."""

@@ -32,14 +32,16 @@ _CUMULATIVE = AggregationTemporality.CUMULATIVE
 class MetricSender:
     """Sends families. One thread at a time."""
 
-    def __init__(self, endpoint: str) -> None:
-        """Args: endpoint: http://host:port, or https:// for TLS. Headers and certificates by OTEL_EXPORTER_OTLP_*."""
+    def __init__(self, endpoint: str, instance: str = "") -> None:
+        """Args: endpoint: http://host:port, or https:// for TLS. Headers and certificates by OTEL_EXPORTER_OTLP_*.
+        instance: see `otel_events.resource`.
+        """
         self._exporter = OTLPMetricExporter(
             endpoint=endpoint,
             insecure=endpoint.startswith("http://"),
             channel_options=channel_options(endpoint),  # type: ignore[arg-type] # declared as one pair of strings
         )
-        self._resource = resource()
+        self._resource = resource(instance)
 
     def send(self, families: Iterable[Family], *, start_seconds: float, now: float) -> bool:
         """Whether the receiver took them. Args: start_seconds: when the counters began at 0."""

@@ -34,6 +34,7 @@ from latentwatch.transport.spool import Spool, SpoolFolder, SpoolSettings
 log = logging.getLogger("latentwatch.exporter")
 
 BUFFER_MIB: Final = "LATENTWATCH_BUFFER_MIB"
+"""memory for what the collector has not acknowledged, MiB for each engine; 64 if unset"""
 BUFFER_MIB_UNSET: Final = 64.0
 IDLE_SECONDS: Final = 0.005
 """Sleep between two looks at an empty ring: adds this much to a score's way, costs about 0.2 % of a core."""

@@ -26,9 +26,13 @@ log = logging.getLogger(__name__)
 
 _LOG_AGAIN_SECONDS: Final = 600.0
 CERTIFICATE: Final = "LATENTWATCH_COLLECTOR_CERT"
+"""PEM certificate that the engine shows the collector; it names LATENTWATCH_REPLICA"""
 KEY: Final = "LATENTWATCH_COLLECTOR_KEY"
+"""its key, which only its owner may read"""
 AUTHORITY: Final = "LATENTWATCH_COLLECTOR_CA"
+"""PEM authority of the collector's certificate; without it the stream is not encrypted"""
 TOKEN_FILE: Final = "LATENTWATCH_COLLECTOR_TOKEN_FILE"  # noqa: S105, the name of a variable
+"""file with the bearer token that the collector asks engines for"""
 
 
 class Tokens:

@@ -47,8 +47,11 @@ from latentwatch.transport.spooled import Spooled
 log = logging.getLogger(__name__)
 
 FOLDER: Final = "LATENTWATCH_SPOOL"
+"""folder on a disk that outlives the engine, for what no collector has yet; nothing is written to a disk if unset"""
 MAX_MIB: Final = "LATENTWATCH_SPOOL_MIB"
+"""room in it, MiB for each engine; 1024 if unset"""
 SYNC_SECONDS: Final = "LATENTWATCH_SPOOL_SYNC_SECONDS"
+"""seconds between two syncs of that disk, 1 if unset; 0 leaves them to the system"""
 
 _SEGMENT_BYTES: Final = 16 << 20
 """Small against the bound, so that what is acknowledged gives its room back soon."""

@@ -13,11 +13,17 @@ from latentwatch import __version__, host
 from latentwatch.errors import ConfigRefused, Refusal, RefusalReason
 from latentwatch.watchlist import file as watchlist_file
 
+# What stands under each is its row in the documents: docs/settings.md.
 WATCHLIST: Final = "LATENTWATCH_WATCHLIST"
+"""the built watchlist file; without this and the collector the plugin does nothing"""
 COLLECTOR: Final = "LATENTWATCH_COLLECTOR"
+"""where the collector listens, `unix:///path` or `host:port`"""
 REPLICA: Final = "LATENTWATCH_REPLICA"
+"""stable name of this server, to which the engine's index is added; the host's name if unset, which is a pod's own"""
 DISABLE: Final = "LATENTWATCH_DISABLE"
+"""`1`: the plugin is off from the next start of vLLM on, whatever else is set"""
 STRICT_MODEL: Final = "LATENTWATCH_STRICT_MODEL"
+"""`1`: a model that differs from the one that the watchlist states is not scored; otherwise that is only told"""
 UNNAMED: Final = "unnamed"
 """The replica where neither the operator nor the system gives a name."""
 
