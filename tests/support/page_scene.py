@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.evidence import EvidenceSettings
 from latentwatch.collector.http.overview import Links
 from latentwatch.collector.service import Service
 from latentwatch.names import Severity, TokenState
+from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.file import Feature, Limit
 
 from tests.support.collectors import collector
-from tests.support.streams import Piece, Tokens, hello, probe, received, sparse, step_batch
+from tests.support.drift import random_baseline
+from tests.support.streams import Piece, Tokens, hello, probe, received, sparse, step_batch, watchlist
 
 TWICE: Final = "chatcmpl-order-4711-0123abcd"
 """The id of two requests."""
@@ -79,7 +82,10 @@ def scene(folder: Path, **settings: Any) -> Iterator[Service]:
     watched = features()
     settings.setdefault("evidence", EvidenceSettings(folder / "evidence"))
     settings.setdefault("links", LINKS)
-
+    # In nearly every request all but one feature fire, and so they did before.
+    sha256 = watchlist_file.write(watchlist(watched), folder / "w.safetensors").sha256
+    baseline = random_baseline(watched, share=0.95, sha256=sha256)
+    settings.setdefault("drift", DriftSettings(baseline))
     with collector(folder, watched, **settings) as made:
         _play(made, watched)
         yield made
@@ -119,7 +125,9 @@ def _ordinary(rng: np.random.Generator, watched: tuple[Feature, ...], handle: in
     act = np.zeros((total, len(watched)), np.float32)
     act[:, 0] = rng.normal(-1.0, 0.6, total)
     fires = rng.random((total, len(watched) - 1)) < 0.04
-    act[:, 1:] = np.where(fires, np.minimum(rng.gamma(2.0, 0.8, fires.shape) + 0.1, 4.8), 0)
+    act[:, 1:] = np.where(fires, np.minimum(np.exp(rng.normal(-0.7, 0.4, fires.shape)), 4.8), 0)
+    if rng.random() < 0.9:
+        act[:, 4] = 0.0
     # The first token is where a model parks what it does not need: a hundred times as large as all others.
     act[0, 1:3] = 60.0, 55.0
     act[0, 2] = 0.0

@@ -82,8 +82,8 @@ function inWords({
   skip_first_positions: skipped,
   ...seen
 }) {
-  const scores = gate === "none" ? "scores every token" : `fired in ${count(seen.requests)} requests`;
-  const said = [make("code", {}, id), ` ${KINDS[kind] ?? kind}, read at ${hook_point}; it ${scores} so far. `];
+  const scores = gate === "none" ? "scores every token" : `fired in ${count(seen.requests)} requests so far`;
+  const said = [make("code", {}, id), ` ${KINDS[kind] ?? kind}, read at ${hook_point}; it ${scores}. `];
   if (limit) {
     const unit = units ? ` (${units})` : "";
     said.push(`A request whose ${statistic} is above ${figure(limit.value)}${unit} ${SEVERITIES[severity] ?? ""}. `);
@@ -104,7 +104,7 @@ function overTime(series, overview) {
   const span = `${count(overview.tokens_seen.length)} windows of ${figure(overview.window_seconds)} s`;
   const ends = make("p", { className: "ends" }, make("span", {}, span), make("span", {}, "now"));
   return [
-    make("h3", {}, `${series.statistic} in each window: peak ${figure(series.peak)}${limit}`),
+    make("h3", {}, `In each window the ${series.statistic}: peak ${figure(series.peak)}${limit}`),
     make("div", { className: "big-plot" }, plot.node, ends),
   ];
 }

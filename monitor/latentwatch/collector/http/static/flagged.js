@@ -45,7 +45,7 @@ function flaggedRow() {
     id,
   );
   return {
-    node: make("li", {}, link),
+    node: make("li", { className: "flagged-row" }, link),
     update({ request, now, catalogue }) {
       const [worst, ...others] = request.exceedances;
       if (request.request_id) link.href = hashOf({ kind: "request", id: request.request_id });

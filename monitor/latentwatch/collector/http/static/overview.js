@@ -209,13 +209,12 @@ function modelLine(engine) {
 
 /** @returns {Row<Engine>} */
 function engineRow() {
-  const replica = make("td");
+  const replica = make("td", { className: "name" });
   const model = make("span");
   const identity = make("small", { className: "sub" });
   const state = make("span");
   const reason = make("small", { className: "sub" });
-  const open = make("td", { className: "number" });
-  const heard = make("td", { className: "number" });
+  const [open, heard] = ["Open requests", "Last heard"].map((name) => numberCell(name));
   const versions = make("td", { className: "muted" });
   return {
     node: make(

@@ -137,7 +137,7 @@ function strip(found, catalogue, tokens, prompt) {
     event.preventDefault();
     point(to);
   });
-  const name = featureLink(found.feature, make("b", {}, found.label || found.feature));
+  const name = featureLink(found.feature, make("span", {}, found.label || found.feature));
   return make("div", { className: "strip-row" }, name, said, svg);
 }
 
