@@ -27,11 +27,18 @@ def rows(rng: np.random.Generator, layout: Layout, requests: int, share: float) 
     return fired, value.astype(np.float32)
 
 
-def observe(observed: TrafficSums, layout: Layout, fired: np.ndarray, value: np.ndarray, end_seconds: float) -> None:
-    """One window of these requests, of one replica and no adapter."""
+def observe(
+    observed: TrafficSums,
+    layout: Layout,
+    fired: np.ndarray,
+    value: np.ndarray,
+    end_seconds: float,
+    adapter: str = "",
+) -> None:
+    """One window of these requests, of one replica."""
     counts = RequestCounts.empty(layout, 1)
     counts.add(layout, np.zeros(len(fired), np.int64), fired, value)
-    observed.add_window(counts, np.array([observed.stratum("")]), end_seconds)
+    observed.add_window(counts, observed.strata_of([adapter], np.array([len(fired)])), end_seconds)
     observed.add_tail(value)
 
 

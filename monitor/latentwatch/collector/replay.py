@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from latentwatch.collector.core import Core
-from latentwatch.drift.model import Alarm
+from latentwatch.drift.alarms import Alarm
 from latentwatch.transport.recording import Recorded
 
 

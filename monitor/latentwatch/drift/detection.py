@@ -16,6 +16,7 @@ import numpy as np
 
 from latentwatch.aggregate.counts import Layout, RequestCounts
 from latentwatch.arrays import Array, axes, check, described
+from latentwatch.drift.common import ALTERNATIVES, MEMORIES, Movement, common_llr, movement, remember
 from latentwatch.drift.detectors import (
     binomial_llr,
     cusum,
@@ -28,7 +29,9 @@ from latentwatch.drift.reference import PAIR_LIFT, RISES, TILTS, Reference, pois
 from latentwatch.drift.sums import hour_of_week
 
 KINDS: Final = ("rate", "shape", "replica", "coactivation", "canary")
-"""What a detector looks at; each has its own share of the page budget."""
+"""What a feature's detectors look at; each has its own share of the page budget."""
+COMMON: Final = "common"
+"""The kind of the one detector that watches what all features have in common; it has a share, too."""
 REPLICA_TOLERANCE: Final = 1.1
 REPLICA_RATIO: Final = 1.5
 CANARY_NULL: Final = 0.01
@@ -52,7 +55,7 @@ class Budget:
 
     def limit(self, streams: int) -> float:
         """The statistic at which one of so many streams of a kind alarms."""
-        return max(1, streams) * len(KINDS) * self.seconds_per_page / self.window_seconds
+        return max(1, streams) * (len(KINDS) + 1) * self.seconds_per_page / self.window_seconds
 
 
 @dataclass
@@ -80,6 +83,11 @@ class DetectorState:
     canary_since_F: Array = field(metadata=axes("F"))
     recent_2F: Array = field(metadata=axes("2", "F"))
     """Active requests and expected ones of the last hundred windows or so, fading."""
+    common_K: Array = field(metadata=axes("commons"))
+    common_walk_2: Array = field(metadata=axes("2"))
+    common_since_2: Array = field(metadata=axes("2"))
+    memory_Z2F: Array = field(metadata=axes("memories", "2", "F"))
+    """Active requests and expected ones, fading: what the common movement is read from."""
     windows: Array = field(metadata=axes("1", dtype=np.int64))
     """Windows with requests."""
 
@@ -112,7 +120,8 @@ class DetectorState:
 def _lengths(layout: Layout, replicas: int) -> dict[str, int]:
     """Of each axis of a DetectorState."""
     P = len(layout.pairs_P)
-    return {"rates": _RATES, "shapes": _SHAPES, "F": layout.features, "P": P, "D": replicas, "2": 2, "1": 1}
+    common = {"commons": 2 * len(ALTERNATIVES), "memories": len(MEMORIES)}
+    return {"rates": _RATES, "shapes": _SHAPES, "F": layout.features, "P": P, "D": replicas, "2": 2, "1": 1, **common}
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,23 @@ class Window:
     stratum_G: Array
     """Of the reference's strata."""
     end_seconds: float
+
+
+@dataclass(frozen=True)
+class CommonReading:
+    """What the detector of the common movement says."""
+
+    log10_evalue: float
+    log10_limit: float
+    since_seconds: float
+    direction: int
+    """RISE or FALL, whichever has more evidence."""
+    movement: Movement
+
+    @property
+    def alarm(self) -> bool:
+        """Whether it is above its limit."""
+        return self.log10_evalue >= self.log10_limit
 
 
 @dataclass(frozen=True)
@@ -147,11 +173,17 @@ class Readings:
     """Index of the replica that differs most."""
     partner_F: Array
     """Watchlist index of the feature that it fires with more than ever, -1 for none."""
+    common: CommonReading
 
     @property
     def alarms(self) -> dict[str, Array]:
         """By kind, bool [F]."""
         return {kind: self.log10_evalue[kind] >= self.log10_limit[kind] for kind in KINDS}
+
+    @property
+    def alarming(self) -> bool:
+        """Whether any detector is above its limit."""
+        return self.common.alarm or any(bool(alarm_F.any()) for alarm_F in self.alarms.values())
 
 
 def update(state: DetectorState, reference: Reference, layout: Layout, window: Window, budget: Budget) -> None:
@@ -165,7 +197,8 @@ def update(state: DetectorState, reference: Reference, layout: Layout, window: W
     active_GF = np.einsum("gfb,fb->gf", counts.levels_GFB, beyond_FB.astype(np.int64))
     expected_GF = requests_GF * reference.expected_GF(reference.rate_HF, hour, window.stratum_G)
     state.windows += 1
-    _rates(state, reference, window, requests_GF, active_GF, expected_GF, budget)
+    moved = _common(state, reference, active_GF.sum(axis=0), expected_GF.sum(axis=0), now, budget)
+    _rates(state, reference, window, requests_GF, active_GF, expected_GF, budget, moved)
     shape_llr_KF = np.einsum("fc,kfc->kf", counts.cells_FC, reference.shape_KFC)
     _advance(state.shape_KF, state.shape_walk_KF, state.shape_since_KF, shape_llr_KF, now, budget, layout.features)
     _replicas(state, reference, window, active_GF, expected_GF, budget)
@@ -250,7 +283,33 @@ def evidence(state: DetectorState, layout: Layout, reference: Reference, budget:
         ratio_high_F=high_F * reference.phi_F / per_F,
         replica_F=replica_F,
         partner_F=partner_F,
+        common=_common_reading(state, reference, budget),
     )
+
+
+def _common_reading(state: DetectorState, reference: Reference, budget: Budget) -> CommonReading:
+    rises, falls = state.common_K[: len(ALTERNATIVES)], state.common_K[len(ALTERNATIVES) :]
+    direction = RISE if rises.max() >= falls.max() else FALL
+    return CommonReading(
+        log10_evalue=float(np.log10(max(float(state.common_K.mean()), 1e-3))),
+        log10_limit=float(np.log10(budget.limit(1))),
+        since_seconds=float(state.common_since_2[direction]),
+        direction=direction,
+        movement=movement(state.memory_Z2F, reference.phi_F, reference.slow_F),
+    )
+
+
+def _common(
+    state: DetectorState, reference: Reference, active_F: Array, expected_F: Array, now: float, budget: Budget
+) -> Movement:
+    """The common movement with this window in it, which its own detector takes first."""
+    remember(state.memory_Z2F, active_F, expected_F)
+    moved = movement(state.memory_Z2F, reference.phi_F, reference.slow_F)
+    llr_K = common_llr(active_F, expected_F, reference.common, moved)
+    shiryaev_roberts(state.common_K, llr_K)
+    np.minimum(state.common_K, budget.limit(1) * _OVERSHOOT * len(llr_K), out=state.common_K)
+    state.common_since_2[cusum(state.common_walk_2, llr_K[[0, len(ALTERNATIVES)]])] = now
+    return moved
 
 
 def _rates(
@@ -261,13 +320,16 @@ def _rates(
     active_GF: Array,
     expected_GF: Array,
     budget: Budget,
+    moved: Movement,
 ) -> None:
     now, hour = window.end_seconds, hour_of_week(window.end_seconds)
     requests_F, active_F, expected_F = requests_GF.sum(axis=0), active_GF.sum(axis=0), expected_GF.sum(axis=0)
     per_F = np.maximum(requests_F, 1)
     high_F = (requests_GF * reference.expected_GF(reference.high_HF, hour, window.stratum_G)).sum(axis=0) / per_F
     low_F = (requests_GF * reference.expected_GF(reference.low_HF, hour, window.stratum_G)).sum(axis=0) / per_F
-    null_KF, other_KF = rate_alternatives(expected_F / per_F, np.minimum(high_F, 0.999), low_F)
+    # What all features have in common is no drift of one of them.
+    rate_F, high_F, low_F = (np.minimum(moved.ratio * some_F, 0.999) for some_F in (expected_F / per_F, high_F, low_F))
+    null_KF, other_KF = rate_alternatives(rate_F, high_F, low_F)
     llr_KF = binomial_llr(active_F, requests_F, null_KF, other_KF) / reference.phi_F
     shiryaev_roberts(state.rate_KF, llr_KF)
     np.minimum(state.rate_KF, budget.limit(len(active_F)) * _OVERSHOOT * _RATES, out=state.rate_KF)

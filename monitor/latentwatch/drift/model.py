@@ -12,16 +12,19 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 
 from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts
 from latentwatch.arrays import Array, check
+from latentwatch.drift.alarms import Alarm, TopRequest, common_alarm, finite, with_text
 from latentwatch.drift.detection import (
+    COMMON,
     KINDS,
     RISE,
     Budget,
+    CommonReading,
     DetectorState,
     Readings,
     Window,
@@ -42,42 +45,6 @@ _REPLICAS: Final = 256
 _TOP: Final = 3
 """Requests named with an alarm."""
 _TOP_SECONDS: Final = 3600.0
-
-
-@dataclass(frozen=True)
-class TopRequest:
-    """A request that showed much of a feature."""
-
-    request_id: str
-    value: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """One detector of one feature above its limit, and what is known about it."""
-
-    feature: str
-    kind: str
-    direction: Literal["up", "down"]
-    """Of the rate; for kind "shape" of the values."""
-    log10_evalue: float
-    log10_limit: float
-    since_seconds: float
-    """When the change began, by the detector's own estimate."""
-    rate_ratio: float | None
-    """Active requests / those that the baseline expects; since the change for kind "rate", else lately."""
-    rate_ratio_low: float | None
-    rate_ratio_high: float | None
-    replica: str
-    """The replica that differs; empty unless kind is "replica"."""
-    partner: str
-    """The feature that it fires with; empty unless kind is "coactivation"."""
-    canary_moved: bool | None
-    """Whether the same prompts score differently, that is, the model moved and not the traffic; None without canary."""
-    requests: list[TopRequest]
-    """With the largest values of the last hour or two."""
-    text: str
 
 
 @dataclass(frozen=True)
@@ -102,8 +69,10 @@ class DriftView:
     """0 where the detector is below its limit."""
     rate_ratio_F: Array
     """NaN where nothing is expected."""
+    common: CommonReading | None
+    """What all features have in common; None while drift is not measured."""
     alarms: list[Alarm]
-    """The strongest first."""
+    """The common movement before all others, then the strongest first."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +200,8 @@ class ModelDrift:
             requests=self._requests,
             excluded_windows=self._excluded_windows,
             log10_evalue=shown.log10_evalue if shown else {},
-            log10_limit=shown.log10_limit if shown else {},
+            log10_limit={**shown.log10_limit, COMMON: shown.common.log10_limit} if shown else {},
+            common=shown.common if shown else None,
             since_seconds={k: np.where(alarms[k], s, 0.0) for k, s in shown.since_seconds.items()} if shown else {},
             rate_ratio_F=shown.ratio_F if shown else np.empty(0),
             alarms=self._alarms(shown) if shown else [],
@@ -349,8 +319,8 @@ class ModelDrift:
             # What may be an attack is never learnt as normal.
             self._excluded_windows += 1
         else:
-            strata = [self.observed.stratum(adapter) for _, adapter in groups]
-            self.observed.add_window(counts, np.array(strata), end_seconds, self._budget.window_seconds)
+            stratum_G = self.observed.strata_of([adapter for _, adapter in groups], counts.requests_GF.max(axis=1))
+            self.observed.add_window(counts, stratum_G, end_seconds, self._budget.window_seconds)
         self._counts.clear()
         # The next window tells its own apart: names that come once do not take the places of later ones.
         self._groups.clear()
@@ -367,7 +337,7 @@ class ModelDrift:
 
     def _alarming(self) -> bool:
         shown = self._evidence_now()
-        return shown is not None and any(bool(alarm_F.any()) for alarm_F in shown.alarms.values())
+        return shown is not None and shown.alarming
 
     def _remember(self, names: Sequence[str], value_nF: Array, now: float) -> None:
         """Keep the requests with the largest value of each feature: three of this hour, three of the one before."""
@@ -388,56 +358,36 @@ class ModelDrift:
         found = [
             self._alarm(shown, kind, feature) for kind in KINDS for feature in np.flatnonzero(alarms[kind]).tolist()
         ]
-        return sorted(found, key=lambda alarm: alarm.log10_limit - alarm.log10_evalue)
+        found.sort(key=lambda alarm: alarm.log10_limit - alarm.log10_evalue)
+        if shown.common.alarm:
+            # It goes first: it says what the others are compared with.
+            stand_out = [alarm.feature for alarm in found if alarm.kind == "rate"]
+            found.insert(0, common_alarm(shown.common, stand_out, self._canary_moved(shown)))
+        return found
+
+    def _canary_moved(self, shown: Readings) -> bool | None:
+        assert self._reference is not None
+        runs = bool((self._reference.canary_N >= 2).any() and self._detectors.canary_F.any())
+        return bool(shown.alarms["canary"].any()) if runs else None
 
     def _alarm(self, shown: Readings, kind: str, feature: int) -> Alarm:
-        assert self._reference is not None
         held = np.flatnonzero(np.isfinite(self._top_value_FT[feature]))
         top = sorted((self._top_FT[feature, t] for t in held.tolist()), key=lambda request: -request.value)
-        has_canary = bool((self._reference.canary_N >= 2).any() and self._detectors.canary_F.any())
-        moved = bool(shown.alarms["canary"].any()) if has_canary else None
         partner = int(shown.partner_F[feature])
-        alarm = Alarm(
-            feature=self._features[feature],
-            kind=kind,
-            direction="up" if shown.direction[kind][feature] == RISE else "down",
-            log10_evalue=float(shown.log10_evalue[kind][feature]),
-            log10_limit=shown.log10_limit[kind],
-            since_seconds=float(shown.since_seconds[kind][feature]),
-            rate_ratio=_finite(shown.ratio_F[feature]),
-            rate_ratio_low=_finite(shown.ratio_low_F[feature]),
-            rate_ratio_high=_finite(shown.ratio_high_F[feature]),
-            replica=self._replicas[int(shown.replica_F[feature])] if kind == "replica" else "",
-            partner=self._features[partner] if kind == "coactivation" and partner >= 0 else "",
-            canary_moved=moved,
-            requests=top[:_TOP],
-            text="",
+        return with_text(
+            Alarm(
+                feature=self._features[feature],
+                kind=kind,
+                direction="up" if shown.direction[kind][feature] == RISE else "down",
+                log10_evalue=float(shown.log10_evalue[kind][feature]),
+                log10_limit=shown.log10_limit[kind],
+                since_seconds=float(shown.since_seconds[kind][feature]),
+                rate_ratio=finite(shown.ratio_F[feature]),
+                rate_ratio_low=finite(shown.ratio_low_F[feature]),
+                rate_ratio_high=finite(shown.ratio_high_F[feature]),
+                replica=self._replicas[int(shown.replica_F[feature])] if kind == "replica" else "",
+                partner=self._features[partner] if kind == "coactivation" and partner >= 0 else "",
+                canary_moved=self._canary_moved(shown),
+                requests=top[:_TOP],
+            )
         )
-        return Alarm(**{**vars(alarm), "text": sentence(alarm)})
-
-
-def sentence(alarm: Alarm) -> str:
-    """One alarm in words: what changed, by how much, and whether the model or its input did."""
-    ratio = ""
-    if alarm.rate_ratio is not None:
-        ratio = (
-            f" at {alarm.rate_ratio:.2f} times its baseline ({alarm.rate_ratio_low:.2f} to {alarm.rate_ratio_high:.2f})"
-        )
-    up = alarm.direction == "up"
-    what = {
-        "rate": f"fires in {'more' if up else 'fewer'} requests,{ratio}",
-        "shape": f"fires with {'larger' if up else 'smaller'} values than in the baseline",
-        "replica": f"fires in {'more' if up else 'fewer'} requests on replica {alarm.replica} than on the others",
-        "coactivation": f"fires together with {alarm.partner} more often than the rates of the two explain",
-        "canary": "scores otherwise on prompts that have not changed",
-    }[alarm.kind]
-    cause = {
-        None: "No canary runs, so this does not tell the model from its input.",
-        True: "The canary moved too: the model, its weights or its configuration changed.",
-        False: "The canary did not move: the input changed, not the model.",
-    }[alarm.canary_moved]
-    return f"{alarm.feature} {what}. {cause}"
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

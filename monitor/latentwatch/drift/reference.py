@@ -22,6 +22,7 @@ import numpy as np
 
 from latentwatch.aggregate.counts import COUNT_LEVELS, Layout, above
 from latentwatch.arrays import Array
+from latentwatch.drift.common import CommonNull
 from latentwatch.drift.sums import HOURS, TrafficSums
 
 MIN_REQUESTS: Final = 500
@@ -120,6 +121,8 @@ class Reference:
     canary_low_NF: Array
     """Values of a canary prompt outside low..high deviate."""
     canary_high_NF: Array
+    common: CommonNull
+    """Of what all features have in common."""
 
     def expected_GF(self, rate_HF: Array, hour: int, stratum_G: Array) -> Array:
         """A rate table's row for this hour, adjusted to each group's adapter."""
@@ -169,6 +172,7 @@ def fit(observed: TrafficSums, layout: Layout, options: DriftTolerance) -> Refer
         canary_N=observed.canary_N.copy(),
         canary_low_NF=canary_low_NF,
         canary_high_NF=canary_high_NF,
+        common=_common(observed, level_F, active_F, season_F, options),
     )
 
 
@@ -240,6 +244,41 @@ def _season(
         excess = (scatter - chance) / np.maximum(an_hour * rate_F[chosen] ** 2, 1e-12)
         slow_F[chosen] = np.sqrt(np.maximum(excess, 0.0))
     return season_F, slow_F, bin_active_HF, bin_requests_HF
+
+
+def _common(
+    observed: TrafficSums, level_F: Array, active_F: Array, season_F: Array, options: DriftTolerance
+) -> CommonNull:
+    """How far all features together scattered and moved in the baseline: the most over the levels that they use."""
+    # Together they follow a season no more finely than those do that are a tenth of them.
+    of_season = [active_F[season_F == season].sum() for season in Season]
+    season = next((s for s in Season if of_season[s] >= 0.1 * active_F.sum()), Season.STATIC)
+    bins_H, phi, slow, active = _BINS[season], 1.0, 0.0, 1.0
+    binned = np.zeros((bins_H.max() + 1, 4))
+    requests_H = observed.hour_levels_HFB.sum(axis=2).max(axis=1)
+    if not (observed.differences_Z >= MIN_DIFFERENCES).any() or not active_F.any():
+        return CommonNull(1.0, np.inf, 0.0)
+    for level in np.unique(level_F).tolist():
+        active_H = above(observed.hour_levels_HFB)[:, :, level].sum(axis=1)
+        binned[:] = 0
+        columns = (active_H, requests_H, observed.hour_together_HL[:, level], observed.hour_count_H)
+        np.add.at(binned, bins_H, np.stack(columns, axis=1))
+        active_B, requests_B, square_B, hours_B = binned.T
+        active, requests = float(active_B.sum()), float(requests_B.sum())
+        mean, an_hour = active / requests, requests / max(1.0, float(hours_B.sum()))
+        differences = [
+            float(observed.together_ZL[z, level]) / (count * mean)
+            for z, count in enumerate(observed.differences_Z.tolist())
+            if count >= MIN_DIFFERENCES
+        ]
+        phi_here = max(1.0, *differences)
+        scatter = float((square_B - active_B**2 / np.maximum(requests_B, 1)).sum())
+        excess = scatter / max(1.0, float(np.maximum(hours_B - 1, 0).sum())) - phi_here * mean
+        phi, slow = max(phi, phi_here), max(slow, float(np.sqrt(max(excess, 0.0) / (an_hour * mean**2))))
+    sds = options.static_sds if season == Season.STATIC else options.season_sds
+    least = options.tolerance if observed.hour_count_H.sum() >= _MIN_HOURS else options.static_tolerance
+    reach = max(least, float(np.exp(sds * slow))) * (1 + options.confidence_sds * float(np.sqrt(phi / active)))
+    return CommonNull(phi, reach, 1 / reach)
 
 
 def _rates(

@@ -6,7 +6,7 @@ S strata (adapters), K kept tail values, N canary prompts, P features watched in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Final
 
@@ -24,6 +24,10 @@ TAIL: Final = 256
 """Largest values kept per feature: the request limit at a false-positive rate of 1 in 1,000 needs 100 of 100,000."""
 CANARIES: Final = 64
 STRATA: Final = 8
+"""Adapters and routes with counts of their own, and the last place, which all others share."""
+SMALLEST_SHARE: Final = 1 / 64
+"""Of requests: who has less gives its place to a newcomer who has more. Names that are made up, one for each request,
+take no place from an adapter or route that people use."""
 _NOT_STORED: Final = ("hour_FB", "hour_stamp", "blocks", "strata")
 _MONDAY_SECONDS: Final = 4 * 86400
 """1970-01-05 was a Monday."""
@@ -48,6 +52,10 @@ class TrafficSums:
     """Sum over neighbouring blocks of (a/n - a'/n')^2 / (1/n + 1/n'): free of whatever moves slowly."""
     differences_Z: Array = field(metadata=axes("Z", dtype=np.int64))
     """Terms in it, int64."""
+    hour_together_HL: Array = field(metadata=axes("H", "L"))
+    """As `hour_square_HFL`, of the active requests of all features together: what they have in common."""
+    together_ZL: Array = field(metadata=axes("Z", "L"))
+    """As `difference_ZFL`, of all features together."""
     strata_SFB: Array = field(metadata=axes("S", "F", "B", dtype=np.int64))
     """Requests by adapter and score bucket, int64."""
     hour_strata_HS: Array = field(metadata=axes("H", "S", dtype=np.int64))
@@ -69,7 +77,7 @@ class TrafficSums:
     """Per scale, the block that is not full and the one before it; not merged."""
     hour_stamp: int = 0
     strata: tuple[str, ...] = ()
-    """Adapter of each stratum in use; later ones share the last."""
+    """Adapter of each stratum that is one's own, at most STRATA - 1."""
 
     @classmethod
     def empty(cls, layout: Layout) -> TrafficSums:
@@ -85,6 +93,8 @@ class TrafficSums:
             hour_count_H=np.zeros(HOURS, np.int64),
             difference_ZFL=np.zeros((len(SCALES), F, L)),
             differences_Z=np.zeros(len(SCALES), np.int64),
+            hour_together_HL=np.zeros((HOURS, L)),
+            together_ZL=np.zeros((len(SCALES), L)),
             strata_SFB=np.zeros((STRATA, F, L + 1), np.int64),
             hour_strata_HS=np.zeros((HOURS, STRATA), np.int64),
             cells_FC=np.zeros((F, CELLS), np.int64),
@@ -144,16 +154,44 @@ class TrafficSums:
         F, L = layout.levels_FL.shape
         lengths = {"F": F, "L": L, "B": L + 1, "P": len(layout.pairs_P)}
         check(self, **lengths, H=HOURS, Z=len(SCALES), S=STRATA, C=CELLS, K=TAIL, N=CANARIES, **{"4": 4})
-        if len(self.blocks) != len(SCALES) or len(self.strata) > STRATA:
+        if len(self.blocks) != len(SCALES) or len(self.strata) >= STRATA:
             raise ValueError(f"{len(self.blocks)} blocks and {len(self.strata)} strata")
         for block in self.blocks:
             check(block, F=F, L=L)
 
-    def stratum(self, adapter: str) -> int:
-        """Index of an adapter's stratum; adapters beyond the bound share the last one."""
-        if adapter not in self.strata and len(self.strata) < STRATA:
-            self.strata = (*self.strata, adapter)
-        return self.strata.index(adapter) if adapter in self.strata else STRATA - 1
+    def strata_of(self, adapter_G: Sequence[str], requests_G: Array) -> Array:
+        """Index of each group's stratum in a window with so many requests of it.
+
+        While places are free a newcomer gets one. Then one with at least `SMALLEST_SHARE` of the window gets the place
+        of whoever has fewest requests, if that is less than `SMALLEST_SHARE` of all; what that one had is from then on
+        everybody's, in the shared place.
+        """
+        of_adapter: dict[str, int] = {}
+        for adapter, requests in zip(adapter_G, requests_G.tolist(), strict=True):
+            of_adapter[adapter] = of_adapter.get(adapter, 0) + int(requests)
+        newcomers = sorted(of_adapter.keys() - set(self.strata), key=lambda name: (-of_adapter[name], name))
+        for adapter in newcomers:
+            if len(self.strata) < STRATA - 1:
+                self.strata = (*self.strata, adapter)
+            elif of_adapter[adapter] >= SMALLEST_SHARE * sum(of_adapter.values()):
+                self._give_place(adapter)
+        index = {name: i for i, name in enumerate(self.strata)}
+        return np.array([index.get(adapter, STRATA - 1) for adapter in adapter_G], np.int64)
+
+    def _give_place(self, adapter: str) -> None:
+        requests_S = self.hour_strata_HS.sum(axis=0)
+        smallest = int(requests_S[: STRATA - 1].argmin())
+        if requests_S[smallest] >= SMALLEST_SHARE * requests_S.sum():
+            return
+        for counts in (self.strata_SFB, self.hour_strata_HS.T):
+            counts[STRATA - 1] += counts[smallest]
+            counts[smallest] = 0
+        self.strata = (*self.strata[:smallest], adapter, *self.strata[smallest + 1 :])
+
+    @property
+    def unnamed_requests(self) -> int:
+        """Requests of adapters and routes that share the last place."""
+        return int(self.hour_strata_HS[:, STRATA - 1].sum())
 
     def add_window(
         self, counts: RequestCounts, stratum_G: Array, end_seconds: float, window_seconds: float = 60.0
@@ -186,6 +224,7 @@ class TrafficSums:
             if block.windows == scale:
                 if block.has_previous:
                     self.difference_ZFL[z] += block.squared_difference()
+                    self.together_ZL[z] += block.squared_difference_together()
                     self.differences_Z[z] += 1
                 block.turn()
 
@@ -204,7 +243,9 @@ class TrafficSums:
             return
         hour = hour_of_week(self.hour_stamp * 3600)
         self.hour_levels_HFB[hour] += self.hour_FB
-        self.hour_square_HFL[hour] += above(self.hour_FB) ** 2 / np.maximum(requests_F, 1)[:, None]
+        above_FL = above(self.hour_FB)
+        self.hour_square_HFL[hour] += above_FL**2 / np.maximum(requests_F, 1)[:, None]
+        self.hour_together_HL[hour] += above_FL.sum(axis=0) ** 2 / requests_F.max()
         self.hour_count_H[hour] += 1
         self.hour_FB[:] = 0
 
@@ -248,12 +289,14 @@ class TrafficSums:
                 to = min(strata.index(name), STRATA - 1)
                 merged["strata_SFB"][to] += part.strata_SFB[s]
                 merged["hour_strata_HS"][:, to] += part.hour_strata_HS[:, s]
+            merged["strata_SFB"][-1] += part.strata_SFB[-1]
+            merged["hour_strata_HS"][:, -1] += part.hour_strata_HS[:, -1]
         together = TrafficSums._sized(
             self.hour_square_HFL.shape[1], self.hour_square_HFL.shape[2], len(self.coactive_PP)
         )
         for name, array in merged.items():
             setattr(together, name, array)
-        together.strata = strata[:STRATA]
+        together.strata = strata[: STRATA - 1]
         return together
 
 
@@ -289,6 +332,15 @@ class Block:
         n_F1, m_F1 = np.maximum(n_F1, 1), np.maximum(m_F1, 1)
         difference_FL = self.above_FL / n_F1 - self.previous_above_FL / m_F1
         squared: Array = np.where(known, difference_FL**2 / (1 / n_F1 + 1 / m_F1), 0.0)
+        return squared
+
+    def squared_difference_together(self) -> Array:
+        """The same of all features' counts added up, [L]."""
+        n, m = int(self.requests_F.max(initial=0)), int(self.previous_requests_F.max(initial=0))
+        if not n or not m:
+            return np.zeros(self.above_FL.shape[1])
+        difference_L = self.above_FL.sum(axis=0) / n - self.previous_above_FL.sum(axis=0) / m
+        squared: Array = difference_L**2 / (1 / n + 1 / m)
         return squared
 
     def turn(self) -> None:

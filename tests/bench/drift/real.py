@@ -173,7 +173,7 @@ def observed_of(layout: Layout, rows: Rows) -> TrafficSums:
     """The sums over these requests in their order."""
     observed = TrafficSums.empty(layout)
     for window in windows(layout, rows, once(len(rows.tokens_n))):
-        observed.add_window(window.counts, np.array([observed.stratum("")]), window.end_seconds)
+        observed.add_window(window.counts, np.zeros(1, int), window.end_seconds)
     observed.add_tail(rows.value_nF)
     return observed
 

@@ -97,10 +97,11 @@ def calibrated(scenario: Scenario, seconds: float, seed: int) -> tuple[Reference
     traffic = Traffic(scenario, np.random.default_rng(seed))
     observed = TrafficSums.empty(traffic.layout)
     adapters = scenario.adapter_ratio_AF.shape[0]
-    strata = np.tile([observed.stratum(f"adapter {a}") for a in range(adapters)], scenario.replicas)
+    names = [f"adapter {a}" for a in range(adapters)] * scenario.replicas
     for _ in range(int(seconds / scenario.window_seconds)):
         window = traffic.window()
-        observed.add_window(window.counts, strata, window.end_seconds, scenario.window_seconds)
+        strata_G = observed.strata_of(names, window.counts.requests_GF.max(axis=1))
+        observed.add_window(window.counts, strata_G, window.end_seconds, scenario.window_seconds)
     return fit(observed, traffic.layout, DriftTolerance()), observed.cells_FC
 
 

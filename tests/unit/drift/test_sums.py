@@ -75,8 +75,7 @@ def test_hours_of_the_week_begin_on_monday_in_utc():
 def seen(seed: int, windows: int = 40, start: float = 1e9, adapter: str = "") -> TrafficSums:
     rng, observed = np.random.default_rng(seed), TrafficSums.empty(LAYOUT)
     for window in range(windows):
-        observed.stratum(adapter)
-        observe(observed, LAYOUT, *rows(rng, LAYOUT, 50, 0.2), end_seconds=start + 60 * window)
+        observe(observed, LAYOUT, *rows(rng, LAYOUT, 50, 0.2), end_seconds=start + 60 * window, adapter=adapter)
     observed.add_canary(3, rng.random(4))
     return observed
 

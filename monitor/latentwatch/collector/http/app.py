@@ -36,7 +36,8 @@ from latentwatch.collector.http.responses import as_json, encoded
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.metrics_families import Families, ProcessFacts
 from latentwatch.collector.snapshot import Anomaly, RequestView
-from latentwatch.drift.model import Alarm, DriftView
+from latentwatch.drift.alarms import Alarm
+from latentwatch.drift.model import DriftView
 from latentwatch.export.prometheus import negotiate
 from latentwatch.facts import ExceedanceView
 from latentwatch.transport.credentials import Tokens
