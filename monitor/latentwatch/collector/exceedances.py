@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,11 +57,17 @@ class ExceedanceRing:
         self._serials[places] = [request.collector_serial for request in requests]
         self._added += len(exceedances)
 
-    def latest(self, limit: int) -> Iterator[Listed]:
-        """The latest ones, newest first."""
+    def latest(self, limit: int, wanted: Callable[[Array], Array] | None = None) -> Iterator[Listed]:
+        """The latest ones, newest first.
+
+        Args: wanted: says of EXCEEDANCE rows which are; None for all.
+        """
         capacity = len(self._exceedances)
-        count = min(limit, self._added, capacity)
-        for place in (((self._added - 1) % capacity - np.arange(count)) % capacity).tolist():
+        count = min(self._added, capacity) if wanted else min(limit, self._added, capacity)
+        places = ((self._added - 1) % capacity - np.arange(count)) % capacity
+        if wanted is not None:
+            places = places[wanted(self._exceedances[places])][:limit]
+        for place in places.tolist():
             yield Listed(Exceedance.of(self._exceedances[place]), self._requests[place], float(self._peaks[place]))
 
     def of_requests(self, limit: int) -> list[list[Listed]]:

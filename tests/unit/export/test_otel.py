@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from latentwatch.collector.core import Core
 from latentwatch.collector.evidence_buffer import watched
-from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.metrics_families import Families
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.collector.telemetry import Telemetry, TelemetrySettings
 from latentwatch.errors import ConfigRefused

@@ -5,7 +5,7 @@ Shape legend: F features, M windows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 from latentwatch import __version__
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
+from latentwatch.collector.health.cause import FoundCause
 from latentwatch.collector.http.verdicts import Coverage, Engine, Verdict, is_anything_wrong, is_everything_seen
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.snapshot import ReplicaView, Snapshot
@@ -80,14 +81,25 @@ class Overview:
     exceedances: list[ExceedanceView]
     """Newest first."""
     engines: list[Engine]
+    causes: list[FoundCause]
+    """What is wrong with the monitor itself, the worst first."""
 
 
-def overview(lookup: Lookup, now: float, *, most_features: int, first_feature: int = 0, search: str = "") -> Overview:
+def overview(
+    lookup: Lookup,
+    now: float,
+    *,
+    most_features: int,
+    first_feature: int = 0,
+    search: str = "",
+    causes_of: Callable[[Snapshot], Sequence[FoundCause]] = lambda _: (),
+) -> Overview:
     """The state as the page shows it: of the features that match `search`, at most so many from this rank on.
 
     A feature's id matches that feature alone; any other text those that have it in id, label, hook point or severity.
     """
     snapshot = lookup.snapshot(now)
+    causes = causes_of(snapshot)
     end, windows = lookup.recent(now)
     totals = sum((engine.tokens for engine in snapshot.engines), np.zeros(TOKEN_SHAPE, np.int64))
     missed_M = windows.tokens_by_state[:, [TokenState.UNSEEN, TokenState.DROPPED]].sum(axis=1)
@@ -96,7 +108,7 @@ def overview(lookup: Lookup, now: float, *, most_features: int, first_feature: i
     engines = [_engine(replica, now) for replica in snapshot.replicas]
     exceedances = lookup.exceedances(EXCEEDANCES_SHOWN)
     minutes = lookup.bounds.windows * lookup.bounds.window_seconds / 60
-    seen = is_everything_seen(coverage, engines, minutes)
+    seen = is_everything_seen(coverage, engines, minutes, causes)
     found = _found(lookup, windows, search.strip())
     return Overview(
         now=now,
@@ -120,6 +132,7 @@ def overview(lookup: Lookup, now: float, *, most_features: int, first_feature: i
         features_total=len(lookup.features),
         exceedances=exceedances,
         engines=engines,
+        causes=list(causes),
     )
 
 

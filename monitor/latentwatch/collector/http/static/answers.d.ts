@@ -142,6 +142,17 @@ export interface Features {
   features: FeatureTotals[];
 }
 
+/** A cause that is so now. */
+export interface FoundCause {
+  name: string;
+  part: "engines" | "storage" | "judgement";
+  level: "problem" | "attention" | "notice" | "unknown";
+  headline: string;
+  found: string;
+  instead: string;
+  alert: string;
+}
+
 /** A request exceeds the limit when the statistic of its activations goes above `value`. */
 export interface Limit {
   statistic: string;
@@ -171,6 +182,7 @@ export interface Overview {
   features_total: number;
   exceedances: ExceedanceView[];
   engines: Engine[];
+  causes: FoundCause[];
 }
 
 /** One request, open or closed. */

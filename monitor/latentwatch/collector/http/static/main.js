@@ -5,6 +5,7 @@ import { followAddress, showDetails } from "./details.js";
 import { at, setText } from "./dom.js";
 import { refreshDrift } from "./drift.js";
 import { clockTime } from "./format.js";
+import { showHealth } from "./health.js";
 import { hashOf } from "./links.js";
 import { PAGE, showOverview } from "./overview.js";
 
@@ -25,6 +26,7 @@ async function ask() {
   if (asked !== question) return;
   shownSeconds = view.now;
   showOverview(view, asked);
+  showHealth(view.causes);
 }
 
 /** @param {number} rank of the first feature to show */
