@@ -42,8 +42,12 @@ def add_arguments(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--model", required=True, help="a Hugging Face model's folder or name, as it is served")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="as served; default: the weights' own")
-    parser.add_argument("--layers", metavar="N,N", help="layers to try, from 0; default: five, at 30 to 90 %% of the depth")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="as served; default: the weights' own"
+    )
+    parser.add_argument(
+        "--layers", metavar="N,N", help="layers to try, from 0; default: five, at 30 to 90 %% of the depth"
+    )
     parser.add_argument("--concerns", metavar="NAME,NAME", help="default: all that there are")
     parser.add_argument(
         "--plain-text", action="store_true", help="give prompts as text, without a chat template: for a base model"
@@ -173,7 +177,9 @@ def _plan(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[CaptureJob, 
         tokenizer, prompts, requests, plain=args.plain_text, max_tokens=max_tokens, model=args.model
     )
     traffic = range(len(encoded.prompts), len(encoded.ids))
-    decode = [args.decode_tokens if p.answer is None else 1 for p in encoded.prompts] + [args.decode_tokens] * len(traffic)
+    decode = [args.decode_tokens if p.answer is None else 1 for p in encoded.prompts] + [args.decode_tokens] * len(
+        traffic
+    )
     job = CaptureJob(
         str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
         dtype,
@@ -230,7 +236,9 @@ def _capture(folder: Path, job: CaptureJob) -> None:
 
     goes_on = job.write(folder)
     if goes_on:
-        _say(f"going on: {len(job.parts) - len(captured.missing_parts(folder, job))} of {len(job.parts)} parts are there")
+        _say(
+            f"going on: {len(job.parts) - len(captured.missing_parts(folder, job))} of {len(job.parts)} parts are there"
+        )
     if not captured.missing_parts(folder, job):
         return
     command = [sys.executable, "-m", "latentwatch.engines.vllm.capture_process", str(folder)]

@@ -38,6 +38,7 @@ class Metavar:
 
 
 File = Annotated[Path, Metavar("FILE")]
+Url = Annotated[str, Metavar("URL"), Field(pattern="^https?://")]
 Folder = Annotated[Path, Metavar("FOLDER")]
 Count = Annotated[int, Metavar("N"), Field(gt=0)]
 Amount = Annotated[float, Metavar("N"), Field(gt=0, allow_inf_nan=False)]

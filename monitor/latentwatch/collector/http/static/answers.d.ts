@@ -7,7 +7,7 @@ export interface Answers {
   "/v1/evidence/requests/{request_id}": EvidenceRequests;
 }
 
-/** One detector of one feature above its limit, and what is known about it. */
+/** One detector above its limit, and what is known about it. */
 export interface Alarm {
   feature: string;
   kind: string;
@@ -22,6 +22,7 @@ export interface Alarm {
   partner: string;
   canary_moved: boolean | null;
   requests: TopRequest[];
+  stand_out: string[];
   text: string;
 }
 
@@ -157,6 +158,17 @@ export interface Features {
   features: FeatureTotals[];
 }
 
+/** A cause that is so now. */
+export interface FoundCause {
+  name: string;
+  part: "engines" | "storage" | "judgement";
+  level: "problem" | "attention" | "notice" | "unknown";
+  headline: string;
+  found: string;
+  instead: string;
+  alert: string;
+}
+
 /** A request exceeds the limit when the statistic of its activations goes above `value`. */
 export interface Limit {
   statistic: string;
@@ -193,6 +205,7 @@ export interface Overview {
   flagged: Anomaly[];
   engines: Engine[];
   links: Links;
+  causes: FoundCause[];
 }
 
 /** How often requests go above a limit: as its baseline promised, and as it was seen here. */
