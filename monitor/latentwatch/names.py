@@ -87,6 +87,11 @@ class Reason(IntEnum):
     """unseen: the engine may load KV from elsewhere, so whether this token's was computed here is not known."""
 
 
+BY_DESIGN: Final = frozenset({Reason.KV_CONNECTOR})
+"""Reasons that follow from how an engine is deployed, and say nothing of its health: the objective of coverage is of
+the other tokens, and these have one of their own."""
+
+
 class Outcome(IntEnum):
     """How a request ended. Values are on the wire."""
 

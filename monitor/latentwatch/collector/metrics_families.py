@@ -147,9 +147,14 @@ class Families:
             tuple((m.model_name,) for m in dated),
             [m.baseline_created_seconds for m in dated],
         )
-        kinds = tuple((m.model_name, f.id, kind) for m in armed for kind in KINDS for f in self._features)
         for metric, name in ((metrics.DRIFT_LOG10_EVALUE, "log10_evalue"), (metrics.DRIFT_SINCE, "since_seconds")):
-            yield Family(metric, kinds, [v for m in armed for kind in KINDS for v in getattr(m, name)[kind].tolist()])
+            yield Family(
+                metric,
+                tuple(
+                    (*self._row(m.model_name, f, metric), kind) for m in armed for kind in KINDS for f in self._features
+                ),
+                [v for m in armed for kind in KINDS for v in getattr(m, name)[kind].tolist()],
+            )
         yield Family(
             metrics.DRIFT_LIMIT,
             tuple((m.model_name, kind) for m in armed for kind in KINDS),

@@ -118,7 +118,7 @@ DRIFT_BASELINE_CREATED = _gauge(
 )
 DRIFT_LOG10_EVALUE = _gauge(
     "latentwatch_drift_log10_evalue",
-    (*_FEATURE, "kind"),
+    (*_FEATURE, "severity", "kind"),
     "Evidence that a feature drifts from its baseline, as the decimal logarithm of a Shiryaev-Roberts statistic. "
     "Kinds: rate, shape (values where it fires), replica (one against the others), coactivation (with another "
     "feature), canary (the same prompts score otherwise).",
