@@ -101,6 +101,13 @@ function tableFrame({ target, result }, several) {
   };
 }
 
+/** What the panel's plugin fills in where a dashboard says nothing, as Grafana does when it loads one. */
+function configOf({ type, fieldConfig }) {
+  const mode = type === "timeseries" ? "palette-classic" : "thresholds";
+  const { defaults = {}, overrides = [] } = fieldConfig ?? {};
+  return { defaults: { color: { mode }, ...defaults }, overrides };
+}
+
 async function framesOf(panel, answers, theme) {
   const isTable = panel.type === "table";
   const raw = isTable ? answers.map((each) => tableFrame(each, answers.length > 1)) : answers.flatMap(seriesFrames);
@@ -108,7 +115,7 @@ async function framesOf(panel, answers, theme) {
   const data = await firstValueFrom(transformDataFrame(panel.transformations ?? [], raw, context));
   return applyFieldOverrides({
     data,
-    fieldConfig: panel.fieldConfig,
+    fieldConfig: configOf(panel),
     fieldConfigRegistry: registryOf(panel),
     replaceVariables: (text) => text,
     theme,
@@ -118,7 +125,7 @@ async function framesOf(panel, answers, theme) {
 
 function Stat({ panel, frames, theme, width, height }) {
   const found = getFieldDisplayValues({
-    fieldConfig: panel.fieldConfig,
+    fieldConfig: configOf(panel),
     reduceOptions: panel.options.reduceOptions,
     replaceVariables: (text) => text,
     theme,

@@ -67,7 +67,7 @@ def live(folder: Path) -> Iterator[str]:
     def feed() -> None:
         for sequence, batch in enumerate(traffic.steps(), start=1):
             in_loop(step(sequence, batch))
-            if ended.wait(0.02):
+            if ended.wait(0.05):
                 return
 
     in_loop(greet())
