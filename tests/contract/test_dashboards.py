@@ -1,17 +1,15 @@
 """The dashboards: as generated, by the rules of Grafana's linter that matter, and every query answered by live data.
 
-No Grafana is at hand: what is not tested is how it draws.
+How they look: tests/contract/test_boards_drawn.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import combinations
@@ -22,22 +20,15 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
-from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.health.cause import COVERAGE_GOAL
-from latentwatch.collector.service import CollectorSettings, ForwardSettings, Service
-from latentwatch.drift.detection import Budget
 from latentwatch.errors import ConfigRefused
 from latentwatch.export.metrics import METRICS, sample_names
-from latentwatch.watchlist import file as watchlist_file
 
-from tests.support.drift import random_baseline
+from tests.support import live_boards
 from tests.support.engines import ROOT
-from tests.support.live_page import Traffic, toy_watchlist
-from tests.support.stack import RULES, ask, eventually, prometheus
-from tests.support.streams import hello, received
-from tests.support.wire import in_loop
+from tests.support.live_boards import BOARDS, substituted
+from tests.support.stack import RULES, ask
 
-BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "dashboards/grafana").glob("*.json"))}
 PANELS = [
     pytest.param(panel, id=f"{name}-{panel['title']}")
     for name, board in BOARDS.items()
@@ -50,9 +41,6 @@ QUERIES = [
     for panel in board["panels"]
     for target in panel.get("targets", [])
 ]
-WATCHED = toy_watchlist(64)
-SPARSE = next(feature.id for feature in WATCHED.features if feature.limit and not feature.dense)
-"""A dense feature has no firing rate."""
 EXPRESSIONS = [query.values[1] for query in QUERIES]
 
 
@@ -185,54 +173,9 @@ def test_the_page_the_alerts_and_the_error_budget_have_one_objective() -> None:
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a Prometheus that has scraped a collector under load, through an incident, for some seconds."""
-    folder = tmp_path_factory.mktemp("live")
-    watched = watchlist_file.write(WATCHED, folder / "toy.safetensors")
-    baseline = dataclasses.replace(
-        random_baseline(WATCHED.features, sha256=watched.sha256), created_seconds=time.time() - 86_400
-    )
-    settings = CollectorSettings(
-        folder / "toy.safetensors",
-        (f"unix://{folder}/c.sock",),
-        "127.0.0.1:0",
-        state=folder / "state",
-        drift=DriftSettings(baseline, Budget(window_seconds=1.0)),
-        forward=ForwardSettings(f"unix://{folder}/g.sock", "pod-0"),
-    )
-    service = Service(settings)
-    gateway = Service(CollectorSettings(folder / "toy.safetensors", (f"unix://{folder}/g.sock",), "127.0.0.1:0"))
-    who = hello(model_name="llama", watchlist_sha256=watched.sha256)
-    traffic = Traffic(watched, running=6)
-    traffic.incident, traffic.cached_share = True, 0.3
-    ended = threading.Event()
-
-    async def greet() -> None:
-        await gateway.start()
-        await service.start()
-        service.core.ingest.hello(who, time.time())
-
-    async def step(sequence: int, batch: Any) -> None:
-        service.core.ingest.observe(who, received(sequence, batch), time.time())
-
-    def feed() -> None:
-        for sequence, batch in enumerate(traffic.steps(), start=1):
-            in_loop(step(sequence, batch))
-            if ended.wait(0.02):
-                return
-
-    in_loop(greet())
-    thread = threading.Thread(target=feed)
-    thread.start()
-    with prometheus(
-        folder, {"latentwatch": [made.http_url.removeprefix("http://") for made in (service, gateway)]}
-    ) as url:
-        firing = 'ALERTS{alertname="LatentwatchCriticalExceedance",alertstate="firing"}'
-        eventually(lambda: ask(url, "query", query=firing)["result"])
+    """URL of a Prometheus with all that the boards show."""
+    with live_boards.live(tmp_path_factory.mktemp("live")) as url:
         yield url
-    ended.set()
-    thread.join()
-    in_loop(service.stop())
-    in_loop(gateway.stop())
 
 
 def answered(ask_again: Callable[[], object], what: str) -> None:
@@ -241,22 +184,6 @@ def answered(ask_again: Callable[[], object], what: str) -> None:
     while not ask_again():
         assert time.monotonic() < deadline, f"no answer to {what}"
         time.sleep(0.2)
-
-
-def substituted(text: str) -> str:
-    """Grafana's macros and variables, as with everything chosen."""
-    values = {
-        "$__rate_interval": "10s",
-        "$__range": "60s",
-        "$job": "latentwatch",
-        "$instance": ".*",
-        "$model_name": ".*",
-        "$feature": SPARSE,
-    }
-    for name, value in values.items():
-        text = text.replace(name, value)
-    assert "$" not in text, text
-    return text
 
 
 @pytest.mark.e2e
