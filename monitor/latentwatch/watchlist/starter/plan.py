@@ -106,7 +106,5 @@ def check_disk(folder: Path, tokens: int, layers: int, d_model: int) -> int:
     return needed
 
 
-def _refuse(
-    model: str, found: str, instead: str, reason: RefusalReason = RefusalReason.RECORDING
-) -> WatchlistRefused:
+def _refuse(model: str, found: str, instead: str, reason: RefusalReason = RefusalReason.RECORDING) -> WatchlistRefused:
     return WatchlistRefused(f"model {model}", found=found, instead=instead, reason=reason)
