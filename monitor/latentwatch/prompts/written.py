@@ -1,8 +1,8 @@
 """Our own contrast texts, written out from the templates in texts/: the same every time, in every Python.
 
 A file of texts/ is a concern. Each of its families has templates whose slots are filled from the file's lists, or row
-by row from a table of facts: then `{wrong_x}` is the x of another row, so that a false statement has the words of a true
-one.
+by row from a table of facts: then `{wrong_x}` is the x of another row, so that a false statement has the words of a
+true one.
 `=>` stands between what a user says and what the model answers.
 """
 

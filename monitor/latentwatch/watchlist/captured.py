@@ -23,7 +23,7 @@ from latentwatch import storage
 from latentwatch.arrays import F16, F32, I64
 from latentwatch.errors import RefusalReason, WatchlistRefused
 
-REQUESTS_PER_PART: Final = 256
+REQUESTS_PER_PART: Final = 128
 _JOB: Final = "job.json"
 
 

@@ -123,14 +123,16 @@ def rows(prompts: Sequence[Prompt], split: Split, score_R: F64, rng: np.random.G
             )
             own = score_R[wanted], score_R[harmless]
             forms = [prompts[at].form for at in wanted], [prompts[at].form for at in harmless]
-            intervals = measure.tpr_interval([own, texts[best]], *forms, rng)
+            own_tpr, text_tpr, better_by = measure.tpr_interval([own, texts[best]], *forms, rng)
             found.append(
                 FamilyRow(
                     family,
                     kind,
                     len(wanted),
                     len(harmless),
-                    *intervals,
+                    own_tpr,
+                    text_tpr,
+                    better_by,
                     tpr_length=measure.tpr(*texts["length"]),
                     auroc=measure.auroc(*own),
                     auroc_text=max(measure.auroc(*texts[name]) for name in ("characters", "words")),

@@ -1,7 +1,7 @@
 """How well scores tell one family of positive texts from harmless ones, with intervals that know of templates.
 
-A rate at 1 % false positives is taken at the limit that lets at most that share of the harmless texts through. Intervals
-are bootstrapped over forms, since texts of one template are no independent draws.
+A rate at 1 % false positives is taken at the limit that lets at most that share of the harmless texts through.
+Intervals are bootstrapped over forms, since texts of one template are no independent draws.
 
 Legend: P positive texts, N harmless texts, B bootstrap draws.
 """

@@ -1,4 +1,4 @@
-"""What a reader without the model would say: text classifiers and the length, fitted on the same texts as the probes."""
+"""What a reader without the model would say: text classifiers and the length, fitted on the texts of the probes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scores(fitted: Sequence[str], positive_F: Bool, asked: Sequence[str]) -> Map
     found: dict[str, F64] = {}
     for name, vectorizer in {
         "characters": TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2),
-        "words": TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b\w+\b"),
+        "words": TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2),
     }.items():
         model = make_pipeline(vectorizer, LogisticRegression(C=10, max_iter=300, class_weight="balanced"))
         found[name] = np.asarray(model.fit(list(fitted), positive_F).decision_function(list(asked)), np.float64)

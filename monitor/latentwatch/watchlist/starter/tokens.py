@@ -72,7 +72,7 @@ def encode(
         raise _refuse(
             model,
             "it has no chat template, so it is a base model, or its tokenizer's files are incomplete",
-            "For a base model, add --plain-text: prompts are then given as text. Else add the template to the tokenizer.",
+            "For a base model, add --plain-text: prompts are then text. Else add the template to the tokenizer.",
         )
     encoded = [_plain(tokenizer, p) if plain else _chat(tokenizer, p, model) for p in prompts]
     fitting = [at for at, ids in enumerate(encoded) if len(ids) <= max_tokens]

@@ -62,8 +62,7 @@ class Windows:
         self._bounds_S = layer.bounds_S
         self._last_T = self._bounds_S[:-1] + np.minimum(last_R, layer.length_R - 1)
         self._start_T = np.repeat(self._bounds_S[:-1], layer.length_R)
-        norm_T = np.linalg.norm(layer.x_TD, axis=1)
-        self.sink_T: Bool = is_sink(norm_T)
+        self.sink_T = is_sink(np.linalg.norm(layer.x_TD, axis=1).astype(np.float64))
 
     def scores(self, logit_T: F64) -> F64:
         """Of the window that ends at each token, -inf where a request has no full window yet: serving counts none."""
