@@ -54,7 +54,7 @@ ENGINE_COUNTERS: Final = {
 def board() -> Dashboard:
     """Whether the monitor itself works."""
     rows = {
-        "Collectors": [*_scrapes(), *_watchlists(), *_state(), _processes(), _withheld(), _versions()],
+        "Collectors": [*_scrapes(), *_watchlists(), *_state(), _processes(), _withheld(), _causes(), _versions()],
         "Ingest": [_lag(), *_messages(), _evictions(), *_resources(), *_journal()],
         "Stages": _stages(),
         "Forwarding": [_sidecars(), *_reports(), *_rows_waiting()],
@@ -121,6 +121,16 @@ def _withheld() -> Panel:
         f"sum({series(metrics.SERIES_WITHHELD)})",
     )
     return panel.span(3).thresholds(SOME_IS_ODD)
+
+
+def _causes() -> Panel:
+    return table(
+        "What is wrong with the monitor",
+        "Causes of the collectors' health table that are so now; the page and latentwatch doctor say them in words.",
+        rows_of(f"{series(metrics.HEALTH_CAUSE)} == 1"),
+        names={"instance": "collector", "cause": "cause", "level": "level", "alert": "alert"},
+        hide=("job", "Value"),
+    ).height(6)
 
 
 def _versions() -> Panel:

@@ -21,7 +21,7 @@ from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from grafana_foundation_sdk.models.text import TextMode
-from latentwatch.collector.http.verdicts import COVERAGE_GOAL
+from latentwatch.collector.health.cause import COVERAGE_GOAL
 from latentwatch.export import metrics
 from latentwatch.export.metrics import Metric
 

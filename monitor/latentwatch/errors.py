@@ -105,6 +105,8 @@ class RefusalReason(StrEnum):
     EVIDENCE_KEY = "evidence_key", "the key of sealed evidence is missing or cannot be used"
     EVIDENCE_DAMAGED = "evidence_damaged", "sealed evidence does not open with its key"
     CONTENT_LENGTH = "content_length", "a text is too long to be sealed"
+    NAME_UNKNOWN = "name_unknown", "a feature or model is named that is not there"
+    PLAIN_ADDRESS = "plain_address", "a collector would be open to the network without TLS or a token"
     AGE_INVALID = "age_invalid", "an age is no number of days or hours"
     ENGINE_MODE = "engine_mode", "the engine runs in a mode in which scores could not be attributed"
     CANARY_DEAD = "canary_dead", "the score op left no trace in the engine's first step"

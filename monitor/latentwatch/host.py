@@ -15,6 +15,7 @@ import resource
 import socket
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,14 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback or address.is_unspecified
+
+
+def disk_bytes(folder: Path) -> tuple[int, int] | None:
+    """Free for this user, and in all, of the disk under a folder; None where the system does not tell."""
+    with contextlib.suppress(OSError):  # asked at every scrape: no line each time
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    return None
 
 
 def socket_folder() -> tempfile.TemporaryDirectory[str]:

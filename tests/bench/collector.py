@@ -27,7 +27,8 @@ import numpy as np
 from latentwatch import __version__
 from latentwatch.collector.core import Core
 from latentwatch.collector.durability.journal import DurableSink
-from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.metrics_families import Families
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.export.prometheus import render
 from latentwatch.names import Outcome, Phase, TokenState
 from latentwatch.step.batch import FIRE_DTYPE, SEGMENT_DTYPE, RequestClosed, RequestOpened, StepBatch

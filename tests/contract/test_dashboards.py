@@ -23,7 +23,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from latentwatch.collector.drift import DriftSettings
-from latentwatch.collector.http.verdicts import COVERAGE_GOAL
+from latentwatch.collector.health.cause import COVERAGE_GOAL
 from latentwatch.collector.service import CollectorSettings, ForwardSettings, Service
 from latentwatch.drift.detection import Budget
 from latentwatch.errors import ConfigRefused

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
-from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.metrics_families import Families
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.export.metrics import METRICS, Metric, sample_names
 from latentwatch.export.prometheus import render
 from latentwatch.names import Severity

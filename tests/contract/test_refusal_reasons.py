@@ -9,7 +9,8 @@ from pathlib import Path
 
 import latentwatch
 from latentwatch.collector.core import Core
-from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.metrics_families import Families
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.export.prometheus import render
 

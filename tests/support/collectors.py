@@ -14,7 +14,7 @@ from latentwatch.collector.core import Core
 from latentwatch.collector.drift import DriftSettings
 from latentwatch.collector.evidence import Evidence, Meant
 from latentwatch.collector.http.app import make_app
-from latentwatch.collector.metrics_families import ProcessFacts
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.names import Severity
 from latentwatch.transport.sink import Sink

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from latentwatch import secrets
 from latentwatch.errors import ConfigRefused, Refusal
@@ -17,11 +18,40 @@ if TYPE_CHECKING:
     from latentwatch.cli.http_client import Web
 
 HELP = "Check an installation from end to end, and say what to do for each failure."
-EPILOG = """exit code 0: nothing failed; 1: something did. What is not asked for, or not on this host, is skipped.
+EPILOG = """exit code 0: nothing failed; 1: with --strict, only warnings; else the first that failed along the data
+path: 3 installation, 4 the collector does not answer, 5 tokens are not scored or do not arrive, 6 what was found is not
+stored, 7 scores or times are worth less than they look, 8 alerts do not reach a person. 2 is a refusal, as of every
+verb. What is not asked for, or not on this host, is skipped; what nobody can know is unknown, and fails nothing.
 example:  latentwatch doctor --collector http://127.0.0.1:9464 --prometheus http://127.0.0.1:9090"""
 
 
-Status = Literal["ok", "failed", "skipped"]
+Status = Literal["ok", "failed", "warning", "unknown", "skipped"]
+_OF_LEVEL: Final[Mapping[str, Status]] = {
+    "problem": "failed",
+    "attention": "warning",
+    "unknown": "unknown",
+    "notice": "skipped",
+}
+"""By the level of a cause in the collector's table."""
+EXIT_CODES: Final = {
+    "installation": 3,
+    "collector": 4,
+    "engines": 5,
+    "storage": 6,
+    "judgement": 7,
+    "alerting": 8,
+}
+"""By the part that failed, in the order of the data path."""
+_PARTS: Final = {
+    "plugin": "installation",
+    "watchlist": "installation",
+    "same file": "installation",
+    "collector": "collector",
+    "health": "collector",
+    "stream": "engines",
+    "coverage": "engines",
+}
+"""By check; the others are of alerting."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +62,11 @@ class Finding:
     status: Status
     found: str
     instead: str = ""
-    """What to do; empty unless it failed."""
+    """What to do; empty where nothing is to be done."""
+    part: str = ""
+    """What suffers, one of EXIT_CODES; empty until `check` says it, but for causes."""
+    alert: str = ""
+    """The runbook's entry; empty where there is none."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alertmanager", metavar="URL", help="check that alerts reach it and where it sends them")
     parser.add_argument("--watchlist", type=Path, metavar="FILE", help="check this file, and that the collector has it")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="the collector's --http-token-file")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 where there are only warnings")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every finding; 1 when one failed."""
+    """Print every finding; see EPILOG for the exit code."""
     from latentwatch.cli.http_client import Web
 
     token = secrets.read_token(args.token_file, "--token-file") if args.token_file else ""
-    failed = 0
+    findings = []
     for finding in check(
         Web(args.collector, token),
         Web(args.prometheus) if args.prometheus else None,
@@ -57,18 +93,43 @@ def run(args: argparse.Namespace) -> int:
         args.watchlist,
         os.environ,
     ):
-        failed += finding.status == "failed"
-        print(f"{finding.status:8}{finding.check:14}{finding.found}", flush=True)
-        if finding.instead:
-            print(f"{'':22}{finding.instead}")
+        findings.append(finding)
+        if not args.json:
+            _print(finding)
+    code = exit_code(findings, strict=args.strict)
+    if args.json:
+        print(json.dumps({"exit_code": code, "findings": [asdict(finding) for finding in findings]}, indent=1))
+        return code
+    failed = sum(finding.status == "failed" for finding in findings)
     print(f"{failed} of the checks failed." if failed else "Nothing failed.")
-    return 1 if failed else 0
+    return code
+
+
+def _print(finding: Finding) -> None:
+    print(f"{finding.status:8}{finding.check:20}{finding.found}", flush=True)
+    if finding.instead and finding.status != "ok":
+        print(f"{'':28}{finding.instead}")
+
+
+def exit_code(findings: Iterable[Finding], *, strict: bool = False) -> int:
+    """By the part that failed first along the data path; see EPILOG."""
+    every = list(findings)
+    failed = [EXIT_CODES[finding.part] for finding in every if finding.status == "failed"]
+    warned = any(finding.status == "warning" for finding in every)
+    return min(failed, default=int(strict and warned))
 
 
 def check(
     collector: Web, prometheus: Web | None, alertmanager: Web | None, watchlist: Path | None, env: Mapping[str, str]
 ) -> Iterator[Finding]:
     """Every finding, in the order of the data path."""
+    for finding in _findings(collector, prometheus, alertmanager, watchlist, env):
+        yield replace(finding, part=finding.part or _PARTS.get(finding.check, "alerting"))
+
+
+def _findings(
+    collector: Web, prometheus: Web | None, alertmanager: Web | None, watchlist: Path | None, env: Mapping[str, str]
+) -> Iterator[Finding]:
     yield plugin(env)
     sha256 = ""
     if watchlist is None:
@@ -144,30 +205,28 @@ def readable_watchlist(path: Path) -> tuple[Finding, str]:
 
 
 def _collector(web: Web, sha256: str) -> Iterator[Finding]:
-    health = web.json("/healthz")
+    health = web.json("/healthz", verbose="1")
     yield Finding("collector", "ok", f"version {health['version']} answers at {web.url}")
     view = web.json("/v1/overview", features="0")
     if sha256:
         yield same_watchlist(view, sha256)
     yield from engines(view)
     yield coverage(view)
-    yield files(web.get("/metrics").decode())
+    yield from causes(health)
 
 
-def files(text: str) -> Finding:
-    """From /metrics: whether every file of state and evidence can be read, and the state be written."""
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
-
-    def value(name: str) -> float:
-        return float(values.get(name, 0))
-
-    if damaged := value("latentwatch_evidence_damaged_files") + value("latentwatch_state_aside_files"):
-        found = f"{damaged:.0f} files cannot be read and were set aside; the collector's log names each"
-        return Finding("files", "failed", found, "For evidence run 'latentwatch evidence repair'; see the runbook.")
-    if not value("latentwatch_state_durable") and value("latentwatch_state_write_failures_total"):
-        found = "the state cannot be written: a collector that dies now loses what it counted"
-        return Finding("files", "failed", found, "Free space on the disk of --state, or restore it.")
-    return Finding("files", "ok", "no file of state or evidence is set aside")
+def causes(health: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the collector's own table of health causes says, from /healthz?verbose."""
+    if "causes" not in health:
+        found = f"version {health['version']} names no health causes"
+        yield Finding("health", "failed", found, "Run the doctor and the collector of one version.")
+        return
+    for cause in health["causes"]:
+        found = f"{cause['headline']}: {cause['found']}"
+        status: Status = _OF_LEVEL.get(cause["level"], "warning")
+        yield Finding(cause["name"], status, found, cause["instead"], cause["part"], cause["alert"])
+    if not any(cause["level"] in ("problem", "attention") for cause in health["causes"]):
+        yield Finding("health", "ok", f"nothing of {len(health['checked'])} that may be wrong is")
 
 
 def same_watchlist(view: Mapping[str, Any], sha256: str) -> Finding:
@@ -180,44 +239,23 @@ def same_watchlist(view: Mapping[str, Any], sha256: str) -> Finding:
 
 
 def engines(view: Mapping[str, Any]) -> Iterator[Finding]:
-    """Whether engines stream, and score."""
-    if not view["engines"]:
-        yield Finding(
-            "stream",
-            "failed",
-            "no engine has connected",
-            "Start vLLM with LATENTWATCH_WATCHLIST and LATENTWATCH_COLLECTOR; look for 'latentwatch' in its log, and "
-            "for "
-            "latentwatch_streams_refused_total on the collector's /metrics.",
-        )
+    """Those that stream and score; the others are causes."""
     for engine in view["engines"]:
-        name = f"{engine['replica']} ({engine['model_name']})"
         if engine["state"] == "connected":
+            name = f"{engine['replica']} ({engine['model_name']})"
             yield Finding("stream", "ok", f"{name} streams and scores")
-        elif engine["state"] == "not armed":
-            why = engine["text"] or engine["reason"] or "no reason given"
-            yield Finding("stream", "failed", f"{name} does not score: {why}", "Mend that and start the engine again.")
-        else:
-            ago = f"{engine['last_seen_seconds_ago']:.0f} s"
-            yield Finding(
-                "stream", "failed", f"{name} was last heard {ago} ago", "Does it serve? Is its exporter process alive?"
-            )
 
 
 def coverage(view: Mapping[str, Any]) -> Finding:
-    """Whether the tokens of the last minutes were scored."""
-    from latentwatch.collector.http.verdicts import COVERAGE_GOAL
-
-    recent, missing = view["coverage"]["recent_seen_ratio"], view["coverage"]["missing"]
+    """How many tokens of the last minutes were scored; too few are a cause. Without an engine nothing is said."""
+    recent = view["coverage"]["recent_seen_ratio"]
+    if not any(engine["state"] == "connected" for engine in view["engines"]):
+        return Finding("coverage", "skipped", "no engine streams and scores: there is nothing to be seen")
     if recent is None:
         return Finding("coverage", "skipped", "no token in the last minutes; send a request")
-    found = f"{recent:.2%} of the tokens of the last minutes were seen"
-    if recent >= COVERAGE_GOAL:
-        return Finding("coverage", "ok", found)
-    reasons = ", ".join(sorted(missing, key=missing.get, reverse=True))
-    return Finding(
-        "coverage", "failed", f"{found}; missing: {reasons}", "The runbook, LatentwatchCoverageLow, has each."
-    )
+    # Rounded down, so that 100 % means all.
+    found = f"{int(recent * 10_000) / 100:.2f} % of the tokens of the last minutes were seen"
+    return Finding("coverage", "ok", found)
 
 
 def _prometheus(web: Web) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from latentwatch.evidence import sealed_files, store
 from latentwatch.evidence.archive import Archive, StoredRequest, Wanted
 from latentwatch.evidence.audit import Audit
 from latentwatch.evidence.encryption import Content, Vault
+from latentwatch.evidence.known_names import check_wanted
 from latentwatch.evidence.segment import Erased, Match
 from latentwatch.evidence.store import Retention, Store
 from latentwatch.evidence.writer import NOTHING_WRITTEN, Writer, WriterTotals
@@ -111,11 +112,12 @@ class Evidence:
         return await self._read(work)
 
     async def exceedances(self, wanted: Wanted, limit: int, actor: str) -> list[ShownExceedance]:
-        """See Archive.exceedances."""
+        """See Archive.exceedances. Raises ConfigRefused "name_unknown"; see known_names."""
         subject = " ".join(f"{name}={value}" for name, value in vars(wanted).items() if value is not None)
 
         def work() -> list[ShownExceedance]:
             archive, audit = self._opened()
+            check_wanted(archive, wanted)
             found = archive.exceedances(wanted, limit)
             audit.add(self._clock(), actor, "query", len(found), subject=subject)
             return found

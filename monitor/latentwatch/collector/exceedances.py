@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,9 +57,15 @@ class ExceedanceRing:
         self._serials[places] = [request.collector_serial for request in requests]
         self._added += len(exceedances)
 
-    def latest(self, limit: int) -> Iterator[Listed]:
-        """The latest ones, newest first."""
-        yield from map(self._listed, self._newest_first(limit).tolist())
+    def latest(self, limit: int, wanted: Callable[[Array], Array] | None = None) -> Iterator[Listed]:
+        """The latest ones, newest first.
+
+        Args: wanted: says of EXCEEDANCE rows which are; None for all.
+        """
+        places = self._newest_first(limit if wanted is None else len(self._exceedances))
+        if wanted is not None:
+            places = places[wanted(self._exceedances[places])][:limit]
+        yield from map(self._listed, places.tolist())
 
     def of_requests(self, limit: int) -> list[list[Listed]]:
         """All that is known of the latest requests, a list each; the one with the latest exceedance first."""

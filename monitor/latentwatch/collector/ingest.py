@@ -173,6 +173,7 @@ class Ingest:
             totals.lost_sequences += sequence - boot.high_sequence - 1
         boot.high_sequence = sequence
         boot.last_seen_seconds = now
+        boot.clock.observe(time_unix_nano / 1e9, now)
         self._state.lag.observe(max(0.0, now - time_unix_nano / 1e9))
 
     def _lose(self, boots: Sequence[Boot], now: float) -> None:

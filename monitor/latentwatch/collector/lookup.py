@@ -5,11 +5,13 @@ Shape legend: n requests, F features.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 
 from latentwatch.aggregate.window import FeatureWindow
+from latentwatch.arrays import Array
 from latentwatch.client_ids import IdKind, meanings
 from latentwatch.collector.drift import Drift
 from latentwatch.collector.exceedances import Listed
@@ -27,6 +29,7 @@ from latentwatch.collector.snapshot import (
     Snapshot,
 )
 from latentwatch.collector.state import CollectorState, open_requests
+from latentwatch.evidence.archive import Wanted
 from latentwatch.facts import ExceedanceView, RequestProgress, shown_exceedance, shown_features, shown_request
 from latentwatch.names import ModelMatch, Severity
 
@@ -76,9 +79,31 @@ class Lookup:
         """The last windows over all models; see aggregate.window.WindowRing.recent."""
         return self._state.windows.recent(now)
 
-    def exceedances(self, limit: int) -> list[ExceedanceView]:
-        """The latest exceedances, newest first."""
-        return [self._exceedance(listed) for listed in self._state.exceedances.latest(limit)]
+    def model_names(self) -> list[str]:
+        """Served model names that are counted, in order."""
+        return sorted(self._state.models)
+
+    def exceedances(self, limit: int, wanted: Wanted | None = None) -> list[ExceedanceView]:
+        """The latest exceedances of this kind, newest first."""
+        if wanted is None:
+            found = self._state.exceedances.latest(limit)
+        else:
+            every = self._state.exceedances.latest(self.bounds.exceedances, lambda rows: self._wanted(rows, wanted))
+            of_model = (one for one in every if wanted.model_name in (None, one.request.info.model_name))
+            found = itertools.islice(of_model, limit)
+        return [self._exceedance(listed) for listed in found]
+
+    def _wanted(self, exceedances: Array, wanted: Wanted) -> Array:
+        features = [
+            i
+            for i, feature in enumerate(self.features)
+            if wanted.feature in (None, feature.id) and wanted.severity in (None, feature.severity)
+        ]
+        seconds = exceedances["seconds"]
+        since = -math.inf if wanted.since_seconds is None else wanted.since_seconds
+        until = math.inf if wanted.until_seconds is None else wanted.until_seconds
+        found: Array = np.isin(exceedances["feature"], features) & (seconds >= since) & (seconds <= until)
+        return found
 
     def anomalies(self, limit: int) -> list[Anomaly]:
         """The same by request: the latest ones, each with everything that is known of it."""
@@ -161,6 +186,7 @@ def _replica_view(boot: Boot) -> ReplicaView:
         last_seen_seconds=boot.last_seen_seconds,
         open_requests=open_requests(boot),
         counters=boot.counters,
+        clock_ahead_seconds=boot.clock.seconds,
     )
 
 
@@ -171,4 +197,5 @@ def _forwarder_view(boot: Boot) -> ForwarderView:
         last_seen_seconds=boot.last_seen_seconds,
         shed_requests=boot.shed_requests,
         shed_exceedances=boot.shed_exceedances,
+        clock_ahead_seconds=boot.clock.seconds,
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
 from latentwatch import __version__
 from latentwatch.collector.config import Bounds
-from latentwatch.collector.durability.state_facts import StateFacts
 from latentwatch.collector.evidence import EvidenceFacts
 from latentwatch.collector.federation.client import ReportClientFacts
+from latentwatch.collector.fullness import fullness
+from latentwatch.collector.health.cause import FoundCause
+from latentwatch.collector.health.table import CAUSES
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.collector.snapshot import TOKEN_SERIES, ReplicaView, Snapshot
 from latentwatch.collector.telemetry import OtlpFacts
 from latentwatch.collector.totals import ModelTotals
@@ -20,31 +22,15 @@ from latentwatch.drift.detection import KINDS
 from latentwatch.drift.model import DriftView
 from latentwatch.errors import RefusalReason
 from latentwatch.evidence.records import KINDS as KINDS_OF_RECORD
-from latentwatch.evidence.writer import DROP_REASONS, QUEUE_BYTES
+from latentwatch.evidence.writer import DROP_REASONS
 from latentwatch.export import metrics
 from latentwatch.export.families import ExemplarLine, Family, LabelRows
 from latentwatch.export.metrics import ENGINE_COUNTERS, Metric
 from latentwatch.names import Outcome
-from latentwatch.transport.servicer import ReceiverFacts
 from latentwatch.watchlist.file import Feature, Watchlist
 
 REFUSALS: Final = tuple(reason for reason in RefusalReason if reason.counted)
 """Reasons that have a series at 0 from the start, so that increase() sees the first one."""
-
-
-@dataclass(frozen=True)
-class ProcessFacts:
-    """What the operating system says of this process."""
-
-    start_seconds: float
-    resident_bytes: int | None
-    """None where it does not say."""
-    cpu_seconds: float
-    state: StateFacts = field(default_factory=StateFacts)
-    evidence: EvidenceFacts = field(default_factory=EvidenceFacts)
-    otlp: OtlpFacts = field(default_factory=OtlpFacts)
-    report_client: ReportClientFacts = field(default_factory=ReportClientFacts)
-    receiver: ReceiverFacts = field(default_factory=ReceiverFacts)
 
 
 class Families:
@@ -59,8 +45,11 @@ class Families:
         self._rows: dict[tuple[str, Metric], LabelRows] = {}
         self._constant = tuple(self._watched())
 
-    def of(self, snapshot: Snapshot, process: ProcessFacts) -> Iterator[Family]:
-        """Every family, those without a series included. Those of features share a bound on their samples."""
+    def of(self, snapshot: Snapshot, process: ProcessFacts, found: Sequence[FoundCause] = ()) -> Iterator[Family]:
+        """Every family, those without a series included. Those of features share a bound on their samples.
+
+        Args: found: the health causes that are so.
+        """
         yield from self._engines(snapshot)
         left, withheld = self._feature_samples, 0
         for family in (*self._constant, *self._models(snapshot.models), *self._drift(snapshot.drift)):
@@ -77,6 +66,9 @@ class Families:
         yield from self._evidence(process.evidence)
         yield from self._otlp(process.otlp)
         yield from self._about(process)
+        names = {cause.name for cause in found}
+        rows = tuple((cause.name, cause.level, cause.alert) for cause in CAUSES.values())
+        yield Family(metrics.HEALTH_CAUSE, rows, [int(name in names) for name in CAUSES])
 
     def _engines(self, snapshot: Snapshot) -> Iterator[Family]:
         engines = snapshot.engines
@@ -212,19 +204,11 @@ class Families:
         )
 
     def _stages(self, snapshot: Snapshot, process: ProcessFacts) -> Iterator[Family]:
-        receiver, bounds = process.receiver, snapshot.bounds
-        rows = (
-            ("streams", receiver.streams, receiver.max_streams),
-            ("merge_queue_messages", receiver.queue.waiting, receiver.max_streams),
-            ("replicas", len(snapshot.replicas) + len(snapshot.forwarders), bounds.replicas),
-            ("models", len(snapshot.models), bounds.models),
-            ("open_requests", snapshot.collector.open_requests, bounds.open_requests),
-            ("evidence_queue_bytes", process.evidence.writer.queued_bytes, QUEUE_BYTES),
-        )
+        rows = fullness(snapshot, process)
         stages = tuple((stage,) for stage, _, _ in rows)
         yield Family(metrics.STAGE_DEPTH, stages, [depth for _, depth, _ in rows])
         yield Family(metrics.STAGE_CAPACITY, stages, [capacity for _, _, capacity in rows])
-        yield Family(metrics.MERGE_QUEUE_OLDEST, ((),), [receiver.queue.oldest_seconds])
+        yield Family(metrics.MERGE_QUEUE_OLDEST, ((),), [process.receiver.queue.oldest_seconds])
 
     def _forwarding(self, snapshot: Snapshot, report_client: ReportClientFacts) -> Iterator[Family]:
         """To a gateway, where there is one, and from every sidecar that forwards here."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Final
 
+from latentwatch.collector.clock_ahead import ClockAhead
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.requests import HandleMap, HandleMapState
 from latentwatch.collector.served_names import NEW_SECONDS, InUse, Names, NameState, ServedNames
@@ -40,6 +41,8 @@ class Boot:
     shed_requests: int = 0
     """Of a collector that forwards: rows that it gave up since its boot."""
     shed_exceedances: int = 0
+    clock: ClockAhead = field(default_factory=ClockAhead, compare=False)
+    """Not stored: the next messages say it again."""
 
 
 @dataclass(frozen=True)

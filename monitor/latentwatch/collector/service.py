@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from latentwatch.collector.evidence import Evidence, EvidenceFacts, EvidenceSett
 from latentwatch.collector.evidence_buffer import watched
 from latentwatch.collector.federation.client import ReportClient, ReportClientFacts
 from latentwatch.collector.federation.outbox import ReportOutbox
+from latentwatch.collector.health.watch import HealthWatch
 from latentwatch.collector.http.app import make_app
 from latentwatch.collector.http.bodies import MAX_BODY_BYTES
 from latentwatch.collector.http.connection import HttpLimits
@@ -31,12 +32,14 @@ from latentwatch.collector.http.hosts import Hosts
 from latentwatch.collector.http.overview import Links
 from latentwatch.collector.http.server import HttpServer
 from latentwatch.collector.ingest import Ingest
-from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.metrics_families import Families
+from latentwatch.collector.process_facts import DiskFacts, ProcessFacts
 from latentwatch.collector.pseudonyms import Pseudonyms, PseudonymSink
 from latentwatch.collector.telemetry import OtlpFacts, Telemetry, TelemetrySettings
 from latentwatch.drift.canary import canary_prompt
 from latentwatch.drift.limits import with_limits
 from latentwatch.errors import ConfigRefused, RefusalReason
+from latentwatch.export.families import Family
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import PEER_STREAMS, Receiver
@@ -116,6 +119,8 @@ class Parts:
     evidence: Evidence | None = None
     telemetry: Telemetry | None = None
     report_client: ReportClient | None = None
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    """Of state and evidence, by the option that named them."""
     start_seconds: float = field(default_factory=time.time)
 
     async def forget(self, meant: Mapping[IdKind, Sequence[str]]) -> bool:
@@ -136,7 +141,13 @@ class Parts:
             self.telemetry.facts() if self.telemetry is not None else OtlpFacts(),
             self.report_client.facts if self.report_client is not None else ReportClientFacts(),
             self.receiver.facts,
+            self.disks(),
         )
+
+    def disks(self) -> tuple[DiskFacts, ...]:
+        """Under the folders of state and evidence, where there are some."""
+        found = {name: host.disk_bytes(folder) for name, folder in self.folders.items()}
+        return tuple(DiskFacts(name, *sizes) for name, sizes in found.items() if sizes is not None)
 
 
 def _resident_bytes() -> int | None:
@@ -198,7 +209,9 @@ def wire(settings: CollectorSettings) -> Parts:
     report_client = None
     if settings.forward is not None and core.outbox is not None:
         report_client = _report_client(settings.forward, watchlist.sha256, core.outbox, sink.acknowledged)
-    return Parts(core, sink, receiver, durable, evidence, telemetry, report_client)
+    folders = {"state": settings.state, "evidence": settings.evidence.folder if settings.evidence else None}
+    given = {name: folder for name, folder in folders.items() if folder is not None}
+    return Parts(core, sink, receiver, durable, evidence, telemetry, report_client, given)
 
 
 def _pseudonyms(settings: CollectorSettings) -> Pseudonyms | None:
@@ -242,6 +255,8 @@ class Service:
         self._parts = parts = wire(settings)
         self.core, self.receiver = parts.core, parts.receiver
         self._hosts = Hosts(settings.http_hosts)
+        self._health = HealthWatch(parts.core.lookup, parts.process)
+        self._health.record(time.time())
         open_to_all = settings.evidence is not None and settings.evidence.open_to_all
         app = make_app(
             parts.core.lookup,
@@ -255,6 +270,7 @@ class Service:
             max_body_bytes=settings.http_body_bytes,
             links=settings.links,
             on_refused=parts.sink.refused,
+            health=self._health,
         )
         self._http = HttpServer(
             settings.http,
@@ -297,9 +313,12 @@ class Service:
             self._tasks.append(asyncio.create_task(parts.report_client.run(), name="forward"))
         if parts.telemetry is not None and parts.telemetry.pushes:
             families = Families(core.watchlist)
-            push = parts.telemetry.push(
-                lambda: families.of(core.lookup.snapshot(time.time()), parts.process()), parts.start_seconds
-            )
+
+            def pushed() -> Iterator[Family]:
+                snapshot, facts = core.lookup.snapshot(time.time()), parts.process()
+                return families.of(snapshot, facts, self._health.found(snapshot, facts))
+
+            push = parts.telemetry.push(pushed, parts.start_seconds)
             self._tasks.append(asyncio.create_task(push, name="otlp metrics"))
         while not self._http.started and not self._tasks[0].done():
             await asyncio.sleep(0.01)
@@ -344,6 +363,7 @@ class Service:
                 parts.sink.shift_clock(jump)
                 offset += jump
             parts.sink.tick(now)
+            self._health.record(now)
             if parts.report_client is not None:
                 parts.report_client.news()
 

@@ -49,6 +49,8 @@ class ReplicaView:
     last_seen_seconds: float
     open_requests: int
     counters: EngineCounters
+    clock_ahead_seconds: float = 0.0
+    """By how much its clock is ahead of this collector's, at least; see ClockAhead."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class ForwarderView:
     shed_requests: int
     """Rows of requests that it gave up since its boot."""
     shed_exceedances: int
+    clock_ahead_seconds: float = 0.0
+    """As of ReplicaView."""
 
 
 @dataclass(frozen=True)

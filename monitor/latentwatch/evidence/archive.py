@@ -162,6 +162,14 @@ class Archive:
         """SHA-256 of every watchlist that something here was seen with."""
         return {reader.watchlist_sha256 for reader in self._newest_first()}
 
+    def feature_ids(self) -> set[str]:
+        """Ids of every feature that something here was watched for."""
+        return {id for reader in self._newest_first() for id in reader.feature_ids}
+
+    def model_names(self) -> set[str]:
+        """Every served model name that a request here has."""
+        return set(self._each(lambda reader: reader.model_names()))
+
     def close(self) -> None:
         """Close every file."""
         for reader in self._readers.values():
@@ -276,6 +284,15 @@ class _Reader:
 
     def close(self) -> None:
         self._connection.close()
+
+    @property
+    def feature_ids(self) -> list[str]:
+        """Of every feature that it was watched for."""
+        return [feature.id for feature in self._watched.features]
+
+    def model_names(self) -> list[str]:
+        """Served model names of its requests."""
+        return [str(name) for (name,) in self._connection.execute("SELECT DISTINCT model_name FROM request")]
 
     @property
     def watchlist_sha256(self) -> str:

@@ -32,6 +32,7 @@ _PAUSE_SECONDS: Final = 0.2
 """Between batches while little comes: bounds how late evidence can be read."""
 _PRUNE_SECONDS: Final = 1.0
 _COMPLAIN_SECONDS: Final = 60.0
+_ERROR_CHARACTERS: Final = 300
 
 
 class RecordTarget(Protocol):
@@ -55,6 +56,8 @@ class WriterTotals:
     dropped: Mapping[tuple[str, str], int]
     """By kind and reason: queue_full or write_failed."""
     queued_bytes: int
+    last_error: str = ""
+    """Why the last failed write failed; empty where none did."""
 
 
 NOTHING_WRITTEN: Final = WriterTotals({}, {}, 0)
@@ -87,6 +90,7 @@ class Writer:
         self._changed = threading.Condition()
         self._closing = False
         self._complained = -_COMPLAIN_SECONDS
+        self._last_error = ""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -126,7 +130,7 @@ class Writer:
     def totals(self) -> WriterTotals:
         """What became of the records so far."""
         with self._changed:
-            return WriterTotals(dict(self._written), dict(self._dropped), self._queued_bytes)
+            return WriterTotals(dict(self._written), dict(self._dropped), self._queued_bytes, self._last_error)
 
     def close(self, seconds: float = 10.0) -> None:
         """Write what is queued, then close the target. What is not written in time is lost."""
@@ -184,10 +188,11 @@ class Writer:
         try:
             work()
         except Exception as error:  # whatever a disk or a driver does, the thread goes on
+            reason = error.__cause__ if isinstance(error, NotWritten) else error
+            self._last_error = f"{type(reason).__name__}: {reason}"[:_ERROR_CHARACTERS]
             if time.monotonic() - self._complained > _COMPLAIN_SECONDS:
                 self._complained = time.monotonic()
-                reason = error.__cause__ if isinstance(error, NotWritten) else error
-                log.warning("%s is not written: %s: %s", self._thread.name, type(reason).__name__, reason)
+                log.warning("%s is not written: %s", self._thread.name, self._last_error)
             return error
         return None
 

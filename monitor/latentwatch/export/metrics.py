@@ -405,6 +405,13 @@ PROCESS_START = _gauge("process_start_time_seconds", (), "Unix time at which the
 PROCESS_MEMORY = _gauge("process_resident_memory_bytes", (), "Resident memory of the collector's process.")
 PROCESS_CPU = _counter("process_cpu_seconds_total", (), "User and system time of the collector's process.")
 
+HEALTH_CAUSE = _gauge(
+    "latentwatch_health_cause",
+    ("cause", "level", "alert"),
+    "Whether a cause of the health table is so, 1 or 0: what /healthz?verbose, the live page and the doctor say in "
+    "words. The label alert names the rule that fires on it, of this series or of others.",
+)
+
 METRICS: Final = tuple(_TABLE)
 """Every metric there is, in the order in which they stand here and on /metrics."""
 

@@ -50,6 +50,8 @@ _HELLO_SECONDS: Final = 10.0
 """A peer that opens a stream and says nothing is let go after this."""
 _LOG_AGAIN_SECONDS: Final = 10.0
 """Between two lines on streams refused for one reason: every engine of a fleet tries again each few seconds."""
+_REFUSAL_CHARACTERS: Final = 500
+"""Of a refusal that is shown or logged: part of it is what the peer sent."""
 _FULL: Final = frozenset(
     {RefusalReason.TOO_MANY_REPLICAS, RefusalReason.TOO_MANY_MODELS, RefusalReason.TOO_MANY_STREAMS}
 )
@@ -60,13 +62,26 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class LatestRefusal:
+    """The latest stream that was refused for one reason."""
+
+    reason: str
+    seconds: float
+    """By the receiver's clock."""
+    text: str
+    """What, found and instead: names and hashes of both sides, in one line; part of it is the peer's."""
+
+
+@dataclass(frozen=True)
 class ReceiverFacts:
-    """How full a receiver is."""
+    """How full a receiver is, and whom it turned away last."""
 
     streams: int = 0
     max_streams: int = 0
     queue: FairQueueFacts = field(default_factory=FairQueueFacts)
     """Messages that wait to be merged, at most one a stream."""
+    refusals: tuple[LatestRefusal, ...] = ()
+    """One for each reason that there was."""
 
 
 class _Stream:
@@ -128,11 +143,14 @@ class Servicer:
         self._streams: dict[tuple[str, str], _Stream] = {}
         self._handlers: set[asyncio.Task[None]] = set()
         self._may_log = LogLimit(_LOG_AGAIN_SECONDS, time.monotonic)
+        self._refusals: dict[str, LatestRefusal] = {}
+        """By reason, which are slugs of our own code."""
 
     @property
     def facts(self) -> ReceiverFacts:
         """How full it is."""
-        return ReceiverFacts(len(self._streams), self._max_streams, self._queue.facts)
+        latest = tuple(self._refusals.values())
+        return ReceiverFacts(len(self._streams), self._max_streams, self._queue.facts, latest)
 
     def end_all(self) -> None:
         """Acknowledge what the state has, and end every stream."""
@@ -290,6 +308,9 @@ class Servicer:
 
     async def _refuse(self, context: Context, refusal: StreamRefused) -> None:
         self._on_refused(refusal.reason)
+        self._refusals[refusal.reason] = LatestRefusal(
+            refusal.reason, self._clock(), str(refusal)[:_REFUSAL_CHARACTERS]
+        )
         if self._may_log(refusal.reason):
             # The text may hold what the peer sent, so it is logged as a value and bounded.
             log.warning("stream of %s refused, %s: %.500r", context.peer(), refusal.reason, str(refusal))

@@ -15,7 +15,7 @@ from latentwatch.collector.core import Core
 from latentwatch.collector.http.app import make_app
 from latentwatch.collector.http.connection import Connection, Doors, HttpLimits, bounded
 from latentwatch.collector.http.hosts import Hosts
-from latentwatch.collector.metrics_families import ProcessFacts
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.errors import StreamRefused
 from latentwatch.handover.events import Blocks, Closed, Opened, Unannounced, decode_events, encode_events
 from latentwatch.transport import codec

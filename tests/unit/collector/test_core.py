@@ -12,7 +12,8 @@ from latentwatch.client_ids import bounded_id
 from latentwatch.collector.config import Bounds
 from latentwatch.collector.core import Core
 from latentwatch.collector.http.overview import overview
-from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.metrics_families import Families
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.collector.snapshot import RequestView
 from latentwatch.errors import ConfigRefused, StreamRefused
 from latentwatch.names import Outcome, Phase, Reason, Severity, TokenState

@@ -342,3 +342,33 @@ def test_no_evidence_is_written_of_what_the_journal_does_not_have(tmp_path, monk
         assert not list((tmp_path / "evidence").glob("*.evidence"))
         sink.commit()
         eventually(lambda: Archive(tmp_path / "evidence").find("chatcmpl-1-0123abcd"))
+
+
+def test_a_request_that_only_the_memory_knows_is_deleted_and_said_to_be(tmp_path, token_file):
+    """It ended without an exceedance: no evidence was written of it, and the collector shows it all the same."""
+    evidence = Evidence(EvidenceSettings(tmp_path / "e", token_file=token_file), watchlist(FEATURES), lambda: NOW)
+    core = Core(watchlist(FEATURES), evidence=[])
+    core.ingest.hello(hello(), NOW)
+    quiet = [tokens(np.random.default_rng(0), FEATURES, handle=1, total=40, prompt_tokens=10)]
+    for batch in Schedule.one_step(quiet).batches(FEATURES):
+        core.ingest.observe(hello(), received(1, batch), NOW)
+    client = Client(app_of(core, NOW, evidence=evidence))
+    url = "/v1/evidence/requests/chatcmpl-1"
+    dry = client("DELETE", url, headers=TRUSTED, params={"dry_run": "true"}).json()
+    assert (dry["requests"], dry["memory_only"], dry["dry_run"]) == (1, 1, True)
+    assert client("GET", "/v1/requests/chatcmpl-1").status_code == 200
+    answer = client("DELETE", url, headers=TRUSTED)
+    assert answer.status_code == 200
+    said = answer.json()
+    assert (said["requests"], said["memory_only"], said["rows"], said["clean"]) == (1, 1, 0, True)
+    assert [one["response_id"] for one in said["deleted"]] == ["chatcmpl-1"]
+    assert client("GET", "/v1/requests/chatcmpl-1").status_code == 404
+    assert client("DELETE", url, headers=TRUSTED).status_code == 404
+    evidence.close()
+
+
+def test_evidence_is_not_asked_for_a_feature_or_model_that_it_never_heard_of(made):
+    client, _ = made
+    answer = client("GET", "/v1/evidence/exceedances", params={"feature": "deceiv"})
+    assert answer.status_code == 422 and "Did you mean deceive?" in answer.json()["detail"]
+    assert client("GET", "/v1/evidence/exceedances", params={"model_name": "nobody"}).status_code == 422

@@ -17,7 +17,8 @@ from latentwatch.cli.collector import settings
 from latentwatch.collector.config import CollectorConfig
 from latentwatch.collector.core import Core
 from latentwatch.collector.evidence_buffer import watched
-from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.metrics_families import Families
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.collector.telemetry import Telemetry, TelemetrySettings
 from latentwatch.errors import ConfigRefused

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latentwatch.collector.core import Core
-from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.metrics_families import Families
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.export.families import ExemplarLine, Family
 from latentwatch.export.metrics import Metric
 from latentwatch.export.prometheus import OPEN_METRICS, TEXT, negotiate, render

@@ -120,6 +120,7 @@ class DurableSink:
         self._unread = False
         """Whether the folder may hold files that this collector did not go on from."""
         self._number = self._failures = self._resumed = 0
+        self._last_error = ""
         self._checkpoint_seconds = 0.0
         self._next_checkpoint = self._next_sync = now
         self._writing = False
@@ -222,11 +223,13 @@ class DurableSink:
     def facts(self) -> StateFacts:
         """How well the state is kept."""
         return StateFacts(
+            in_memory=False,
             durable=self._whole,
             checkpoint_seconds=self._checkpoint_seconds,
             journal_bytes=self._journal.size if self._journal is not None else 0,
             write_failures=self._failures,
             resumed_events=self._resumed,
+            last_error=self._last_error,
             files_aside=len(self._folder.aside()),
         )
 
@@ -333,6 +336,7 @@ class DurableSink:
     def _fail(self, error: OSError) -> None:
         """Go on in memory until a checkpoint succeeds."""
         self._failures += 1
+        self._last_error = error.strerror or str(error)
         if self._whole or self._failures == 1:
             log.error(
                 "the state in %s cannot be written: %s. Until it can, a collector that dies loses what it counted "

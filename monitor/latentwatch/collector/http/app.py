@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.resources import files
 from pathlib import PurePath
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
-from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
+from fastapi import Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,7 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from latentwatch import __version__
 from latentwatch.client_ids import MAX_ASKED_CHARACTERS, MAX_ID_CHARACTERS
 from latentwatch.collector.evidence import Evidence, Forget
-from latentwatch.collector.http.auth import Access, challenge
+from latentwatch.collector.health.cause import FoundCause
+from latentwatch.collector.health.table import CAUSES
+from latentwatch.collector.health.watch import HealthWatch
+from latentwatch.collector.http.auth import READ, Access, challenge
 from latentwatch.collector.http.bodies import MAX_BODY_BYTES, Bodies
 from latentwatch.collector.http.evidence_api import add_evidence
 from latentwatch.collector.http.features import Features, features_of
@@ -32,16 +35,22 @@ from latentwatch.collector.http.guard import guarded
 from latentwatch.collector.http.hosts import Hosts
 from latentwatch.collector.http.metrics_page import MetricsPage
 from latentwatch.collector.http.overview import Links, Overview, overview
+from latentwatch.collector.http.query import check_query, unknown_name
 from latentwatch.collector.http.responses import as_json, encoded
 from latentwatch.collector.lookup import Lookup
-from latentwatch.collector.metrics_families import Families, ProcessFacts
+from latentwatch.collector.metrics_families import Families
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.collector.snapshot import Anomaly, RequestView
 from latentwatch.drift.model import Alarm, DriftView
+from latentwatch.evidence.archive import Wanted
+from latentwatch.export.families import Family
 from latentwatch.export.prometheus import negotiate
 from latentwatch.facts import ExceedanceView
+from latentwatch.names import Severity
 from latentwatch.transport.credentials import Tokens
 from latentwatch.watchlist.file import MAX_FEATURES
 
+_HEALTH: Final[dict[int | str, dict[str, Any]]] = {401: {"description": "?verbose without a reader's token"}}
 _PAGE_MEDIA: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS: Final = (
     (
@@ -63,6 +72,16 @@ class Health:
     status: str
     version: str
     streams: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthInFull(Health):
+    """The same, and what is wrong with the monitor."""
+
+    causes: list[FoundCause]
+    """Those that are so, the worst first."""
+    checked: list[str]
+    """Names of all that were looked at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +155,18 @@ def make_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     links: Links | None = None,
     on_refused: Callable[[str], None] = lambda _reason: None,
+    health: HealthWatch | None = None,
 ) -> ASGIApp:
     """The ASGI application.
 
     Args: clock: gives seconds since the Unix epoch.   forget: has the collector forget a request, beside its evidence.
           readers, evidence_is_open: see auth.Access.   hosts: whom it may be asked as; None: as anybody.
           max_body_bytes: of what was said in a request.   links: shown on the page.
+          health: knows what rose lately; None: one that begins now.
     """
+    if health is None:
+        health = HealthWatch(lookup, process)
+        health.record(clock())
     app = FastAPI(
         title="latentwatch collector",
         version=__version__,
@@ -150,9 +174,11 @@ def make_app(
         # The documentation pages load scripts from a CDN; the schema itself stays at /openapi.json.
         docs_url=None,
         redoc_url=None,
+        dependencies=[Depends(check_query)],
     )
-    _add_operations(app, lookup, clock, process)
-    _add_api(app, lookup, clock, links or Links())
+    _add_operations(app, lookup, clock, process, health)
+    _add_overview(app, lookup, clock, process, health, links or Links())
+    _add_api(app, lookup, clock)
     add_evidence(app, lookup, evidence, forget, Bodies(max_body_bytes, on_refused))
     for file in files("latentwatch.collector.http").joinpath("static").iterdir():
         if media := _PAGE_MEDIA.get(PurePath(file.name).suffix):
@@ -165,10 +191,19 @@ def make_app(
 
 
 def _add_operations(
-    app: FastAPI, lookup: Lookup, clock: Callable[[], float], process: Callable[[], ProcessFacts]
+    app: FastAPI,
+    lookup: Lookup,
+    clock: Callable[[], float],
+    process: Callable[[], ProcessFacts],
+    health: HealthWatch,
 ) -> None:
     families = Families(lookup.watchlist, lookup.bounds.feature_samples)
-    page = MetricsPage(lambda: families.of(lookup.snapshot(clock()), process()))
+
+    def shown() -> Iterator[Family]:
+        snapshot, facts = lookup.snapshot(clock()), process()
+        return families.of(snapshot, facts, health.found(snapshot, facts))
+
+    page = MetricsPage(shown)
 
     @app.get("/metrics", response_class=Response, tags=["operations"])
     async def metrics(accept: Annotated[str, Header()] = "") -> Response:
@@ -176,14 +211,31 @@ def _add_operations(
         media, open_metrics = negotiate(accept)
         return Response(await page.render(open_metrics=open_metrics), headers={"content-type": media})
 
-    @app.get("/healthz", response_model=Health, tags=["operations"])
-    async def healthz() -> Response:
-        """Answers while the collector's loop runs, whether or not engines are connected."""
-        connected = sum(replica.connected for replica in lookup.snapshot(clock()).replicas)
-        return as_json(Health("ok", __version__, connected))
+    @app.get("/healthz", response_model=Health | HealthInFull, responses=_HEALTH, tags=["operations"])
+    async def healthz(
+        request: Request,
+        verbose: Annotated[Literal["", "0", "1", "false", "true"], Query(description="every cause that is so")] = "0",
+    ) -> Response:
+        """Answers while the collector's loop runs, whether or not engines are connected; always 200, since a restart
+        of the collector mends none of what `?verbose` names. That asks for a reader's token, where there is one."""
+        snapshot = lookup.snapshot(clock())
+        connected = sum(replica.connected for replica in snapshot.replicas)
+        if verbose in ("0", "false"):
+            return as_json(Health("ok", __version__, connected))
+        if READ not in request.auth.scopes:
+            raise HTTPException(401, "Show the token of --http-token-file.", {"www-authenticate": "Bearer"})
+        found = health.found(snapshot, process())
+        return as_json(HealthInFull("ok", __version__, connected, found, sorted(CAUSES)))
 
 
-def _add_api(app: FastAPI, lookup: Lookup, clock: Callable[[], float], links: Links) -> None:
+def _add_overview(
+    app: FastAPI,
+    lookup: Lookup,
+    clock: Callable[[], float],
+    process: Callable[[], ProcessFacts],
+    health: HealthWatch,
+    links: Links,
+) -> None:
     @app.get("/v1/overview", response_model=Overview, tags=["api"])
     async def get_overview(
         features: Annotated[int, Query(ge=0, le=MAX_FEATURES)] = 48,
@@ -195,18 +247,40 @@ def _add_api(app: FastAPI, lookup: Lookup, clock: Callable[[], float], links: Li
         `features` many of those that match `search`, from rank `first` on. An id finds its feature alone; any other
         text is looked for in ids, labels, hook points and severities.
         """
-        view = overview(lookup, clock(), most_features=features, first_feature=first, search=search, links=links)
-        return as_json(view)
+        found = overview(
+            lookup,
+            clock(),
+            most_features=features,
+            first_feature=first,
+            search=search,
+            links=links,
+            causes_of=lambda snapshot: health.found(snapshot, process()),
+        )
+        return as_json(found)
 
+
+def _add_api(app: FastAPI, lookup: Lookup, clock: Callable[[], float]) -> None:
     @app.get("/v1/features", response_model=Features, tags=["api"])
     async def get_features() -> Response:
         """Every feature of the watchlist."""
         return as_json(features_of(lookup, clock()))
 
     @app.get("/v1/exceedances", response_model=Exceedances, tags=["api"])
-    async def get_exceedances(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
-        """Requests that went above a feature's limit."""
-        return as_json(Exceedances(lookup.exceedances(limit)))
+    async def get_exceedances(
+        feature: Annotated[str | None, Query(max_length=64)] = None,
+        severity: Severity | None = None,
+        model_name: Annotated[str | None, Query(max_length=253)] = None,
+        since_seconds: float | None = None,
+        until_seconds: float | None = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> Response:
+        """Requests that went above a feature's limit, newest first; times are seconds since the Unix epoch."""
+        known = {"feature": [one.id for one in lookup.features], "model_name": lookup.model_names()}
+        for name, value in (("feature", feature), ("model_name", model_name)):
+            if value is not None and value not in known[name]:
+                raise unknown_name(name, value, known[name])
+        wanted = Wanted(feature, severity, model_name, since_seconds, until_seconds)
+        return as_json(Exceedances(lookup.exceedances(limit, wanted)))
 
     @app.get("/v1/anomalies", response_model=Anomalies, tags=["api"])
     async def get_anomalies(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:

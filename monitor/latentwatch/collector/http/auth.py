@@ -59,7 +59,7 @@ class Access(AuthenticationBackend):
         if not is_known and self._readers is not None and conn.scope["path"] != "/healthz":
             self._on_refused(RefusalReason.HTTP_UNAUTHENTICATED)
             raise AuthenticationError
-        scopes = [READ]
+        scopes = [READ] if is_known or self._readers is None else []
         if is_known or (self._readers is None and self._evidence_is_open()):
             scopes.append(EVIDENCE)
         if erases and as_bearer:  # what a browser sends by itself erases nothing

@@ -18,6 +18,7 @@ from latentwatch.collector.http.auth import BEARER, ERASE, EVIDENCE
 from latentwatch.collector.http.bodies import BODY_ANSWERS, Bodies, json_body
 from latentwatch.collector.http.responses import as_json
 from latentwatch.collector.lookup import Lookup
+from latentwatch.collector.snapshot import RequestView
 from latentwatch.errors import ConfigRefused
 from latentwatch.evidence.archive import StoredRequest, Wanted
 from latentwatch.evidence.encryption import MAX_TOKENS, Content, Vault
@@ -85,13 +86,15 @@ class EvidenceErased:
     by: IdKind
     """As what the id was compared."""
     deleted: list[ErasedRequest]
-    """Which requests; those in memory only are not among them."""
+    """Which requests."""
     dry_run: bool
     requests: int
     rows: int
     clean: bool
     """Whether no trace is left in the files; false while a reader keeps an older state open, or where the collector's
     own state could not be written."""
+    memory_only: int = 0
+    """Of the requests, those that no evidence was written of: only this collector's memory and state knew them."""
     damaged_files: tuple[str, ...] = ()
     """Files that cannot be used; they may hold rows of this request until they are repaired or removed."""
 
@@ -167,7 +170,11 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
     ) -> Response:
         """Exceedances, newest first; times are seconds since the Unix epoch."""
         wanted = Wanted(feature, severity, model_name, since_seconds, until_seconds)
-        return as_json(EvidenceExceedances(await evidence.exceedances(wanted, limit, _actor(request))))
+        try:
+            found = await evidence.exceedances(wanted, limit, _actor(request))
+        except ConfigRefused as refusal:
+            raise HTTPException(422, str(refusal)) from refusal
+        return as_json(EvidenceExceedances(found))
 
     @app.get(
         "/v1/evidence/requests/{request_id:path}",
@@ -212,18 +219,22 @@ def add_evidence(app: FastAPI, lookup: Lookup, evidence: Evidence | None, forget
             await evidence.told(request_id, len(found if kind is None else meant), _actor(request))
         if kind is None:
             raise HTTPException(409, f"{_AMBIGUOUS} {_listed(found)}")
-        views = map(lookup.request, lookup.find(request_id, kind))
-        if any(view.outcome == "open" for view in views if view):
+        views = [view for view in map(lookup.request, lookup.find(request_id, kind)) if view]
+        if any(view.outcome == "open" for view in views):
             raise HTTPException(409, "The request still runs and more of it would be written. Ask again once it ended.")
         if dry_run:
-            return as_json(EvidenceErased(kind, _named(meant), True, len(meant), 0, True))
+            unwritten = _unwritten(views, meant)
+            deleted = _named(meant) + unwritten
+            return as_json(EvidenceErased(kind, deleted, True, len(deleted), 0, True, len(unwritten)))
         erased, gone = await evidence.erase(request_id, kind, _actor(request), forget)
-        if not erased.requests:
+        unwritten = _unwritten(views, gone)
+        if not erased.requests and not unwritten:
             beyond = f" {len(erased.damaged)} damaged files may hold it: {', '.join(erased.damaged)}."
             said = f"request {request_id[:MAX_ID_CHARACTERS]!r} is not kept. {_NOT_KEPT}"
             raise HTTPException(404, said + (beyond if erased.damaged else ""))
-        counts = erased.requests, erased.rows, erased.clean, erased.damaged
-        return as_json(EvidenceErased(kind, _named(gone), False, *counts))
+        deleted, count = _named(gone) + unwritten, erased.requests + len(unwritten)
+        counts = count, erased.rows, erased.clean, len(unwritten), erased.damaged
+        return as_json(EvidenceErased(kind, deleted, False, *counts))
 
     @app.put(
         "/v1/evidence/content/{request_id:path}",
@@ -270,6 +281,12 @@ def _remembered(lookup: Lookup, name: str) -> list[tuple[set[IdKind], str]]:
         for serial in lookup.find(name, kind):
             kinds.setdefault(serial, set()).add(kind)
     return [(of, view.response_id) for serial, of in kinds.items() if (view := lookup.request(serial))]
+
+
+def _unwritten(views: Sequence[RequestView], written: Sequence[Match]) -> list[ErasedRequest]:
+    """Requests in memory of which there is no evidence."""
+    known = {match.request_id for match in written}
+    return [ErasedRequest(view.request_id, view.response_id) for view in views if view.request_id not in known]
 
 
 def _listed(matches: Sequence[Match]) -> str:

@@ -5,7 +5,7 @@ Shape legend: F features, M windows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 from latentwatch import __version__
 from latentwatch.aggregate.window import FeatureWindow
 from latentwatch.arrays import Array
+from latentwatch.collector.health.cause import FoundCause
 from latentwatch.collector.http.verdicts import Coverage, Engine, Verdict, is_anything_wrong, is_everything_seen
 from latentwatch.collector.lookup import Lookup
 from latentwatch.collector.snapshot import Anomaly, ReplicaView, Snapshot
@@ -93,6 +94,8 @@ class Overview:
     """Requests that exceeded a limit, the latest first, each with everything that it exceeded."""
     engines: list[Engine]
     links: Links
+    causes: list[FoundCause]
+    """What is wrong with the monitor itself, the worst first."""
 
 
 def overview(
@@ -103,12 +106,14 @@ def overview(
     first_feature: int = 0,
     search: str = "",
     links: Links = Links(),  # noqa: B008: frozen, so that it is no state of its own
+    causes_of: Callable[[Snapshot], Sequence[FoundCause]] = lambda _: (),
 ) -> Overview:
     """The state as the page shows it: of the features that match `search`, at most so many from this rank on.
 
     A feature's id matches that feature alone; any other text those that have it in id, label, hook point or severity.
     """
     snapshot = lookup.snapshot(now)
+    causes = causes_of(snapshot)
     end, windows = lookup.recent(now)
     totals = sum((engine.tokens for engine in snapshot.engines), np.zeros(TOKEN_SHAPE, np.int64))
     missed_M = windows.tokens_by_state[:, [TokenState.UNSEEN, TokenState.DROPPED]].sum(axis=1)
@@ -118,7 +123,7 @@ def overview(
     flagged = lookup.anomalies(REQUESTS_SHOWN)
     drifting = _drifting(lookup, snapshot)
     minutes = lookup.bounds.windows * lookup.bounds.window_seconds / 60
-    seen = is_everything_seen(coverage, engines, minutes)
+    seen = is_everything_seen(coverage, engines, minutes, causes)
     found = _found(lookup, windows, drifting, search.strip())
     return Overview(
         now=now,
@@ -150,6 +155,7 @@ def overview(
         flagged=flagged,
         engines=engines,
         links=links,
+        causes=list(causes),
     )
 
 

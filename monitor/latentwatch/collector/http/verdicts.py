@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from latentwatch.collector.health.cause import COVERAGE_GOAL, FoundCause
 from latentwatch.facts import ExceedanceView
 from latentwatch.names import ModelMatch, Severity
 from latentwatch.watchlist.file import Feature
 
-COVERAGE_GOAL: Final = 0.999
-"""The share of tokens seen below which the page says that something is missing; the objective of the coverage alert."""
 _POOR_COVERAGE: Final = 0.9
+_SAID: Final = ("no_engine", "engine_silent", "engine_not_armed", "model_differs", "coverage_low")
+"""Causes that the verdict has words of its own for."""
+_RANK: Final = {"ok": 0, "notice": 0, "unknown": 0, "waiting": 1, "attention": 1, "problem": 2}
 
 Level = Literal["ok", "waiting", "attention", "problem"]
 
@@ -101,8 +103,22 @@ def is_anything_wrong(
     return Verdict("ok", "Nothing is wrong", f"{nothing}.")
 
 
-def is_everything_seen(coverage: Coverage, engines: Sequence[Engine], minutes: float) -> Verdict:
-    """Whether every token of the last `minutes` was scored, else the first thing to look at."""
+def is_everything_seen(
+    coverage: Coverage, engines: Sequence[Engine], minutes: float, causes: Sequence[FoundCause] = ()
+) -> Verdict:
+    """Whether every token of the last `minutes` was scored, else the first thing to look at.
+
+    Args: causes: what is wrong with the monitor, the worst first; nobody reads "everything is seen" beside a full disk.
+    """
+    verdict = _of_engines(coverage, engines, minutes)
+    worse = [cause for cause in causes if cause.name not in _SAID and _RANK[cause.level] > _RANK[verdict.level]]
+    if not worse:
+        return verdict
+    level: Level = "problem" if worse[0].level == "problem" else "attention"
+    return Verdict(level, worse[0].headline, f"{worse[0].found[:1].upper()}{worse[0].found[1:]}".rstrip(".") + ".")
+
+
+def _of_engines(coverage: Coverage, engines: Sequence[Engine], minutes: float) -> Verdict:
     lately = f"in the last {minutes:g} minutes"
     blind = [engine for engine in engines if engine.state == "not armed"]
     away = [engine for engine in engines if engine.state == "disconnected"]

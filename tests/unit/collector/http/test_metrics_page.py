@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 from latentwatch.collector.core import Core
 from latentwatch.collector.http.metrics_page import MetricsPage
-from latentwatch.collector.metrics_families import ProcessFacts
+from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.export.families import Family
 from latentwatch.export.metrics import Metric
 from starlette.testclient import TestClient

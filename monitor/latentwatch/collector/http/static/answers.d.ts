@@ -157,6 +157,17 @@ export interface Features {
   features: FeatureTotals[];
 }
 
+/** A cause that is so now. */
+export interface FoundCause {
+  name: string;
+  part: "engines" | "storage" | "judgement";
+  level: "problem" | "attention" | "notice" | "unknown";
+  headline: string;
+  found: string;
+  instead: string;
+  alert: string;
+}
+
 /** A request exceeds the limit when the statistic of its activations goes above `value`. */
 export interface Limit {
   statistic: string;
@@ -193,6 +204,7 @@ export interface Overview {
   flagged: Anomaly[];
   engines: Engine[];
   links: Links;
+  causes: FoundCause[];
 }
 
 /** How often requests go above a limit: as its baseline promised, and as it was seen here. */

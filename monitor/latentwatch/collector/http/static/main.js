@@ -6,6 +6,7 @@ import { followAddress, showDetails } from "./details.js";
 import { at, setText } from "./dom.js";
 import { refreshDrift } from "./drift.js";
 import { clockTime } from "./format.js";
+import { showHealth } from "./health.js";
 import { followKeys } from "./keys.js";
 import { hashOf } from "./links.js";
 import { PAGE, showOverview } from "./overview.js";
@@ -28,6 +29,7 @@ async function ask() {
   if (asked !== question) return;
   shownSeconds = view.now;
   showOverview(view, asked, catalogue);
+  showHealth(view.causes);
 }
 
 /** @param {number} rank of the first feature to show */

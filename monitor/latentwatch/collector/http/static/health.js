@@ -1,0 +1,33 @@
+// What is wrong with the monitor itself: the collector's table of health causes, in its words.
+
+import { at, liveList, make, setText } from "./dom.js";
+
+/** @import { FoundCause } from "./answers.d.ts" */
+/** @import { Row } from "./dom.js" */
+
+const showRows = liveList(at("health-causes"), (cause) => cause.name, causeRow);
+
+/** @param {FoundCause[]} causes the worst first */
+export function showHealth(causes) {
+  showRows(causes);
+  at("health").hidden = causes.length === 0;
+  const wrong = causes.filter((cause) => cause.level === "problem" || cause.level === "attention").length;
+  setText(at("health-note"), wrong === 0 ? "Nothing is wrong with it." : "");
+}
+
+/** @returns {Row<FoundCause>} */
+function causeRow() {
+  const headline = make("strong");
+  const found = make("span");
+  const instead = make("span", { className: "note" });
+  const node = make("li", { className: "cause" }, headline, " ", found, " ", instead);
+  return {
+    node,
+    update(cause) {
+      node.dataset.level = cause.level;
+      setText(headline, `${cause.headline}:`);
+      setText(found, `${cause.found}.`);
+      setText(instead, cause.instead);
+    },
+  };
+}
