@@ -38,7 +38,7 @@ def routes(client: TestClient) -> list[tuple[str, str, list[str]]]:
     """Method, path and query parameters of everything in the schema."""
     paths = client.get("/openapi.json").json()["paths"]
     return [
-        (
+        (method, path.replace("{request_id}", "x"), [one["name"] for one in said.get("parameters", []) if one["in"] == "query"])
             method,
             path.replace("{request_id}", "x"),
             [p["name"] for p in said.get("parameters", []) if p["in"] == "query"],
