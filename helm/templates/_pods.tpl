@@ -96,6 +96,12 @@ seccompProfile:
 - --listen=unix:///run/latentwatch/collector.sock
 {{- else }}
 - --listen={{ .Values.collector.bindAddress }}:{{ .Values.collector.grpcPort }}
+{{- if not (or .Values.engineToken .Values.tls.enabled .Values.collector.insecure) }}
+{{- fail "mode: gateway listens to the network: give engineToken or tls, or say collector.insecure: true where the network policy is enough" }}
+{{- end }}
+{{- end }}
+{{- if or .Values.collector.insecure .Values.httpOpen }}
+- --insecure
 {{- end }}
 - --http={{ .Values.collector.bindAddress }}:{{ .Values.collector.httpPort }}
 - --state=/var/lib/latentwatch/state

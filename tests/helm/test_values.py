@@ -119,6 +119,15 @@ def test_a_gateway_that_should_forward_is_refused():
         chart.objects(chart.least(forward={"to": "other:4319"}))
 
 
+def test_a_gateway_that_would_listen_to_anybody_is_refused_until_it_is_said():
+    alone = {key: value for key, value in chart.least().items() if key != "engineToken"}
+    with pytest.raises(HelmRenderError, match="give engineToken or tls, or say collector.insecure: true"):
+        chart.objects(alone)
+    said = chart.objects({**alone, "collector": {"insecure": True}})
+    (container,) = chart.the(said, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert "--insecure" in container["args"]
+
+
 def test_every_object_of_the_schema_is_closed():
     """Beside those that Kubernetes itself checks, of which we list no property."""
     closed = [node for node in nodes(SCHEMA) if node.get("type") == "object" and "properties" in node]

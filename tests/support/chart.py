@@ -108,6 +108,7 @@ def matrix() -> Iterator[tuple[str, Object]]:
             {
                 "mode": mode,
                 "image": {"repository": "registry.example/latentwatch"},
+                "collector": {"insecure": mode == "gateway"},
                 "watchlist": watchlists[watchlist],
                 "injection": {"method": method},
                 "vllm": {"enabled": served, "model": "google/gemma-2-2b-it" if served else "", "replicas": 2},

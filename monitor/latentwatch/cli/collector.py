@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from latentwatch.collector.telemetry import TelemetrySettings
 
 HELP = "Receive what engines score, and serve metrics, a JSON API and a live page."
-EPILOG = """Each option may stand in the file of --config instead (http: 0.0.0.0:9464) or in the environment
+EPILOG = """Each option may stand in the file of --config instead (http: 127.0.0.1:9465) or in the environment
 (LATENTWATCH_SETTING_HTTP). A flag counts before the environment, the environment before the file.
 example:  latentwatch collector --watchlist prod.safetensors
           then open http://127.0.0.1:9464/ and start vLLM with LATENTWATCH_WATCHLIST=prod.safetensors
@@ -88,6 +88,7 @@ def settings(config: CollectorConfig) -> CollectorSettings:
         watchlist=config.watchlist,
         listen=config.listen,
         http=config.http,
+        insecure=config.insecure,
         state=config.state,
         drift=options.drift_settings(config.baseline, config.canary_key, config.route),
         evidence=_evidence(config),

@@ -44,6 +44,10 @@ def _add_setting(group: argparse._ActionsContainer, name: str, field: FieldInfo)
 
     parts = [*field.metadata, *_parts(field.annotation)]
     is_list = get_origin(field.annotation) is tuple
+    if field.annotation is bool:
+        text = " ".join(str(field.description).split())
+        group.add_argument(f"--{flag(name)}", dest=name, action="store_true", default=argparse.SUPPRESS, help=text)
+        return
     group.add_argument(
         f"--{flag(name)}",
         dest=name,

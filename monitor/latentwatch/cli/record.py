@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--listen", action="append", required=True, metavar="ADDRESS", help="where engines connect, as for a collector"
     )
+    parser.add_argument(
+        "--insecure", action="store_true", help="listen on addresses that other hosts reach: it asks for no token"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new file")
 
 
@@ -26,9 +29,11 @@ def run(args: argparse.Namespace) -> int:
     import signal
     import time
 
+    from latentwatch.transport.address import check_guarded
     from latentwatch.transport.receiver import Receiver
     from latentwatch.transport.recording import RecordingSink
 
+    check_guarded("--listen", args.listen, args.insecure, "")
     try:
         sink = RecordingSink(args.out)
     except OSError as error:

@@ -40,6 +40,7 @@ class Metavar:
 File = Annotated[Path, Metavar("FILE")]
 Url = Annotated[str, Metavar("URL"), Field(pattern="^https?://")]
 Folder = Annotated[Path, Metavar("FOLDER")]
+Url = Annotated[str, Metavar("URL"), Field(pattern="^https?://")]
 Count = Annotated[int, Metavar("N"), Field(gt=0)]
 Amount = Annotated[float, Metavar("N"), Field(gt=0, allow_inf_nan=False)]
 
@@ -55,6 +56,9 @@ class CollectorConfig(BaseSettings):
     """the built watchlist; engines that score with another one are refused"""
     listen: tuple[Annotated[str, Metavar("ADDRESS")], ...] = ("unix:///run/latentwatch/collector.sock",)
     """where engines connect, unix:///path or host:port; may be given more than once"""
+    insecure: bool = False
+    """listen on addresses that other hosts reach although neither TLS nor a token guards them; without it they are
+    refused"""
     http: Annotated[str, Metavar("HOST:PORT")] = "127.0.0.1:9464"
     """where /metrics, the API and the page are served; beyond loopback give it a token"""
     state: Folder | None = None

@@ -62,7 +62,7 @@ class ExceedanceRing:
 
         Args: wanted: says of EXCEEDANCE rows which are; None for all.
         """
-        places = self._newest_first(len(self._exceedances) if wanted else limit)
+        places = self._newest_first(limit if wanted is None else len(self._exceedances))
         if wanted is not None:
             places = places[wanted(self._exceedances[places])][:limit]
         yield from map(self._listed, places.tolist())

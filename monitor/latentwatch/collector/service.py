@@ -40,6 +40,7 @@ from latentwatch.drift.canary import canary_prompt
 from latentwatch.drift.limits import with_limits
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.export.families import Family
+from latentwatch.transport.address import check_guarded
 from latentwatch.transport.credentials import Credentials, ServerTls, Tokens
 from latentwatch.transport.hello import Hello
 from latentwatch.transport.receiver import PEER_STREAMS, Receiver
@@ -77,6 +78,8 @@ class CollectorSettings:
     """Addresses for engines: unix:///path or host:port."""
     http: str
     """Address for metrics, API and page: host:port."""
+    insecure: bool = False
+    """Whether an address that other hosts reach may be plain and ask for no token; else it is refused."""
     bounds: Bounds = field(default_factory=Bounds)
     state: Path | None = None
     """Folder in which the state survives this process; None keeps it in memory."""
@@ -161,8 +164,12 @@ def wire(settings: CollectorSettings) -> Parts:
     """Every part, each given what it needs.
 
     Raises: WatchlistRefused, BaselineRefused, StateRefused, ConfigRefused "target_invalid", "tls_unusable",
-            "token_unusable" or "request_id_key".
+            "token_unusable", "request_id_key" or "plain_address".
     """
+    if not settings.insecure:
+        check_guarded("--listen", settings.listen, bool(settings.tls or settings.token_files), "--token-file")
+        guards = bool(settings.http_tls or settings.http_token_files)
+        check_guarded("--http", [settings.http], guards, "--http-token-file")
     watchlist = watchlist_file.read(settings.watchlist)
     limited = with_limits(watchlist, settings.drift.baseline)
     pseudonyms = _pseudonyms(settings)

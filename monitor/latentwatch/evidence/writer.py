@@ -188,11 +188,11 @@ class Writer:
         try:
             work()
         except Exception as error:  # whatever a disk or a driver does, the thread goes on
-            self._last_error = f"{type(error).__name__}: {error}"[:_ERROR_CHARACTERS]
+            reason = error.__cause__ if isinstance(error, NotWritten) else error
+            self._last_error = f"{type(reason).__name__}: {reason}"[:_ERROR_CHARACTERS]
             if time.monotonic() - self._complained > _COMPLAIN_SECONDS:
                 self._complained = time.monotonic()
-                reason = error.__cause__ if isinstance(error, NotWritten) else error
-                log.warning("%s is not written: %s: %s", self._thread.name, type(reason).__name__, reason)
+                log.warning("%s is not written: %s", self._thread.name, self._last_error)
             return error
         return None
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -69,6 +71,37 @@ def positive(env: Mapping[str, str], name: str, unset: float, *, or_zero: bool =
             reason=RefusalReason.CONFIG_VALUE,
         )
     return value
+
+
+def check_guarded(option: str, listen: Sequence[str], guarded: bool, token_option: str) -> None:
+    """Refuse to be open to other hosts by accident.
+
+    Args: guarded: whether TLS or a token is asked for.   token_option: the option that names the token's file; empty
+          where there is none.
+    Raises: ConfigRefused "plain_address" for an address that other hosts reach and nothing guards; "target_invalid".
+    """
+    for text in listen:
+        address = Address.parse(text, listening=True)
+        if not guarded and not address.socket_path and not is_only_here(address.host):
+            raise ConfigRefused(
+                f"{option} {text}",
+                found="other hosts reach it, and neither TLS nor a token says who may",
+                instead=(f"Give it {token_option} FILE or a certificate, or listen" if token_option else "Listen")
+                + " on 127.0.0.1 or a Unix socket; or say --insecure where the network itself lets in nobody else.",
+                reason=RefusalReason.PLAIN_ADDRESS,
+            )
+
+
+def is_only_here(host: str) -> bool:
+    """Whether what listens on this host, a name or an address, is reached from this machine alone.
+
+    A name that does not resolve is refused when it is bound.
+    """
+    try:
+        found = {str(row[4][0]) for row in socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return host == "localhost"
+    return all(ipaddress.ip_address(one.partition("%")[0]).is_loopback for one in found)
 
 
 def cannot_listen(asked: str, error: OSError, *, instead: str) -> ConfigRefused:

@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
+from latentwatch import secrets
+from latentwatch.cli import main
 from latentwatch.collector.service import CollectorSettings, Service
 from latentwatch.errors import ConfigRefused, WatchlistRefused
 from latentwatch.transport import codec
@@ -83,7 +86,7 @@ def test_an_engine_address_in_use_frees_the_http_port_again(built):
 )
 def test_an_address_that_cannot_be_served_is_refused(built, http, reason):
     async def scenario() -> None:
-        await Service(settings(built, http)).start()
+        await Service(replace(settings(built, http), insecure=True)).start()
 
     with pytest.raises(ConfigRefused) as refused:
         in_loop(scenario())
@@ -150,3 +153,35 @@ def test_every_refused_stream_is_counted_once_whoever_refused_it(built):
 
     refused = in_loop(scenario())
     assert refused.pop("watchlist_mismatch") == 1 and sum(refused.values()) == 1
+
+
+PUBLIC = ("0.0.0.0:0", "[::]:0", "192.0.2.1:4319")
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+@pytest.mark.parametrize("option", ["--listen", "--http"])
+def test_an_address_that_other_hosts_reach_is_refused_without_tls_token_or_a_word(built, option, address):
+    plain = settings(built)
+    open_to_all = (
+        replace(plain, listen=(*plain.listen, address)) if option == "--listen" else replace(plain, http=address)
+    )
+    with pytest.raises(ConfigRefused) as refused:
+        Service(open_to_all)
+    assert refused.value.reason == "plain_address" and refused.value.what == f"{option} {address}"
+    assert "--insecure" in refused.value.instead and "token-file" in refused.value.instead
+    Service(replace(open_to_all, insecure=True))
+    token = built.parent / "token"
+    secrets.write(token, b"correct-horse-battery")
+    guards = {"--listen": {"token_files": (token,)}, "--http": {"http_token_files": (token,)}}
+    Service(replace(open_to_all, **guards[option]))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "127.0.0.53:0", "localhost:0", "[::1]:0"])
+def test_this_host_alone_needs_neither(built, address):
+    Service(replace(settings(built, address), listen=(address,)))
+
+
+def test_a_recording_listens_to_other_hosts_only_when_told_to(tmp_path, capsys):
+    out = tmp_path / "r"
+    assert main(["record", "--listen", "0.0.0.0:0", "--out", str(out)]) == 2
+    assert "--insecure" in capsys.readouterr().err and not out.exists()

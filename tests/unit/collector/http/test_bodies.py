@@ -258,7 +258,7 @@ def test_requests_in_a_row_are_answered_in_their_order_and_one_that_is_not_ours_
 @pytest.mark.parametrize("path", ["/v1/evidence/exceedances", "/v1/evidence/requests/chatcmpl-1", PATH])
 @pytest.mark.parametrize(("headers", "status"), [({}, (401, 403)), (BEARER, (200, 404))], ids=["stranger", "trusted"])
 def test_beyond_loopback_evidence_is_told_to_nobody_without_a_token(start, path, headers, status):
-    service = start(http="0.0.0.0:0")
+    service = start(http="0.0.0.0:0", insecure=True)
     url = service.http_url.replace("0.0.0.0", "127.0.0.1")
     assert ask(url, path, headers=headers).status in status
     assert ask(url, "/v1/overview").status == 200
