@@ -73,6 +73,12 @@
 - name: LATENTWATCH_COLLECTOR_TOKEN_FILE
   value: /etc/latentwatch/engine-token/{{ .key }}
 {{- end }}
+{{- if .Values.spool.enabled }}
+- name: LATENTWATCH_SPOOL
+  value: /var/spool/latentwatch
+- name: LATENTWATCH_SPOOL_MIB
+  value: {{ int64 .Values.spool.mib | quote }}
+{{- end }}
 {{- if eq .Values.injection.method "initContainer" }}
 - name: PYTHONPATH
   value: {{ list (include "latentwatch.pluginFolder" .) .Values.injection.pythonPath | compact | join ":" | quote }}
@@ -95,6 +101,10 @@
 {{- if eq .Values.mode "sidecar" }}
 - name: latentwatch-run
   mountPath: /run/latentwatch
+{{- end }}
+{{- if .Values.spool.enabled }}
+- name: latentwatch-spool
+  mountPath: /var/spool/latentwatch
 {{- end }}
 {{- end -}}
 
@@ -128,4 +138,28 @@
 - name: latentwatch-plugin
   emptyDir: {}
 {{- end }}
+{{- if .Values.spool.enabled }}
+- name: latentwatch-spool
+  {{- toYaml (default (dict "emptyDir" dict) .Values.spool.volume) | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* What a pod template gets, from `labels:` on, as a strategic merge patch. */}}
+{{- define "latentwatch.podPatch" -}}
+metadata:
+  labels:
+    {{- include "latentwatch.watchedLabel" . | nindent 4 }}
+spec:
+  {{- with include "latentwatch.injectedInitContainers" . | trim }}
+  initContainers:
+    {{- . | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: {{ .Values.vllm.containerName }}
+      env:
+        {{- include "latentwatch.injectedEnv" . | nindent 8 }}
+      volumeMounts:
+        {{- include "latentwatch.injectedMounts" . | trim | nindent 8 }}
+  volumes:
+    {{- include "latentwatch.injectedVolumes" . | trim | nindent 4 }}
 {{- end -}}

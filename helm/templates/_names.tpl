@@ -79,6 +79,19 @@ key: token
 {{- with .Values.collector.httpHosts }}
 {{ toYaml . }}
 {{- end }}
+{{- if and .Values.ingress.enabled .Values.ingress.host }}
+{{ toYaml (list .Values.ingress.host) }}
+{{- end }}
+{{- if .Values.httpRoute.enabled }}
+{{- with .Values.httpRoute.hostnames }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* "https" where the collector itself speaks TLS to readers. */}}
+{{- define "latentwatch.httpScheme" -}}
+{{ ternary "https" "http" (ne .Values.httpTls.secretName "") }}
 {{- end -}}
 
 {{/* Host and port at which engines reach the gateway. */}}

@@ -64,7 +64,7 @@ seccompProfile:
 - name: latentwatch-{{ index . 0 }}
   secret:
     secretName: {{ index . 1 }}
-    defaultMode: {{ ternary "0444" "0400" (has (index . 0) (list "tls" "forward-ca")) }}
+    defaultMode: {{ ternary "0444" "0400" (has (index . 0) (list "tls" "http-tls" "forward-ca")) }}
     {{- if index . 3 }}
     optional: true
     {{- end }}
@@ -158,6 +158,10 @@ seccompProfile:
 {{- with include "latentwatch.httpToken" . | fromYaml }}
 - --http-token-file=/etc/latentwatch/http-token/{{ .key }}
 {{- end }}
+{{- if .Values.httpTls.secretName }}
+- --http-tls-cert=/etc/latentwatch/http-tls/tls.crt
+- --http-tls-key=/etc/latentwatch/http-tls/tls.key
+{{- end }}
 {{- with .Values.engineToken }}
 - --token-file=/etc/latentwatch/engine-token/{{ .key }}
 {{- end }}
@@ -214,6 +218,9 @@ securityContext:
 {{- if .Values.tls.enabled }}
 {{ include "latentwatch.mount" "tls" }}
 {{- end }}
+{{- if .Values.httpTls.secretName }}
+{{ include "latentwatch.mount" "http-tls" }}
+{{- end }}
 - name: latentwatch-data
   mountPath: /var/lib/latentwatch
 - name: latentwatch-tmp
@@ -234,6 +241,9 @@ securityContext:
 {{- end }}
 {{- if .Values.tls.enabled }}
 {{ include "latentwatch.secretVolume" (list "tls" (include "latentwatch.tlsSecret" .) (list "tls.crt" "tls.key" "ca.crt") $optional) }}
+{{- end }}
+{{- with .Values.httpTls.secretName }}
+{{ include "latentwatch.secretVolume" (list "http-tls" . (list "tls.crt" "tls.key") $optional) }}
 {{- end }}
 - name: latentwatch-data
 {{- with .Values.persistence }}

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -122,7 +123,10 @@ class Gateway:
         """What the kubelet does. Raises OSError, of which urllib's errors are kinds, where it would not pass."""
         get = self.container[name]["httpGet"]
         (port,) = (port["containerPort"] for port in self.container["ports"] if port["name"] == get["port"])
-        urllib.request.urlopen(f"http://127.0.0.1:{port}{get['path']}", timeout=5).close()
+        url = f"{get['scheme'].lower()}://127.0.0.1:{port}{get['path']}"
+        # A kubelet checks no certificate either.
+        tls = ssl._create_unverified_context() if get["scheme"] == "HTTPS" else None
+        urllib.request.urlopen(url, timeout=5, context=tls).close()
 
     def helm_test(self, *, streams: int) -> subprocess.CompletedProcess[str]:
         """The test pod's container, asking for this many streams."""
@@ -159,6 +163,7 @@ def test_an_engine_reaches_a_gateway_with_what_the_patch_gives_it(tmp_path):
     gateway = Gateway(
         tmp_path,
         httpToken={"name": "latentwatch-http", "key": "token"},
+        httpTls={"secretName": "latentwatch-http-tls"},
         engineToken={"name": "latentwatch-engines", "key": "token"},
         tls={"enabled": True, "issuer": {"name": "internal"}, "engineCertificates": True},
     )
@@ -168,6 +173,7 @@ def test_an_engine_reaches_a_gateway_with_what_the_patch_gives_it(tmp_path):
     certificate, key = authority.issue("both", pod)
     gateway.put(
         tls={"tls.crt": certificate.read_bytes(), "tls.key": key.read_bytes(), "ca.crt": authority.file.read_bytes()},
+        http_tls={"tls.crt": certificate.read_bytes(), "tls.key": key.read_bytes()},
         http_token={"token": b"readers-0123456789"},
         engine_token={"token": b"engines-0123456789"},
     )

@@ -20,24 +20,13 @@ DEFAULTS = yaml.safe_load((chart.HELM / "values.yaml").read_text())
 WRONG = [
     ({"mod": "gateway"}, "additional properties 'mod' not allowed"),
     ({"mode": "daemonset"}, "at '/mode': value must be one of 'gateway', 'sidecar'"),
-    ({"image": {"repository": ""}}, "at '/image/repository'"),
-    ({"image": {"repository": "registry.example/latentwatch:0.1.0"}}, "at '/image/repository'"),
-    ({"image": {"tag": "latest"}}, "at '/image/tag'"),
     ({"image": {"digest": "sha256:abc"}}, "at '/image/digest'"),
     ({"image": {"pullPolicy": "always"}}, "at '/image/pullPolicy'"),
     ({"imagePullSecrets": ["registry"]}, "at '/imagePullSecrets/0': got string, want object"),
     ({"watchlist": {"secret": {"name": "x"}}}, "at '/watchlist'"),
-    (
-        {"watchlist": {"image": {"reference": "r/w@sha256:0", "path": "w.safetensors"}}},
-        "at '/watchlist': maxProperties: got 2, want 1",
-    ),
     ({"watchlist": {"configMap": {"key": "../w"}}}, "at '/watchlist/configMap/key'"),
     ({"httpToken": {"key": "token"}}, "at '/httpToken': properties 'name' required, if 'key' exists"),
-    ({"tls": {"enabled": True}}, "at '/tls/issuer/name': minLength: got 0, want 1"),
-    ({"tls": {"engineCertificates": True, "issuer": {"name": "ca"}}}, "at '/tls/enabled': value must be true"),
     ({"tls": {"issuer": {"kind": "Vault"}}}, "at '/tls/issuer/kind'"),
-    ({"mode": "sidecar", "tls": {"enabled": True, "existingSecret": "t"}}, "at '/tls/enabled': value must be false"),
-    ({"mode": "sidecar", "engineToken": {"name": "t", "key": "t"}}, "at '/engineToken': maxProperties: got 2, want 0"),
     ({"runAsUser": 0}, "at '/runAsUser': minimum: got 0, want 1"),
     ({"runAsUser": "10001"}, "at '/runAsUser': got string, want integer"),
     ({"serviceAccount": {"automount": True}}, "at '/serviceAccount': additional properties 'automount' not allowed"),
@@ -49,13 +38,11 @@ WRONG = [
     ({"collector": {"extraEnv": {"TZ": "UTC"}}}, "at '/collector/extraEnv': got object, want array"),
     ({"collector": {"tolerations": [{"effects": "NoSchedule"}]}}, "at '/collector/tolerations/0'"),
     ({"collector": {"podLabels": {"team": 7}}}, "at '/collector/podLabels/team': got number, want string"),
-    ({"mode": "sidecar", "persistence": {"enabled": True}}, "at '/persistence/enabled'"),
     ({"baseline": {"configMap": {"name": "b"}}}, "at '/baseline/configMap': missing property 'key'"),
     ({"canaryKey": {"name": "canary"}}, "at '/canaryKey'"),
     ({"evidence": {"days": 0}}, "at '/evidence/days': exclusiveMinimum: got 0, want 0"),
     ({"evidence": {"keep": "some"}}, "at '/evidence/keep': value must be one of 'exceeded', 'all'"),
     ({"injection": {"method": "webhook"}}, "at '/injection/method'"),
-    ({"vllm": {"enabled": True}}, "at '/vllm/model': minLength"),
     ({"vllm": {"replicas": 1.5}}, "at '/vllm/replicas': got number, want integer"),
     ({"vllm": {"huggingFaceToken": {"name": "hf"}}}, "at '/vllm/huggingFaceToken'"),
     ({"vllm": {"strategy": {"type": "Rolling"}}}, "at '/vllm/strategy/type'"),
@@ -82,11 +69,84 @@ def test_a_wrong_value_is_refused_by_name(over, says):
         chart.objects(chart.least(**over))
 
 
+COMMON = {
+    "no image": ({"image": {"repository": ""}}, "image.repository is empty: no image is published. Build one"),
+    "a tag in the name": (
+        {"image": {"repository": "registry.example:5000/latentwatch:0.1.0"}},
+        'image.repository is "registry.example:5000/latentwatch:0.1.0": its tag goes into image.tag',
+    ),
+    "latest": ({"image": {"tag": "latest"}}, "image.tag is latest: a rollback has to be one. Give a version"),
+    "latest of vLLM": ({"vllm": {"image": {"tag": "latest"}}}, "vllm.image.tag is latest"),
+    "two watchlists": (
+        {"watchlist": {"image": {"reference": "r/w@sha256:0", "path": "w.safetensors"}}},
+        "watchlist has configMap, image: give one of them, and null for the others",
+    ),
+    "no model": ({"vllm": {"enabled": True}}, "vllm.enabled without vllm.model: which model is it to serve?"),
+    "TLS without a certificate": (
+        {"tls": {"enabled": True}},
+        "tls.enabled without a certificate: give tls.existingSecret",
+    ),
+    "certificates for engines, no TLS": (
+        {"tls": {"engineCertificates": True, "issuer": {"name": "ca"}}},
+        "tls.engineCertificates without tls.enabled",
+    ),
+    "certificates for engines, no issuer": (
+        {"tls": {"enabled": True, "existingSecret": "t", "engineCertificates": True}},
+        "tls.engineCertificates without tls.issuer.name",
+    ),
+    "TLS of a sidecar": (
+        {"mode": "sidecar", "tls": {"enabled": True, "existingSecret": "t"}},
+        "tls.enabled with mode: sidecar: nothing crosses the network",
+    ),
+    "a token of a sidecar": (
+        {"mode": "sidecar", "engineToken": {"name": "t", "key": "t"}},
+        "engineToken with mode: sidecar: nothing crosses the network",
+    ),
+    "a claim of a sidecar": (
+        {"mode": "sidecar", "persistence": {"enabled": True}},
+        "persistence.enabled with mode: sidecar: one claim cannot serve the sidecars of several pods",
+    ),
+    "a name and no certificate": ({"httpTls": {"serverName": "a.b"}}, "httpTls.serverName without httpTls.secretName"),
+    "an Ingress without a name": ({"ingress": {"enabled": True}}, "ingress.host: give the name under which people ask"),
+    "an Ingress for a sidecar": (
+        {"mode": "sidecar", "ingress": {"enabled": True, "host": "a.b"}},
+        "ingress.enabled: a sidecar has no Service of its own",
+    ),
+    "a route without a gateway": (
+        {"httpRoute": {"enabled": True, "hostnames": ["a.b"]}},
+        "httpRoute: give the gateway",
+    ),
+}
+"""Mistakes of which people are told in words, by what they did."""
+
+
+@pytest.mark.parametrize("mistake", COMMON)
+def test_a_common_mistake_is_refused_in_words(mistake):
+    over, says = COMMON[mistake]
+    with pytest.raises(HelmRenderError, match=re.escape(says)):
+        chart.objects(chart.least(**over))
+
+
+def test_several_mistakes_are_said_at_once():
+    with pytest.raises(HelmRenderError) as refused:
+        chart.objects(chart.least(image={"repository": ""}, vllm={"enabled": True}))
+    assert "image.repository is empty" in str(refused.value) and "which model is it to serve" in str(refused.value)
+
+
 def test_the_defaults_ask_for_the_two_values_that_only_the_operator_knows():
-    with pytest.raises(HelmValuesError) as refused:
+    with pytest.raises(HelmRenderError) as refused:
         chart.objects({})
-    assert "'/image/repository'" in str(refused.value)
-    assert "'/watchlist'" in str(refused.value)
+    assert str(refused.value).count("\n- ") == 2
+    assert "image.repository is empty" in str(refused.value) and "watchlist is empty" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "host", ["https://lw.example.org", "lw.example.org:8443", "lw.example.org/x", "LW.example.org"]
+)
+def test_a_host_is_a_name_and_nothing_more(host):
+    for over in ({"ingress": {"enabled": True, "host": host}}, {"httpRoute": {"hostnames": [host]}}):
+        with pytest.raises(HelmValuesError, match="host"):
+            chart.objects(chart.least(**over))
 
 
 def test_an_alert_that_does_not_exist_cannot_be_disabled():

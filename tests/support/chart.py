@@ -123,9 +123,55 @@ def matrix() -> Iterator[tuple[str, Object]]:
 
 def problems(found: Object, kubernetes: str = NEWEST) -> list[str]:
     """What the object's schema has against it, empty if nothing."""
+    if found["apiVersion"] == "gateway.networking.k8s.io/v1":
+        return [f"{error.json_path}: {error.message[:300]}" for error in _HTTP_ROUTE.iter_errors(found)]
     if package := CUSTOM.get(found["apiVersion"]):
         return _problems_of_custom(found, package)
     return list(_problems_of_builtin(json.dumps(found, sort_keys=True), kubernetes))
+
+
+def _closed(required: str, **properties: Object) -> Object:
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": required.split(),
+        "properties": properties,
+    }
+
+
+_TEXT = {"type": "string", "minLength": 1, "maxLength": 253}
+_PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
+_HTTP_ROUTE = jsonschema.Draft202012Validator(
+    _closed(
+        "apiVersion kind metadata spec",
+        apiVersion={"const": "gateway.networking.k8s.io/v1"},
+        kind={"const": "HTTPRoute"},
+        metadata={"type": "object"},
+        spec=_closed(
+            "parentRefs hostnames rules",
+            parentRefs={
+                "type": "array",
+                "maxItems": 32,
+                "items": _closed(
+                    "name", group=_TEXT, kind=_TEXT, name=_TEXT, namespace=_TEXT, sectionName=_TEXT, port=_PORT
+                ),
+            },
+            hostnames={"type": "array", "maxItems": 16, "items": _TEXT},
+            rules={
+                "type": "array",
+                "items": _closed(
+                    "matches backendRefs",
+                    matches={
+                        "type": "array",
+                        "items": _closed("path", path=_closed("type value", type=_TEXT, value=_TEXT)),
+                    },
+                    backendRefs={"type": "array", "items": _closed("name port", name=_TEXT, port=_PORT)},
+                ),
+            },
+        ),
+    )
+)
+"""What we use of the Gateway API's HTTPRoute v1, whose CRD no package has."""
 
 
 def schema_of(kind: str, api: str, kubernetes: str = NEWEST) -> tuple[Object, Object]:
