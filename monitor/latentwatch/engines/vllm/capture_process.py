@@ -83,7 +83,7 @@ def _engine(job: CaptureJob) -> tuple[Any, Capture]:
     try:
         llm = LLM(
             model=job.model,
-            dtype=job.dtype,  # type: ignore[arg-type]  # a literal type there
+            dtype=job.dtype,
             enforce_eager=True,
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
@@ -100,9 +100,11 @@ def _engine(job: CaptureJob) -> tuple[Any, Capture]:
             "precision (--dtype bfloat16), or on a machine that holds it.",
             reason=RefusalReason.ENGINE_MODE,
         ) from error
-    captures: list[Capture] = llm.collective_rpc(
-        lambda worker: Capture(getattr(worker, "worker", worker), job.layers, job.skip_first)
-    )
+
+    def attach(wrapper: Any) -> Capture:
+        return Capture(getattr(wrapper, "worker", wrapper), job.layers, job.skip_first)
+
+    captures: list[Capture] = llm.collective_rpc(attach)
     return llm, captures[0]
 
 

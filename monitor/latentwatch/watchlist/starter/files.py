@@ -189,8 +189,8 @@ def _card(detector: Detector, about: About) -> str:
     lines = [
         f"## {detector.concern}\n",
         f"{written.concerns()[detector.concern]['label']}. Layer {settings.layer}, {settings.statistic} over "
-        f"{settings.window_tokens} token(s). It {verdict} the text by 10 "
-        f"points on families that it never saw: {own:.0%} against {of_text:.0%} at 1 % false positives among hard texts.",
+        f"{settings.window_tokens} token(s). It {verdict} the text by 10 points on "
+        f"families that it never saw: {own:.0%} against {of_text:.0%} at 1 % false positives among hard texts.",
         f"Limit {detector.limit:.4g}, exceeded by {about.exceedance_rate:.1%} of {detector.n_ordinary} requests "
         f"({about.traffic}).\n",
         "| family | against | n | TPR at 1 % FPR | text | length | better by | AUROC | text |",

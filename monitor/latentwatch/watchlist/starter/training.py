@@ -60,7 +60,7 @@ class Windows:
         self.layer = layer
         self.window_tokens = window_tokens
         self._bounds_S = layer.bounds_S
-        self._last_T = self._bounds_S[:-1] + np.minimum(last_R, layer.length_R - 1)
+        self._last_T: I64 = self._bounds_S[:-1] + np.minimum(last_R, layer.length_R - 1)
         self._start_T = np.repeat(self._bounds_S[:-1], layer.length_R)
         self.sink_T = is_sink(np.linalg.norm(layer.x_TD, axis=1).astype(np.float64))
 
