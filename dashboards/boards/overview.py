@@ -166,6 +166,7 @@ def _drift_evidence() -> list[Panel]:
         "Evidence and limits",
         "The ten features with most evidence of drift, and the limits of each kind of detector.",
         query(f"topk(10, max by (feature, kind) ({evidence}))", "{{feature}}, {{kind}}"),
+        query(f"max by (model_name) ({series(metrics.DRIFT_COMMON_LOG10_EVALUE, MODEL)})", "all features together"),
         query(f"max by (kind) ({limit})", "limit, {{kind}}"),
     )
     return [strongest.span(12).decimals(2).override_by_name("feature", FEATURE_IN_DEPTH), limits]
@@ -180,6 +181,11 @@ def _drift_counts() -> list[Panel]:
             "Features of which a detector is above its limit.",
             f"count(max by (model_name, feature) ({above})) or vector(0)",
         ).thresholds(NONE_IS_GOOD),
+        stat(
+            "All features together",
+            "Active requests / expected ones that all features have in common, of the model where most are.",
+            f"max({series(metrics.DRIFT_COMMON_RATIO, MODEL)}) or vector(1)",
+        ).decimals(2),
         stat(
             "Models without drift detection",
             "Models whose collector has no baseline for them.",
@@ -198,6 +204,7 @@ def _drift_traffic() -> Panel:
         "windows": metrics.DRIFT_WINDOWS,
         "left out": metrics.DRIFT_EXCLUDED_WINDOWS,
         "requests": metrics.DRIFT_REQUESTS,
+        "counted without a name": metrics.DRIFT_UNNAMED_REQUESTS,
     }
     panel = graph(
         "What the detectors took",

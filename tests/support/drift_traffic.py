@@ -27,8 +27,8 @@ _QUANTILES: Final = 4096
 class Change:
     """What a drift does from its beginning on; the defaults are no drift."""
 
-    rate_ratio: Callable[[float], float] = lambda _: 1.0
-    """Of seconds since the beginning."""
+    rate_ratio: Callable[[float], float | Array] = lambda _: 1.0
+    """Of seconds since the beginning; one for all features, or [F]."""
     value_shift: float = 0.0
     """Of the logarithm of values, in their standard deviations."""
     tail_share: float = 0.0
@@ -89,8 +89,9 @@ class Traffic:
         rate_F = self._rates(elapsed)
         share_A = np.array(scenario.adapter_share(elapsed))
         A, R, F = len(share_A), scenario.replicas, len(rate_F)
-        ratio_RF = np.ones((R, 1))
-        ratio_RF[slice(None) if change.replica is None else change.replica] = change.rate_ratio(began_seconds)
+        ratio_RF = np.ones((R, F))
+        some = slice(None) if change.replica is None else change.replica
+        ratio_RF[some] = change.rate_ratio(began_seconds)
         rate_GF = (ratio_RF[:, None] * scenario.adapter_ratio_AF[None] * rate_F).reshape(R * A, F)
         talks_G = rng.poisson(np.tile(share_A, R) * scenario.requests_per_window / R / scenario.conversation)
         active_GF = scenario.conversation * rng.binomial(talks_G[:, None], np.minimum(rate_GF, 1.0))

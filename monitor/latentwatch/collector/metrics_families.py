@@ -18,7 +18,7 @@ from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.collector.snapshot import TOKEN_SERIES, ReplicaView, Snapshot
 from latentwatch.collector.telemetry import OtlpFacts
 from latentwatch.collector.totals import ModelTotals
-from latentwatch.drift.detection import KINDS
+from latentwatch.drift.detection import COMMON, KINDS
 from latentwatch.drift.model import DriftView
 from latentwatch.errors import RefusalReason
 from latentwatch.evidence.records import KINDS as KINDS_OF_RECORD
@@ -157,9 +157,13 @@ class Families:
             )
         yield Family(
             metrics.DRIFT_LIMIT,
-            tuple((m.model_name, kind) for m in armed for kind in KINDS),
-            [m.log10_limit[kind] for m in armed for kind in KINDS],
+            tuple((m.model_name, kind) for m in armed for kind in (*KINDS, COMMON)),
+            [m.log10_limit[kind] for m in armed for kind in (*KINDS, COMMON)],
         )
+        common = [(m.model_name, m.common) for m in armed if m.common]
+        names = tuple((name,) for name, _ in common)
+        yield Family(metrics.DRIFT_COMMON_LOG10_EVALUE, names, [reading.log10_evalue for _, reading in common])
+        yield Family(metrics.DRIFT_COMMON_RATIO, names, [reading.movement.ratio for _, reading in common])
         known = [(m, f) for m in armed for f in np.flatnonzero(np.isfinite(m.rate_ratio_F)).tolist()]
         yield Family(
             metrics.DRIFT_RATE_RATIO,
@@ -170,6 +174,7 @@ class Families:
         yield Family(metrics.DRIFT_WINDOWS, rows, [m.windows for m in models])
         yield Family(metrics.DRIFT_EXCLUDED_WINDOWS, rows, [m.excluded_windows for m in models])
         yield Family(metrics.DRIFT_REQUESTS, rows, [m.requests for m in models])
+        yield Family(metrics.DRIFT_UNNAMED_REQUESTS, rows, [m.unnamed_requests for m in models])
 
     def _replicas(self, replicas: Sequence[ReplicaView]) -> Iterator[Family]:
         rows = tuple((replica.replica,) for replica in replicas)

@@ -63,6 +63,8 @@ class DriftView:
     requests: int
     excluded_windows: int
     """Windows that no later baseline will be made of, because a detector was above its limit."""
+    unnamed_requests: int
+    """Requests of adapters and routes that have no counts of their own."""
     log10_evalue: dict[str, Array]
     log10_limit: dict[str, float]
     since_seconds: dict[str, Array]
@@ -199,6 +201,7 @@ class ModelDrift:
             windows=int(self._detectors.windows[0]),
             requests=self._requests,
             excluded_windows=self._excluded_windows,
+            unnamed_requests=self.observed.unnamed_requests,
             log10_evalue=shown.log10_evalue if shown else {},
             log10_limit={**shown.log10_limit, COMMON: shown.common.log10_limit} if shown else {},
             common=shown.common if shown else None,

@@ -146,6 +146,8 @@ class TrafficSums:
             if np.isnan(found).any() or (name not in ("tail_FK", "canary_sum_NF", "totals") and (found < 0).any()):
                 raise ValueError(f"array {name} holds NaN or a negative count")
             setattr(observed, name, found.copy())
+        if len(strata) >= STRATA:
+            raise ValueError(f"{len(strata)} strata with a name, at most {STRATA - 1} have one")
         observed.strata = strata
         return observed
 

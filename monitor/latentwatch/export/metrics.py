@@ -126,7 +126,19 @@ DRIFT_LOG10_EVALUE = _gauge(
 DRIFT_LIMIT = _gauge(
     "latentwatch_drift_limit_log10_evalue",
     ("model_name", "kind"),
-    "Evidence from which a kind of detector alarms: calibrated to the false pages that the whole watchlist may give.",
+    "Evidence from which a kind of detector alarms: calibrated to the false pages that the whole watchlist may give. "
+    "Kind common is of latentwatch_drift_common_log10_evalue.",
+)
+DRIFT_COMMON_LOG10_EVALUE = _gauge(
+    "latentwatch_drift_common_log10_evalue",
+    ("model_name",),
+    "Evidence that all features together drift from the baseline, on the scale of latentwatch_drift_log10_evalue.",
+)
+DRIFT_COMMON_RATIO = _gauge(
+    "latentwatch_drift_common_ratio",
+    ("model_name",),
+    "Active requests / expected ones that all features have in common; 1 while no such movement is certain. Evidence "
+    "on the rate of a feature is of what goes beyond it.",
 )
 DRIFT_RATE_RATIO = _gauge(
     "latentwatch_drift_rate_ratio",
@@ -152,6 +164,12 @@ DRIFT_REQUESTS = _counter(
     "latentwatch_drift_requests_total",
     ("model_name",),
     "Ended requests in windows that closed; canary runs do not count.",
+)
+DRIFT_UNNAMED_REQUESTS = _counter(
+    "latentwatch_drift_unnamed_requests_total",
+    ("model_name",),
+    "Requests, among those that a later baseline would be made of, whose adapter and route have no counts of their "
+    "own: beyond seven of them, those of less than 1 in 64 requests are counted together.",
 )
 RESIDUAL_NORM = _histogram(
     "latentwatch_residual_norm",

@@ -130,7 +130,14 @@ class DriftOfModel:
     windows: int
     requests: int
     excluded_windows: int
+    unnamed_requests: int
+    """Of adapters and routes that are counted together, having no counts of their own."""
+    common_ratio: float
+    """Active requests / expected ones that all features have in common; 1 while none is certain."""
+    common_log10_evalue: float | None
+    """Evidence that this is drift; None while drift is not measured."""
     log10_limit: dict[str, float]
+    """By kind of detector, the common one's too."""
     alarms: list[Alarm]
     features: list[DriftOfFeature]
     """The most suspicious first."""
@@ -357,6 +364,9 @@ def _drift_of(lookup: Lookup, view: DriftView) -> DriftOfModel:
         windows=view.windows,
         requests=view.requests,
         excluded_windows=view.excluded_windows,
+        unnamed_requests=view.unnamed_requests,
+        common_ratio=view.common.movement.ratio if view.common else 1.0,
+        common_log10_evalue=round(view.common.log10_evalue, 3) if view.common else None,
         log10_limit=view.log10_limit,
         alarms=view.alarms,
         features=sorted(rows, key=lambda row: -nearest[row.feature]),

@@ -165,7 +165,7 @@ def _drifting(lookup: Lookup, snapshot: Snapshot) -> list[Feature]:
     alarms = sorted(
         (alarm for model in snapshot.drift for alarm in model.alarms), key=lambda a: a.log10_limit - a.log10_evalue
     )
-    return [features[id] for id in dict.fromkeys(alarm.feature for alarm in alarms)]
+    return [features[id] for id in dict.fromkeys(alarm.feature for alarm in alarms if alarm.feature)]
 
 
 def _coverage(totals: Array, seen_M: Array, missed_M: Array, window_seconds: float) -> Coverage:

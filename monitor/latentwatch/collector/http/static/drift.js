@@ -99,7 +99,16 @@ function note(models) {
   const state = alarms
     ? `${count(alarms)} ${alarms === 1 ? "detector" : "detectors"} above the limit.`
     : `None above its limit in ${count(windows)} windows.`;
-  return state + models.map(canaryWords).join("");
+  return state + models.map(commonWords).join("") + models.map(canaryWords).join("");
+}
+
+/**
+ * What all features have in common, once it pages: it says what each of them is compared with.
+ * @param {DriftOfModel} model
+ */
+function commonWords({ alarms }) {
+  const common = alarms.find((alarm) => alarm.kind === "common");
+  return common ? ` ${common.text.split(". ")[0]}; it began ${began(common)}.` : "";
 }
 
 /** @param {DriftOfModel} model */
