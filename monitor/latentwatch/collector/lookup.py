@@ -87,6 +87,14 @@ class Lookup:
             for of_request in self._state.exceedances.of_requests(limit)
         ]
 
+    def latest_exceeding(self, model_name: str, feature_id: str) -> str:
+        """Request id of the newest exceedance of a feature by a model; empty where none is known, or it was deleted."""
+        counts = self._state.models.get(model_name)
+        if counts is None:
+            return ""
+        found = (latest for index, latest in counts.latest.items() if self.features[index].id == feature_id)
+        return next((latest.request_id for latest in found), "")
+
     def latest(self, limit: int) -> list[int]:
         """Numbers for `request`: open requests, newest first, then closed ones, latest end first."""
         state = self._state
