@@ -13,7 +13,7 @@ import pytest
 import yaml
 from latentwatch.collector.metrics_families import REFUSALS
 from latentwatch.export.metrics import METRICS, sample_names
-from latentwatch.names import Reason
+from latentwatch.names import BY_DESIGN, Reason
 
 from tests.support.programs import program
 from tests.support.stack import alertmanager
@@ -58,7 +58,9 @@ def test_every_alert_is_tested_both_silent_and_firing() -> None:
 @pytest.mark.parametrize("rule", ALERTS, ids=alert_id)
 def test_every_alert_tells_a_person_what_to_do(rule: dict[str, dict[str, str]]) -> None:
     assert rule["labels"]["severity"] in ("critical", "warning", "none")
-    assert set(rule["annotations"]) == {"summary", "description", "runbook_url", "dashboard_url"}
+    needed = {"summary", "description", "runbook_url", "dashboard_url"}
+    links = {"page_url", "request_url", "also"} if "Exceedance" in str(rule["alert"]) else {"page_url"}
+    assert needed <= set(rule["annotations"]) <= needed | links
     assert rule["annotations"]["runbook_url"] == f"dashboards/runbook.md#{str(rule['alert']).lower()}"
 
 
@@ -112,9 +114,27 @@ def test_the_runbook_explains_every_reason_for_which_a_stream_is_refused() -> No
 def test_recording_rules_are_named_level_metric_operation() -> None:
     for rule in RULES:
         if "record" in rule:
-            assert re.fullmatch(r"(model|feature|instance_feature):latentwatch_\w+:[a-z0-9_]+", rule["record"]), rule[
+            assert re.fullmatch(r"(model|feature|instance|instance_feature):latentwatch_\w+:[a-z0-9_]+", rule["record"]), rule[
                 "record"
             ]
+
+
+def test_the_objective_of_coverage_leaves_out_what_is_unseen_by_design_and_nothing_else() -> None:
+    names = sorted(reason.name.lower() for reason in BY_DESIGN)
+    (pattern,) = {
+        found
+        for rule in RULES
+        if str(rule.get("record", "")).startswith("model:latentwatch_coverage")
+        for found in re.findall(r'reason!="([^"]*)"', rule["expr"])
+    }
+    assert pattern.split("|") == names
+
+
+def test_the_recorded_night_went_as_it_should() -> None:
+    """`make bench-night`: one incident one page, one traffic change one notification, a rollout none."""
+    rows = json.loads((Path(__file__).parents[1] / "bench" / "results" / "night.json").read_text())["rows"]
+    assert len(rows) >= 5
+    assert [row["line"] for row in rows if not row["ok"]] == []
 
 
 def test_amtool_accepts_the_sample_configuration() -> None:
@@ -128,35 +148,37 @@ def test_every_inhibition_is_bound_to_the_thing_that_broke() -> None:
     """Without `equal`, one dead collector silences every model."""
     for rule in yaml.safe_load((DASHBOARDS / "alertmanager.yml").read_text())["inhibit_rules"]:
         assert {"cluster", "namespace"} < set(rule["equal"])
-        targets = " ".join(rule["target_matchers"])
-        assert "Exceedance" not in targets, "an exceedance that arrives is real, whatever else is broken"
+        sources, targets = " ".join(rule["source_matchers"]), " ".join(rule["target_matchers"])
+        assert "CriticalExceedance" not in targets, "a critical exceedance that arrives is real, whatever else is broken"
+        if "Exceedance" in targets:
+            assert "CriticalExceedance" in sources, "only the page about the same model says what the ticket would"
 
 
-def test_a_real_alertmanager_inhibits_only_on_the_collector_and_model_that_broke(tmp_path: Path) -> None:
-    config = yaml.safe_load((DASHBOARDS / "alertmanager.yml").read_text())
+def test_a_real_alertmanager_inhibits_only_on_the_model_that_broke(tmp_path: Path) -> None:
+    config = yaml.safe_load((DASHBOARDS / "alertmanager.yml").read_text()) | {"templates": []}
     with alertmanager(tmp_path, config) as served:
         url = f"{served}/api/v2/alerts"
         posted = [
             {"alertname": "LatentwatchCoverageLow", "severity": "critical", "model_name": "a"},
             {"alertname": "LatentwatchCoverageLow", "severity": "warning", "model_name": "a"},
             {"alertname": "LatentwatchCoverageLow", "severity": "warning", "model_name": "b"},
-            {"alertname": "LatentwatchTokensDropped", "severity": "warning", "model_name": "a", "instance": "c2"},
-            {"alertname": "LatentwatchCollectorDown", "severity": "critical", "job": "latentwatch", "instance": "c0"},
-            {"alertname": "LatentwatchReplicaSilent", "severity": "warning", "job": "latentwatch", "instance": "c0"},
-            {"alertname": "LatentwatchReplicaSilent", "severity": "warning", "job": "latentwatch", "instance": "c1"},
-            {
-                "alertname": "LatentwatchCriticalExceedance",
-                "severity": "critical",
-                "job": "latentwatch",
-                "instance": "c0",
-            },
+            {"alertname": "LatentwatchTokensDropped", "severity": "warning", "model_name": "a", "reason": "lost"},
+            {"alertname": "LatentwatchCollectorDown", "severity": "critical", "job": "latentwatch"},
+            {"alertname": "LatentwatchReplicaSilent", "severity": "warning", "replica": "pod-0/0"},
+            {"alertname": "LatentwatchCriticalExceedance", "severity": "critical", "model_name": "a", "feature": "f.1"},
+            {"alertname": "LatentwatchWarningExceedance", "severity": "warning", "model_name": "a", "feature": "f.2"},
+            {"alertname": "LatentwatchWarningExceedance", "severity": "warning", "model_name": "b", "feature": "f.2"},
+            {"alertname": "LatentwatchDrift", "severity": "critical", "model_name": "a", "cause": "model"},
+            {"alertname": "LatentwatchDrift", "severity": "critical", "model_name": "a", "cause": "traffic"},
+            {"alertname": "LatentwatchDrift", "severity": "warning", "model_name": "b", "cause": "traffic"},
         ]
         post(url, [{"labels": labels} for labels in posted])
-        suppressed = eventually_suppressed(url, count=3)
+        suppressed = eventually_suppressed(url, count=4)
     assert suppressed == {
-        ("LatentwatchCoverageLow", "a", ""),
-        ("LatentwatchTokensDropped", "a", "c2"),
-        ("LatentwatchReplicaSilent", "", "c0"),
+        ("LatentwatchCoverageLow", "a", "warning"),
+        ("LatentwatchTokensDropped", "a", "warning"),
+        ("LatentwatchWarningExceedance", "a", "warning"),
+        ("LatentwatchDrift", "a", "critical"),
     }
 
 
@@ -174,7 +196,7 @@ def post(url: str, body: object) -> None:
 
 
 def eventually_suppressed(url: str, *, count: int) -> set[tuple[str, str, str]]:
-    """(alertname, model, instance) of the suppressed alerts, once there are `count` or after 10 seconds."""
+    """(alertname, model, severity) of the suppressed alerts, once there are `count` or after 10 seconds."""
     for _ in range(100):
         with urllib.request.urlopen(url, timeout=5) as answer:
             alerts = json.load(answer)
@@ -182,4 +204,4 @@ def eventually_suppressed(url: str, *, count: int) -> set[tuple[str, str, str]]:
         if len(suppressed) >= count:
             break
         time.sleep(0.1)
-    return {(a["alertname"], a.get("model_name", ""), a.get("instance", "")) for a in suppressed}
+    return {(a["alertname"], a.get("model_name", ""), a["severity"]) for a in suppressed}

@@ -1,7 +1,7 @@
 """Every alert is made to fire and to clear: real collectors, a real Prometheus and Alertmanager, a webhook at the end.
 
-The rules are the shipped ones, 120 times as fast (`faster(rules, 120)`): ranges, `for` and `keep_firing_for` are
-divided, so that 5 minutes are 2.5 seconds, thresholds are not; Prometheus scrapes and evaluates every half second.
+The rules are the shipped ones, 60 times as fast (`faster(rules, 60)`): ranges, `for` and `keep_firing_for` are
+divided, so that 5 minutes are 5 seconds, thresholds are not; Prometheus scrapes and evaluates every half second.
 Alertmanager runs with the sample configuration and waits of 0 to 1 second, without its inhibitions: they have tests of
 their own, and an alert that is inhibited would not arrive. A disk that fails and a drift of hours, which no test can
 have at will, are a page with the metrics' text.
@@ -41,15 +41,15 @@ FEATURES = (
     sparse("p.deceive", limit=Limit("max", 1.0), severity=Severity.CRITICAL, label="Deceiving the user"),
     sparse("f.refunds", limit=Limit("max", 1.0), severity=Severity.WARNING, label="Refunds"),
 )
-Fired = tuple[str, str, str]
-"""Alert name, severity, and the long window of the coverage rules."""
-WATCHDOG = ("Watchdog", "none", "")
+Fired = tuple[str, str]
+"""Alert name and severity."""
+WATCHDOG = ("Watchdog", "none")
 
 
 def shipped_alerts() -> set[Fired]:
     groups = [group for path in RULES.glob("*.yaml") for group in yaml.safe_load(path.read_text())["groups"]]
     alerts = [rule for group in groups for rule in group["rules"] if "alert" in rule]
-    return {(rule["alert"], rule["labels"]["severity"], rule["labels"].get("long", "")) for rule in alerts}
+    return {(rule["alert"], rule["labels"]["severity"]) for rule in alerts}
 
 
 class Fleet:
@@ -63,6 +63,7 @@ class Fleet:
             CollectorSettings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", bounds)
         )
         self.troubled = True
+        self._troubles = 0
         self._sha256 = watched.sha256
         self._boots = itertools.count(1)
         self._handles = itertools.count(1)
@@ -96,12 +97,16 @@ class Fleet:
     async def _greet(self) -> None:
         now = time.time()
         self.service.core.ingest.hello(self._who, now)
-        self.service.core.ingest.hello(self._silent, now - 300)
+        self.service.core.ingest.hello(self._silent, now)
         blind = self._hello("pod-2/0", armed=False, not_armed_reason="watchlist_width", watchlist_sha256="")
         self.service.core.ingest.hello(blind, now)
 
     async def _trouble(self) -> None:
         core = self.service.core
+        self._troubles += 1
+        if self._troubles == 60:
+            # Heard for 15 seconds, which is how many are usual; then last heard 5 minutes ago.
+            core.ingest.hello(self._silent, time.time() - 300)
         try:
             core.ingest.hello(self._hello("pod-3/0", watchlist_sha256="c" * 64), time.time())
         except StreamRefused as refusal:
@@ -154,7 +159,7 @@ def second_collector(folder: Path, port: int) -> Iterator[None]:
 
 
 def key(page: Page) -> Fired:
-    return page.alert, page.labels["severity"], page.labels.get("long", "")
+    return page.alert, page.labels["severity"]
 
 
 @pytest.mark.e2e
@@ -177,7 +182,8 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
     def afar() -> str:
         """A collector with old state, evidence that is lost or damaged, drift, and a baseline of another model."""
         now, wrong = time.time(), fleet.troubled
-        drifts = {feature: f'model_name="m",feature="{feature}",kind="rate"' for feature in ("p.deceive", "f.refunds")}
+        severities = {"p.deceive": "critical", "f.refunds": "warning"}
+        drifts = [f'model_name="m",feature="{id}",severity="{severity}",kind="rate"' for id, severity in severities.items()]
         info = 'label="x",hook_point="resid_post.0",kind="sae",gate="exact"'
         return "".join(
             (
@@ -185,9 +191,11 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
                 f'latentwatch_drift_armed{{model_name="m",reason="baseline_mismatch"}} {int(not wrong)}\n',
                 f'latentwatch_drift_baseline_created_timestamp_seconds{{model_name="m"}} {now - 40 * 86400 * wrong}\n',
                 'latentwatch_drift_limit_log10_evalue{model_name="m",kind="rate"} 7.9\n',
-                *(f"latentwatch_drift_log10_evalue{{{labels}}} {9 * wrong}\n" for labels in drifts.values()),
+                *(f"latentwatch_drift_log10_evalue{{{labels}}} {9 * wrong}\n" for labels in drifts),
                 f'latentwatch_evidence_dropped_total{{kind="request",reason="queue_full"}} {until_now()}\n',
                 f"latentwatch_evidence_damaged_files {int(wrong)}\n",
+                f'latentwatch_tokens_total{{model_name="o",state="unseen",reason="kv_connector"}} {until_now()}\n',
+                f'latentwatch_tokens_total{{model_name="o",state="scored",reason="none"}} {1e9 * (not wrong)}\n',
                 f'latentwatch_engine_model_info{{replica="pod-9/0",model_name="m",match="differs"}} {int(wrong)}\n',
                 f'latentwatch_feature_info{{feature="p.deceive",severity="critical",{info}}} 1\n',
                 f'latentwatch_feature_info{{feature="f.refunds",severity="warning",{info}}} 1\n',
@@ -208,7 +216,7 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
             "vllm": [stack.enter_context(metrics_page(vllm))],
         }
         receiver_url = stack.enter_context(alertmanager(tmp_path, config))
-        stack.enter_context(prometheus(tmp_path, jobs, factor=120, alertmanager_url=receiver_url))
+        stack.enter_context(prometheus(tmp_path, jobs, factor=60, alertmanager_url=receiver_url))
 
         expected = shipped_alerts()
         eventually(lambda: expected <= {key(page) for page in webhook.pages() if page.status == "firing"}, 120)
@@ -232,5 +240,9 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
         said = page.annotations["summary"] + page.annotations["description"]
         assert not re.search(r"<no value>|\{\{|<error", said), said
     deceived = next(page for page in pages if page.alert == "LatentwatchCriticalExceedance")
-    assert deceived.annotations["summary"] == "m: Deceiving the user went over its critical limit"
-    assert "drove feature p.deceive (Deceiving the user, at resid_post.0)" in deceived.annotations["description"]
+    assert re.fullmatch(
+        r"m: Deceiving the user went over its critical limit in \d+ request\(s\)", deceived.annotations["summary"]
+    )
+    assert "drove feature p.deceive, at resid_post.0" in deceived.annotations["description"]
+    assert deceived.annotations["page_url"] == f"{fleet.service.http_url}/#feature=p.deceive"
+    assert set(deceived.labels) == {"alertname", "severity", "model_name", "feature"}

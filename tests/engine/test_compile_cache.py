@@ -3,11 +3,14 @@ canary. Shown in vLLM's GPU compile mode, whose cache loads graphs without looki
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from latentwatch.names import TokenState
+from latentwatch.watchlist import file as watchlist_file
 
 from tests.engine.conftest import SMALL, monitored
 from tests.support import tiny
@@ -25,6 +28,8 @@ class Start(NamedTuple):
     result: EngineResult
     not_armed_reasons: list[str]
     states: set[int]
+    scores_RP: np.ndarray
+    """of the probes, in the order of the tokens"""
 
     @property
     def loaded_from_cache(self) -> bool:
@@ -32,13 +37,34 @@ class Start(NamedTuple):
 
 
 class Starts(NamedTuple):
-    """Five starts, one after the other, on one compile cache that was empty before."""
+    """Six starts, one after the other, on one compile cache that was empty before."""
 
     plain_cold: Start
     unsalted: Start
     salted_cold: Start
     salted_warm: Start
+    edited_warm: Start
     plain_warm: Start
+
+
+def edited(path: Path, folder: Path) -> Path:
+    """The same watchlist with another label, and at each hook point the two last rows changed over."""
+    whole = watchlist_file.read(path)
+    hooks = []
+    for rows in whole.hooks:
+        order = [*range(len(rows.features) - 2), -1, -2]
+        features = [replace(rows.features[k], label=f"edited: {rows.features[k].label}") for k in order]
+        hooks.append(
+            replace(
+                rows,
+                features=tuple(features),
+                w_hi_KD=rows.w_hi_KD[order],
+                w_lo_KD=rows.w_lo_KD[order],
+                scale_6K=rows.scale_6K[:, order],
+            )
+        )
+    watchlist_file.write(replace(whole, hooks=tuple(hooks)), folder / "edited.safetensors")
+    return folder / "edited.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +78,20 @@ def starts(tmp_path_factory: pytest.TempPathFactory, model: Path, watchlist_path
             run_engine(tmp_path_factory.mktemp("run"), env={**keep_mode, "LATENTWATCH_DISABLE": "1"}, **arguments),
             [],
             set(),
+            np.empty(0),
         )
 
-    def watched(**env: str) -> Start:
+    def watched(path: Path = watchlist_path, **env: str) -> Start:
         with monitored(tmp_path_factory.mktemp("run")) as engine:
-            result = engine.run(watchlist_path, env={**keep_mode, **env}, **arguments)
-            states = {int(state) for batch in engine.sink.batches for state in batch.segments_S["state"]}
-            return Start(result, [hello.not_armed_reason for hello in engine.sink.hellos], states)
+            result = engine.run(path, env={**keep_mode, **env}, **arguments)
+            batches = engine.sink.batches
+            states = {int(state) for batch in batches for state in batch.segments_S["state"]}
+            scores = [batch.dense_RP for batch in batches if len(batch.dense_RP)]
+            reasons = [hello.not_armed_reason for hello in engine.sink.hellos]
+            return Start(result, reasons, states, np.concatenate(scores) if scores else np.empty(0))
 
-    return Starts(plain(), watched(UNSALTED="1"), watched(), watched(), plain())
+    other = edited(watchlist_path, tmp_path_factory.mktemp("edited"))
+    return Starts(plain(), watched(UNSALTED="1"), watched(), watched(), watched(other), plain())
 
 
 def test_without_the_salt_the_stale_graph_is_loaded_and_the_canary_says_so(starts: Starts):
@@ -82,9 +113,18 @@ def test_the_second_start_uses_the_compiled_graph_again_and_still_scores(starts:
     assert starts.salted_warm.states == {TokenState.SCORED}
 
 
+def test_an_edited_watchlist_of_the_same_sizes_uses_the_compiled_graph_and_scores_by_its_own_rows(starts: Starts):
+    """A label costs no cold compilation; and no row of the watchlist before is left in the graph."""
+    assert starts.edited_warm.loaded_from_cache
+    assert starts.edited_warm.not_armed_reasons == [""]
+    before_RP, after_RP = starts.salted_warm.scores_RP, starts.edited_warm.scores_RP
+    assert len(before_RP) and (before_RP[:, 0] != before_RP[:, 1]).any()
+    np.testing.assert_allclose(after_RP, before_RP[:, [1, 0, 3, 2]], rtol=1e-3, atol=1e-3)
+
+
 def test_a_server_without_the_monitor_never_meets_the_watched_graph(starts: Starts):
     assert starts.plain_warm.loaded_from_cache
 
 
-def test_all_five_answer_alike(starts: Starts):
+def test_all_six_answer_alike(starts: Starts):
     assert len({str(start.result.outputs) for start in starts}) == 1

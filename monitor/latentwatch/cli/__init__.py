@@ -18,6 +18,7 @@ VERBS: Final = {
     "demo": "latentwatch.cli.demo",
     "collector": "latentwatch.cli.collector",
     "doctor": "latentwatch.cli.doctor",
+    "rules": "latentwatch.cli.rules",
     "evidence": "latentwatch.cli.evidence",
     "watchlist": "latentwatch.cli.watchlist",
     "calibrate": "latentwatch.cli.calibrate",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import latentwatch
@@ -27,3 +29,30 @@ def folder() -> Path:
         instead="Install latentwatch whole, or run it from a checkout.",
         reason=RefusalReason.RULES_MISSING,
     )
+
+
+@dataclass(frozen=True)
+class Links:
+    """Where an alert's links lead, and what share of tokens may be unseen by design."""
+
+    runbook: str = "dashboards/runbook.md"
+    """Where dashboards/runbook.md is published."""
+    grafana: str = ""
+    """Of Grafana; empty leaves its links as paths."""
+    page: str = ""
+    """Of the live page; empty is the collector's own address, by the label `instance`."""
+    unseen_by_design: float = 0.95
+
+
+_OWN_ADDRESS = re.compile(r"((?:page|request)_url: '?)http://\{\{.*?\}\}/")
+"""Up to the first slash behind a template: those of collectors' addresses have none inside."""
+
+
+def linked(rules: str, links: Links) -> str:
+    """A rule file's text with every link of its alerts where `links` says; nothing else changes."""
+    made = rules.replace("dashboards/runbook.md#", f"{links.runbook.rstrip('#')}#")
+    made = re.sub(r"(dashboard_url: '?)/d/", lambda found: f"{found[1]}{links.grafana.rstrip('/')}/d/", made)
+    if links.page:
+        made = _OWN_ADDRESS.sub(lambda found: f"{found[1]}{links.page.rstrip('/')}/", made)
+    share = f"{links.unseen_by_design:g}"
+    return re.sub(r"(latentwatch_unseen_by_design:ratio_rate\w+ > )0\.95", lambda found: found[1] + share, made)

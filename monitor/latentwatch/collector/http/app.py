@@ -13,11 +13,20 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.resources import files
 from pathlib import PurePath
+<<<<<<< HEAD
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from fastapi import Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
+=======
+from typing import Annotated, Any, Final
+from urllib.parse import quote
+
+import numpy as np
+from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
+from fastapi.responses import RedirectResponse, StreamingResponse
+>>>>>>> h-alerts
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -187,6 +196,7 @@ def make_app(
     _add_operations(app, lookup, clock, process, health)
     _add_overview(app, lookup, clock, process, health, links or Links())
     _add_api(app, lookup, clock)
+    _add_links(app, lookup)
     add_evidence(app, lookup, evidence, forget, Bodies(max_body_bytes, on_refused))
     for file in files("latentwatch.collector.http").joinpath("static").iterdir():
         if media := _PAGE_MEDIA.get(PurePath(file.name).suffix):
@@ -335,6 +345,18 @@ def _add_api(app: FastAPI, lookup: Lookup, clock: Callable[[], float]) -> None:
                 f"{lookup.bounds.closed_requests} that ended; another collector may have it.",
             )
         return _requests(lookup, found)
+
+
+def _add_links(app: FastAPI, lookup: Lookup) -> None:
+    @app.get("/latest-request", include_in_schema=False)
+    async def to_latest_request(
+        model_name: Annotated[str, Query(max_length=253)], feature: Annotated[str, Query(max_length=253)]
+    ) -> Response:
+        """To the page of the newest request that exceeded a feature, or to the feature's: what an alert links to, since
+        no metric has a request's id."""
+        request_id = lookup.latest_exceeding(model_name, feature)
+        target = f"request={quote(request_id, safe='')}" if request_id else f"feature={quote(feature, safe='')}"
+        return RedirectResponse(f"./#{target}", 303)
 
 
 def _add_file(app: FastAPI, path: str, content: bytes, media: str) -> None:

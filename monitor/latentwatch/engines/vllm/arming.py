@@ -32,6 +32,8 @@ class ArmedHook:
     stat_T3: torch.Tensor
     """float32 [max_rows, 3]: Euclidean norm (inf where the row is not finite), max |x|, non-finite elements"""
     registered: RemovableHandle | None = None
+    reader: str = ""
+    """the function of hook.py that was registered"""
 
     def reset(self) -> None:
         """Mark the buffer as unwritten, so that a step without the op can be told from one with it."""
@@ -183,7 +185,7 @@ def _arm_one(
     score_op.warm_up(w_hi, w_lo, scale, act, stat, scratch, dtype=place.dtype, residual=place.residual)
     for name, tensor in zip(hook.BUFFERS, (w_hi, w_lo, scale, act, stat, scratch), strict=True):
         place.module.register_buffer(hook.PREFIX + name, tensor, persistent=False)
-    armed = ArmedHook(rows, act, stat, place.module.register_forward_hook(place.function))
+    armed = ArmedHook(rows, act, stat, place.module.register_forward_hook(place.function), place.function.__name__)
     armed.reset()
     return armed
 

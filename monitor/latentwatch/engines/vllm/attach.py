@@ -72,8 +72,9 @@ class Attachment:
     @property
     def salt(self) -> str:
         """What must be part of the compile-cache key: which op stands in the graph of this worker."""
-        watchlist = settings.load_watchlist(self._settings)
-        return settings.fingerprint(watchlist) if self._hooks and isinstance(watchlist, Watchlist) else ""
+        if not self._hooks:
+            return ""
+        return settings.graph_key([hook.rows for hook in self._hooks], [hook.reader for hook in self._hooks])
 
     def _wrap(self, name: str, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
         original = getattr(self._worker, name)

@@ -107,7 +107,7 @@ def _salt(chosen: PluginSettings) -> str:
         if _attachments:
             return str(_attachments[-1].salt)
         watchlist = settings.load_watchlist(chosen)
-        return settings.fingerprint(watchlist) if isinstance(watchlist, Watchlist) else ""
+        return settings.graph_key(watchlist.hooks) if isinstance(watchlist, Watchlist) else ""
     except Exception:
         logger.exception("latentwatch: no salt for the compile cache")
         return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -71,6 +71,12 @@ def load_watchlist(settings: PluginSettings) -> watchlist_file.Watchlist | Refus
         return refusal
 
 
-def fingerprint(watchlist: watchlist_file.Watchlist) -> str:
-    """What the armed graph depends on: equal fingerprints mean that a compiled graph can be used again."""
-    return f"latentwatch/{__version__}/{watchlist.sha256}"
+def graph_key(hooks: Iterable[watchlist_file.HookRows], readers: Iterable[str] = ()) -> str:
+    """What the armed graph depends on: where equal, a compiled graph can be used again.
+
+    Rows, limits and labels are not in it: they stand in buffers, which the graph is given. Sizes are.
+
+    Args: readers: for each hook point, which function of hook.py reads its stream; none where that is not known yet.
+    """
+    shapes = [f"{rows.hook_point}[{len(rows.features)},{rows.w_hi_KD.shape[1]}]" for rows in hooks]
+    return "/".join(["latentwatch", __version__, *shapes, *readers])
