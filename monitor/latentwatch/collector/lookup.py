@@ -112,12 +112,11 @@ class Lookup:
             for of_request in self._state.exceedances.of_requests(limit)
         ]
 
-<<<<<<< HEAD
     def requests_over(self, since: float, severity: Severity) -> int:
         """Requests that went above a limit of this severity since then, of the exceedances that are still listed."""
         features = np.flatnonzero([feature.severity is severity for feature in self.features])
         return self._state.exceedances.requests_since(since, features)
-=======
+
     def latest_exceeding(self, model_name: str, feature_id: str) -> str:
         """Request id of the newest exceedance of a feature by a model; empty where none is known, or it was deleted."""
         counts = self._state.models.get(model_name)
@@ -125,7 +124,6 @@ class Lookup:
             return ""
         found = (latest for index, latest in counts.latest.items() if self.features[index].id == feature_id)
         return next((latest.request_id for latest in found), "")
->>>>>>> h-alerts
 
     def latest(self, limit: int) -> list[int]:
         """Numbers for `request`: open requests, newest first, then closed ones, latest end first."""

@@ -13,20 +13,12 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.resources import files
 from pathlib import PurePath
-<<<<<<< HEAD
 from typing import Annotated, Any, Final, Literal
-
-import numpy as np
-from fastapi import Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
-=======
-from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 import numpy as np
-from fastapi import FastAPI, Header, HTTPException, Path, Query, Response
+from fastapi import Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
->>>>>>> h-alerts
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
