@@ -22,6 +22,7 @@ FILE: Final = STATIC / "answers.d.ts"
 PATHS: Final = (
     "/v1/overview",
     "/v1/features",
+    "/v1/exceedances",
     "/v1/drift",
     "/v1/requests/{request_id}",
     "/v1/evidence/requests/{request_id}",

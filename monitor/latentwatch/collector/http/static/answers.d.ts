@@ -2,6 +2,7 @@
 export interface Answers {
   "/v1/overview": Overview;
   "/v1/features": Features;
+  "/v1/exceedances": Exceedances;
   "/v1/drift": Drifts;
   "/v1/requests/{request_id}": Requests;
   "/v1/evidence/requests/{request_id}": EvidenceRequests;
@@ -111,6 +112,11 @@ export interface ExceedanceView {
   limit: number;
   peak: number;
   tail_probability: number | null;
+}
+
+/** Exceedances that this collector holds, newest first. */
+export interface Exceedances {
+  exceedances: ExceedanceView[];
 }
 
 /** One feature over the windows shown, oldest first. */

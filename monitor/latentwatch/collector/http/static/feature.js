@@ -44,24 +44,23 @@ const SHARES = ["tpr_at_fpr_1pct", "tpr_at_fpr_0_1pct", "base_rate"];
  * @param {string} id
  */
 export async function featureDetails(id) {
-  const [{ features }, { models }, overview] = await Promise.all([
-    get("/v1/features"),
-    get("/v1/drift"),
-    get("/v1/overview", { features: 1, search: id }),
-  ]);
+  const { features } = await get("/v1/features");
   const feature = features.find((found) => found.id === id);
   if (!feature) return { title: id, parts: [emptyNote(`The watchlist has no feature ${id}.`)] };
+  const [{ models }, overview, { exceedances: events }] = await Promise.all([
+    get("/v1/drift"),
+    get("/v1/overview", { features: 1, search: id }),
+    get("/v1/exceedances", { feature: id, limit: REQUESTS_SHOWN }),
+  ]);
   const alarms = models.flatMap((model) => model.alarms).filter((alarm) => alarm.feature === id);
   const series = overview.features.find((found) => found.feature === id);
-  const exceedances = overview.flagged.flatMap((request) => request.exceedances);
-  const events = exceedances.filter((event) => event.feature === id).slice(0, REQUESTS_SHOWN);
   const parts = [
     inWords(feature),
     ...alarms.map((alarm) => make("p", { className: "notice" }, `${alarm.text} It began: ${began(alarm)}.`)),
     ...(series ? overTime(series, overview) : []),
     ...(feature.reliability ? reliability(feature.reliability) : []),
     make("h3", {}, "Latest requests over the limit"),
-    events.length ? requestList(events, feature, overview.now) : emptyNote("None among the latest exceedances."),
+    events.length ? requestList(events, feature, overview.now) : emptyNote("None since this collector started."),
     ...topTokens(feature),
     ...known(feature),
     ...elsewhere(feature, overview.links),

@@ -29,7 +29,7 @@ async function ask() {
   if (asked !== question) return;
   shownSeconds = view.now;
   showOverview(view, asked, catalogue);
-  showHealth(view.causes);
+  showHealth(view.causes, view.links);
 }
 
 /** @param {number} rank of the first feature to show */
