@@ -34,7 +34,7 @@ const FIGURES = {
   aggregation: "Aggregated by",
   split: "Split",
   measured_on: "Measured on",
-  label_source: "Label from",
+  label_source: "Who labelled it",
   remarks: "Remarks",
 };
 const SHARES = ["tpr_at_fpr_1pct", "tpr_at_fpr_0_1pct", "base_rate"];
