@@ -71,6 +71,9 @@ release: $(VENV)/.dev $(VENV)/.release ## build, check and publish wheel, sdist,
 release-dry-run: $(VENV)/.dev $(VENV)/.release ## the same into dist/, without publishing; says by name what cannot be built here
 	$(BIN)/python .ci/release.py
 
+demo-detectors: $(VENV)/.real ## train SmolLM2's detectors again, from the prompts of installed packages; 5 minutes, goes on where it was
+	$(BIN)/python -m latentwatch.demo.build.smollm2
+
 bench-step-time: $(VENV)/.dev ## step time with the monitor on / off on the CPU engine
 	$(BIN)/python -m tests.bench.step_time
 

@@ -18,7 +18,7 @@ from tests.support.programs import program
 
 pytestmark = [pytest.mark.e2e, pytest.mark.engine]
 ROOT = Path(__file__).parents[2]
-DEMO = (sys.executable, "-m", "latentwatch", "demo")
+DEMO = (sys.executable, "-m", "latentwatch", "demo", "--model", "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_damaged_watchlist_is_refused_before_anything_starts(tmp_path: Path) -
     script = (
         "import sys; from pathlib import Path; from latentwatch.demo.run import commands\n"
         f"commands.ASSETS = Path({str(tmp_path)!r})\n"
-        "from latentwatch.cli import main; sys.exit(main(['demo']))"
+        "from latentwatch.cli import main; sys.exit(main(['demo', '--model', 'tiny']))"
     )
     (tmp_path / "model").mkdir()
     for name in ("demo.watchlist.safetensors", "ordinary.jsonl", "incidents.jsonl"):

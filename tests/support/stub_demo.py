@@ -37,12 +37,12 @@ def use_stubs(assets: Path) -> None:
     runner.SETTLE_SECONDS = 1.0
     collector_url = ""
 
-    def collector(_watchlist: Path, _socket: Path, port: int) -> commands.Command:
+    def collector(_watchlist: Path, _socket: Path, port: int, _evidence: Path | None = None) -> commands.Command:
         nonlocal collector_url
         collector_url = f"http://127.0.0.1:{port}"
         return stub("collector", "--port", str(port))
 
-    def engine(_assets: commands.Assets, _socket: Path, port: int) -> commands.Command:
+    def engine(_serving: commands.Serving, _socket: Path, port: int) -> commands.Command:
         return stub("engine", "--port", str(port), "--collector-url", collector_url)
 
     commands.collector, commands.engine = collector, engine

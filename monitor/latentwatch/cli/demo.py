@@ -1,4 +1,4 @@
-"""`latentwatch demo`: the whole system on a small model, from traffic to page. `demo build` makes its assets."""
+"""`latentwatch demo`: the whole system on a real model, from traffic to page. `demo build` makes its assets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-HELP = "Serve a small model, watch it through an incident, and report what was seen and how fast."
+HELP = "Serve SmolLM2 or a small model of ours, watch it through an incident, and report what was seen and how fast."
 EPILOG = """exit code 0: every check held; 1: one did not, or a process failed; 2: something is missing
 example:  latentwatch demo --keep"""
 
@@ -15,6 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the run, and the `build` action."""
     from latentwatch.demo.build import build
 
+    parser.add_argument(
+        "--model",
+        choices=("smollm2", "tiny"),
+        default="tiny",
+        help="smollm2: SmolLM2-135M-Instruct and public prompts, out of packages that 'make demo' installs; "
+        "tiny: a model of 1M parameters of our own making, which needs neither (default: %(default)s)",
+    )
     parser.add_argument(
         "--keep",
         action="store_true",
@@ -26,9 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traffic-seconds",
         type=_seconds,
-        default=40.0,
         metavar="N",
-        help="how long to send requests, 10 to 180; longer runs give fuller plots (default: %(default).0f)",
+        help="how long to send requests, 10 to 180; longer runs give fuller plots (default: 90, with tiny 40)",
     )
     parser.add_argument(
         "--out",
@@ -56,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
     from latentwatch.demo.run.terminal import Terminal
 
     options = runner.DemoOptions(
-        out=args.out, stay_up=args.keep, prometheus=not args.no_prometheus, traffic_seconds=args.traffic_seconds
+        out=args.out,
+        stay_up=args.keep,
+        prometheus=not args.no_prometheus,
+        traffic_seconds=args.traffic_seconds,
+        model=args.model,
     )
     return runner.run(options, Terminal(sys.stdout))
 

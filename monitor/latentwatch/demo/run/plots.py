@@ -1,18 +1,17 @@
 """Inline SVG for the demo's report: text in, text out; colours come from the page's CSS variables.
 
-Every plot is WIDTH units wide and scales with the page. Numbers in the path data are in those units.
+Every plot is `svg.WIDTH` units wide and scales with the page. Numbers in the path data are in those units.
 """
 
 from __future__ import annotations
 
-import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Final
 
-WIDTH: Final = 1000.0
+from latentwatch.demo.run.svg import WIDTH, cut, drawing, element, round_numbers, scale, text_at, tick_at
+
 LEFT: Final = 250.0
 """Where the time axis begins; labels stand left of it."""
 RIGHT: Final = WIDTH - 16.0
@@ -88,23 +87,23 @@ def strips(rows: Sequence[Strip], span: Span) -> str:
     height, gap = 84.0, 10.0
     bottom = len(rows) * (height + gap) - gap
     tops = [i * (height + gap) for i in range(len(rows))]
-    body = [_element("rect", "panel", x=LEFT, y=top, width=RIGHT - LEFT, height=height) for top in tops]
+    body = [element("rect", "panel", x=LEFT, y=top, width=RIGHT - LEFT, height=height) for top in tops]
     body.append(_incident("incident", span, 0.0, bottom))
     for row, top in zip(rows, tops, strict=True):
-        y = _scale([dot.value for dot in row.dots] + [row.limit], top + height - 7, top + 7)
+        y = scale([dot.value for dot in row.dots] + [row.limit], top + height - 7, top + 7)
         limit = y(row.limit)
         # The limit's own text goes where there is room for it.
         text_y = limit - 4 if limit - top > 20 else limit + 14
         body += _row_label(row.label, row.detail, top + height / 2)
-        body.append(_element("line", "limit", x1=LEFT, x2=RIGHT, y1=limit, y2=limit))
-        body.append(_text("small limit-text", LEFT + 6, text_y, f"limit {row.limit:.3g}"))
+        body.append(element("line", "limit", x1=LEFT, x2=RIGHT, y1=limit, y2=limit))
+        body.append(text_at("small limit-text", LEFT + 6, text_y, f"limit {row.limit:.3g}"))
         # Feared requests last, so that they are not hidden under ordinary ones.
         for dot in sorted(row.dots, key=lambda dot: (dot.feared, dot.over)):
             style = f"dot {'feared' if dot.feared else 'ordinary'}{' over' if dot.over else ''}"
             radius = 4.0 if dot.over else 3.0
-            body.append(_element("circle", style, dot.title, cx=span.x(dot.at), cy=y(dot.value), r=radius))
+            body.append(element("circle", style, dot.title, cx=span.x(dot.at), cy=y(dot.value), r=radius))
     body += _time_axis(span, bottom)
-    return _svg(bottom + AXIS, body, "Scores of every request over time, by feature")
+    return drawing(bottom + AXIS, body, "Scores of every request over time, by feature")
 
 
 def lanes(rows: Sequence[Lane], span: Span) -> str:
@@ -117,10 +116,12 @@ def lanes(rows: Sequence[Lane], span: Span) -> str:
         width = (RIGHT - LEFT) / max(1, len(row.rates))
         highest = max(row.rates, default=0.0)
         body.append(
-            _text("lane", LEFT - 10, top + 12.5, _cut(row.label, LANE_CHARACTERS), "end", f"{row.label} · {row.detail}")
+            text_at(
+                "lane", LEFT - 10, top + 12.5, cut(row.label, LANE_CHARACTERS), "end", f"{row.label} · {row.detail}"
+            )
         )
         body += [
-            _element(
+            element(
                 "rect",
                 "heat",
                 f"{row.label}: {rate:.1%} of tokens",
@@ -134,27 +135,27 @@ def lanes(rows: Sequence[Lane], span: Span) -> str:
             if rate > 0
         ]
     body += _time_axis(span, bottom)
-    return _svg(bottom + AXIS, body, "Firing rate of the watched features over time")
+    return drawing(bottom + AXIS, body, "Firing rate of the watched features over time")
 
 
 def bars(rows: Sequence[tuple[str, Sequence[Part]]]) -> str:
     """Stacked bars on one common scale; the tokens stand in the parts that are wide enough."""
     height, gap = 34.0, 10.0
     totals = [sum(part.tokens for part in parts) for _, parts in rows]
-    scale = (RIGHT - LEFT) / max([*totals, 1])
+    units = (RIGHT - LEFT) / max([*totals, 1])
     body = []
     for i, ((label, parts), total) in enumerate(zip(rows, totals, strict=True)):
         top, left = i * (height + gap), LEFT
         body += _row_label(label, f"{total:,} tokens", top + height / 2)
         for part in parts:
-            width = part.tokens * scale
+            width = part.tokens * units
             title = f"{part.name} {part.tokens:,}"
-            body.append(_element("rect", f"part {part.style}", title, x=left, y=top, width=width, height=height))
+            body.append(element("rect", f"part {part.style}", title, x=left, y=top, width=width, height=height))
             # 8 units a letter is the widest that this type runs.
             if width > 8 * len(title) + 16:
-                body.append(_text("on-part", left + 10, top + 22, title))
+                body.append(text_at("on-part", left + 10, top + 22, title))
             left += width
-    return _svg(len(rows) * (height + gap), body, "Tokens that vLLM fed and what became of them")
+    return drawing(len(rows) * (height + gap), body, "Tokens that vLLM fed and what became of them")
 
 
 def timeline(events: Sequence[Event]) -> str:
@@ -163,83 +164,37 @@ def timeline(events: Sequence[Event]) -> str:
         return ""
     middle, left, right = 84.0, 24.0, WIDTH - 24.0
     total = max(event.at for event in events) or 1.0
-    scale = (right - left) / total
-    body = [_element("line", "axis", x1=left, x2=right, y1=middle, y2=middle)]
-    body += [_tick(left + tick * scale, middle - 4, middle + 4) for tick in _ticks(total)]
+    units = (right - left) / total
+    body = [element("line", "axis", x1=left, x2=right, y1=middle, y2=middle)]
+    body += [tick_at(left + tick * units, middle - 4, middle + 4) for tick in round_numbers(total)]
     for i, event in enumerate(events):
-        x = left + event.at * scale
+        x = left + event.at * units
         anchor = "start" if x < WIDTH * 0.35 else "end" if x > WIDTH * 0.65 else "middle"
         stem, text_y = ((-14, -20), (16, 32), (-44, -50), (46, 62))[i % 4]
         body += [
-            _element("line", "stem", x1=x, x2=x, y1=middle, y2=middle + stem),
-            _element("circle", "moment", cx=x, cy=middle, r=5.0),
-            _text("event", x, middle + text_y, f"{event.name}  {event.detail}", anchor),
+            element("line", "stem", x1=x, x2=x, y1=middle, y2=middle + stem),
+            element("circle", "moment", cx=x, cy=middle, r=5.0),
+            text_at("event", x, middle + text_y, f"{event.name}  {event.detail}", anchor),
         ]
-    return _svg(160.0, body, "From the first anomalous token to the page")
-
-
-def _svg(height: float, body: Iterable[str], title: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{escape(title)}" '
-        f'xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
-    )
-
-
-def _element(tag: str, style: str, title: str = "", **numbers: float) -> str:
-    """An SVG element with numeric attributes and, where given, a tooltip."""
-    attributes = "".join(f' {name.replace("_", "-")}="{value:.2f}"' for name, value in numbers.items())
-    return f'<{tag} class="{style}"{attributes}>{_tooltip(title)}</{tag}>'
-
-
-def _text(style: str, x: float, y: float, words: str, anchor: str = "start", title: str = "") -> str:
-    return (
-        f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}{_tooltip(title)}</text>'
-    )
-
-
-def _tooltip(title: str) -> str:
-    return f"<title>{escape(title)}</title>" if title else ""
+    return drawing(160.0, body, "From the first anomalous token to the page")
 
 
 def _incident(style: str, span: Span, y: float, height: float) -> str:
     begin, end = span.x(span.begin), span.x(span.end)
-    return _element("rect", style, "the incident", x=begin, y=y, width=end - begin, height=height)
+    return element("rect", style, "the incident", x=begin, y=y, width=end - begin, height=height)
 
 
 def _row_label(label: str, detail: str, middle: float) -> list[str]:
     """Up to two lines of the label over one of detail, centred on `middle`."""
     lines = textwrap.wrap(label, LABEL_CHARACTERS, max_lines=2, placeholder="…")
     first = middle + 6 - 9 * len(lines)
-    texts = [_text("label", LEFT - 12, first + 17 * i, line, "end", label) for i, line in enumerate(lines)]
-    return [*texts, _text("small muted", LEFT - 12, first + 17 * len(lines), _cut(detail, LANE_CHARACTERS), "end")]
+    texts = [text_at("label", LEFT - 12, first + 17 * i, line, "end", label) for i, line in enumerate(lines)]
+    return [*texts, text_at("small muted", LEFT - 12, first + 17 * len(lines), cut(detail, LANE_CHARACTERS), "end")]
 
 
 def _time_axis(span: Span, top: float) -> list[str]:
-    body = [_element("line", "axis", x1=LEFT, x2=RIGHT, y1=top, y2=top)]
-    for tick in _ticks(span.seconds):
-        body.append(_tick(span.x(tick), top, top + 5))
-        body.append(_text("small muted", span.x(tick), top + 19, f"{tick:g} s", "middle"))
+    body = [element("line", "axis", x1=LEFT, x2=RIGHT, y1=top, y2=top)]
+    for tick in round_numbers(span.seconds):
+        body.append(tick_at(span.x(tick), top, top + 5))
+        body.append(text_at("small muted", span.x(tick), top + 19, f"{tick:g} s", "middle"))
     return body
-
-
-def _tick(x: float, top: float, bottom: float) -> str:
-    return _element("line", "axis", x1=x, x2=x, y1=top, y2=bottom)
-
-
-def _ticks(total: float) -> list[float]:
-    """At most about eight round numbers from 0 to `total`."""
-    step = 10 ** math.floor(math.log10(total / 8)) if total > 0 else 1.0
-    step = next(step * factor for factor in (1, 2, 5, 10) if total / (step * factor) <= 8)
-    return [round(i * step, 9) for i in range(int(total / step) + 1)]
-
-
-def _scale(values: Sequence[float], low: float, high: float) -> Callable[[float], float]:
-    """A linear map of the values' range onto [low, high]; a range of one value sits in the middle."""
-    least, most = min(values), max(values)
-    if most == least:
-        return lambda _: (low + high) / 2
-    return lambda value: low + (high - low) * (value - least) / (most - least)
-
-
-def _cut(text: str, characters: int) -> str:
-    return text if len(text) <= characters else text[: characters - 1] + "…"

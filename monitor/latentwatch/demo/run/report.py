@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from latentwatch.demo.run import plots
+from latentwatch.demo.run import detection_report, plots
 from latentwatch.demo.run.outcome import Run
 from latentwatch.demo.run.terminal import Terminal
 from latentwatch.facts import ExceedanceView
@@ -45,6 +45,8 @@ def to_terminal(run: Run, terminal: Terminal) -> None:
         ("", f"to the page {run.paging or _seconds(run.seconds_to_page)}"),
     ]
     terminal.line()
+    if run.detection is not None:
+        rows += detection_report.lines(run.detection)
     for name, text in rows:
         terminal.line(f"  {terminal.style(f'{name:<12}', 'bold')} {text}")
     terminal.line()
@@ -75,6 +77,8 @@ def to_html(run: Run) -> str:
         accounting_note=_accounting_note(run),
         exceedances=_exceedance_table(run),
         pages=_page_table(run),
+        detection="" if run.detection is None else detection_report.to_html(run.detection),
+        note=escape(run.note),
         versions=_table((), [(escape(name), f"<code>{escape(value)}</code>") for name, value in run.versions.items()]),
     )
 

@@ -17,29 +17,28 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import httpx
-import numpy as np
 
 from latentwatch import __version__, host
 from latentwatch.demo.run import commands, report
+from latentwatch.demo.run.detection import Detection
 from latentwatch.demo.run.outcome import PAGING_ALERT, Run
+from latentwatch.demo.run.page_tokens import heat_maps
 from latentwatch.demo.run.processes import ChildFailed, ProcessGroup
+from latentwatch.demo.run.served import SMOLLM2, TINY, Served, smollm2, tiny
 from latentwatch.demo.run.stack import TICK_SECONDS, Launcher, Stack, start_all
 from latentwatch.demo.run.terminal import Terminal
-from latentwatch.demo.run.traffic import Answer, AnswerFailed, Phases, Planned, plan, read_prompts, send
+from latentwatch.demo.run.traffic import Answer, AnswerFailed, Phases, Planned, send
 from latentwatch.demo.run.watch import EngineTokens, Watch, read_engine
 from latentwatch.demo.run.webhook import Webhook
 from latentwatch.errors import ConfigRefused, RefusalReason
 from latentwatch.facts import ExceedanceView
 from latentwatch.watchlist import file as watchlist_file
 
-SEED: Final = 20
-RATE_PER_SECOND: Final = 4.0
-"""Ordinary requests a second; the incident adds as many. About half of what two cores can answer."""
 SETTLE_SECONDS: Final = 15.0
 """How long vLLM's counts and ours may take to agree after the last answer."""
 PAGE_SECONDS: Final = 20.0
@@ -64,35 +63,34 @@ class DemoOptions:
     out: Path = Path("demo-out")
     stay_up: bool = False
     prometheus: bool = True
-    traffic_seconds: float = 40.0
+    traffic_seconds: float | None = None
+    """None: as long as the model's traffic needs for figures that say something."""
+    model: str = TINY
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What the demo sends and watches, read and checked before anything is started."""
 
-    assets: commands.Assets
+    served: Served
     features: Sequence[watchlist_file.Feature]
     phases: Phases
     planned: list[Planned]
 
     @classmethod
-    def read(cls, folder: Path, options: DemoOptions) -> Inputs:
-        """Raises Refusal: an asset is missing or cannot be used."""
-        assets = commands.Assets.under(folder)
-        phases = Phases.of(options.traffic_seconds)
-        return cls(
-            assets=assets,
-            features=watchlist_file.read(assets.watchlist).features,
-            phases=phases,
-            planned=plan(
-                read_prompts(assets.ordinary, feared=False),
-                read_prompts(assets.incidents, feared=True),
-                phases,
-                rate_per_second=RATE_PER_SECOND,
-                rng=np.random.default_rng(SEED),
-            ),
-        )
+    def read(cls, folder: Path, options: DemoOptions, terminal: Terminal) -> Inputs:
+        """Raises Refusal: an asset, the model or its package is missing or cannot be used."""
+        if options.model == TINY:
+            served = tiny(folder)
+        else:
+            served = smollm2(
+                folder / SMOLLM2, commands.user_cache() / "models", lambda text: terminal.done("model", text)
+            )
+            for missing in served.left_out:
+                terminal.done("left out", missing, mark="-", style="yellow")
+        phases = Phases.of(options.traffic_seconds or served.traffic.seconds)
+        features = watchlist_file.read(served.serving.watchlist).features
+        return cls(served=served, features=features, phases=phases, planned=served.planned(phases))
 
 
 def run(options: DemoOptions, terminal: Terminal) -> int:
@@ -100,7 +98,7 @@ def run(options: DemoOptions, terminal: Terminal) -> int:
 
     Raises: Refusal: vLLM or the demo's assets are not there. KeyboardInterrupt: it was told to end.
     """
-    inputs = Inputs.read(commands.ASSETS, options)
+    inputs = Inputs.read(commands.ASSETS, options, terminal)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigRefused(
             "demo",
@@ -135,7 +133,7 @@ async def _demo(options: DemoOptions, inputs: Inputs, terminal: Terminal, logs: 
         group = opened.enter_context(ProcessGroup())
         async with httpx.AsyncClient(trust_env=False, timeout=CALL_SECONDS) as client:
             launcher = Launcher(group, client, terminal, logs)
-            stack = await start_all(launcher, inputs.assets, webhook, scratch, prometheus=options.prometheus)
+            stack = await start_all(launcher, inputs.served.serving, webhook, scratch, prometheus=options.prometheus)
             try:
                 seen = await _watched_traffic(inputs, launcher, stack, webhook)
             except (AnswerFailed, httpx.HTTPError):
@@ -145,7 +143,7 @@ async def _demo(options: DemoOptions, inputs: Inputs, terminal: Terminal, logs: 
                 raise
             _leave_reports(seen, options, terminal)
             if options.stay_up:
-                await _serve_until_interrupted(launcher, stack)
+                await _serve_until_interrupted(launcher, stack, inputs.served.serving.name)
         terminal.tick("ending", "the demo's processes")
     if not seen.passed:
         for line in complaints(logs):
@@ -163,7 +161,7 @@ async def _watched_traffic(inputs: Inputs, launcher: Launcher, stack: Stack, web
     polling = asyncio.create_task(watch.poll())
     traffic_at = time.time()
     try:
-        answers = await _send(inputs.planned, phases, launcher, stack, watch, webhook)
+        answers = await _send(inputs, launcher, stack, watch, webhook)
         engine = await _settled(launcher, stack, watch)
         if not stack.paging:
             await _page(launcher, webhook)
@@ -171,29 +169,52 @@ async def _watched_traffic(inputs: Inputs, launcher: Launcher, stack: Stack, web
         polling.cancel()
         with suppress(asyncio.CancelledError):
             await polling
+    exceedances, scores = await _exceedances(launcher, stack), await _scores(launcher, stack)
     return Run(
         started_at=started_at,
         traffic_at=traffic_at,
         incident_planned=(traffic_at + phases.before, traffic_at + phases.before + phases.incident),
         answers=answers,
-        exceedances=await _exceedances(launcher, stack),
+        exceedances=exceedances,
         samples=[*watch.samples, await watch.read()],
-        scores=await _scores(launcher, stack),
+        scores=scores,
         features=inputs.features,
         engine=engine,
         pages=webhook.pages(),
         paging=stack.paging,
         versions=await _versions(launcher, stack),
+        note=inputs.served.note,
+        detection=await _detection(inputs.served, answers, exceedances, scores, launcher, stack),
     )
 
 
-async def _send(
-    planned: list[Planned], phases: Phases, launcher: Launcher, stack: Stack, watch: Watch, webhook: Webhook
-) -> list[Answer]:
+async def _detection(
+    served: Served,
+    answers: list[Answer],
+    exceedances: list[ExceedanceView],
+    scores: dict[str, dict[str, float]],
+    launcher: Launcher,
+    stack: Stack,
+) -> Detection | None:
+    """What there is to judge detectors by; None where nothing was promised of them."""
+    if served.known is None:
+        return None
+    said = {answer.response_id: answer.prompt.last_words for answer in answers}
+    reading = asyncio.create_task(asyncio.to_thread(served.known.text_logits, said))
+    while not reading.done():
+        launcher.terminal.tick("text baseline", "reading the same requests without the model")
+        await asyncio.sleep(TICK_SECONDS)
+    launcher.terminal.done("text baseline", "read the same requests" if reading.result() else "no scikit-learn here")
+    detection = Detection(served.known.card, answers, scores, exceedances, reading.result(), left_out=served.left_out)
+    return replace(detection, heat_maps=await heat_maps(detection, launcher, stack, served.serving.name))
+
+
+async def _send(inputs: Inputs, launcher: Launcher, stack: Stack, watch: Watch, webhook: Webhook) -> list[Answer]:
     """Send the plan with progress. Raises AnswerFailed or ChildFailed."""
+    planned, phases = inputs.planned, inputs.phases
     answers: list[Answer] = []
     began = time.monotonic()
-    sending = asyncio.create_task(send(planned, stack.engine_url, commands.MODEL_NAME, on_answer=answers.append))
+    sending = asyncio.create_task(send(planned, stack.engine_url, inputs.served.serving.name, on_answer=answers.append))
     said = ""
     try:
         while not sending.done():
@@ -320,11 +341,11 @@ def complaints(logs: Path) -> list[str]:
     return list(found.values())[-COMPLAINTS:]
 
 
-async def _serve_until_interrupted(launcher: Launcher, stack: Stack) -> None:
+async def _serve_until_interrupted(launcher: Launcher, stack: Stack, model: str) -> None:
     """Print where everything is and wait for Ctrl-C. Raises ChildFailed when something ends by itself."""
     places = [
         ("live page", f"{stack.collector_url}/"),
-        ("chat API", f"{stack.engine_url}/v1 (model {commands.MODEL_NAME})"),
+        ("chat API", f"{stack.engine_url}/v1 (model {model})"),
         ("Prometheus", stack.prometheus_url),
         ("Alertmanager", stack.alertmanager_url),
     ]

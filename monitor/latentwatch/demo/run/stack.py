@@ -93,7 +93,7 @@ class _Ports(NamedTuple):
 
 
 async def start_all(
-    launcher: Launcher, assets: commands.Assets, webhook: Webhook, scratch: Path, *, prometheus: bool
+    launcher: Launcher, serving: commands.Serving, webhook: Webhook, scratch: Path, *, prometheus: bool
 ) -> Stack:
     """Start the collector, vLLM, and Alertmanager and Prometheus where wanted and installed. Raises ChildFailed."""
     ports = _Ports(*free_ports(4))
@@ -101,10 +101,12 @@ async def start_all(
     collector_url, engine_url = _url(ports.collector), _url(ports.engine)
     first_start = not commands.cache_root().exists()
 
-    collector = launcher.start("collector", commands.collector(assets.watchlist, socket, ports.collector))
+    collector = launcher.start(
+        "collector", commands.collector(serving.watchlist, socket, ports.collector, scratch / "evidence")
+    )
     await launcher.ready(collector, f"{collector_url}/healthz", f"{collector_url}/ is the live page")
     # Longer than vLLM's own --shutdown-timeout, which lets the exporter hand over what it holds.
-    engine = launcher.start("vLLM", commands.engine(assets, socket, ports.engine), grace_seconds=20.0)
+    engine = launcher.start("vLLM", commands.engine(serving, socket, ports.engine), grace_seconds=20.0)
     paging = why_no_paging(prometheus)
     if paging:
         launcher.terminal.done("paging", paging, mark="-", style="yellow")
@@ -113,7 +115,7 @@ async def start_all(
     await launcher.ready(
         engine,
         f"{engine_url}/health",
-        f"{engine_url}/v1 serves {commands.MODEL_NAME}",
+        f"{engine_url}/v1 serves {serving.name}",
         seconds=ENGINE_READY_SECONDS,
         phase=lambda: commands.engine_phase(engine.log, first_start=first_start),
     )

@@ -21,7 +21,7 @@ from latentwatch.errors import Refusal, RefusalReason
 CONCURRENCY: Final = 12
 """Requests in flight at most: what two CPU cores batch without a queue that would stretch the plan."""
 MAX_OUTPUT_TOKENS: Final = 48
-ANSWER_TIMEOUT_SECONDS: Final = 120.0
+ANSWER_TIMEOUT_SECONDS: Final = 240.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Prompt:
     topic: str
     messages: tuple[Mapping[str, str], ...]
     feared: bool
+    concern: str = ""
+    """What a feared request is feared for, where the watchlist has a feature of that name."""
 
     @property
     def last_words(self) -> str:
@@ -47,6 +49,7 @@ class Planned:
     request_id: str
     prompt: Prompt
     stream: bool
+    max_tokens: int = MAX_OUTPUT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -120,18 +123,19 @@ def plan(
     *,
     rate_per_second: float,
     rng: np.random.Generator,
+    max_tokens: int = MAX_OUTPUT_TOKENS,
 ) -> list[Planned]:
     """Ordinary requests throughout, at random times; in the incident phase feared ones at the same rate among them.
 
-    Prompts are drawn with replacement, so that some repeat and hit the prefix cache. Feared requests stream, which
-    times each of their tokens, and every second one of the ordinary.
+    Prompts come in a random order, again from the first where more are needed: those hit the prefix cache. Feared
+    requests stream, which times each of their tokens, and every second one of the ordinary.
     """
     end_of_incident = phases.before + phases.incident
     arrivals = [(at, prompt) for at, prompt in _arrivals(ordinary, 0.0, phases.total, rate_per_second, rng)]
     arrivals += _arrivals(incidents, phases.before, end_of_incident, rate_per_second, rng)
     arrivals.sort(key=lambda arrival: arrival[0])
     return [
-        Planned(at, f"demo-{i:04d}", prompt, stream=prompt.feared or i % 2 == 0)
+        Planned(at, f"demo-{i:04d}", prompt, stream=prompt.feared or i % 2 == 0, max_tokens=max_tokens)
         for i, (at, prompt) in enumerate(arrivals)
     ]
 
@@ -205,7 +209,7 @@ def _body(model: str, request: Planned) -> dict[str, object]:
     body: dict[str, object] = {
         "model": model,
         "messages": [dict(message) for message in request.prompt.messages],
-        "max_tokens": MAX_OUTPUT_TOKENS,
+        "max_tokens": request.max_tokens,
         "temperature": 0.0,
         "stream": request.stream,
     }
@@ -253,8 +257,9 @@ def _arrivals(
     prompts: Sequence[Prompt], begin: float, end: float, rate_per_second: float, rng: np.random.Generator
 ) -> Iterator[tuple[float, Prompt]]:
     count = max(1, round((end - begin) * rate_per_second))
-    for at in np.sort(rng.uniform(begin, end, count)):
-        yield float(at), prompts[int(rng.integers(len(prompts)))]
+    order = rng.permutation(len(prompts)).tolist()
+    for number, at in enumerate(np.sort(rng.uniform(begin, end, count))):
+        yield float(at), prompts[order[number % len(order)]]
 
 
 def _bad_prompts(path: Path, found: str) -> Refusal:

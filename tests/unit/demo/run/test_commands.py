@@ -18,10 +18,10 @@ def test_missing_assets_are_named_and_the_way_to_build_them() -> None:
 
 
 def test_everything_listens_on_loopback_or_a_socket_only(tmp_path: Path) -> None:
-    assets = commands.Assets(tmp_path, tmp_path / "w", tmp_path / "o", tmp_path / "i")
+    serving = commands.Serving("m", tmp_path, tmp_path / "w")
     started = [
-        commands.collector(assets.watchlist, tmp_path / "s", 1001),
-        commands.engine(assets, tmp_path / "s", 1002),
+        commands.collector(serving.watchlist, tmp_path / "s", 1001),
+        commands.engine(serving, tmp_path / "s", 1002),
         commands.prometheus("prometheus", tmp_path, 1003, scrape_ports={"latentwatch": 1001}, alertmanager_port=1004),
         commands.alertmanager("alertmanager", tmp_path, 1004, webhook_port=1005),
     ]
