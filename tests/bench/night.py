@@ -62,9 +62,7 @@ LIMITED = (
     *(sparse(f"c{i}", limit=Limit("max", 1.0), severity=Severity.CRITICAL) for i in range(CRITICAL)),
     *(sparse(f"w{i}", limit=Limit("max", 1.0), severity=Severity.WARNING) for i in range(WARNING)),
 )
-UNLIMITED = tuple(
-    sparse(f"d{i}", severity=Severity.CRITICAL if i < CRITICAL else Severity.WARNING) for i in range(9)
-)
+UNLIMITED = tuple(sparse(f"d{i}", severity=Severity.CRITICAL if i < CRITICAL else Severity.WARNING) for i in range(9))
 KILLS: Mapping[str, float] = {
     "before it fires, and the requests arrive when it is back": -20,
     "as the requests arrive": 2,
@@ -100,9 +98,10 @@ class Row:
     def has(self, page: Page) -> bool:
         """Whether an alert is of this row."""
         labels = page.labels
-        return self.name in (labels.get("model_name"), labels.get("job", "").removeprefix("latentwatch-")) or labels.get(
-            "replica", ""
-        ).startswith(f"{self.name}/")
+        return self.name in (
+            labels.get("model_name"),
+            labels.get("job", "").removeprefix("latentwatch-"),
+        ) or labels.get("replica", "").startswith(f"{self.name}/")
 
 
 def night(seconds: float) -> float:
@@ -142,9 +141,7 @@ class Fleet:
 
     def streams(self, sha256: str, boot: int = 1) -> Sender:
         """An engine's sender, started."""
-        who = hello(
-            replica=f"{self.name}/0", model_name=self.name, boot_id=f"{boot:032d}", watchlist_sha256=sha256
-        )
+        who = hello(replica=f"{self.name}/0", model_name=self.name, boot_id=f"{boot:032d}", watchlist_sha256=sha256)
         made = Sender(f"unix://{self.collector.socket}", who, backoff=Backoff(0.2, 0.5, refused_seconds=0.25))
         made.start()
         return made
@@ -265,9 +262,7 @@ class KvConnector:
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir()
         watched = watchlist_file.write(watchlist(UNLIMITED), folder / "w.safetensors")
-        self.service = Service(
-            CollectorSettings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0")
-        )
+        self.service = Service(CollectorSettings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0"))
         in_loop(self.service.start())
         self._who = hello(replica=f"{name}/0", model_name=name, watchlist_sha256=watched.sha256)
         self._numbers = itertools.count(1)

@@ -16,8 +16,8 @@ from tests.support.engines import ROOT
 PACKAGE = ROOT / "monitor/latentwatch"
 ARCHITECTURE = ROOT / "docs/architecture.md"
 SITE = ROOT / "docs/site/mkdocs.yml"
-OF_OTHERS = {"docs/gguf.md"}
-"""Documents of other projects that a comment cites."""
+OF_OTHERS = {"docs/gguf.md", "cards.md"}
+"""Documents of other projects that a comment cites, and one that `watchlist start` writes."""
 SOURCES = (".py", ".pyi", ".proto", ".js", ".html", ".css", ".yaml", ".yml", ".toml", ".tpl", ".in", ".sh", "Makefile")
 
 _FILE = re.compile(r"(?<![\w./-])(?:[\w-]+/)*[\w-]+\.(?:py|js|ts|html|css|proto|ya?ml|json|toml|md|tpl)\b(?![\w/])")

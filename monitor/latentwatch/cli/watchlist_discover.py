@@ -93,14 +93,15 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-first",
         type=int,
-        default=1,
         metavar="N",
-        help="positions to leave out at each start (default: %(default)s)",
+        help="positions to leave out at each start (default: the tokens that all requests share, such as a chat "
+        "template's system prompt, and at least one)",
     )
     parser.add_argument("--force", action="store_true", help="replace what --out names when it exists")
 
 
 def _contrast_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--label", metavar="TEXT", help="what it stands for; default: which files it tells apart")
     parser.add_argument("--positive", type=Path, required=True, metavar="JSONL", help="requests with the behaviour")
     parser.add_argument("--negative", type=Path, required=True, metavar="JSONL", help="requests without it")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the permutations (default: %(default)s)")
@@ -128,10 +129,10 @@ def _recorded(args: argparse.Namespace, paths: list[Path]) -> tuple[Recording, l
     wanted = [request for one in sets for request in one]
 
     def progress(done: int) -> None:
-        if done % 50 == 0 or done == len(wanted):
-            print(f"recorded {done} of {len(wanted)} requests", file=sys.stderr)
+        print(f"recorded {done} of {len(wanted)} requests", file=sys.stderr)
 
     recording = activations.record(args.model, wanted, hook_point, skip_first=args.skip_first, progress=progress)
+    print(f"the first {recording.skip_first} positions of each request are left out", file=sys.stderr)
     return recording, [len(one) for one in sets], [request.group for request in wanted]
 
 
@@ -166,7 +167,7 @@ def _discover(args: argparse.Namespace) -> int:
     if not found:
         return 1
     path = args.sae if args.sae.startswith("hf:") else os.path.relpath(args.sae, args.out.resolve().parent)
-    features = [_feature_of(one, args) for one in found[: args.top]]
+    features = [_feature_of(one, args, recording) for one in found[: args.top]]
     stated = {name: value for name, value in vars(options).items() if value not in (None, ())}
     chosen: _Source = {"format": args.format, "path": path, "features": features}
     if stated:
@@ -175,13 +176,20 @@ def _discover(args: argparse.Namespace) -> int:
     return 0
 
 
-def _feature_of(found: Found, args: argparse.Namespace) -> dict[str, object]:
+def _label(args: argparse.Namespace) -> str:
+    return args.label or f"tells {args.positive.stem} from {args.negative.stem}"
+
+
+def _feature_of(found: Found, args: argparse.Namespace, recording: Recording) -> dict[str, object]:
     """Its entry in watchlist.yaml."""
+    from latentwatch.watchlist.activations import MOST_SKIPPED
+
     return {
         "index": found.index,
         "id": f"f{found.index}",
-        "label": f"tells {args.positive.stem} from {args.negative.stem}",
+        "label": _label(args),
         "severity": "info",
+        "skip_first_positions": min(recording.skip_first, MOST_SKIPPED),
         "evidence": found.evidence | {"measured_on": f"{args.positive.name} against {args.negative.name}"},
     }
 
@@ -203,13 +211,18 @@ def _probe(args: argparse.Namespace) -> int:
     _write_yaml(
         args,
         args.out / "watchlist.yaml",
-        {"format": "linear_probe", "path": "probe.safetensors", "features": [_feature_of_probe(probe, args)]},
+        {
+            "format": "linear_probe",
+            "path": "probe.safetensors",
+            "features": [_feature_of_probe(probe, args, recording)],
+        },
     )
     return 0
 
 
-def _feature_of_probe(probe: Probe, args: argparse.Namespace) -> dict[str, object]:
+def _feature_of_probe(probe: Probe, args: argparse.Namespace, recording: Recording) -> dict[str, object]:
     """Its entry in watchlist.yaml."""
+    from latentwatch.watchlist.activations import MOST_SKIPPED
     from latentwatch.watchlist.probing import WINDOW_TOKENS
 
     best = probe.figures[probe.best]
@@ -217,8 +230,9 @@ def _feature_of_probe(probe: Probe, args: argparse.Namespace) -> dict[str, objec
     return {
         "name": args.name,
         "id": args.name,
-        "label": f"tells {args.positive.stem} from {args.negative.stem}",
+        "label": _label(args),
         "severity": "warning",
+        "skip_first_positions": min(recording.skip_first, MOST_SKIPPED),
         "limit": {"statistic": probe.best, "value": round(best["threshold"], 4), **window},
         "evidence": {
             "auroc": round(best["auroc"], 4),
@@ -239,12 +253,13 @@ def _write_yaml(args: argparse.Namespace, path: Path, source: _Source) -> None:
     import yaml
 
     from latentwatch import storage
+    from latentwatch.watchlist import activations
 
     local = Path(args.model).is_dir()
     config = os.path.relpath(args.model, path.resolve().parent) if local else f"hf:{args.model}"
     content = {
         "name": path.stem if path.stem != "watchlist" else path.parent.name,
-        "model": {"name": Path(args.model).name, "config": config, "dtypes": ["bfloat16", "float32"]},
+        "model": {"name": activations.model_name(args.model), "config": config, "dtypes": ["bfloat16", "float32"]},
         "hook_points": [{"hook_point": args.hook_point, "sources": [source]}],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -191,7 +191,7 @@ def _plan(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[CaptureJob, 
     )
     about = About(
         model=args.model,
-        name=Path(args.model).name,
+        name=activations.model_name(args.model),
         dtype=dtype,
         skip_first=encoded.skip_first,
         shared_prefix=encoded.shared_prefix,

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_LINE_BYTES: Final = 4 << 20
+TOKENS_AT_ONCE: Final = 2048
+"""Of a forward, padding included."""
+MOST_SKIPPED: Final = 64
+"""A watchlist can leave out so many first positions."""
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _NOTES: Final = ("id", "topic", "kind", "near", "label", "source", "category", "tags", "note", "comment", "metadata")
 """Fields of a line that are for people."""
@@ -53,6 +57,8 @@ class Recording:
     """Ascending."""
     tokens: tuple[tuple[str, ...], ...]
     """The text of the recorded tokens, per request."""
+    skip_first: int = 1
+    """Positions that are left out at each start."""
 
     @property
     def starts_R(self) -> I64:
@@ -64,7 +70,8 @@ class Recording:
         bounds = np.append(self.starts_R, len(self.request_T))
         pieces = [np.arange(bounds[r], bounds[r + 1]) for r in wanted_R]
         request_T = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
-        return Recording(self.x_TD[np.concatenate(pieces)], request_T, tuple(self.tokens[r] for r in wanted_R))
+        tokens = tuple(self.tokens[r] for r in wanted_R)
+        return Recording(self.x_TD[np.concatenate(pieces)], request_T, tokens, self.skip_first)
 
 
 def requests(path: Path) -> list[Request]:
@@ -174,36 +181,65 @@ def record(
     wanted: Sequence[Request],
     hook_point: HookPoint,
     *,
-    skip_first: int = 1,
+    skip_first: int | None = 1,
     max_tokens: int = 512,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Recording:
-    """Run the model over each request and keep the stream after a layer.
+    """Run the model over the requests, many at a time, and keep the stream after a layer.
 
-    Args:    model: a Hugging Face model's folder or name.   skip_first: positions to leave out at each start.
+    Args:    model: a Hugging Face model's folder or name.   skip_first: positions to leave out at each start; None for
+             the tokens that all requests share, as a chat template's system prompt, and at least one.
              max_tokens: longer requests are cut.   progress: called with the number of requests done.
     Raises:  WatchlistRefused: the model cannot be loaded, or lacks the layer.
     """
     import torch
 
     network, tokenizer = _load(model)
-    layers = network.get_decoder().layers
+    decoder = network.get_decoder()  # without the head, whose logits would be the largest tensor by far
+    layers = decoder.layers
     if hook_point.layer >= len(layers):
         raise _refuse(f"model {model}", f"it has {len(layers)} layers, no {hook_point}", "Name a layer that it has.")
-    streams, tokens = [], []
+    ids_R = [token_ids(tokenizer, request)[:max_tokens] for request in wanted]
+    skipped = max(1, min(shared_start(ids_R), MOST_SKIPPED)) if skip_first is None else skip_first
+    for number, ids in enumerate(ids_R):
+        if len(ids) <= skipped:
+            found = f"it has {len(ids)} tokens, of which the first {skipped} are left out"
+            raise _refuse(f"request {number + 1}", found, "Leave it out.")
+    streams: dict[int, F32] = {}
     with torch.inference_mode(), _outputs(layers[hook_point.layer]) as outputs:
-        for done, request in enumerate(wanted):
-            ids = _token_ids(tokenizer, request)[:max_tokens]
-            if len(ids) <= skip_first:
-                found = f"it has {len(ids)} tokens, of which the first {skip_first} are left out"
-                raise _refuse(f"request {done + 1}", found, "Leave it out.")
+        for batch in batches(ids_R):
             outputs.clear()
-            network(input_ids=torch.tensor([ids], device=network.device))
-            streams.append(outputs[0][0, skip_first:].float().cpu().numpy())
-            tokens.append(tuple(tokenizer.decode([i]) for i in ids[skip_first:]))
-            progress(done + 1)
-    request_T = np.repeat(np.arange(len(streams)), [len(stream) for stream in streams])
-    return Recording(np.concatenate(streams), request_T, tuple(tokens))
+            longest = max(len(ids_R[r]) for r in batch)
+            # Padding stands behind a text, where a causal model does not see it.
+            padded = torch.tensor([[*ids_R[r], *[ids_R[r][-1]] * (longest - len(ids_R[r]))] for r in batch])
+            decoder(input_ids=padded.to(network.device))
+            for r, x_TD in zip(batch, outputs[0], strict=True):
+                streams[r] = x_TD[skipped : len(ids_R[r])].float().cpu().numpy()
+            progress(len(streams))
+    tokens = tuple(tuple(tokenizer.decode([i]) for i in ids[skipped:]) for ids in ids_R)
+    request_T = np.repeat(np.arange(len(wanted)), [len(of_request) for of_request in tokens])
+    return Recording(np.concatenate([streams[r] for r in range(len(wanted))]), request_T, tokens, skipped)
+
+
+def batches(ids_R: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Requests that run together, those of like length, at most TOKENS_AT_ONCE with their padding or one alone."""
+    batch: list[int] = []
+    for r in sorted(range(len(ids_R)), key=lambda r: len(ids_R[r])):
+        if batch and (len(batch) + 1) * len(ids_R[r]) > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(r)
+    if batch:
+        yield batch
+
+
+def shared_start(ids_R: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of them begin with; at least one token of each is its own."""
+    shortest = min(map(len, ids_R), default=1) - 1
+    for at in range(shortest):
+        if any(ids[at] != ids_R[0][at] for ids in ids_R):
+            return at
+    return max(shortest, 0)
 
 
 @contextmanager
@@ -248,12 +284,24 @@ def _load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return network.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, request: Request) -> list[int]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, request: Request) -> list[int]:
+    """As it is served: a text as it is, a dialogue by the chat template, with the prompt for the model's answer where
+    somebody else spoke last.
+    """
     if isinstance(request.content, str):
         return list(tokenizer(request.content)["input_ids"])
-    text = tokenizer.apply_chat_template([dict(m) for m in request.content], tokenize=False)
+    asks = request.content[-1]["role"] != "assistant"
+    messages = [dict(m) for m in request.content]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False)
     # The template writes the special tokens itself; the tokenizer would add them a second time.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def model_name(model: str) -> str:
+    """A model by its folder or name, for people; with the folder above where its own only says that it is a model."""
+    path = Path(model).resolve()
+    says_little = Path(model).is_dir() and path.name in ("model", "hf", "checkpoint")
+    return f"{path.parent.name}/{path.name}" if says_little else path.name
 
 
 def _refuse(what: str, found: str, instead: str) -> WatchlistRefused:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.prompts.prompt import Prompt
-from latentwatch.watchlist.activations import Request
+from latentwatch.watchlist.activations import MOST_SKIPPED, Request, shared_start, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MOST_SKIPPED: Final = 64
-"""A watchlist can leave out so many first positions."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def encode(
         )
     encoded = [_plain(tokenizer, p) if plain else _chat(tokenizer, p, model) for p in prompts]
     fitting = [at for at, ids in enumerate(encoded) if len(ids) <= max_tokens]
-    own = [_request(tokenizer, request) for request in requests]
+    own = [tuple(token_ids(tokenizer, request)) for request in requests]
     ids = [*(encoded[at] for at in fitting), *(one for one in own if len(one) <= max_tokens)]
     chosen = [prompts[at] for at in fitting]
     prefix = shared_start(ids)
@@ -84,18 +81,6 @@ def encode(
     ending = tokenizer.decode(list(asked[0][: shared_start(asked)][::-1])) if asked and not plain else ""
     skip = min(max(prefix, 1), MOST_SKIPPED)
     return Encoded(chosen, ids, skip, prefix, ending, len(prompts) + len(own) - len(ids))
-
-
-def shared_start(ids: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens all of them begin with; at least one token of each is its own."""
-    if not ids:
-        return 0
-    shortest = min(map(len, ids)) - 1
-    first = ids[0]
-    for at in range(shortest):
-        if any(one[at] != first[at] for one in ids):
-            return at
-    return max(shortest, 0)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, model: str) -> tuple[int, ...]:
@@ -112,16 +97,6 @@ def _chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, model: str) -> tup
             raise _refuse(model, found, "Report it with the model's name.")
         text = text[: end + len(prompt.answer.strip())]
     # The template writes the special tokens itself; the tokenizer would add them a second time.
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _request(tokenizer: PreTrainedTokenizerBase, request: Request) -> tuple[int, ...]:
-    """As it is served: a text as it is, a dialogue with the prompt for its answer where the user speaks last."""
-    if isinstance(request.content, str):
-        return tuple(tokenizer(request.content)["input_ids"])
-    messages = [dict(message) for message in request.content]
-    asks = messages[-1]["role"] != "assistant"
-    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False))
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
