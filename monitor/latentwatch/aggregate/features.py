@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentwatch.aggregate.histogram import ACTIVATION_EDGES, limit_edges
+from latentwatch.aggregate.histogram import activation_edges, limit_edges
 from latentwatch.arrays import Array
 from latentwatch.names import Phase
 from latentwatch.watchlist.file import Feature
@@ -57,7 +57,7 @@ class FeatureTable:
     """bool: the statistic is a maximum over one phase only."""
     rolling: tuple[RollingGroup, ...]
     edges_FB: Array
-    """Histogram bounds of the per-request statistic: ACTIVATION_EDGES for sparse features, limit_edges for dense."""
+    """Histogram bounds of the per-request statistic: activation_edges for sparse features, limit_edges for dense."""
 
     @property
     def features(self) -> int:
@@ -89,7 +89,7 @@ class FeatureTable:
             special_max_F=special & ~rolling,
             rolling=_rolling_groups(features),
             edges_FB=np.array(
-                [limit_edges(f.limit.value if f.limit else None) if f.dense else ACTIVATION_EDGES for f in features]
+                [(limit_edges if f.dense else activation_edges)(f.limit.value if f.limit else None) for f in features]
             ),
         )
 

@@ -6,6 +6,7 @@ A value on a bound belongs to the bucket below it, as `le` says.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Final
@@ -16,11 +17,22 @@ import numpy.typing as npt
 from latentwatch.arrays import F64, I64, Array, Bool, axes
 
 ACTIVATION_EDGES: Final = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-"""Half decades: SAE activations run from hundredths (small models) to hundreds (Gemma Scope)."""
-NORM_EDGES: Final = tuple(2.0**k for k in range(-1, 16))
-"""Octaves from 0.5 to 32768: residual norms of small models, and of first tokens in large ones."""
+"""Half decades: SAE activations run from hundredths (small models) to hundreds (Gemma Scope). See `activation_edges`."""
+NORM_EDGES: Final = tuple(2.0**k for k in range(-1, 21))
+"""Octaves from 0.5 to 1,048,576: residual norms of small models, of the last layers of Gemma 3 (270M: 36,000 at the end of a
+stream that begins at 125) and of first tokens in large ones."""
 LAG_EDGES: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Seconds; 1-2.5-5 around the target of 2 s from step to /metrics, up to a minute of spooling."""
+
+
+def activation_edges(limit: float | None) -> tuple[float, ...]:
+    """Bounds around a sparse feature's limit: ACTIVATION_EDGES, up by as many decades as leave one above the limit.
+
+    In deep layers of a model whose stream grows, activations and limits are in the thousands, and all of them would
+    stand above the last bound.
+    """
+    decades = max(0, math.ceil(math.log10(limit / 100.0))) if limit is not None and limit > 0 else 0
+    return tuple(float(f"{edge * 10.0**decades:.6g}") for edge in ACTIVATION_EDGES)
 
 
 def limit_edges(limit: float | None) -> tuple[float, ...]:

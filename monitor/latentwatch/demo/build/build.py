@@ -208,7 +208,8 @@ class Build:
         for point in HOOK_POINTS:
             folder = self.out_dir / "sae" / str(point)
             rows_ND = seen.acts[point][seen.inner_rows()]
-            sae.train_sae(rows_ND, point, folder, plan, seed=self.seed, progress=self.progress)
+            place = sae.Place(assets.MODEL_NAME, point, context_tokens=1024)
+            sae.train_sae(rows_ND, place, folder, plan, seed=self.seed, progress=self.progress)
             self.encoders[point] = sae.load_encoder(folder)
             quality[point] = self.encoders[point].quality(unseen.acts[point][unseen.inner_rows()])
             self.progress(f"SAE at {point}: held-out L0 {quality[point]['l0']:.1f}, FVU {quality[point]['fvu']:.3f}")

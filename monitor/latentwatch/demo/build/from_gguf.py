@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -49,8 +49,33 @@ class Architecture:
     """Keys that change nothing, or are checked elsewhere."""
     interleaved: Mapping[str, str]
     """Weights whose rows llama.cpp orders in another way, see `halved`; and which count of heads is theirs."""
+    completed: Callable[[dict[str, Any]], dict[str, Any]]
+    """What config.json says besides, by what the file said; it takes `rope_theta` out."""
+    norm_added: float = 0.0
+    """What llama.cpp's converter adds to the weights of norms, because the model itself adds it as it runs."""
 
 
+def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": config.pop("rope_theta", 10000.0)}}
+
+
+def _gemma3_layers(config: dict[str, Any]) -> dict[str, Any]:
+    """Every sixth layer sees the whole context. llama.cpp has pattern, local base and scale in code, not in the file."""
+    layers = config["num_hidden_layers"]
+    if layers == GEMMA3_27B_LAYERS:
+        scale = config["hidden_size"] // config["num_attention_heads"]
+    else:
+        scale = config["head_dim"]
+    kinds = {"full_attention": config.pop("rope_theta", 1e6), "sliding_attention": 1e4}
+    return {
+        "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)],
+        "query_pre_attn_scalar": scale,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in kinds.items()},
+    }
+
+
+GEMMA3_27B_LAYERS: Final = 62
+"""The one Gemma 3 that scales its queries by the width of the stream for each head."""
 LLAMA: Final = Architecture(
     config={
         "vocab_size": "vocab_size",
@@ -78,8 +103,29 @@ LLAMA: Final = Architecture(
     },
     ignored=frozenset({"rope.dimension_count", "attention.value_length"}),
     interleaved={"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"},
+    completed=_one_rope,
 )
-ARCHITECTURES: Final[Mapping[str, Architecture]] = {"llama": LLAMA}
+GEMMA3: Final = Architecture(
+    config={**LLAMA.config, "attention.sliding_window": "sliding_window"},
+    constants={
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    layer={
+        **LLAMA.layer,
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    ignored=frozenset({"attention.value_length"}),
+    interleaved={},
+    completed=_gemma3_layers,
+    norm_added=1.0,
+)
+ARCHITECTURES: Final[Mapping[str, Architecture]] = {"llama": LLAMA, "gemma3": GEMMA3}
 _OUTSIDE_LAYERS: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -158,14 +204,14 @@ def config_of(facts: Facts, architecture: Architecture, *, tied: bool) -> dict[s
     if "rms_norm_eps" in config:
         # Stored in float32: 1e-05 comes out as 9.999999747378752e-06.
         config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))
-    theta = config.pop("rope_theta", 10000.0)
     ids = {
         f"{name}_token_id": facts[f"tokenizer.ggml.{key}_token_id"]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         if f"tokenizer.ggml.{key}_token_id" in facts
     }
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
-    return {**architecture.constants, **config, **rope, **ids, "tie_word_embeddings": tied, "dtype": "float32"}
+    config |= {"vocab_size": len(facts["tokenizer.ggml.tokens"])} if "vocab_size" not in config else {}
+    config |= architecture.completed(config)
+    return {**architecture.constants, **config, **ids, "tie_word_embeddings": tied, "dtype": "float32"}
 
 
 def weights(reader: GGUFReader, architecture: Architecture, facts: Facts) -> dict[str, F32]:
@@ -173,6 +219,8 @@ def weights(reader: GGUFReader, architecture: Architecture, facts: Facts) -> dic
     found: dict[str, F32] = {}
     for tensor in reader.tensors:
         value: F32 = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        if tensor.name.endswith("norm.weight"):
+            value = value - np.float32(architecture.norm_added)
         if tensor.name in _OUTSIDE_LAYERS:
             found[_OUTSIDE_LAYERS[tensor.name]] = value
             continue
