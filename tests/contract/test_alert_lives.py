@@ -74,13 +74,35 @@ CASES = [
     Case("LatentwatchCoverageLow", "critical", {SCORED: counter(5, 100), tokens("dropped", "ring_full"): counter(5)}),
     # Hardly more than the month's budget, and for long.
     Case("LatentwatchCoverageLow", "warning", {SCORED: counter(980, 1000), tokens("dropped", "lost"): counter(20)}),
-    Case("LatentwatchUnseenByDesign", "warning", {SCORED: counter(1, 1), tokens("unseen", "kv_connector"): counter(900)}),
+    Case(
+        "LatentwatchUnseenByDesign", "warning", {SCORED: counter(1, 1), tokens("unseen", "kv_connector"): counter(900)}
+    ),
     Case("LatentwatchCollectorDown", "critical", {}, {f"up{{{WHERE}}}": gauge(0, 1)}),
-    Case("LatentwatchReplicaSilent", "warning", {'latentwatch_replica_last_seen_timestamp_seconds{replica="p/0"}': stuck_clock()}),
-    Case("LatentwatchEngineNotArmed", "warning", {'latentwatch_engine_armed{replica="p/0",reason="watchlist_width"}': gauge(0, 1)}),
-    Case("LatentwatchModelDiffers", "warning", {'latentwatch_engine_model_info{replica="p/0",match="differs"}': gauge(1, 0)}),
-    Case("LatentwatchWatchlistMismatch", "critical", {'latentwatch_streams_refused_total{reason="watchlist_mismatch"}': counter(0.05)}),
-    Case("LatentwatchStreamRefused", "warning", {'latentwatch_streams_refused_total{reason="protocol_version"}': counter(0.05)}),
+    Case(
+        "LatentwatchReplicaSilent",
+        "warning",
+        {'latentwatch_replica_last_seen_timestamp_seconds{replica="p/0"}': stuck_clock()},
+    ),
+    Case(
+        "LatentwatchEngineNotArmed",
+        "warning",
+        {'latentwatch_engine_armed{replica="p/0",reason="watchlist_width"}': gauge(0, 1)},
+    ),
+    Case(
+        "LatentwatchModelDiffers",
+        "warning",
+        {'latentwatch_engine_model_info{replica="p/0",match="differs"}': gauge(1, 0)},
+    ),
+    Case(
+        "LatentwatchWatchlistMismatch",
+        "critical",
+        {'latentwatch_streams_refused_total{reason="watchlist_mismatch"}': counter(0.05)},
+    ),
+    Case(
+        "LatentwatchStreamRefused",
+        "warning",
+        {'latentwatch_streams_refused_total{reason="protocol_version"}': counter(0.05)},
+    ),
     Case(
         "LatentwatchModelUnwatched",
         "warning",
@@ -90,8 +112,15 @@ CASES = [
             for kind in ("prompt", "generation")
         },
     ),
-    Case("LatentwatchTokensDropped", "warning", {SCORED: counter(9000, 9000), tokens("dropped", "ring_full"): counter(1)}),
-    Case("LatentwatchRequestsUntracked", "warning", {"latentwatch_requests_evicted_total": counter(0.2)}, once_is_enough=True),
+    Case(
+        "LatentwatchTokensDropped", "warning", {SCORED: counter(9000, 9000), tokens("dropped", "ring_full"): counter(1)}
+    ),
+    Case(
+        "LatentwatchRequestsUntracked",
+        "warning",
+        {"latentwatch_requests_evicted_total": counter(0.2)},
+        once_is_enough=True,
+    ),
     Case(
         "LatentwatchIngestLagHigh",
         "warning",
@@ -101,7 +130,12 @@ CASES = [
             'latentwatch_ingest_lag_seconds_bucket{le="+Inf"}': counter(10, 10),
         },
     ),
-    Case("LatentwatchAccountingBroken", "warning", {"latentwatch_accounting_excess_tokens_total": counter(0.2)}, once_is_enough=True),
+    Case(
+        "LatentwatchAccountingBroken",
+        "warning",
+        {"latentwatch_accounting_excess_tokens_total": counter(0.2)},
+        once_is_enough=True,
+    ),
     Case(
         "LatentwatchStateNotSaved",
         "warning",
@@ -168,9 +202,7 @@ def test_one_exceedance_and_a_kill_at_any_point_is_one_alert(severity: str, stat
     """Three requests at once and never again; the collector dies at any step of the alert's life, for long or short."""
     name = {"critical": "LatentwatchCriticalExceedance", "warning": "LatentwatchWarningExceedance"}[severity]
     case = Case(name, severity, exceedance(severity), once_is_enough=True)
-    kills = [
-        Kill(BEGIN + at, seconds, stateless) for at in range(30, 1620, 120) for seconds in (30, 240, 900)
-    ]
+    kills = [Kill(BEGIN + at, seconds, stateless) for at in range(30, 1620, 120) for seconds in (30, 240, 900)]
     tests = [(str(kill), input_series(case, Trouble(BEGIN, STEADY), kill), 1) for kill in kills]
     found = promtool(tmp_path, case, tests)
     assert not found, found
