@@ -121,7 +121,7 @@ def _coverage() -> list[Panel]:
     seen = graph(
         "Tokens seen",
         "Share of each model's tokens whose activations were scored, by this request or by the one whose prefix-cache "
-        "entry it reused. Objective: 99.9 %.",
+        "entry it reused. Objective: 99.9 %. Tokens that a KV connector leaves unseen are not in it.",
         query(COVERAGE_5M, "{{model_name}}"),
     )
     budget = graph(

@@ -149,6 +149,16 @@ def page() -> str:
     return f"{table(header, rows)}\n\n{shown}, {result['load_seconds_max']:.2f} s at most; {load}. {_made(result)}"
 
 
+def night() -> str:
+    result = _result("night")
+    header = ["what happens", "pages", "tickets", "goal", ""]
+    rows = [
+        [row["line"], str(row["pages"]), str(row["tickets"]), row["goal"], "as it should be" if row["ok"] else "NOT"]
+        for row in result["rows"]
+    ]
+    return f"{table(header, rows)}\n\nRules {result['times_as_fast']} times as fast. {_made(result)}"
+
+
 def chaos() -> str:
     result = _result("chaos")
     columns = ("faults", "sent", "merged", "shed", "lost", "doubled", "unbooked", "open")
@@ -376,6 +386,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "collector": collector,
     "evidence": evidence,
     "page": page,
+    "night": night,
     "drift": drift,
     "drift-real": drift_real,
     "probes": probes,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helm_python import chart as helm_chart
+from latentwatch.export.dashboards import Links, linked
 
 from tests.support import chart
 from tests.support.engines import ROOT
@@ -54,6 +55,15 @@ def test_an_address_changes_every_link_of_its_kind_and_nothing_else(value, annot
                 assert link.startswith(there)
                 rule["annotations"][annotation] = here + link.removeprefix(there)
         assert spec == RULES[name]
+
+
+def test_the_page_and_the_objective_are_those_of_the_verb_that_writes_the_rules():
+    """A chart's template and the package's own code, over every rule."""
+    links = Links(page="https://page.example.org", unseen_by_design=0.8)
+    texts = {path.stem: path.read_text() for path in (ROOT / "dashboards" / "rules").glob("*.yaml")}
+    there = {name: yaml.safe_load(linked(text, links)) for name, text in texts.items()}
+    assert rendered(pageUrl=links.page, unseenByDesign=0.8) == there
+    assert there != RULES
 
 
 def test_a_disabled_alert_is_left_out_and_no_other():

@@ -54,14 +54,23 @@ def faster(rules: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def prometheus(
-    folder: Path, jobs: Mapping[str, Sequence[str]], *, factor: float = 1.0, alertmanager_url: str = ""
+    folder: Path,
+    jobs: Mapping[str, Sequence[str]],
+    *,
+    factor: float = 1.0,
+    alertmanager_url: str = "",
+    interval: str = INTERVAL,
+    resend_delay: str = "1s",
 ) -> Iterator[str]:
-    """URL of a Prometheus that scrapes `jobs`, targets by job name, with the rules `factor` times as fast."""
+    """URL of a Prometheus that scrapes `jobs`, targets by job name, with the rules `factor` times as fast.
+
+    Args: resend_delay: after four of them without Prometheus, Alertmanager takes an alert to be over.
+    """
     (port,) = free_ports(1)
     for path in RULES.glob("*.yaml"):
         (folder / path.name).write_text(yaml.safe_dump(faster(yaml.safe_load(path.read_text()), factor)))
     config: dict[str, Any] = {
-        "global": {"scrape_interval": INTERVAL, "scrape_timeout": INTERVAL, "evaluation_interval": INTERVAL},
+        "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
         "rule_files": [str(folder / path.name) for path in RULES.glob("*.yaml")],
         "scrape_configs": [
             {"job_name": job, "static_configs": [{"targets": list(targets)}]} for job, targets in jobs.items()
@@ -78,7 +87,7 @@ def prometheus(
         f"--web.listen-address=127.0.0.1:{port}",
         "--enable-feature=exemplar-storage",
         # Else an alert that fires in the first seconds is lost for a minute.
-        "--rules.alert.resend-delay=1s",
+        f"--rules.alert.resend-delay={resend_delay}",
     ]
     with _running(argv, folder / "prometheus.log"):
         yield f"http://127.0.0.1:{port}"

@@ -96,6 +96,20 @@ def test_a_request_id_of_any_text_is_found_and_travels_as_json_only(client):
     assert found.headers["content-type"] == "application/json"
 
 
+def test_an_alert_leads_to_the_newest_request_of_its_feature_and_to_the_feature_where_none_is_known(client):
+    def leads_to(**asked):
+        answer = client.get("/latest-request", params=asked, follow_redirects=False)
+        assert answer.status_code == 303
+        return answer.headers["location"]
+
+    exceeded = client.get("/v1/exceedances").json()["exceedances"]
+    newest = exceeded[0]
+    target = quote(newest["request_id"], safe="")
+    assert leads_to(model_name=newest["model_name"], feature=newest["feature"]) == f"./#request={target}"
+    assert leads_to(model_name="another", feature="a/b c") == "./#feature=a%2Fb%20c"
+    assert client.get("/latest-request").status_code == 422
+
+
 def test_an_unknown_request_is_a_404_that_says_why(client):
     answer = client.get("/v1/requests/" + "y" * 900)
     assert answer.status_code == 404
