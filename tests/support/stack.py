@@ -54,14 +54,19 @@ def faster(rules: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def prometheus(
-    folder: Path, jobs: Mapping[str, Sequence[str]], *, factor: float = 1.0, alertmanager_url: str = ""
+    folder: Path,
+    jobs: Mapping[str, Sequence[str]],
+    *,
+    factor: float = 1.0,
+    interval: str = INTERVAL,
+    alertmanager_url: str = "",
 ) -> Iterator[str]:
     """URL of a Prometheus that scrapes `jobs`, targets by job name, with the rules `factor` times as fast."""
     (port,) = free_ports(1)
     for path in RULES.glob("*.yaml"):
         (folder / path.name).write_text(yaml.safe_dump(faster(yaml.safe_load(path.read_text()), factor)))
     config: dict[str, Any] = {
-        "global": {"scrape_interval": INTERVAL, "scrape_timeout": INTERVAL, "evaluation_interval": INTERVAL},
+        "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
         "rule_files": [str(folder / path.name) for path in RULES.glob("*.yaml")],
         "scrape_configs": [
             {"job_name": job, "static_configs": [{"targets": list(targets)}]} for job, targets in jobs.items()
