@@ -13,7 +13,7 @@ REGISTRY ?=
 # Two files of tests at a time, in the order of the folders: the engine tests are the long ones and come early.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check unit engine lint types imports dependencies page docs proto lock clean system
+.PHONY: help demo test check unit engine lint types imports dependencies page boards docs proto lock clean system
 .PHONY: floors floors-sample release release-dry-run
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,7 +21,7 @@ help: ## this list
 demo: system $(VENV)/.real ## watch a real vLLM server from end to end; report in demo-out/ and demo-report.json
 	$(BIN)/latentwatch demo
 
-test: system $(VENV)/.dev ## everything: linters, types, import rules, unit, contract, engine and end-to-end tests
+test: system $(VENV)/.dev tests/boards/node_modules/.installed ## everything: linters, types, import rules, unit, contract, engine and end-to-end tests
 	@$(MAKE) --no-print-directory check floors-sample release-dry-run
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
@@ -46,6 +46,9 @@ dependencies: $(VENV)/.dev
 
 page: tests/page/node_modules/.installed ## the live page's types and style
 	npm --prefix tests/page run --silent check
+
+boards: $(VENV)/.dev tests/boards/node_modules/.installed ## pictures of Grafana's boards on live series, in .cache/boards
+	$(BIN)/python -m tests.boards.draw .cache/boards
 
 docs: $(VENV)/.docs ## the documents as a site, .cache/site/index.html; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -f docs/site/mkdocs.yml
@@ -150,7 +153,7 @@ lock: ## resolve the lock files again (needs uv)
 	sed -i -E 's/^(torch==[0-9.]+)\+cpu/\1/; /^(nvidia|cuda)-/d' $(REQ)/engine-cpu.txt $(REQ)/dev.txt
 
 clean: ## remove the virtual environment, caches and what the demo left
-	rm -rf $(VENV) tests/page/node_modules .cache demo-out demo-report.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) tests/page/node_modules tests/boards/node_modules .cache demo-out demo-report.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentwatch needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -176,8 +179,8 @@ $(VENV)/.dev: $(REQ)/dev.txt $(VENV)/.real
 	$(PIP) --no-deps -r $(REQ)/dev.txt
 	@touch $@
 
-tests/page/node_modules/.installed: tests/page/package-lock.json
-	npm --prefix tests/page ci --silent
+tests/%/node_modules/.installed: tests/%/package-lock.json
+	npm --prefix tests/$* ci --silent --ignore-scripts
 	@touch $@
 
 # Alone, so that nobody needs an engine to read. The versions that it shares with the others are theirs.

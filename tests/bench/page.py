@@ -100,7 +100,7 @@ def turn(tab: Tab) -> None:
           const find = (selector) => document.querySelector(selector);
           if (!find('#later').disabled) return find('#later').click();
           find('#features a').click();
-          setTimeout(() => find('#exceedances button')?.click(), 700);
+          setTimeout(() => find('#flagged a')?.click(), 700);
           setTimeout(() => (find('#details').close(), find('#filter').dispatchEvent(new Event('input'))), 1500);
         })()"""
     )

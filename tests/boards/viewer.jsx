@@ -198,6 +198,7 @@ class Guarded extends Component {
 
 function Content({ panel, frames, theme, width, height, range }) {
   if (panel.type === "text") return <div className="markdown-html" dangerouslySetInnerHTML={{ __html: renderMarkdown(panel.options.content) }} />;
+  if (!frames.some(({ length }) => length)) return <p>No data</p>;
   if (panel.type === "stat") return <Stat {...{ panel, frames, theme, width, height }} />;
   if (panel.type === "heatmap") return <Heatmap {...{ panel, frames, theme, width, height }} />;
   if (panel.type === "table") return <Table data={frames[0]} width={width} height={height} cellHeight={panel.options.cellHeight} />;

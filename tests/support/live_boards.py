@@ -73,16 +73,18 @@ def live(folder: Path) -> Iterator[str]:
     in_loop(greet())
     thread = threading.Thread(target=feed)
     thread.start()
-    with prometheus(
-        folder, {"latentwatch": [made.http_url.removeprefix("http://") for made in (service, gateway)]}
-    ) as url:
-        firing = 'ALERTS{alertname="LatentwatchCriticalExceedance",alertstate="firing"}'
-        eventually(lambda: ask(url, "query", query=firing)["result"])
-        yield url
-    ended.set()
-    thread.join()
-    in_loop(service.stop())
-    in_loop(gateway.stop())
+    targets = [made.http_url.removeprefix("http://") for made in (service, gateway)]
+    try:
+        # Slow enough for a machine that others use too.
+        with prometheus(folder, {"latentwatch": targets}, interval="2s") as url:
+            firing = 'ALERTS{alertname="LatentwatchCriticalExceedance",alertstate="firing"}'
+            eventually(lambda: ask(url, "query", query=firing)["result"])
+            yield url
+    finally:
+        ended.set()
+        thread.join()
+        in_loop(service.stop())
+        in_loop(gateway.stop())
 
 
 def substituted(text: str, feature: str = SPARSE) -> str:
