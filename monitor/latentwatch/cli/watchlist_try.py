@@ -13,7 +13,7 @@ from latentwatch.errors import ConfigRefused, RefusalReason
 if TYPE_CHECKING:
     from latentwatch.research.scoring import Scored, Text
 
-_TRY = """Score texts with a built watchlist and a Hugging Face model, here and now: no vLLM, no collector. For each text
+_TRY = """Score texts with a built watchlist and a Hugging Face model, without a server. For each text
 the strongest features, by their limits where they have one, and the token that each was strongest on. A text is all
 prompt; with --answer it is what the user says, and the answer is output, which is what most limits are on."""
 _SHOWN = 12
