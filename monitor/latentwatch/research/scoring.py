@@ -5,6 +5,7 @@ Legend: T tokens of one text, D d_model, K features at one hook point, F feature
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,8 @@ def score(
     if not requests:
         return []
     prompts = activations.prompt_tokens(str(model), requests)
-    parts, tokens = [], ()
+    parts: list[F64] = []
+    tokens: tuple[tuple[str, ...], ...] = ()
     for number, rows in enumerate(watchlist.hooks):
         done = number * len(requests)
         recording = activations.record(
@@ -144,7 +146,7 @@ def score(
             rows.hook_point,
             skip_first=0,
             max_tokens=MAX_TOKENS,
-            progress=lambda one, done=done: progress(done + one),
+            progress=functools.partial(_later, progress, done),
         )
         if recording.x_TD.shape[1] != rows.w_hi_KD.shape[1]:
             raise WatchlistRefused(
@@ -163,6 +165,10 @@ def score(
         own_TF[np.arange(len(own))[:, None] < skip_F] = np.nan
         made.append(Scored(own, min(prompt, len(own)), own_TF, watchlist, Path(str(model)).name))
     return made
+
+
+def _later(progress: Callable[[int], None], done: int, more: int) -> None:
+    progress(done + more)
 
 
 def rows_score(rows: HookRows, x_TD: F64) -> F64:
