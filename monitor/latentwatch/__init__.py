@@ -1,3 +1,19 @@
-"""latentwatch: see what a served model is thinking, while it serves."""
+"""latentwatch: see what a served model is thinking, while it serves.
+
+For notebooks and scripts: `load` a built watchlist, `score` texts offline, `read_evidence`. They are imported when they
+are first asked for: the plugin imports this package too, and has nothing to do with them.
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load", "read_evidence", "score"]
+_RESEARCH = {"load": "scoring", "score": "scoring", "read_evidence": "stored"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RESEARCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"latentwatch.research.{_RESEARCH[name]}"), name)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from latentwatch.cli import options, watchlist_discover, watchlist_start
+from latentwatch.cli import options, watchlist_discover, watchlist_start, watchlist_try
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 HELP = "Find what to watch; build, show and verify the file that says it."
@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--limit", type=int, default=50, metavar="N", help="features to print (default: %(default)s)")
     watchlist_discover.add_arguments(actions)
     watchlist_start.add_arguments(actions)
+    watchlist_try.add_arguments(actions)
     verify = actions.add_parser(
         "verify",
         help="check a built file",
@@ -94,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run one action."""
-    own = {"build": _build, "show": _show, "search": _search, "verify": _verify, "start": watchlist_start.run}
+    own = {"build": _build, "show": _show, "search": _search, "verify": _verify}
+    own |= {"start": watchlist_start.run, "try": watchlist_try.run}
     return own.get(str(args.action), watchlist_discover.run)(args)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
+    from latentwatch.arrays import Bool
     from latentwatch.names import HookPoint
     from latentwatch.watchlist.activations import Recording
     from latentwatch.watchlist.discover import Found
@@ -45,7 +46,13 @@ def add_arguments(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=raw,
     )
     _model_arguments(record)
-    record.add_argument("--requests", type=Path, required=True, metavar="JSONL", help="requests to run")
+    record.add_argument(
+        "--requests",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="requests to run: .jsonl, or .txt with a text a line",
+    )
     record.add_argument("--out", type=Path, required=True, metavar="PATH", help="activations file to write")
     discover = actions.add_parser(
         "discover",
@@ -89,7 +96,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a Hugging Face model's folder or name")
-    parser.add_argument("--hook-point", required=True, metavar="resid_post.N", help="the stream after layer N")
+    parser.add_argument(
+        "--hook-point",
+        required=True,
+        metavar="resid_post.N",
+        help="the stream after layer N; blocks.N.hook_resid_post means the same",
+    )
     parser.add_argument(
         "--skip-first",
         type=int,
@@ -102,13 +114,19 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _contrast_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", metavar="TEXT", help="what it stands for; default: which files it tells apart")
-    parser.add_argument("--positive", type=Path, required=True, metavar="JSONL", help="requests with the behaviour")
-    parser.add_argument("--negative", type=Path, required=True, metavar="JSONL", help="requests without it")
+    parser.add_argument(
+        "--positive",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="requests with the behaviour: .jsonl, or .txt with a text a line",
+    )
+    parser.add_argument("--negative", type=Path, required=True, metavar="FILE", help="requests without it")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the permutations (default: %(default)s)")
 
 
 def _hook_point(args: argparse.Namespace) -> HookPoint:
-    from latentwatch.names import HookPoint
+    from latentwatch.watchlist.places import hook_point
 
     if args.out.exists() and not args.force:
         raise ConfigRefused(
@@ -117,7 +135,7 @@ def _hook_point(args: argparse.Namespace) -> HookPoint:
             instead="Add --force to replace it.",
             reason=RefusalReason.OUT_EXISTS,
         )
-    return HookPoint.parse(args.hook_point)
+    return hook_point(args.hook_point)
 
 
 def _recorded(args: argparse.Namespace, paths: list[Path]) -> tuple[Recording, list[int], list[str]]:
@@ -157,12 +175,20 @@ def _discover(args: argparse.Namespace) -> int:
     source = open_source(args.format, Location(args.sae, Path()), _hook_point(args), options)
     recording, (positive, negative), groups = _recorded(args, [args.positive, args.negative])
     positive_R = np.arange(positive + negative) < positive
-    found = discover(source, recording, positive_R, groups, permutations=args.permutations, seed=args.seed)
+    found = discover(
+        source,
+        recording,
+        positive_R,
+        groups,
+        output_T=_output_tokens(args, recording),
+        permutations=args.permutations,
+        seed=args.seed,
+    )
     for one in found[: args.top]:
         token = one.top_tokens[0]
         shown = f"{token['before']}[{token['token']}]{token['after']}"
         figures = f"AUROC {one.auroc:.3f}  TPR at 1 % FPR {one.tpr_at_fpr_1pct:.2f}  q {one.q_value:.4f}"
-        print(f"{one.index:>8}  {figures}  {shown!r}")
+        print(f"{one.index:>8}  {figures}  {one.where}: {shown!r}")
     print(f"{len(found)} of {source.about.width} features pass q < 0.05")
     if not found:
         return 1
@@ -180,6 +206,27 @@ def _label(args: argparse.Namespace) -> str:
     return args.label or f"tells {args.positive.stem} from {args.negative.stem}"
 
 
+def _output_tokens(args: argparse.Namespace, recording: Recording) -> Bool:
+    """Which of the recorded tokens belong to the last answer of a dialogue."""
+    import numpy as np
+
+    from latentwatch.watchlist import activations
+
+    wanted = [request for path in (args.positive, args.negative) for request in activations.requests(path)]
+    prompt_R = np.array(activations.prompt_tokens(args.model, wanted)) - recording.skip_first
+    position_T = np.arange(len(recording.request_T)) - recording.starts_R[recording.request_T]
+    return np.asarray(position_T >= prompt_R[recording.request_T])
+
+
+def _label_of(found: Found, args: argparse.Namespace) -> str:
+    """The one that was given; else what it fires on, where, and what it was found by, in one line."""
+    if args.label:
+        return str(args.label)
+    tokens = (" ".join(token["token"].split())[:24] for token in found.top_tokens)
+    seen = " ".join(f"{token!r}" for token in dict.fromkeys(tokens) if token) or "blanks"
+    return f"fires on {seen} {found.where}; tells {args.positive.stem} from {args.negative.stem}"[:300]
+
+
 def _feature_of(found: Found, args: argparse.Namespace, recording: Recording) -> dict[str, object]:
     """Its entry in watchlist.yaml."""
     from latentwatch.watchlist.activations import MOST_SKIPPED
@@ -187,7 +234,7 @@ def _feature_of(found: Found, args: argparse.Namespace, recording: Recording) ->
     return {
         "index": found.index,
         "id": f"f{found.index}",
-        "label": _label(args),
+        "label": _label_of(found, args),
         "severity": "info",
         "skip_first_positions": min(recording.skip_first, MOST_SKIPPED),
         "evidence": found.evidence | {"measured_on": f"{args.positive.name} against {args.negative.name}"},
@@ -254,13 +301,14 @@ def _write_yaml(args: argparse.Namespace, path: Path, source: _Source) -> None:
 
     from latentwatch import storage
     from latentwatch.watchlist import activations
+    from latentwatch.watchlist.places import hook_point
 
     local = Path(args.model).is_dir()
     config = os.path.relpath(args.model, path.resolve().parent) if local else f"hf:{args.model}"
     content = {
         "name": path.stem if path.stem != "watchlist" else path.parent.name,
         "model": {"name": activations.model_name(args.model), "config": config, "dtypes": ["bfloat16", "float32"]},
-        "hook_points": [{"hook_point": args.hook_point, "sources": [source]}],
+        "hook_points": [{"hook_point": str(hook_point(args.hook_point)), "sources": [source]}],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with storage.atomic_write(path, private=False) as file:

@@ -68,6 +68,11 @@ def export(requests: Iterable[StoredRequest], out: Path) -> dict[str, int]:
     return rows
 
 
+def tables(requests: Iterable[StoredRequest]) -> dict[str, pa.Table]:
+    """The same in memory, by name."""
+    return dict(_tables(list(requests)))
+
+
 def _tables(requests: list[StoredRequest]) -> Iterator[tuple[str, pa.Table]]:
     names = {name: schema.names for name, schema in SCHEMAS.items()}
     made: dict[str, list[dict[str, object]]] = {name: [] for name in SCHEMAS}

@@ -75,7 +75,8 @@ class Recording:
 
 
 def requests(path: Path) -> list[Request]:
-    """Read a .jsonl file of {"text": ...} or {"messages": [{"role", "content"}]}, each with an optional "group".
+    """Read a .txt file, each line a text, or a .jsonl file of {"text": ...} or {"messages": [{"role", "content"}]},
+    each with an optional "group".
 
     A content is text, or a list of OpenAI's content parts of which one is text and no other stands.
 
@@ -91,12 +92,16 @@ def requests(path: Path) -> list[Request]:
             while line := stream.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if line.strip():
-                    found.append(_request(_fields(line), f"{path.name}:{number}"))
+                    read = _plain if path.suffix == ".txt" else _fields
+                    found.append(_request(read(line), f"{path.name}:{number}"))
     except OSError as error:
-        raise _refuse(str(path), f"it cannot be read ({error.strerror})", "Give a .jsonl file.") from error
+        raise _refuse(str(path), f"it cannot be read ({error.strerror})", "Give a .jsonl or .txt file.") from error
     except (ValueError, RecursionError) as error:
         place = f"{path.name} line {number}"
-        raise _refuse(place, f"not a request ({error})", 'Write {"text": "..."} or {"messages": [...]}.') from error
+        instead = (
+            "Write plain text in UTF-8." if path.suffix == ".txt" else 'Write {"text": "..."} or {"messages": [...]}.'
+        )
+        raise _refuse(place, f"not a request ({error})", instead) from error
     if not found:
         raise _refuse(str(path), "it holds no requests", "Give one per line.")
     return found
@@ -104,12 +109,25 @@ def requests(path: Path) -> list[Request]:
 
 def _fields(line: bytes) -> object:
     """What a line holds. Raises ValueError that says what stands there instead of JSON, or RecursionError."""
+    _check_line(line, "lines of JSON")
+    return strict_json(line)
+
+
+def _plain(line: bytes) -> object:
+    """A line of a text file, without its end. Raises ValueError."""
+    _check_line(line, "lines of text")
+    text = line.decode("utf-8").rstrip("\r\n")
+    if text.startswith(('{"text"', '{"messages"')):
+        raise ValueError("it is JSON, which would be scored as it stands; name the file .jsonl")
+    return {"text": text}
+
+
+def _check_line(line: bytes, wanted: str) -> None:
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"it has more than {MAX_LINE_BYTES} bytes")
     for start, what in _OTHER_FILES.items():
         if line.startswith(start):
-            raise ValueError(f"this is {what}, not lines of JSON")
-    return strict_json(line)
+            raise ValueError(f"this is {what}, not {wanted}")
 
 
 def _request(fields: object, own_group: str) -> Request:
@@ -242,6 +260,26 @@ def shared_start(ids_R: Sequence[Sequence[int]]) -> int:
     return max(shortest, 0)
 
 
+def prompt_tokens(model: str, wanted: Sequence[Request]) -> list[int]:
+    """How many tokens of each request are prompt: all, but for the last answer of a dialogue that ends with one.
+
+    Raises: WatchlistRefused: the model's tokenizer cannot be loaded.
+    """
+    tokenizer = _tokenizer(model)
+    return [_prompt_tokens(tokenizer, request) for request in wanted]
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, request: Request) -> int:
+    whole = _token_ids(tokenizer, request)
+    if isinstance(request.content, str) or request.content[-1]["role"] != "assistant" or len(request.content) < 2:
+        return len(whole)
+    before = [dict(message) for message in request.content[:-1]]
+    text = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    prompt = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # Where the template writes the prompt of an answer differently, or a token spans both: as far as they agree.
+    return next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(prompt))
+
+
 @contextmanager
 def _outputs(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """What the layer returns in each forward, until the context is left.
@@ -268,12 +306,27 @@ def save(recording: Recording, path: Path, hook_point: HookPoint) -> None:
 
 
 def _load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
+    tokenizer = _tokenizer(model)
+    with _named(model):
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
         network = AutoModelForCausalLM.from_pretrained(model).eval()
+        return network.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    with _named(model):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(model)
+
+
+@contextmanager
+def _named(model: str) -> Iterator[None]:
+    """What goes wrong in here, by the model's name. Raises WatchlistRefused."""
+    try:
+        yield
     except ImportError as error:
         raise _refuse(
             f"model {model}", f"package {error.name!r} is missing", "Install torch and transformers."
@@ -281,7 +334,6 @@ def _load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     except (OSError, ValueError) as error:
         found = f"it cannot be loaded ({' '.join(str(error).split())[:200]})"
         raise _refuse(f"model {model}", found, "Give a Hugging Face model's folder or name.") from error
-    return network.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, request: Request) -> list[int]:

@@ -46,6 +46,15 @@ class Found:
     base_rate: float
     """Share of the negative requests' tokens on which it fires."""
     top_tokens: tuple[Token, ...]
+    output_share: float
+    """Share of its activation, over all requests, that lies in output tokens."""
+
+    @property
+    def where(self) -> str:
+        """In the words of a label, on which side it fires."""
+        if self.output_share >= 0.9:
+            return "in the output"
+        return "in the prompt" if self.output_share <= 0.1 else "in prompt and output"
 
     @property
     def evidence(self) -> Figures:
@@ -69,13 +78,14 @@ def discover(
     positive_R: Bool,
     groups: Sequence[str],
     *,
+    output_T: Bool | None = None,
     permutations: int = 1000,
     seed: int = 0,
 ) -> list[Found]:
     """The features that pass, best first.
 
     Args:    recording: the requests' stream.   positive_R: which requests show the behaviour.
-             groups: of each request; a group stays in one half.
+             groups: of each request; a group stays in one half.   output_T: which tokens are output (none).
     Raises:  WatchlistRefused: too few requests of either kind in a half.
     """
     rng = np.random.default_rng(seed)
@@ -90,7 +100,7 @@ def discover(
     q = np.maximum(p_F[chosen], second.adjusted(permutations, rng))
     passing = np.flatnonzero(q < PASS)
     found = [
-        _found(recording, act_T, positive_R, int(chosen[i]), second, int(i), float(q[i]))
+        _found(recording, act_T, positive_R, int(chosen[i]), second, int(i), float(q[i]), output_T)
         for i, act_T in zip(passing, _activations(source, recording, chosen[passing]), strict=True)
     ]
     return sorted(found, key=lambda one: -one.auroc)
@@ -202,7 +212,14 @@ def midranks(score_RF: F32) -> tuple[F32, F64]:
 
 
 def _found(
-    recording: Recording, act_T: F64, positive_R: Bool, feature: int, test: _Test, column: int, q_value: float
+    recording: Recording,
+    act_T: F64,
+    positive_R: Bool,
+    feature: int,
+    test: _Test,
+    column: int,
+    q_value: float,
+    output_T: Bool | None,
 ) -> Found:
     negative_T = ~positive_R[recording.request_T]
     return Found(
@@ -214,6 +231,7 @@ def _found(
         n_positive=int(test.positive_R.sum()),
         base_rate=float((act_T[negative_T] > 0).mean()),
         top_tokens=tuple(_context(recording, act_T, int(t)) for t in np.argsort(-act_T)[:3]),
+        output_share=0.0 if output_T is None else float(act_T[output_T].sum() / max(act_T.sum(), 1e-30)),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from latentwatch.errors import RefusalReason, WatchlistRefused
-from latentwatch.names import HookPoint
+from latentwatch.names import HOOK_KINDS, HookPoint
 from latentwatch.watchlist.location import Location
 
 _RESID = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)", re.ASCII)
@@ -37,6 +37,15 @@ def hook_point_of(name: str) -> HookPoint | None:
     if match := _OURS.fullmatch(name):
         return HookPoint(int(match[1]))
     return None
+
+
+def hook_point(text: str) -> HookPoint:
+    """A hook point as somebody writes it: ours, or another project's name for it.
+
+    Raises: ConfigRefused, "hook_point_unknown": none of them, or one that the engine cannot tap.
+    """
+    ours = text.partition(".")[0] in HOOK_KINDS
+    return (None if ours else hook_point_of(text)) or HookPoint.parse(text)
 
 
 def refuse_other_place(location: Location, stated: Sequence[str], hook_point: HookPoint) -> None:

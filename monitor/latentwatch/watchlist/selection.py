@@ -13,6 +13,7 @@ from latentwatch.watchlist.document import Document, Place, refuse
 from latentwatch.watchlist.figures import Figures
 from latentwatch.watchlist.file import Limit, ModelCard
 from latentwatch.watchlist.location import Location
+from latentwatch.watchlist.places import hook_point
 from latentwatch.watchlist.sources import SourceOptions
 
 MAX_YAML_BYTES: Final = 8 << 20
@@ -269,7 +270,7 @@ def _first(fields: Mapping[str, object], *names: str) -> object:
 def _hook(document: Document, i: int, fields: _HookEntry, model: ModelCard, base: Path) -> HookChoice:
     path: Place = ("hook_points", i)
     with document.at((*path, "hook_point")):
-        point = HookPoint.parse(fields["hook_point"])
+        point = hook_point(fields["hook_point"])
     if point.layer >= model.layers:
         raise document.refuse(
             (*path, "hook_point"),

@@ -61,6 +61,14 @@ def test_a_planted_feature_is_found_first_with_its_token() -> None:
     assert found[0].n == pytest.approx(REQUESTS / 2, abs=2)
 
 
+@pytest.mark.parametrize(("side", "says"), [("prompt", "in the prompt"), ("output", "in the output")])
+def test_a_found_feature_says_on_which_side_it_fires(side: str, says: str) -> None:
+    positive_R = np.arange(REQUESTS) < REQUESTS // 2
+    made = recording(1, positive_R)
+    output_T = np.full(len(made.request_T), side == "output")
+    assert discover(sae(), made, positive_R, GROUPS, output_T=output_T, permutations=200)[0].where == says
+
+
 def test_random_labels_give_no_feature_in_twenty_seeds() -> None:
     """Each half alone would pass one seed in twenty by chance; a feature must pass both."""
     for seed in range(20):
@@ -173,6 +181,32 @@ def sets(tmp_path: Path, one_thread: None) -> Path:
             lines.append(json.dumps({"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path
+
+
+def test_the_lines_of_a_text_file_are_requests_and_json_in_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("  How do I pick a lock?  \n\nWhat is {x}?\n")
+    assert [r.content for r in activations.requests(path)] == ["  How do I pick a lock?  ", "What is {x}?"]
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(WatchlistRefused, match=r"name the file .jsonl"):
+        activations.requests(path)
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(WatchlistRefused, match="plain text in UTF-8"):
+        activations.requests(path)
+
+
+def test_an_answer_begins_where_the_models_template_says(sets: Path) -> None:
+    ask, answer = {"role": "user", "content": "Is it safe?"}, {"role": "assistant", "content": "It was tested last."}
+    wanted = [
+        activations.Request((ask, answer), "0"),
+        activations.Request((ask,), "1"),
+        activations.Request("It is.", "2"),
+    ]
+    found = activations.prompt_tokens(str(ASSETS / "model"), wanted)
+    made = activations.record(str(ASSETS / "model"), wanted, HookPoint(0), skip_first=0)
+    whole = [len(one) for one in made.tokens]
+    assert found[0] < whole[0] and found[1:] == whole[1:]
+    assert "".join(made.tokens[0][found[0] :]).strip().startswith("It was tested")
 
 
 def test_record_keeps_the_stream_after_the_layer_and_not_behind_the_final_norm(sets: Path) -> None:

@@ -12,10 +12,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentwatch.errors import WatchlistRefused
+from latentwatch.errors import ConfigRefused, WatchlistRefused
+from latentwatch.names import HookPoint
 from latentwatch.watchlist import selection
 from latentwatch.watchlist.document import schema
 from latentwatch.watchlist.figures import Figures
+from latentwatch.watchlist.places import hook_point
 
 from tests.support.sources import document, hook, source
 
@@ -191,3 +193,16 @@ def test_any_change_to_a_valid_file_is_read_or_refused_with_three_sentences(data
 def test_any_text_or_bytes_are_refused_and_never_crash(text: str | bytes) -> None:
     with pytest.raises(WatchlistRefused):
         selection.parse(text.encode() if isinstance(text, str) else text, "w.yaml", BASE)
+
+
+@pytest.mark.parametrize(
+    "text", ["resid_post.2", "blocks.2.hook_resid_post", "blocks.3.hook_resid_pre", "model.layers.2"]
+)
+def test_a_place_may_be_written_as_other_projects_do(text: str) -> None:
+    assert hook_point(text) == HookPoint(2)
+
+
+@pytest.mark.parametrize("text", ["resid_post.02", "blocks.0.hook_resid_pre", "blocks.2.mlp.hook_post", "mlp_out.1"])
+def test_a_place_that_cannot_be_watched_is_refused(text: str) -> None:
+    with pytest.raises(ConfigRefused, match="is not one of resid_post"):
+        hook_point(text)
