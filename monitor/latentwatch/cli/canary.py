@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from latentwatch.cli import options
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     secret.add_argument(
         "--api-key-env", metavar="NAME", help="the same from this environment variable; it is never printed"
     )
-    parser.add_argument("--runs", type=int, metavar="N", help="stop after N requests (default: never)")
+    parser.add_argument("--runs", type=options.count, metavar="N", help="stop after N requests (default: never)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,6 +22,8 @@ GIVEN = {
     "listen": ["unix:///a", "[::]:9090"],
     "http": "0.0.0.0:9464",
     "insecure": True,
+    "log_level": "debug",
+    "log_format": "json",
     "state": "state",
     "baseline": "prod.baseline",
     "canary_key": "canary",

@@ -347,6 +347,7 @@ def folder(tmp_path_factory):
     for name, share in (("calm", 0.2), ("drifted", 0.8)):
         sink = RecordingSink(folder / name)
         engine = Engine(sink, built, seed=len(name))
+        engine.handle = itertools.count(100_000 * len(name))  # no server gives an id twice
         minutes(engine, 0, 20)
         minutes(engine, 20, 30, share=share)
         sink.close()
