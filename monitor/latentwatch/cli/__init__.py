@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="latentwatch",
         description="See what a served model is thinking, while it serves.",
-        epilog="""Colour is off where NO_COLOR is set. For completion in bash or zsh install latentwatch[completion], and
+        epilog="""Colour is off where NO_COLOR is set. Completion in bash or zsh: install latentwatch[completion], then
 eval "$(register-python-argcomplete latentwatch)".
 example:  latentwatch demo""",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -40,7 +40,6 @@ class Metavar:
 File = Annotated[Path, Metavar("FILE")]
 Url = Annotated[str, Metavar("URL"), Field(pattern="^https?://")]
 Folder = Annotated[Path, Metavar("FOLDER")]
-Url = Annotated[str, Metavar("URL"), Field(pattern="^https?://")]
 Count = Annotated[int, Metavar("N"), Field(gt=0)]
 Amount = Annotated[float, Metavar("N"), Field(gt=0, allow_inf_nan=False)]
 
