@@ -94,6 +94,7 @@ class RefusalReason(StrEnum):
     BASELINE_FORMAT = "baseline_format", "a baseline is damaged or of another format"
     BASELINE_MISMATCH = "baseline_mismatch", "a baseline is of another model or watchlist"
     BASELINE_SOURCE = "baseline_source", "what a baseline is to be made of cannot be used"
+    BASELINE_OVERLAP = "baseline_overlap", "baselines have windows in common that would count twice"
     BASELINE_VOLUME = "baseline_volume", "a baseline would rest on too few requests"
     LIMIT_FPR = "limit_fpr", "a limit's false-positive rate cannot be met with this baseline"
     EVIDENCE_FOLDER = "evidence_folder", "the evidence folder cannot be used"

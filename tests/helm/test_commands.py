@@ -75,6 +75,7 @@ class Gateway:
         self._put("watchlist/watchlist.safetensors", b"")
         watchlist_file.write(watchlist(FEATURES), root / "etc/latentwatch/watchlist/watchlist.safetensors")
         (root / "var/lib/latentwatch").mkdir(parents=True)
+        self.put(engine_token={"token": b"engines-0123456789"})
 
     def _put(self, path: str, content: bytes, mode: int = 0o644) -> None:
         """A file that a volume would bring."""

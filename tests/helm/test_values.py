@@ -181,7 +181,7 @@ def test_a_gateway_that_should_forward_is_refused():
 
 def test_a_gateway_that_would_listen_to_anybody_is_refused_until_it_is_said():
     alone = {key: value for key, value in chart.least().items() if key != "engineToken"}
-    with pytest.raises(HelmRenderError, match="give engineToken or tls, or say collector.insecure: true"):
+    with pytest.raises(HelmRenderError, match=r"give engineToken or tls, or say collector\.insecure: true"):
         chart.objects(alone)
     said = chart.objects({**alone, "collector": {"insecure": True}})
     (container,) = chart.the(said, "Deployment")["spec"]["template"]["spec"]["containers"]

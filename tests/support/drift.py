@@ -34,11 +34,12 @@ def observe(
     value: np.ndarray,
     end_seconds: float,
     adapter: str = "",
+    key: int = 0,
 ) -> None:
     """One window of these requests, of one replica."""
     counts = RequestCounts.empty(layout, 1)
     counts.add(layout, np.zeros(len(fired), np.int64), fired, value)
-    observed.add_window(counts, observed.strata_of([adapter], np.array([len(fired)])), end_seconds)
+    observed.add_window(counts, observed.strata_of([adapter], np.array([len(fired)])), end_seconds, key=key)
     observed.add_tail(value)
 
 

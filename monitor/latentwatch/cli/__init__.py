@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Final, Protocol, cast
 
 from latentwatch import __version__, host
+from latentwatch.cli import missing_packages
 from latentwatch.cli.output import Descriptor, lenient_streams
 from latentwatch.errors import Refusal
 
@@ -65,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="latentwatch",
         description="See what a served model is thinking, while it serves.",
-        epilog="example:  latentwatch demo",
+        epilog="""Colour is off where NO_COLOR is set. Completion in bash or zsh: install latentwatch[completion], then
+eval "$(register-python-argcomplete latentwatch)".
+example:  latentwatch demo""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"latentwatch {__version__}")
@@ -90,9 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     host.prepare_process()
     with lenient_streams() as out:
-        args = build_parser().parse_args(argv)
+        verb = next((word for word in sys.argv[1:] if argv is None and word in VERBS), "")
+        try:
+            parser = build_parser()
+            _complete(parser)
+            args = parser.parse_args(argv)
+        except ImportError as error:
+            return _lacks(verb or str(next(iter(argv or ()), "")), error)
         try:
             code = int(args.run(args))
+        except ImportError as error:
+            return _lacks(args.verb, error)
         except (Refusal, OSError) as refusal:
             print(f"latentwatch {args.verb}: {refusal}", file=sys.stderr)
             return 2
@@ -104,6 +117,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         serves = args.verb in SERVING and not getattr(args, "config_schema", False)
         return code if serves else _printed(args.verb, code, out)
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks how a line may go on, where argcomplete is installed."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ModuleNotFoundError):
+            argcomplete = importlib.import_module("argcomplete")
+            argcomplete.autocomplete(parser)
+
+
+def _lacks(verb: str, error: ImportError) -> int:
+    """Say which package a verb lacks. Raises `error` where it is a bug of our own."""
+    refusal = missing_packages.refusal(verb, error)
+    if refusal is None:
+        raise error
+    print(refusal, file=sys.stderr)
+    return 2
 
 
 def _printed(verb: str, code: int, out: Descriptor) -> int:

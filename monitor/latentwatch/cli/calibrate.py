@@ -10,12 +10,14 @@ from latentwatch.cli import options
 from latentwatch.errors import BaselineRefused, ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
+    from latentwatch.arrays import Array
     from latentwatch.collector.drift import DriftSettings
     from latentwatch.drift.baseline import Baseline
     from latentwatch.watchlist.file import Watchlist
 
 HELP = "Make a baseline of traffic that you trust; a collector with it measures drift and knows how rare a value is."
-EPILOG = """Several --from are added up: the collectors of a fleet, or recordings of several days. Reading evidence is
+EPILOG = """Several --from are added up: the collectors of a fleet, or recordings of several days; windows that are in
+two of them, or in the baseline of --update, count once. Reading evidence is
 noted in its folder's audit log. Windows during an
 alarm are never among what a collector gives. A baseline changes by --update only, and names what would change.
 example:  latentwatch calibrate --from http://127.0.0.1:9464 --model-name llama --out prod.baseline"""
@@ -88,30 +90,20 @@ def run(args: argparse.Namespace) -> int:
     from latentwatch.drift.limits import calibrated_limit
     from latentwatch.drift.show import table
 
-    if args.out.exists() and not args.force:
-        raise ConfigRefused(
-            f"--out {args.out}",
-            found="it exists",
-            instead="Give another name, or --force.",
-            reason=RefusalReason.FILE_EXISTS,
-        )
-    if not args.tolerance > 1:
-        raise ConfigRefused(
-            f"--tolerance {args.tolerance}",
-            found="it is not above 1",
-            instead="Give 1.05.",
-            reason=RefusalReason.CONFIG_VALUE,
-        )
+    _check(args)
+    earlier = baseline.read(args.update) if args.update else None
     made = _named(_gathered(args), args)
-    if args.update:
-        earlier = baseline.read(args.update)
+    if earlier is not None:
         earlier.check(made.fingerprint, f"baseline {args.update}")
-        left = [name for name in moved(earlier, made) if name not in args.approve and "all" not in args.approve]
+        together = earlier.merge(made)
+        print(_counted(earlier, made, together))
+        fresh_FB = together.observed.levels_FB - earlier.observed.levels_FB
+        left = [name for name in moved(earlier, fresh_FB) if name not in args.approve and "all" not in args.approve]
         if left:
             print(f"not written: {len(left)} features left the limits of {args.update}: {', '.join(left)}")
             print("If that is the new normal, name them with --approve; an attack must not become one.")
             return 1
-        made = _named(earlier.merge(made), args)
+        made = _named(together, args)
     made.reference()
     if made.limit_fpr is not None:
         calibrated_limit(made.observed, 0, made.limit_fpr)
@@ -121,14 +113,56 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def moved(earlier: Baseline, later: Baseline) -> list[str]:
-    """Features whose rate in the later traffic lies outside the earlier baseline's limits."""
+def _check(args: argparse.Namespace) -> None:
+    """What can be wrong is said before anything is waited for. Raises ConfigRefused."""
+    if args.out.exists() and not args.force:
+        raise ConfigRefused(
+            f"--out {args.out}",
+            found="it exists",
+            instead="Give another name, or --force.",
+            reason=RefusalReason.FILE_EXISTS,
+        )
+    if not args.out.parent.is_dir():
+        raise ConfigRefused(
+            f"--out {args.out}",
+            found=f"there is no folder {args.out.parent}",
+            instead="Make it, or name another one.",
+            reason=RefusalReason.CONFIG_VALUE,
+        )
+    if not args.tolerance > 1:
+        raise ConfigRefused(
+            f"--tolerance {args.tolerance}",
+            found="it is not above 1",
+            instead="Give 1.05.",
+            reason=RefusalReason.CONFIG_VALUE,
+        )
+    if args.limit_fpr is not None and not 0 < args.limit_fpr < 1:
+        raise ConfigRefused(
+            f"--limit-fpr {args.limit_fpr}",
+            found="it is no share between 0 and 1",
+            instead="Give the share of trusted requests that may lie above a limit, such as 0.001.",
+            reason=RefusalReason.LIMIT_FPR,
+        )
+
+
+def _counted(earlier: Baseline, made: Baseline, together: Baseline) -> str:
+    """How much of the traffic is new, in words: what a collector gives includes what it gave before."""
+    new = together.observed.requests - earlier.observed.requests
+    if new == made.observed.requests:
+        return f"{new} requests are new"
+    return f"{new} of {made.observed.requests} requests are new; the others are in the earlier baseline and count once"
+
+
+def moved(earlier: Baseline, total_FB: Array) -> list[str]:
+    """Features whose rate in later traffic lies outside the earlier baseline's limits.
+
+    Args: total_FB: requests of the later traffic by score bucket, [F, B].
+    """
     import numpy as np
 
     from latentwatch.aggregate.counts import above
 
     reference = earlier.reference()
-    total_FB = later.observed.levels_FB
     active_F = above(total_FB)[np.arange(len(total_FB)), reference.level_F]
     rate_F = active_F / np.maximum(total_FB.sum(axis=1), 1)
     outside_F = (rate_F > reference.high_HF.max(axis=0)) | (rate_F < reference.low_HF.min(axis=0))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from latentwatch.cli import options
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 HELP = "Send the same prompts to the server on a schedule, so that the collector sees when the model itself changes."
 EPILOG = """The prompts stand in a file, one a line, at most 64. Each request is signed, asks for one token at
-temperature 0, and has a cache salt of its own, so that the server computes it anew.
+temperature 0, and has a cache salt of its own, so that the server computes it anew. How far it is stands on standard
+error.
 example:  latentwatch canary --server http://127.0.0.1:8000 --model llama --prompts safe.txt --key canary.key"""
 
 _TIMEOUT_SECONDS: Final = 60.0
@@ -33,7 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every", type=float, default=5.0, metavar="SECONDS", help="between two requests (default: %(default)g)"
     )
-    parser.add_argument("--runs", type=int, metavar="N", help="stop after N requests (default: never)")
+    secret = parser.add_mutually_exclusive_group()
+    secret.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="show the server the API key in this file",
+    )
+    secret.add_argument(
+        "--api-key-env", metavar="NAME", help="the same from this environment variable; it is never printed"
+    )
+    parser.add_argument("--runs", type=options.count, metavar="N", help="stop after N requests (default: never)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,13 +54,16 @@ def run(args: argparse.Namespace) -> int:
     import time
 
     from latentwatch.cli.http_client import Web
+    from latentwatch.cli.terminal import Progress
     from latentwatch.drift import canary
 
     prompts = _prompts(args.prompts)
     if args.make_key:
         _make_key(args.key)
     key = canary.read_key(args.key)
-    web = Web(args.server, timeout_seconds=_TIMEOUT_SECONDS)
+    web = Web(args.server, _api_key(args), timeout_seconds=_TIMEOUT_SECONDS)
+    progress = Progress(time.monotonic)
+    sent = failures = 0
     failed = False
     for number in itertools.count() if args.runs is None else range(args.runs):
         if number:
@@ -56,9 +71,38 @@ def run(args: argparse.Namespace) -> int:
         prompt = number % len(prompts)
         error = _sent(web, args.model, key, prompt, prompts[prompt])
         if error and not failed:
+            progress.end()
             print(f"latentwatch canary: prompt {prompt}: {error}", flush=True)
         failed = bool(error)
+        sent, failures = sent + 1, failures + failed
+        of = f" of {args.runs}" if args.runs is not None else ""
+        progress.show(f"latentwatch canary: {sent}{of} sent, {failures} not answered")
+    progress.end()
     return int(failed)
+
+
+def _api_key(args: argparse.Namespace) -> str:
+    """What the server is shown; empty for nothing. Raises ConfigRefused, "token_unusable"."""
+    if args.api_key_file:
+        what, key = f"--api-key-file {args.api_key_file}", _word(args.api_key_file)
+    elif args.api_key_env:
+        what, key = f"--api-key-env {args.api_key_env}", os.environ.get(args.api_key_env, "")
+    else:
+        return ""
+    if not key or not key.isascii() or not key.isprintable() or len(key.split()) != 1:
+        raise ConfigRefused(
+            what,
+            found=f"its {len(key)} characters are no key" if key else "it is empty or not set",
+            instead="Give one word of printable ASCII characters.",
+            reason=RefusalReason.TOKEN_UNUSABLE,
+        )
+    return key
+
+
+def _word(path: Path) -> str:
+    from latentwatch import secrets
+
+    return secrets.read(path, "--api-key-file", RefusalReason.TOKEN_UNUSABLE).decode("utf-8", "replace")
 
 
 def _prompts(path: Path) -> list[str]:

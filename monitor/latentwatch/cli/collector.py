@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from latentwatch import host
-from latentwatch.cli import options
+from latentwatch.cli import log_lines, options
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     from latentwatch.collector.service import serve
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_lines.log_to_stderr(config.log_level, config.log_format)
     asyncio.run(serve(settings(config), started=functools.partial(_announce, config.listen)))
     return 0
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from latentwatch import secrets
+from latentwatch.cli import terminal
 from latentwatch.errors import ConfigRefused, Refusal
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _OF_LEVEL: Final[Mapping[str, Status]] = {
     "notice": "skipped",
 }
 """By the level of a cause in the collector's table."""
+_STYLES: Final = {"ok": "green", "failed": "red", "warning": "yellow"}
 EXIT_CODES: Final = {
     "installation": 3,
     "collector": 4,
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             _print(finding)
     code = exit_code(findings, strict=args.strict)
     if args.json:
-        print(json.dumps({"exit_code": code, "findings": [asdict(finding) for finding in findings]}, indent=1))
+        terminal.print_json({"exit_code": code, "findings": findings})
         return code
     failed = sum(finding.status == "failed" for finding in findings)
     print(f"{failed} of the checks failed." if failed else "Nothing failed.")
@@ -106,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(finding: Finding) -> None:
-    print(f"{finding.status:8}{finding.check:20}{finding.found}", flush=True)
+    style = _STYLES.get(finding.status, "dim")
+    print(f"{terminal.styled(f'{finding.status:8}', style)}{finding.check:20}{finding.found}", flush=True)
     if finding.instead and finding.status != "ok":
         print(f"{'':28}{finding.instead}")
 

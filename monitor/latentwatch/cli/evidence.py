@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from latentwatch.cli import options
+from latentwatch.cli import options, terminal
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 HELP = "Find, show and delete the evidence that a collector wrote down."
@@ -63,7 +63,10 @@ def _add_query(actions: _Actions) -> None:
     query.add_argument("--model", metavar="NAME", help="only this served model name")
     query.add_argument("--since", metavar="AGE", help="not older than this, such as 90s, 30m, 2h or 7d")
     query.add_argument("--until", metavar="AGE", help="not younger than this")
-    query.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
+    query.add_argument(
+        "--limit", type=options.count, default=50, metavar="N", help="lines to print (default: %(default)s)"
+    )
+    query.add_argument("--json", action="store_true", help="print them as JSON instead")
 
 
 def _add_show(actions: _Actions) -> None:
@@ -131,7 +134,10 @@ def _add_audit(actions: _Actions) -> None:
         "audit --id chatcmpl-7f3a",
     )
     audit.add_argument("--id", type=options.text, default="", metavar="ID", help="only what was asked about this id")
-    audit.add_argument("--limit", type=int, default=50, metavar="N", help="lines to print (default: %(default)s)")
+    audit.add_argument(
+        "--limit", type=options.count, default=50, metavar="N", help="lines to print (default: %(default)s)"
+    )
+    audit.add_argument("--json", action="store_true", help="print them as JSON instead")
 
 
 def _add_repair(actions: _Actions) -> None:
@@ -176,15 +182,21 @@ def run(args: argparse.Namespace) -> int:
 def _query(args: argparse.Namespace) -> int:
     from latentwatch.evidence.archive import Wanted
     from latentwatch.evidence.heatmap import printable
+    from latentwatch.evidence.known_names import check_wanted
 
     now = time.time()
     wanted = Wanted(args.feature, args.severity, args.model, _before(now, args.since), _before(now, args.until))
     with options.opened_evidence(args.dir) as (archive, audit):
+        check_wanted(archive, wanted)
         found = archive.exceedances(wanted, args.limit)
         damaged = archive.damaged.names
         filters = ("feature", "severity", "model", "since", "until")
         subject = " ".join(f"{name}={value}" for name in filters if (value := getattr(args, name)) is not None)
         audit.add(now, options.actor(), "query", len(found), subject=subject)
+    if args.json:
+        terminal.print_json(found)
+        _say_damaged(damaged)
+        return 0
     for exceedance in found:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(exceedance.seconds))
         print(
@@ -222,7 +234,11 @@ def _show(args: argparse.Namespace) -> int:
         print(args.html)
         return 0
     for number, request in enumerate(found):
-        print(heatmap.as_text(request, () if number else tokens, colour=sys.stdout.isatty(), feature=args.feature))
+        print(
+            heatmap.as_text(
+                request, () if number else tokens, colour=terminal.wants_colour(sys.stdout), feature=args.feature
+            )
+        )
     return 0
 
 
@@ -341,6 +357,7 @@ def _set_damaged_aside(folder: Path) -> None:
     from latentwatch.evidence import repair, store
     from latentwatch.evidence.archive import Archive
 
+    store.check_folder(folder)
     damaged = Archive(folder).damaged
     lock = storage.lock_folder(folder, "evidence.lock")
     if lock is None:
@@ -390,10 +407,14 @@ def _audit(args: argparse.Namespace) -> int:
     from latentwatch.evidence.heatmap import printable
 
     with options.opened_evidence(args.dir) as (_, audit):
-        for entry in itertools.islice(audit.entries(request=args.id), args.limit):
-            moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.seconds))
-            subject = printable(entry.subject) or entry.subject_sha256[:16]
-            print(f"{moment}  {entry.actor}  {entry.action}  {entry.found}  {subject}".rstrip())
+        entries = list(itertools.islice(audit.entries(request=args.id), args.limit))
+    if args.json:
+        terminal.print_json(entries)
+        return 0
+    for entry in entries:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.seconds))
+        subject = printable(entry.subject) or entry.subject_sha256[:16]
+        print(f"{moment}  {entry.actor}  {entry.action}  {entry.found}  {subject}".rstrip())
     return 0
 
 

@@ -83,6 +83,13 @@ def text(word: str) -> str:
     return word
 
 
+def count(word: str) -> int:
+    """Type of how many: a whole number above 0."""
+    if not word.isdecimal() or int(word) == 0:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number above 0")
+    return int(word)
+
+
 def route(text: str) -> re.Pattern[str]:
     """Type of --route."""
     try:
@@ -107,12 +114,15 @@ def drift_settings(baseline: Path | None, canary_key: Path | None, route: re.Pat
 
 @contextlib.contextmanager
 def opened_evidence(folder: Path) -> Iterator[tuple[Archive, Audit]]:
-    """The folder's archive and audit log. Raises: ConfigRefused: it is missing or cannot be read."""
+    """The folder's archive and audit log. Raises: ConfigRefused: it is missing, cannot be read, or is none of evidence;
+    nothing is written there then."""
     import sqlite3
 
+    from latentwatch.evidence import store
     from latentwatch.evidence.archive import Archive
     from latentwatch.evidence.audit import Audit
 
+    store.check_folder(folder)
     try:
         with contextlib.closing(Archive(folder)) as archive, contextlib.closing(Audit(folder)) as audit:
             yield archive, audit

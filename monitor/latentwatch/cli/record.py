@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Final
 
 from latentwatch.errors import ConfigRefused, RefusalReason
 
 HELP = "Stand in for a collector and write every batch to a file, to calibrate from it or to replay it."
-EPILOG = """It stops on Ctrl-C. The file holds scores and request ids, and no text.
+EPILOG = """It stops on Ctrl-C. The file holds scores and request ids, and no text. How far it is stands on
+standard error.
 example:  latentwatch record --listen unix:///run/latentwatch/collector.sock --out monday.recording"""
+
+_PROGRESS_SECONDS: Final = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Record until SIGINT or SIGTERM."""
     import asyncio
+    import contextlib
     import signal
     import time
 
+    from latentwatch.cli.terminal import Progress
     from latentwatch.transport.address import check_guarded
     from latentwatch.transport.receiver import Receiver
     from latentwatch.transport.recording import RecordingSink
@@ -51,7 +57,15 @@ def run(args: argparse.Namespace) -> int:
         receiver = Receiver(sink, args.listen, clock=time.time, on_refused=lambda reason: print(f"refused: {reason}"))
         await receiver.start()
         print(f"latentwatch record: engines connect to {' '.join(args.listen)}", flush=True)
-        await stop.wait()
+        progress = Progress(time.monotonic)
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), _PROGRESS_SECONDS)
+            progress.show(
+                f"latentwatch record: {receiver.live_streams} streams, {sink.batches} batches, {sink.requests} ended "
+                f"requests, {sink.bytes / (1 << 20):.1f} MiB"
+            )
+        progress.end()
         await receiver.stop(2.0)
 
     asyncio.run(serve())

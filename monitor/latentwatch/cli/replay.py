@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from latentwatch.cli import options
+from latentwatch.cli import options, terminal
 
 HELP = "Run a recording through a collector's logic, in recorded time, and print what it would have alarmed on."
 EPILOG = """exit code 0: no alarm; 1: at least one
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--watchlist", type=Path, required=True, metavar="FILE", help="what the recording scored")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="measure drift against this baseline")
     parser.add_argument("--canary-key", type=Path, metavar="FILE", help="as for a collector")
+    parser.add_argument("--json", action="store_true", help="print it as JSON instead")
     parser.add_argument("--route", type=options.route, metavar="REGEX", help="as for a collector")
 
 
@@ -39,6 +40,21 @@ def run(args: argparse.Namespace) -> int:
         feature.id: sum(int(model.exceedances_F[i]) for model in snapshot.models)
         for i, feature in enumerate(core.lookup.features)
     }
+    if args.json:
+        terminal.print_json(
+            {
+                "batches": done.batches,
+                "ended_requests": ended,
+                "first_seconds": done.first_seconds,
+                "last_seconds": done.last_seconds,
+                "exceeded": {feature: count for feature, count in exceeded.items() if count},
+                "alarms": [
+                    {"seconds": seconds, "model_name": model_name, **vars(alarm)}
+                    for seconds, model_name, alarm in done.alarms
+                ],
+            }
+        )
+        return int(bool(done.alarms))
     print(
         f"{done.batches} batches, {ended} ended requests, {(done.last_seconds - done.first_seconds) / 60:.1f} minutes"
     )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from latentwatch.cli import options, watchlist_discover, watchlist_start, watchlist_try
+from latentwatch.cli import options, terminal, watchlist_discover, watchlist_start, watchlist_try
 from latentwatch.errors import ConfigRefused, RefusalReason
+
+if TYPE_CHECKING:
+    from latentwatch.watchlist.file import Watchlist
 
 HELP = "Find what to watch; build, show and verify the file that says it."
 EPILOG = "example:  latentwatch watchlist build watchlist.yaml --out prod.safetensors"
@@ -46,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     show.add_argument("file", type=Path, metavar="FILE", help="a built watchlist file")
     show.add_argument("--html", type=Path, metavar="PATH", help="write a page with a card per feature to PATH instead")
+    show.add_argument("--json", action="store_true", help="print it as JSON instead")
     search = actions.add_parser(
         "search",
         help="find features by what others say they mean",
@@ -63,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="neuronpedia",
         help="of LABELS (default: %(default)s)",
     )
-    search.add_argument("--limit", type=int, default=50, metavar="N", help="features to print (default: %(default)s)")
+    search.add_argument(
+        "--limit", type=options.count, default=50, metavar="N", help="features to print (default: %(default)s)"
+    )
+    search.add_argument("--json", action="store_true", help="print them as JSON instead")
     watchlist_discover.add_arguments(actions)
     watchlist_start.add_arguments(actions)
     watchlist_try.add_arguments(actions)
@@ -120,12 +129,28 @@ def _show(args: argparse.Namespace) -> int:
     from latentwatch.watchlist import page, show
 
     watchlist = watchlist_file.read(args.file)
-    if args.html is None:
+    if args.json:
+        terminal.print_json(_facts(watchlist))
+    elif args.html is None:
         print(show.as_text(watchlist), end="")
     else:
         options.write_page(args.html, page.as_html(watchlist))
         print(f"{args.html}: {len(watchlist.features)} cards")
     return 0
+
+
+def _facts(watchlist: Watchlist) -> dict[str, object]:
+    """What is in the file, but for the rows."""
+    return {
+        "name": watchlist.name,
+        "sha256": watchlist.sha256,
+        "notes": watchlist.notes,
+        "model": watchlist.model,
+        "features": [
+            {"hook_point": str(point), **dataclasses.asdict(feature)}
+            for feature, point in zip(watchlist.features, watchlist.hook_point_F, strict=True)
+        ],
+    }
 
 
 def _search(args: argparse.Namespace) -> int:
@@ -135,6 +160,9 @@ def _search(args: argparse.Namespace) -> int:
     from latentwatch.watchlist.location import Location
 
     found = labels.search(labels.load(args.format, Location(args.labels, Path())), args.words)
+    if args.json:
+        terminal.print_json([{"index": i, **vars(label)} for i, label in found[: args.limit]])
+        return 0 if found else 1
     for index, label in found[: args.limit]:
         evidence = {"label_source": label.source}
         fields = {"index": index, "id": f"f{index}", "label": label.text, "severity": "info", "evidence": evidence}

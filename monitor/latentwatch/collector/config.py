@@ -40,7 +40,6 @@ class Metavar:
 File = Annotated[Path, Metavar("FILE")]
 Url = Annotated[str, Metavar("URL"), Field(pattern="^https?://")]
 Folder = Annotated[Path, Metavar("FOLDER")]
-Url = Annotated[str, Metavar("URL"), Field(pattern="^https?://")]
 Count = Annotated[int, Metavar("N"), Field(gt=0)]
 Amount = Annotated[float, Metavar("N"), Field(gt=0, allow_inf_nan=False)]
 
@@ -61,6 +60,10 @@ class CollectorConfig(BaseSettings):
     refused"""
     http: Annotated[str, Metavar("HOST:PORT")] = "127.0.0.1:9464"
     """where /metrics, the API and the page are served; beyond loopback give it a token"""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """from which level on it logs, to standard error"""
+    log_format: Literal["text", "json"] = "text"
+    """as lines of text, or as a JSON object a line"""
     state: Folder | None = None
     """keep counters and running requests in this folder, so that a collector that was killed goes on where it was
     (default: in memory)"""

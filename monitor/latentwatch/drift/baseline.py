@@ -7,8 +7,9 @@ more out of an old file. The file is a .safetensors with a JSON card, as the wat
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,12 +18,15 @@ import numpy as np
 
 from latentwatch.aggregate.counts import Layout
 from latentwatch.arrays import Array
+from latentwatch.drift import windows
 from latentwatch.drift.reference import DriftTolerance, Reference, fit
 from latentwatch.drift.sums import TrafficSums
 from latentwatch.errors import BaselineRefused, RefusalReason
 from latentwatch.storage import HashedArtifact
 
 MAX_FILE_BYTES: Final = 1 << 28
+MOST_PARTS: Final = 16
+"""Of a baseline; beyond it the oldest two become one, which no collector replaces."""
 _AGAIN: Final = "Calibrate again with 'latentwatch calibrate'."
 _FILE: Final = HashedArtifact(
     kind="baseline",
@@ -78,6 +82,8 @@ class Baseline:
     notes: str = ""
     sha256: str = ""
     """Of the file's bytes; empty until it is written or read."""
+    parts: tuple[TrafficSums, ...] = ()
+    """What `observed` is the sum of, where that is more than one: each is replaced where its collector says more."""
 
     def reference(self) -> Reference:
         """What detectors compare with. Raises BaselineRefused "baseline_volume" with too few requests."""
@@ -103,22 +109,30 @@ class Baseline:
             )
 
     def merge(self, other: Baseline) -> Baseline:
-        """The traffic of both. Raises BaselineRefused where they are of different things."""
+        """The traffic of both, each window once: what a collector gives includes what it gave before.
+
+        Raises BaselineRefused where they are of different things, or have windows in common that cannot be told from
+        others any more.
+        """
         self.check(other.fingerprint)
         if self.features != other.features or self.window_seconds != other.window_seconds:
             raise _refuse(
                 "baseline", "the two are over different features or windows", _AGAIN, RefusalReason.BASELINE_MISMATCH
             )
+        parts = _each_once(self.parts or (self.observed,), other.parts or (other.observed,))
         return dataclasses.replace(
             self,
-            observed=self.observed.merge(other.observed),
+            observed=functools.reduce(TrafficSums.merge, parts),
+            parts=parts if len(parts) > 1 else (),
             created_seconds=max(self.created_seconds, other.created_seconds),
             sha256="",
         )
 
     def to_bytes(self) -> bytes:
         """The file."""
-        arrays = {f"observed.{name}": np.ascontiguousarray(a) for name, a in self.observed.arrays().items()}
+        arrays = _arrays("observed", self.observed)
+        for number, part in enumerate(self.parts):
+            arrays |= _arrays(f"part{number}", part)
         arrays["layout.sparse"] = self.layout.sparse_F.astype(np.uint8)
         arrays["layout.levels"] = np.ascontiguousarray(self.layout.levels_FL)
         arrays["layout.pairs"] = self.layout.pairs_P
@@ -126,6 +140,7 @@ class Baseline:
             "fingerprint": dataclasses.asdict(self.fingerprint),
             "features": list(self.features),
             "strata": list(self.observed.strata),
+            "parts": [list(part.strata) for part in self.parts],
             "options": dataclasses.asdict(self.options),
             "window_seconds": self.window_seconds,
             "limit_fpr": self.limit_fpr,
@@ -160,18 +175,54 @@ def _from_card(card: Mapping[str, Any], arrays: Mapping[str, Array]) -> Baseline
     features = tuple(card["features"])
     if not len(features) == layout.features == len(layout.levels_FL):
         raise ValueError(f"{len(features)} feature ids for {layout.features} features")
-    sums = {name.removeprefix("observed."): array for name, array in arrays.items() if name.startswith("observed.")}
+    parts = tuple(
+        TrafficSums.from_arrays(layout, _named(arrays, f"part{number}"), tuple(strata))
+        for number, strata in enumerate(card["parts"])
+    )
     return Baseline(
         fingerprint=Fingerprint(**card["fingerprint"]),
         features=features,
         layout=layout,
-        observed=TrafficSums.from_arrays(layout, sums, tuple(card["strata"])),
+        observed=TrafficSums.from_arrays(layout, _named(arrays, "observed"), tuple(card["strata"])),
+        parts=parts,
         options=DriftTolerance(**card["options"]),
         window_seconds=float(card["window_seconds"]),
         limit_fpr=None if card["limit_fpr"] is None else float(card["limit_fpr"]),
         created_seconds=float(card["created_seconds"]),
         notes=str(card["notes"]),
     )
+
+
+def _arrays(prefix: str, sums: TrafficSums) -> dict[str, Array]:
+    return {f"{prefix}.{name}": np.ascontiguousarray(array) for name, array in sums.arrays().items()}
+
+
+def _named(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    """Of the arrays of one sum."""
+    return {name.removeprefix(f"{prefix}."): a for name, a in arrays.items() if name.startswith(f"{prefix}.")}
+
+
+def _each_once(mine: Sequence[TrafficSums], theirs: Sequence[TrafficSums]) -> tuple[TrafficSums, ...]:
+    """Both without what another one covers. Raises BaselineRefused, "baseline_overlap"."""
+    parts = list(mine)
+    for new in theirs:
+        met = [part for part in parts if windows.common(part.windows_W2, new.windows_W2)]
+        if any(windows.covers(part.windows_W2, new.windows_W2) for part in met if part.requests >= new.requests):
+            continue
+        for part in met:
+            if not windows.covers(new.windows_W2, part.windows_W2):
+                both = windows.common(part.windows_W2, new.windows_W2)
+                raise _refuse(
+                    "baseline",
+                    f"{both} windows are in both, and {len(part.windows_W2) - both} and {len(new.windows_W2) - both} "
+                    "in one alone",
+                    "They would count twice: calibrate from one of the two, or anew from all collectors at once.",
+                    RefusalReason.BASELINE_OVERLAP,
+                )
+        parts = [part for part in parts if not any(part is one for one in met)] + [new]
+    while len(parts) > MOST_PARTS:
+        parts = [parts[0].merge(parts[1]), *parts[2:]]
+    return tuple(parts)
 
 
 def _refuse(what: str, found: str, instead: str, reason: str = RefusalReason.BASELINE_FORMAT) -> BaselineRefused:

@@ -34,6 +34,7 @@ from latentwatch.drift.detection import (
 )
 from latentwatch.drift.reference import Reference
 from latentwatch.drift.sums import TrafficSums
+from latentwatch.drift.windows import key_of
 
 _ROWS: Final = 128
 """Requests per array operation: some milliseconds of work at once."""
@@ -108,6 +109,8 @@ class ModelDriftState:
     replicas: list[ReplicaPlace]
     """In the order of the detectors' axis of replicas."""
     waiting_requests: int
+    window_key: int
+    """Of the requests of this window so far; see windows.py."""
     requests: int
     excluded_windows: int
     window: float
@@ -142,7 +145,7 @@ class ModelDrift:
         self._replicas: list[str] = []
         self._replica_window: list[float] = []
         self._rows: list[tuple[int, Array, Array]] = []
-        self._row_count = self._requests = self._excluded_windows = 0
+        self._row_count = self._requests = self._excluded_windows = self._window_key = 0
         self._window = -math.inf
         self._top_value_FT = np.full((layout.features, 2 * _TOP), -np.inf)
         self._top_FT = np.empty((layout.features, 2 * _TOP), object)
@@ -160,6 +163,7 @@ class ModelDrift:
         for i, adapter in enumerate(adapters):
             self._rows.append((self._group(replica, adapter), fired_nF[i], value_nF[i]))
         self._row_count += len(adapters)
+        self._window_key = key_of((f"{replica} {name}" for name in names), self._window_key)
         self._remember(names, value_nF, now)
         if len(self._rows) >= _ROWS:
             self._flush()
@@ -221,6 +225,7 @@ class ModelDrift:
             groups=list(self._groups),
             replicas=list(map(ReplicaPlace, self._replicas, self._replica_window)),
             waiting_requests=self._row_count,
+            window_key=self._window_key,
             requests=self._requests,
             excluded_windows=self._excluded_windows,
             window=self._window,
@@ -254,6 +259,7 @@ class ModelDrift:
             self._detectors.grow(max(1, len(self._replicas)))
         self.observed, self._counts = copy.deepcopy(state.observed), copy.deepcopy(state.counts)
         self._row_count, self._requests = state.waiting_requests, state.requests
+        self._window_key = state.window_key
         self._excluded_windows = state.excluded_windows
         for top in state.top:
             self._top_FT[top.feature, top.place] = top.request
@@ -309,7 +315,7 @@ class ModelDrift:
         if not self._row_count:
             return
         self._requests += self._row_count
-        self._row_count = 0
+        self._row_count, window_key, self._window_key = 0, self._window_key, 0
         groups = list(self._groups)[: len(self._counts.levels_GFB)]
         counts = RequestCounts(self._counts.levels_GFB[: len(groups)], self._counts.cells_FC, self._counts.coactive_PP)
         if self._reference is not None:
@@ -323,7 +329,7 @@ class ModelDrift:
             self._excluded_windows += 1
         else:
             stratum_G = self.observed.strata_of([adapter for _, adapter in groups], counts.requests_GF.max(axis=1))
-            self.observed.add_window(counts, stratum_G, end_seconds, self._budget.window_seconds)
+            self.observed.add_window(counts, stratum_G, end_seconds, self._budget.window_seconds, window_key)
         self._counts.clear()
         # The next window tells its own apart: names that come once do not take the places of later ones.
         self._groups.clear()

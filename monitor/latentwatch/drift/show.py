@@ -35,6 +35,12 @@ def table(baseline: Baseline) -> str:
     return "\n".join(lines)
 
 
+def facts(baseline: Baseline) -> dict[str, object]:
+    """The same as values: what the baseline is of, and a row for each feature by the names of the table's columns."""
+    rows = [dict(zip(_COLUMNS, row, strict=True)) for row in _rows(baseline, baseline.reference())]
+    return {"baseline": dict(_facts(baseline)), "features": rows}
+
+
 def page(baseline: Baseline) -> str:
     """HTML, with each feature's rate over the week and the shape of its values."""
     reference = baseline.reference()

@@ -14,6 +14,7 @@ import numpy as np
 
 from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts, above
 from latentwatch.arrays import Array, axes, check
+from latentwatch.drift.windows import no_windows, union, with_window
 
 HOURS: Final = 168
 SCALES: Final = (1, 4, 16)
@@ -69,6 +70,8 @@ class TrafficSums:
     canary_sum_NF: Array = field(metadata=axes("N", "F"))
     """Of its values, 0 where a feature did not fire."""
     canary_square_NF: Array = field(metadata=axes("N", "F"))
+    windows_W2: Array = field(metadata=axes("W", "2", dtype=np.int64))
+    """Which windows; see windows.py."""
     totals: Array = field(metadata=axes("4"))
     """Requests, windows, first and last time as Unix seconds (inf and -inf before any), float64 [4]."""
     hour_FB: Array = field(repr=False, metadata=axes("F", "B", dtype=np.int64))
@@ -103,6 +106,7 @@ class TrafficSums:
             canary_N=np.zeros(CANARIES, np.int64),
             canary_sum_NF=np.zeros((CANARIES, F)),
             canary_square_NF=np.zeros((CANARIES, F)),
+            windows_W2=no_windows(),
             totals=np.array([0, 0, np.inf, -np.inf]),
             hour_FB=np.zeros((F, L + 1), np.int64),
             blocks=[Block.empty(F, L) for _ in SCALES],
@@ -141,7 +145,7 @@ class TrafficSums:
             found = arrays.get(name)
             if found is None or found.shape[1:] != expected.shape[1:] or found.dtype != expected.dtype:
                 raise ValueError(f"array {name} is {'absent' if found is None else (found.shape, str(found.dtype))}")
-            if len(found) != len(expected):
+            if len(found) != len(expected) and name != "windows_W2":
                 raise ValueError(f"array {name} has shape {found.shape}, expected {expected.shape}")
             if np.isnan(found).any() or (name not in ("tail_FK", "canary_sum_NF", "totals") and (found < 0).any()):
                 raise ValueError(f"array {name} holds NaN or a negative count")
@@ -155,7 +159,7 @@ class TrafficSums:
         """Raise ValueError where these are sums over other features."""
         F, L = layout.levels_FL.shape
         lengths = {"F": F, "L": L, "B": L + 1, "P": len(layout.pairs_P)}
-        check(self, **lengths, H=HOURS, Z=len(SCALES), S=STRATA, C=CELLS, K=TAIL, N=CANARIES, **{"4": 4})
+        check(self, **lengths, H=HOURS, Z=len(SCALES), S=STRATA, C=CELLS, K=TAIL, N=CANARIES, **{"2": 2, "4": 4})
         if len(self.blocks) != len(SCALES) or len(self.strata) >= STRATA:
             raise ValueError(f"{len(self.blocks)} blocks and {len(self.strata)} strata")
         for block in self.blocks:
@@ -196,9 +200,12 @@ class TrafficSums:
         return int(self.hour_strata_HS[:, STRATA - 1].sum())
 
     def add_window(
-        self, counts: RequestCounts, stratum_G: Array, end_seconds: float, window_seconds: float = 60.0
+        self, counts: RequestCounts, stratum_G: Array, end_seconds: float, window_seconds: float = 60.0, key: int = 0
     ) -> None:
-        """Take a window that closed at this time. One without requests changes nothing."""
+        """Take a window that closed at this time. One without requests changes nothing.
+
+        Args: key: which one it is, see windows.key_of; 0 where nobody will ask.
+        """
         requests_G = counts.requests_GF.max(axis=1)
         requests = int(requests_G.sum())
         if not requests:
@@ -217,6 +224,7 @@ class TrafficSums:
         self.totals = np.array(
             [self.totals[0] + requests, self.totals[1] + 1, min(first, end_seconds), max(last, end_seconds)]
         )
+        self.windows_W2 = with_window(self.windows_W2, end_seconds, key)
         above_FL, requests_F = above(levels_FB), levels_FB.sum(axis=1)
         self._add_hour(end_seconds, levels_FB)
         for z, (scale, block) in enumerate(zip(SCALES, self.blocks, strict=True)):
@@ -265,14 +273,16 @@ class TrafficSums:
         self.canary_square_NF[prompt] += value_F.astype(np.float64) ** 2
 
     def merge(self, other: TrafficSums) -> TrafficSums:
-        """Both together. Raises ValueError where the sums are over different features."""
+        """Both together; what is in both counts twice, see Baseline.merge. Raises ValueError where the sums are over
+        different features."""
         if (
             self.hour_levels_HFB.shape != other.hour_levels_HFB.shape
             or self.coactive_PP.shape != other.coactive_PP.shape
         ):
             raise ValueError("baselines over different features do not add")
         mine, theirs = self.arrays(), other.arrays()
-        merged = {name: mine[name] + theirs[name] for name in mine}
+        merged = {name: mine[name] + theirs[name] for name in mine if name != "windows_W2"}
+        merged["windows_W2"] = union(self.windows_W2, other.windows_W2)
         tail = np.concatenate((self.tail_FK, other.tail_FK), axis=1)
         merged["tail_FK"] = -np.sort(-tail, axis=1)[:, :TAIL]
         merged["totals"] = np.array(

@@ -29,7 +29,7 @@ from filelock import BaseFileLock
 from latentwatch import storage
 from latentwatch.client_ids import MAX_ID_CHARACTERS, Asked, IdKind, meanings, meant_kind
 from latentwatch.errors import ConfigRefused, RefusalReason
-from latentwatch.evidence import audit, sealed_files, segment
+from latentwatch.evidence import audit, damage, sealed_files, segment
 from latentwatch.evidence.damage import Damaged
 from latentwatch.evidence.records import Ended, NotWritten, Record
 from latentwatch.evidence.segment import NOTHING_ERASED, Erased, Match, Segment, Watched
@@ -281,6 +281,22 @@ class Store:
             part.close()
         self._home = {key: home for key, home in self._home.items() if home != path}
         segment.remove(path)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigRefused, "evidence_folder", for a folder that no collector wrote evidence to: whoever reads evidence
+    notes it there, and nobody means to write into another folder."""
+    found = "there is no such folder"
+    if folder.is_dir():
+        if (folder / audit.FILE_NAME).exists() or segments(folder) or damage.aside(folder):
+            return
+        found = "it holds no evidence and no audit log of it"
+    raise ConfigRefused(
+        f"evidence folder {folder}",
+        found=found,
+        instead="Give the folder that the collector was started with, --evidence.",
+        reason=RefusalReason.EVIDENCE_FOLDER,
+    )
 
 
 def segments(folder: Path) -> list[Path]:

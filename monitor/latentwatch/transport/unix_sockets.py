@@ -47,7 +47,10 @@ class UnixSockets:
 
 
 def _make_room(target: Address, path: Path) -> None:
-    """Remove the socket that a killed collector left, and nothing else. Raises ConfigRefused, "socket_in_use"."""
+    """Make the socket's folder for this user where only that is missing; remove the socket that a killed collector
+    left, and nothing else. Raises ConfigRefused, "socket_in_use" or "address_unusable"."""
+    if not path.parent.exists():
+        _make_folder(target, path.parent)
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -71,6 +74,19 @@ def _make_room(target: Address, path: Path) -> None:
         instead="Stop the other collector, or give this one another path.",
         reason=RefusalReason.SOCKET_IN_USE,
     )
+
+
+def _make_folder(target: Address, folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigRefused(
+            f"listening on {target}",
+            found=f"there is no folder {folder}, and this user cannot make it: {error.strerror or error}",
+            instead=f"Make it for this user (sudo install -d -o $USER {folder}), or listen in a folder of this user, "
+            "such as --listen unix://$XDG_RUNTIME_DIR/latentwatch.sock.",
+            reason=RefusalReason.ADDRESS_UNUSABLE,
+        ) from error
 
 
 def _why_not(target: Address) -> ConfigRefused:

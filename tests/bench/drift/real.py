@@ -398,7 +398,7 @@ def recalibration(scorer: Scorer, before: TrafficSums, after: TrafficSums, other
     above = [float(np.mean(other.value_nF[:, f] > old)) for f, old, _ in limits]
     return {
         "requests": after.requests,
-        "to_approve": moved(earlier, later),
+        "to_approve": moved(earlier, later.observed.levels_FB),
         "limit_fpr": LIMIT_FPR,
         "new_limit_over_old_quantiles_5_50_95": _quantiles(ratio),
         "requests_above_old_limit_quantiles_5_50_95": _quantiles(above),

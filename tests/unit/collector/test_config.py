@@ -21,6 +21,9 @@ GIVEN = {
     "watchlist": "w.safetensors",
     "listen": ["unix:///a", "[::]:9090"],
     "http": "0.0.0.0:9464",
+    "insecure": True,
+    "log_level": "debug",
+    "log_format": "json",
     "state": "state",
     "baseline": "prod.baseline",
     "canary_key": "canary",
@@ -68,7 +71,8 @@ def test_every_option_is_among_those_that_are_tested():
 
 def argv(given):
     lists = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
-    return [part for name, values in lists.items() for value in values for part in (f"--{flag(name)}", str(value))]
+    pairs = [(f"--{flag(name)}", value) for name, values in lists.items() for value in values]
+    return [part for option, value in pairs for part in ((option,) if value is True else (option, str(value)))]
 
 
 def from_flags(given, monkeypatch, tmp_path):
@@ -272,7 +276,7 @@ def test_the_help_says_of_every_option_what_holds_without_it(capsys):
     by_flag = {entry.split()[0].removeprefix("--"): entry for entry in entries}
     assert "(required)" in by_flag["watchlist"]
     for name, field in CollectorConfig.model_fields.items():
-        if field.default is not None and field.default != () and not field.is_required():
+        if field.default not in (None, (), False) and not field.is_required():
             assert (
                 f"(default: {field.default[0] if isinstance(field.default, tuple) else field.default}".removesuffix(
                     ".0"

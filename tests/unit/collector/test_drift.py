@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import itertools
 import re
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -345,6 +347,7 @@ def folder(tmp_path_factory):
     for name, share in (("calm", 0.2), ("drifted", 0.8)):
         sink = RecordingSink(folder / name)
         engine = Engine(sink, built, seed=len(name))
+        engine.handle = itertools.count(100_000 * len(name))  # no server gives an id twice
         minutes(engine, 0, 20)
         minutes(engine, 20, 30, share=share)
         sink.close()
@@ -387,6 +390,33 @@ def test_record_calibrate_show_replay(folder, tmp_path, capsys):
     assert main(["replay", drifted, "--watchlist", watched, "--baseline", out]) == 1
     shown = capsys.readouterr().out
     assert "[rate] a fires in more requests" in shown and "2000 ended requests" in shown
+
+
+def test_the_same_traffic_counts_once_in_two_updates_and_in_two_sources(folder, tmp_path, capsys):
+    """The runbook's own procedure, done twice."""
+    calm, watched = str(folder / "calm"), str(folder / "w.safetensors")
+    calibrate = ["calibrate", "--watchlist", watched, "--model-name", "toy", "--from", calm]
+    first, second, third = (str(tmp_path / name) for name in ("1", "2", "3"))
+    assert main([*calibrate, "--out", first]) == 0
+    assert main([*calibrate, "--update", first, "--out", second]) == 0
+    assert (
+        "0 of 2000 requests are new; the others are in the earlier baseline and count once" in capsys.readouterr().out
+    )
+    assert main([*calibrate, "--from", calm, "--out", third]) == 0
+    for name in (first, second, third):
+        read = baseline.read(Path(name))
+        assert read.observed.requests == 2000
+        assert np.array_equal(read.reference().high_HF, baseline.read(Path(first)).reference().high_HF)
+
+
+@pytest.mark.parametrize("share", ["0", "1", "-0.1", "nan", "7"])
+def test_a_share_that_is_none_is_refused_before_anything_is_waited_for(tmp_path, capsys, share):
+    asked = ["calibrate", "--from", "http://192.0.2.1:9", "--model-name", "m", "--out", str(tmp_path / "b")]
+    began = time.monotonic()
+    assert main([*asked, f"--limit-fpr={share}"]) == 2
+    assert "no share between 0 and 1" in capsys.readouterr().err and time.monotonic() - began < 4
+    assert main([*asked[:-1], str(tmp_path / "no" / "b")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def kept(folder, keep: str, built: Watchlist) -> Core:

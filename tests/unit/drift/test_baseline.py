@@ -7,15 +7,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-from latentwatch.drift import baseline
-from latentwatch.drift.baseline import Fingerprint
+from latentwatch.drift import baseline, windows
+from latentwatch.drift.baseline import Baseline, Fingerprint
 from latentwatch.drift.reference import DriftTolerance, Season, Status, fit
 from latentwatch.drift.sums import TrafficSums
 from latentwatch.errors import BaselineRefused
 
-from tests.support.drift import random_baseline
+from tests.support.drift import layout_of, observe, random_baseline, rows
 from tests.support.drift_traffic import Scenario, Traffic
-from tests.support.streams import probe, sparse
+from tests.support.streams import SHA256, probe, sparse
 
 FEATURES = (sparse("a"), sparse("b"), probe("c"))
 
@@ -125,3 +125,51 @@ def test_rates_by_the_hour_once_days_are_seen_and_a_wide_tolerance_until_then():
     assert width[0] > DriftTolerance().static_tolerance > width[1] and width[2] < 1.25
     swing = weeks.rate_HF.max() / weeks.rate_HF.min()
     assert swing == pytest.approx(1.3 / 0.7, rel=0.1)
+
+
+def part(keys, *, requests=40, start=0):
+    """A baseline of one collector: a window of so many requests for each key, one a minute."""
+    rng, layout = np.random.default_rng(0), layout_of(FEATURES)
+    observed = TrafficSums.empty(layout)
+    for number, key in enumerate(keys):
+        observe(observed, layout, *rows(rng, layout, requests, 0.05), 1e9 + 60 * (start + number), key=key)
+    return Baseline(Fingerprint(SHA256, ""), tuple(f.id for f in FEATURES), layout, observed)
+
+
+def test_what_a_collector_gives_again_counts_once_and_what_is_new_is_added():
+    first, later = part([1, 2, 3]), part([1, 2, 3, 4, 5])
+    for merged in (first.merge(later), later.merge(first), first.merge(later).merge(later)):
+        assert merged.observed.requests == later.observed.requests and merged.parts == ()
+        assert np.array_equal(merged.observed.levels_FB, later.observed.levels_FB)
+
+
+def test_each_collector_of_a_fleet_is_replaced_by_what_it_says_later_across_a_file(tmp_path):
+    one, other = part([1, 2, 3]), part([11, 12])
+    written = baseline.write(one.merge(other), tmp_path / "b")
+    earlier = baseline.read(tmp_path / "b")
+    assert earlier.observed.requests == 200 and len(earlier.parts) == 2 and written.sha256 == earlier.sha256
+    later = earlier.merge(part([1, 2, 3, 4])).merge(part([11, 12, 13]))
+    assert later.observed.requests == 280
+    # One that was restarted without --state knows only what is new, and is added; asked again, it counts once.
+    after = later.merge(part([21])).merge(part([21, 22]))
+    assert after.observed.requests == 360 and len(after.parts) == 3
+    assert np.array_equal(after.observed.levels_FB, sum(one.levels_FB for one in after.parts))
+
+
+def test_windows_that_cannot_be_told_from_others_any_more_are_refused_and_not_counted_twice():
+    with pytest.raises(BaselineRefused, match="1 windows are in both, and 2 and 1 in one alone") as refused:
+        part([1, 2, 3]).merge(part([3, 4], start=2))
+    assert refused.value.reason == "baseline_overlap"
+
+
+def test_a_window_is_known_by_its_requests_in_any_order_and_by_its_end():
+    assert windows.key_of(["a", "b"]) == windows.key_of(["b"], windows.key_of(["a"])) != windows.key_of(["a", "c"])
+    one = windows.with_window(windows.no_windows(), 60.0, 7)
+    assert windows.common(one, windows.with_window(windows.no_windows(), 120.0, 7)) == 0
+    assert len(windows.with_window(one, 180.0, 0)) == 1, "what has no key is not told apart"
+
+
+def test_windows_are_remembered_for_thirty_days_and_what_is_older_does_not_part_two_sums():
+    many = np.stack((np.arange(windows.MOST + 50), np.arange(1, windows.MOST + 51)), axis=1)
+    kept = windows.union(many[:40], many)
+    assert len(kept) == windows.MOST and windows.covers(kept, many[: windows.MOST])

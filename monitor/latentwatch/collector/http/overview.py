@@ -105,7 +105,7 @@ def overview(
     most_features: int,
     first_feature: int = 0,
     search: str = "",
-    links: Links = Links(),  # noqa: B008 frozen, so that it is no state of its own
+    links: Links = Links(),
     causes_of: Callable[[Snapshot], Sequence[FoundCause]] = lambda _: (),
 ) -> Overview:
     """The state as the page shows it: of the features that match `search`, at most so many from this rank on.

@@ -36,6 +36,8 @@ OUTSIDE = {
     "LatentwatchCriticalExceedance": "what is watched, not the monitor",
     "LatentwatchWarningExceedance": "what is watched, not the monitor",
     "LatentwatchDrift": "what is watched, not the monitor",
+    "LatentwatchDriftCommon": "what is watched, not the monitor",
+    "LatentwatchUnseenByDesign": "a choice of the deployment, with an objective of its own",
     "LatentwatchCollectorDown": "a collector that is down says nothing",
     "LatentwatchModelUnwatched": "only vLLM's own metrics tell",
     "Watchdog": "of the alerting path itself",

@@ -65,6 +65,9 @@ export interface DriftOfModel {
   windows: number;
   requests: number;
   excluded_windows: number;
+  unnamed_requests: number;
+  common_ratio: number;
+  common_log10_evalue: number | null;
   log10_limit: Record<string, number>;
   alarms: Alarm[];
   features: DriftOfFeature[];
