@@ -17,7 +17,6 @@ Dtype = np.dtype[Any]
 Array = npt.NDArray[Any]
 """Records, or numbers of a dtype that the code beside it names or that does not matter to it."""
 Bool = npt.NDArray[np.bool_]
-F16 = npt.NDArray[np.float16]
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 U64 = npt.NDArray[np.uint64]

@@ -270,7 +270,7 @@ def prompt_tokens(model: str, wanted: Sequence[Request]) -> list[int]:
 
 
 def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, request: Request) -> int:
-    whole = _token_ids(tokenizer, request)
+    whole = token_ids(tokenizer, request)
     if isinstance(request.content, str) or request.content[-1]["role"] != "assistant" or len(request.content) < 2:
         return len(whole)
     before = [dict(message) for message in request.content[:-1]]

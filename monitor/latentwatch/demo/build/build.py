@@ -199,7 +199,7 @@ class Build:
 
     def train_saes(self) -> dict[HookPoint, dict[str, float]]:
         """One SAE a hook point into sae/; returns their quality on held-out dialogues."""
-        from latentwatch.demo.build import sae
+        from latentwatch.demo.build import assets, sae
 
         self.progress("residual streams for the SAEs")
         seen = self._collect(self._draw("train", 3, self.plan.sae_dialogues))
