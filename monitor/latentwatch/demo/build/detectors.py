@@ -5,7 +5,7 @@ A detector is a logistic regression on the mean of the stream over the last WIND
 watched is the largest such mean anywhere in the prompt, so windows inside harmless texts are trained on
 too, as negatives.
 
-Shape legend: R requests, T tokens, L layers, D d_model, W window, M training windows.
+Shape legend: R requests, T tokens, L layers, D d_model, M training windows.
 """
 
 from __future__ import annotations
@@ -39,6 +39,16 @@ class Detector:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """What each request is to a detector."""
+
+    positive_R: Bool
+    hard_R: Bool
+    """Harmless, with the words or in the form of a positive one."""
+    family_R: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Windows:
     """Rolling means of every request at one layer, [T - W + 1, D]; the last row ends where the prompt ends."""
 
@@ -46,7 +56,7 @@ class Windows:
 
     @classmethod
     def of(cls, streams: Sequence[F16], layer: int, window: int) -> Windows:
-        """Of streams [T, L, D] at one of their layers. A request of fewer tokens has one window, shorter."""
+        """Of streams [T, L, D] at one of their layers."""
         return cls([rolling_means(stream[:, layer], window) for stream in streams])
 
     def last(self, requests: Sequence[int]) -> F32:
@@ -54,45 +64,51 @@ class Windows:
         return np.stack([self.means[at][-1] for at in requests])
 
     def scores(self, detector: Detector) -> F64:
-        """The watched statistic of each request."""
-        return np.array([detector.score(means) for means in self.means])
+        """The watched statistic of each request; -inf for one of fewer tokens than the window, which has none."""
+        return np.array([detector.score(means) if len(means) else -np.inf for means in self.means])
 
 
 def rolling_means(stream_TD: F16, window: int) -> F32:
-    """Means over `window` consecutive tokens."""
+    """Means over `window` consecutive tokens; none of fewer tokens."""
     summed = np.cumsum(np.vstack([np.zeros((1, stream_TD.shape[1])), stream_TD.astype(np.float64)]), 0)
-    width = min(window, len(stream_TD))
-    result: F32 = ((summed[width:] - summed[:-width]) / width).astype(np.float32)
+    result: F32 = ((summed[window:] - summed[:-window]) / window).astype(np.float32)
     return result
 
 
-def fit(windows: Windows, requests: Sequence[int], positive_R: Bool, rng: np.random.Generator) -> Detector:
-    """A detector of the requests that are marked, against the others and what stands inside them."""
-    harmless = [at for at, positive in zip(requests, positive_R, strict=True) if not positive]
-    inside = [
-        windows.means[at][rng.integers(len(windows.means[at]), size=min(INSIDE, len(windows.means[at])))]
-        for at in harmless
-    ]
-    x_MD = np.concatenate([windows.last(requests), *inside])
-    y_M = np.concatenate([positive_R, np.zeros(len(x_MD) - len(requests), bool)])
+def fit(windows: Windows, labels: Labels, requests: Sequence[int], rng: np.random.Generator) -> Detector:
+    """A detector of the positive ones among some requests, against the others and what stands inside those.
+
+    Positives weigh half of everything. Of the other half, those that only look like it weigh as much as all the rest:
+    else telling a false statement from other talk would be learned, and not from a true one.
+    """
+    positive_R, hard_R = labels.positive_R[requests], labels.hard_R[requests]
+    x, group = [windows.last(requests)], [np.where(positive_R, 0, np.where(hard_R, 1, 2))]
+    for at, kind in zip(requests, group[0].tolist(), strict=True):
+        if kind:
+            means = windows.means[at]
+            x.append(means[rng.integers(len(means), size=INSIDE)])
+            group.append(np.full(INSIDE, kind))
+    x_MD, group_M = np.concatenate(x), np.concatenate(group)
+    share = np.array([0.5, 0.25, 0.25]) / np.maximum(1, np.bincount(group_M, minlength=3))
     mean_D, scale_D = x_MD.mean(0), x_MD.std(0) + 1e-6
-    model = LogisticRegression(C=PENALTY, max_iter=300, class_weight="balanced").fit((x_MD - mean_D) / scale_D, y_M)
+    model = LogisticRegression(C=PENALTY, max_iter=300)
+    model.fit((x_MD - mean_D) / scale_D, group_M == 0, sample_weight=share[group_M] * len(group_M))
     direction_D = model.coef_[0] / scale_D
     return Detector(direction_D.astype(np.float32), float(model.intercept_[0] - direction_D @ mean_D))
 
 
-def held_out_area(
-    windows: Windows, requests: Sequence[int], positive_R: Bool, family_R: Sequence[str], rng: np.random.Generator
-) -> float:
-    """Mean AUROC over the families of training texts, each left out in turn, against harmless texts left out too."""
-    families = sorted({family for family, positive in zip(family_R, positive_R, strict=True) if positive})
-    held_back_R = rng.random(len(requests)) < 1 / 3
+def held_out_area(windows: Windows, labels: Labels, requests: Sequence[int], rng: np.random.Generator) -> float:
+    """Mean AUROC over the families of positives, each left out in turn, half of it against what only looks like it.
+
+    A third of the harmless texts is left out too.
+    """
+    back_R = rng.random(len(labels.positive_R)) < 1 / 3
     areas = []
-    for family in families:
-        out_R = np.where(positive_R, np.array(family_R) == family, held_back_R)
-        rest = [at for at, out in zip(requests, out_R, strict=True) if not out]
-        detector = fit(windows, rest, positive_R[~out_R], rng)
-        out = [at for at, out in zip(requests, out_R, strict=True) if out]
+    for family in sorted({labels.family_R[at] for at in requests if labels.positive_R[at]}):
+        out_R = np.where(labels.positive_R, np.array(labels.family_R) == family, back_R)
+        detector = fit(windows, labels, [at for at in requests if not out_R[at]], rng)
+        out = [at for at in requests if out_R[at]]
         scores = Windows([windows.means[at] for at in out]).scores(detector)
-        areas.append(auroc(scores[positive_R[out_R]], scores[~positive_R[out_R]]))
-    return float(np.mean(areas))
+        positive, hard = labels.positive_R[out], labels.hard_R[out]
+        areas += [auroc(scores[positive], scores[hard]), auroc(scores[positive], scores[~positive & ~hard])]
+    return float(np.nanmean(areas))

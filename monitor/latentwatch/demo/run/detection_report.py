@@ -160,7 +160,7 @@ def _heat_maps(detection: Detection) -> str:
         parts.append(_note("No false page in this run."))
     head = "<h2>Where in a request it was</h2>" + _note(
         "The detector's logit at each token of the prompt, as the evidence holds it; the template's own beginning is "
-        "not counted. The limit is on the largest mean over the tokens that the template puts behind a request."
+        "not counted. The limit is on the largest mean over some tokens in a row."
     )
     return f'{head}<div class="card">{"".join(parts)}</div>'
 

@@ -39,8 +39,10 @@ class FeatureCard:
     concern: str
     label: str
     hook_point: str
+    window_tokens: int
+    """The largest mean over so many consecutive tokens is what is watched."""
     selection_auroc: Mapping[str, float]
-    """By hook point, on families of the training texts that were left out in turn."""
+    """By hook point and window, on families of the training texts that were left out in turn."""
     limit: float
     limit_rate: float
     """Share of ordinary requests that the limit promises to stay below."""
@@ -65,7 +67,7 @@ class Card:
     packages: Mapping[str, str]
     shared_positions: int
     """Tokens that every request begins with: the chat template's own system prompt. No statistic counts them."""
-    window_tokens: int
+    suffix_tokens: int
     """Tokens that the template puts behind every request."""
     texts: Mapping[str, int]
     copies_left_out: int
@@ -88,12 +90,11 @@ def card_text(card: Card) -> str:
     """card.md."""
     parts = [_HEAD.format(**vars(card), texts_train=card.texts["train"], packages_text=_packages(card))]
     for feature in card.features.values():
-        best = max(feature.selection_auroc, key=lambda name: feature.selection_auroc[name])
         areas = ", ".join(f"{name} {area:.3f}" for name, area in feature.selection_auroc.items())
         parts.append(
-            f"## {feature.label}\n\n`{feature.id}`, at {best} (AUROC on training families left out in turn: {areas}). "
-            f"Limit {feature.limit:.3f}: {feature.limit_rate:.1%} of {feature.limit_requests} ordinary requests.\n\n"
-            + _table(feature)
+            f"## {feature.label}\n\n`{feature.id}`, over {feature.window_tokens} tokens at {feature.hook_point}. "
+            f"Limit {feature.limit:.3f}: {feature.limit_rate:.1%} of {feature.limit_requests} ordinary requests.\n"
+            f"AUROC on training families left out in turn: {areas}.\n\n{_table(feature)}"
         )
     return "\n".join(parts)
 
@@ -118,14 +119,15 @@ def _table(feature: FeatureCard) -> str:
 
 _HEAD: Final = """# SmolLM2's detectors
 
-Written by `python -m latentwatch.demo.build.smollm2` (seed {seed}), from texts of {packages_text}, and our own. None of
-those texts is in this project.
+Written by `python -m latentwatch.demo.build.smollm2` (seed {seed}), from our own texts and those of
+{packages_text}. None of those is in this project.
 
-Each detector is a logistic regression on the mean of the residual stream over the {window_tokens} tokens that the chat
-template puts behind a request, where the model has read all of it. What is watched is the largest such mean anywhere in
-the prompt, behind the {shared_positions} tokens that every request begins with. {texts_train} texts are trained on.
-Every family below is another data set or form than those, and {copies_left_out} texts were left out since one that is
-trained on is nearly the same. "text" is a classifier of character n-grams fitted on the same texts, "length" the
-number of characters. "hard" are harmless texts in the same form or with the same words, fewer than 200 of them: 1 % of
-those is one request.
+Each detector is a logistic regression on the mean of the residual stream over the {suffix_tokens} tokens that the chat
+template puts behind a request, where the model has read all of it, or over twice as many. What is watched is the
+largest such mean anywhere in the prompt, behind the {shared_positions} tokens that every request begins with.
+
+{texts_train} texts are trained on. Every family below is another data set or form than those, and {copies_left_out}
+texts were left out since one that is trained on is nearly the same. "text" is a classifier of character n-grams fitted
+on the same texts, "length" the number of characters. "hard" are harmless texts in the same form or with the same words,
+fewer than 200 of them: 1 % of those is one request.
 """

@@ -113,7 +113,7 @@ _FORMS: Final = {
     },
     Part.TEST: {
         "remembered": "As I remember it, {country} has {capital} as its capital.",
-        "travel": "We fly to {capital}, the capital of {country}, on Monday.",
+        "read": "I read in a book that the capital of {country} is {capital}.",
     },
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from latentwatch.demo.build.detectors import Windows, fit, held_out_area, rolling_means
+from latentwatch.demo.build.detectors import Labels, Windows, fit, held_out_area, rolling_means
 from latentwatch.demo.build.streams import shared_start
 from latentwatch.demo.smollm2.figures import auroc
 
@@ -20,10 +20,11 @@ def streams(count: int, positive: np.ndarray, rng: np.random.Generator) -> list[
     return made
 
 
-def test_means_are_over_consecutive_tokens_and_of_a_short_request_over_all() -> None:
+def test_means_are_over_consecutive_tokens_and_of_a_short_request_there_is_none() -> None:
     stream = np.arange(12, dtype=np.float16).reshape(6, 2)
     np.testing.assert_allclose(rolling_means(stream, 4)[:, 0], [3, 5, 7])
-    np.testing.assert_allclose(rolling_means(stream[:2], 4), [[1, 2]])
+    assert rolling_means(stream[:3], 4).shape == (0, 2)
+    assert np.isneginf(Windows([rolling_means(stream[:3], 4)]).scores(None))  # type: ignore[arg-type]
 
 
 def test_what_is_planted_is_found_in_requests_and_families_that_were_not_seen() -> None:
@@ -31,11 +32,11 @@ def test_what_is_planted_is_found_in_requests_and_families_that_were_not_seen() 
     positive = rng.random(400) < 0.4
     made = streams(400, positive, rng)
     windows = [Windows.of(made, layer, WINDOW) for layer in range(2)]
-    families = [f"f{i % 3}" for i in range(300)]
+    labels = Labels(positive, ~positive & (rng.random(400) < 0.3), [f"f{i % 3}" for i in range(400)])
     requests = list(range(300))
-    areas = [held_out_area(one, requests, positive[:300], families, rng) for one in windows]
+    areas = [held_out_area(one, labels, requests, rng) for one in windows]
     assert areas[1] > 0.95 > 0.7 > areas[0]
-    scores = windows[1].scores(fit(windows[1], requests, positive[:300], rng))[300:]
+    scores = windows[1].scores(fit(windows[1], labels, requests, rng))[300:]
     assert auroc(scores[positive[300:]], scores[~positive[300:]]) > 0.95
 
 

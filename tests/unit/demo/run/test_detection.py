@@ -27,6 +27,7 @@ def a_card(limit_rate: float = 0.005) -> Card:
             concern=concern,
             label=f"Label of {concern}",
             hook_point="resid_post.9",
+            window_tokens=6,
             selection_auroc={"resid_post.9": 0.9},
             limit=2.0,
             limit_rate=limit_rate,
