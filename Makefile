@@ -95,7 +95,7 @@ bench-page: $(VENV)/.dev ## the live page with 1,024 features in a browser: time
 bench-watchlist: $(VENV)/.dev ## time and memory of building a large watchlist
 	$(BIN)/python -m tests.bench.watchlist_build
 
-bench-detectors: $(VENV)/.dev ## detectors of `watchlist start` on a real model beside text classifiers; needs a model's folder
+bench-detectors: $(VENV)/.dev ## detectors of `watchlist start` on a real model beside text classifiers
 	$(BIN)/python -m tests.bench.detectors
 
 bench-collector: $(VENV)/.dev ## the collector's throughput per core, step to /metrics, exposition and memory

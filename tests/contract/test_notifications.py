@@ -100,8 +100,15 @@ def test_every_link_is_absolute_once_it_is_said_where_things_are(tmp_path: Path)
     ran = subprocess.run([program("promtool"), "check", "rules", *map(str, files)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     rules = [rule for path in files for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
-    begins = {"runbook_url": f"{WIKI}#", "dashboard_url": f"{GRAFANA}/d/", "page_url": f"{PAGE}/", "request_url": f"{PAGE}/"}
-    links = [(name, rule["annotations"][name]) for rule in rules for name in begins if name in rule.get("annotations", {})]
+    begins = {
+        "runbook_url": f"{WIKI}#",
+        "dashboard_url": f"{GRAFANA}/d/",
+        "page_url": f"{PAGE}/",
+        "request_url": f"{PAGE}/",
+    }
+    links = [
+        (name, rule["annotations"][name]) for rule in rules for name in begins if name in rule.get("annotations", {})
+    ]
     assert len(links) > 60
     for name, link in links:
         assert link.startswith(begins[name]), link

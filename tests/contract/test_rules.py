@@ -114,9 +114,9 @@ def test_the_runbook_explains_every_reason_for_which_a_stream_is_refused() -> No
 def test_recording_rules_are_named_level_metric_operation() -> None:
     for rule in RULES:
         if "record" in rule:
-            assert re.fullmatch(r"(model|feature|instance|instance_feature):latentwatch_\w+:[a-z0-9_]+", rule["record"]), rule[
-                "record"
-            ]
+            assert re.fullmatch(
+                r"(model|feature|instance|instance_feature):latentwatch_\w+:[a-z0-9_]+", rule["record"]
+            ), rule["record"]
 
 
 def test_the_objective_of_coverage_leaves_out_what_is_unseen_by_design_and_nothing_else() -> None:
@@ -149,7 +149,9 @@ def test_every_inhibition_is_bound_to_the_thing_that_broke() -> None:
     for rule in yaml.safe_load((DASHBOARDS / "alertmanager.yml").read_text())["inhibit_rules"]:
         assert {"cluster", "namespace"} < set(rule["equal"])
         sources, targets = " ".join(rule["source_matchers"]), " ".join(rule["target_matchers"])
-        assert "CriticalExceedance" not in targets, "a critical exceedance that arrives is real, whatever else is broken"
+        assert "CriticalExceedance" not in targets, (
+            "a critical exceedance that arrives is real, whatever else is broken"
+        )
         if "Exceedance" in targets:
             assert "CriticalExceedance" in sources, "only the page about the same model says what the ticket would"
 

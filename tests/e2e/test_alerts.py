@@ -183,7 +183,9 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
         """A collector with old state, evidence that is lost or damaged, drift, and a baseline of another model."""
         now, wrong = time.time(), fleet.troubled
         severities = {"p.deceive": "critical", "f.refunds": "warning"}
-        drifts = [f'model_name="m",feature="{id}",severity="{severity}",kind="rate"' for id, severity in severities.items()]
+        drifts = [
+            f'model_name="m",feature="{id}",severity="{severity}",kind="rate"' for id, severity in severities.items()
+        ]
         info = 'label="x",hook_point="resid_post.0",kind="sae",gate="exact"'
         return "".join(
             (
