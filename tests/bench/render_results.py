@@ -73,6 +73,8 @@ def probes() -> str:
 
 
 def detectors() -> str:
+    if not (RESULTS / "detectors.json").exists():
+        return "Not measured yet: `make bench-detectors` writes the file that this table is made of."
     result = _result("detectors")
     rows = [
         [
