@@ -15,7 +15,7 @@ from latentwatch.collector.process_facts import DiskFacts, ProcessFacts
 from latentwatch.collector.snapshot import ForwarderView, LagView, ReplicaView, Snapshot
 from latentwatch.collector.telemetry import OtlpFacts
 from latentwatch.collector.totals import EngineTotals, ForwardView
-from latentwatch.drift.detection import KINDS
+from latentwatch.drift.detection import COMMON, KINDS
 from latentwatch.evidence.writer import WriterTotals
 from latentwatch.names import Phase, Reason, TokenState
 from latentwatch.transport.fair_queue import FairQueueFacts
@@ -93,7 +93,7 @@ def well(made: Core) -> Shown:
     """Nothing is wrong with it."""
     snapshot = made.lookup.snapshot(NOW)
     nothing = {kind: np.zeros(len(FEATURES)) for kind in KINDS}
-    measured = {"log10_evalue": nothing, "since_seconds": nothing, "log10_limit": dict.fromkeys(KINDS, 9.0)}
+    measured = {"log10_evalue": nothing, "since_seconds": nothing, "log10_limit": dict.fromkeys((*KINDS, COMMON), 9.0)}
     fields = {"armed": True, "reason": "", "baseline_created_seconds": NOW - 60, **measured}
     armed = [replace(model, **fields) for model in snapshot.drift]
     lag = LagView(snapshot.collector.ingest_lag.edges, (1000, *[0] * len(snapshot.collector.ingest_lag.edges)), 1.0)

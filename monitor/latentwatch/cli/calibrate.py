@@ -22,6 +22,7 @@ noted in its folder's audit log. Windows during an
 alarm are never among what a collector gives. A baseline changes by --update only, and names what would change.
 example:  latentwatch calibrate --from http://127.0.0.1:9464 --model-name llama --out prod.baseline"""
 
+_EXISTS, _VALUE, _FPR = RefusalReason.FILE_EXISTS, RefusalReason.CONFIG_VALUE, RefusalReason.LIMIT_FPR
 _TIMEOUT_SECONDS: Final = 60.0
 """A collector sums over all that it has seen."""
 
@@ -115,34 +116,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be wrong is said before anything is waited for. Raises ConfigRefused."""
-    if args.out.exists() and not args.force:
-        raise ConfigRefused(
-            f"--out {args.out}",
-            found="it exists",
-            instead="Give another name, or --force.",
-            reason=RefusalReason.FILE_EXISTS,
-        )
-    if not args.out.parent.is_dir():
-        raise ConfigRefused(
-            f"--out {args.out}",
-            found=f"there is no folder {args.out.parent}",
-            instead="Make it, or name another one.",
-            reason=RefusalReason.CONFIG_VALUE,
-        )
-    if not args.tolerance > 1:
-        raise ConfigRefused(
-            f"--tolerance {args.tolerance}",
-            found="it is not above 1",
-            instead="Give 1.05.",
-            reason=RefusalReason.CONFIG_VALUE,
-        )
-    if args.limit_fpr is not None and not 0 < args.limit_fpr < 1:
-        raise ConfigRefused(
-            f"--limit-fpr {args.limit_fpr}",
-            found="it is no share between 0 and 1",
-            instead="Give the share of trusted requests that may lie above a limit, such as 0.001.",
-            reason=RefusalReason.LIMIT_FPR,
-        )
+    fpr = args.limit_fpr
+    for wrong, what, found, instead, reason in (
+        (args.out.exists() and not args.force, "out", "it exists", "Give another name, or --force.", _EXISTS),
+        (not args.out.parent.is_dir(), "out", f"there is no folder {args.out.parent}", "Make it.", _VALUE),
+        (not args.tolerance > 1, "tolerance", "it is not above 1", "Give 1.05.", _VALUE),
+        (fpr is not None and not 0 < fpr < 1, "limit_fpr", "it is no share between 0 and 1", "Give 0.001.", _FPR),
+    ):
+        if wrong:
+            raise ConfigRefused(
+                f"--{what.replace('_', '-')} {getattr(args, what)}", found=found, instead=instead, reason=reason
+            )
 
 
 def _counted(earlier: Baseline, made: Baseline, together: Baseline) -> str:

@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
         _make_key(args.key)
     key = canary.read_key(args.key)
     web = Web(args.server, _api_key(args), timeout_seconds=_TIMEOUT_SECONDS)
-    progress = Progress(time.monotonic)
-    sent = failures = 0
-    failed = False
-    for number in itertools.count() if args.runs is None else range(args.runs):
+    numbers = itertools.count() if args.runs is None else range(args.runs)
+    of = "" if args.runs is None else f" of {args.runs}"
+    progress, failures, failed = Progress(time.monotonic), 0, False
+    for number in numbers:
         if number:
             time.sleep(args.every)
         prompt = number % len(prompts)
@@ -74,9 +74,8 @@ def run(args: argparse.Namespace) -> int:
             progress.end()
             print(f"latentwatch canary: prompt {prompt}: {error}", flush=True)
         failed = bool(error)
-        sent, failures = sent + 1, failures + failed
-        of = f" of {args.runs}" if args.runs is not None else ""
-        progress.show(f"latentwatch canary: {sent}{of} sent, {failures} not answered")
+        failures += failed
+        progress.show(f"latentwatch canary: {number + 1}{of} sent, {failures} not answered")
     progress.end()
     return int(failed)
 

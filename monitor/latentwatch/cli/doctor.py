@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -148,20 +148,23 @@ def _findings(
             str(refusal),
             "Start it with 'latentwatch collector', or give its address with --collector; 401 wants --token-file.",
         )
-    if prometheus is None:
-        yield Finding("prometheus", "skipped", "no address given; add --prometheus URL")
-    else:
-        try:
-            yield from _prometheus(prometheus)
-        except ConfigRefused as refusal:
-            yield Finding("prometheus", "failed", str(refusal), "Start Prometheus, or mend the address.")
-    if alertmanager is None:
-        yield Finding("alert route", "skipped", "no address given; add --alertmanager URL")
-    else:
-        try:
-            yield route(alertmanager.json("/api/v2/alerts", filter='alertname="Watchdog"'))
-        except ConfigRefused as refusal:
-            yield Finding("alert route", "failed", str(refusal), "Start Alertmanager, or mend the address.")
+    yield from _asked("prometheus", "Prometheus", prometheus, _prometheus)
+    yield from _asked("alert route", "Alertmanager", alertmanager, _route)
+
+
+def _asked(check: str, service: str, web: Web | None, ask: Callable[[Web], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a service says, where its address is given."""
+    if web is None:
+        yield Finding(check, "skipped", f"no address given; add --{service.lower()} URL")
+        return
+    try:
+        yield from ask(web)
+    except ConfigRefused as refusal:
+        yield Finding(check, "failed", str(refusal), f"Start {service}, or mend the address.")
+
+
+def _route(web: Web) -> Iterator[Finding]:
+    yield route(web.json("/api/v2/alerts", filter='alertname="Watchdog"'))
 
 
 def plugin(env: Mapping[str, str]) -> Finding:

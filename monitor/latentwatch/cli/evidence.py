@@ -374,6 +374,8 @@ def _set_damaged_aside(folder: Path) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from latentwatch.evidence import store
+
     try:
         from latentwatch.evidence import parquet
     except ImportError as error:
@@ -383,6 +385,7 @@ def _export(args: argparse.Namespace) -> int:
             instead="Run in a clone of the repository: pip install '.[parquet]'",
             reason=RefusalReason.PACKAGE_MISSING,
         ) from error
+    store.check_folder(args.dir)
     try:
         args.out.mkdir(mode=0o700)
     except OSError as error:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from latentwatch.errors import ConfigRefused, RefusalReason
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from latentwatch.transport.recording import RecordingSink
 
 HELP = "Stand in for a collector and write every batch to a file, to calibrate from it or to replay it."
 EPILOG = """It stops on Ctrl-C. The file holds scores and request ids, and no text. How far it is stands on
@@ -30,11 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Record until SIGINT or SIGTERM."""
     import asyncio
-    import contextlib
     import signal
     import time
 
-    from latentwatch.cli.terminal import Progress
     from latentwatch.transport.address import check_guarded
     from latentwatch.transport.receiver import Receiver
     from latentwatch.transport.recording import RecordingSink
@@ -57,18 +61,30 @@ def run(args: argparse.Namespace) -> int:
         receiver = Receiver(sink, args.listen, clock=time.time, on_refused=lambda reason: print(f"refused: {reason}"))
         await receiver.start()
         print(f"latentwatch record: engines connect to {' '.join(args.listen)}", flush=True)
-        progress = Progress(time.monotonic)
-        while not stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), _PROGRESS_SECONDS)
-            progress.show(
-                f"latentwatch record: {receiver.live_streams} streams, {sink.batches} batches, {sink.requests} ended "
-                f"requests, {sink.bytes / (1 << 20):.1f} MiB"
-            )
-        progress.end()
+        await _until(stop, lambda: f"{receiver.live_streams} streams, {_written(sink)}")
         await receiver.stop(2.0)
 
     asyncio.run(serve())
     sink.close()
-    print(f"{sink.batches} batches, {sink.requests} ended requests, {sink.bytes} bytes in {args.out}")
+    print(f"{_written(sink)} in {args.out}")
     return 0
+
+
+async def _until(stop: asyncio.Event, said: Callable[[], str]) -> None:
+    """Wait until it is set, and say meanwhile how far it is."""
+    import asyncio
+    import contextlib
+    import time
+
+    from latentwatch.cli.terminal import Progress
+
+    progress = Progress(time.monotonic)
+    while not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), _PROGRESS_SECONDS)
+        progress.show(f"latentwatch record: {said()}")
+    progress.end()
+
+
+def _written(sink: RecordingSink) -> str:
+    return f"{sink.batches} batches, {sink.requests} ended requests, {sink.bytes} bytes"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from latentwatch.collector.process_facts import ProcessFacts
-from latentwatch.collector.snapshot import Snapshot
+from typing import TYPE_CHECKING
+
 from latentwatch.evidence.writer import QUEUE_BYTES
+
+if TYPE_CHECKING:
+    from latentwatch.collector.process_facts import ProcessFacts
+    from latentwatch.collector.snapshot import Snapshot
 
 
 def fullness(snapshot: Snapshot, process: ProcessFacts) -> tuple[tuple[str, int, int], ...]:

@@ -66,9 +66,7 @@ class Families:
         yield from self._evidence(process.evidence)
         yield from self._otlp(process.otlp)
         yield from self._about(process)
-        names = {cause.name for cause in found}
-        rows = tuple((cause.name, cause.level, cause.alert) for cause in CAUSES.values())
-        yield Family(metrics.HEALTH_CAUSE, rows, [int(name in names) for name in CAUSES])
+        yield _health(found)
 
     def _engines(self, snapshot: Snapshot) -> Iterator[Family]:
         engines = snapshot.engines
@@ -313,6 +311,12 @@ def _within(family: Family, samples: int) -> Family:
     if "feature" not in family.metric.labels or family.samples <= samples:
         return family
     return family.first(samples * len(family.labels) // family.samples)
+
+
+def _health(found: Sequence[FoundCause]) -> Family:
+    names = {cause.name for cause in found}
+    rows = tuple((cause.name, cause.level, cause.alert) for cause in CAUSES.values())
+    return Family(metrics.HEALTH_CAUSE, rows, [int(name in names) for name in CAUSES])
 
 
 def _stack(parts: list[np.ndarray]) -> np.ndarray:

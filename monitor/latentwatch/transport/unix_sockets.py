@@ -24,6 +24,8 @@ class UnixSockets:
     def bind(self, target: Address, add_port: Callable[[str], int]) -> None:
         """Have gRPC listen there. Raises ConfigRefused, "socket_in_use" or "address_unusable"."""
         path = Path(target.socket_path)
+        if not path.parent.exists():
+            _make_folder(target, path.parent)
         _make_room(target, path)
         # Nobody but this user may connect, from the first moment at which the file exists.
         umask = os.umask(0o177)
@@ -47,10 +49,7 @@ class UnixSockets:
 
 
 def _make_room(target: Address, path: Path) -> None:
-    """Make the socket's folder for this user where only that is missing; remove the socket that a killed collector
-    left, and nothing else. Raises ConfigRefused, "socket_in_use" or "address_unusable"."""
-    if not path.parent.exists():
-        _make_folder(target, path.parent)
+    """Remove the socket that a killed collector left, and nothing else. Raises ConfigRefused, "socket_in_use"."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -77,6 +76,7 @@ def _make_room(target: Address, path: Path) -> None:
 
 
 def _make_folder(target: Address, folder: Path) -> None:
+    """The socket's, for this user, where only that is missing. Raises ConfigRefused, "address_unusable"."""
     try:
         folder.mkdir(mode=0o700)
     except OSError as error:

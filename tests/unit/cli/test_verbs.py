@@ -68,6 +68,7 @@ LINES = {
     "baseline show": "baseline show {folder}/baseline",
     "canary": "canary --server http://127.0.0.1:9 --model m --prompts {folder}/p --key {folder}/k --runs 1",
     "record": "record --listen unix://{folder}/s --out {folder}/recording",
+    "rules": "rules --out {folder}/rules",
     "replay": "replay {folder}/r --watchlist {folder}/w",
 }
 

@@ -119,8 +119,7 @@ class DurableSink:
         self._whole = False
         self._unread = False
         """Whether the folder may hold files that this collector did not go on from."""
-        self._number = self._failures = self._resumed = 0
-        self._last_error = ""
+        self._number, self._failures, self._resumed, self._last_error = 0, 0, 0, ""
         self._checkpoint_seconds = 0.0
         self._next_checkpoint = self._next_sync = now
         self._writing = False

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-from latentwatch.collector.process_facts import ProcessFacts
-from latentwatch.collector.snapshot import Snapshot
+if TYPE_CHECKING:
+    from latentwatch.collector.process_facts import ProcessFacts
+    from latentwatch.collector.snapshot import Snapshot
+
 
 Part = Literal["engines", "storage", "judgement"]
 """What suffers: that tokens are scored and arrive, that what was found is stored, what a score or a rate is worth."""

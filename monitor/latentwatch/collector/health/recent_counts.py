@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from latentwatch.collector.process_facts import ProcessFacts
-from latentwatch.collector.snapshot import Snapshot
 from latentwatch.errors import RefusalReason
 from latentwatch.evidence.writer import DROP_REASONS
 from latentwatch.names import Reason, TokenState
 from latentwatch.transport.report import TOKEN_SHAPE
+
+if TYPE_CHECKING:
+    from latentwatch.collector.process_facts import ProcessFacts
+    from latentwatch.collector.snapshot import Snapshot
+
 
 Counts = Mapping[tuple[str, str], float]
 """By name and label; each only rises, or begins again at 0."""

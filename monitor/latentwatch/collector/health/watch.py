@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from latentwatch.collector.health.cause import FoundCause, HealthFacts
 from latentwatch.collector.health.recent_counts import RecentCounts, counts_of
 from latentwatch.collector.health.table import found_causes
-from latentwatch.collector.lookup import Lookup
-from latentwatch.collector.process_facts import ProcessFacts
-from latentwatch.collector.snapshot import Snapshot
 from latentwatch.names import Reason, TokenState
 from latentwatch.transport.report import TOKEN_SHAPE
+
+if TYPE_CHECKING:
+    from latentwatch.collector.lookup import Lookup
+    from latentwatch.collector.process_facts import ProcessFacts
+    from latentwatch.collector.snapshot import Snapshot
+
 
 RECORD_SECONDS: Final = 15.0
 """Between two records of the counts."""

@@ -186,6 +186,7 @@ def make_app(
         dependencies=[Depends(check_query)],
     )
     _add_operations(app, lookup, clock, process, health)
+    _add_health(app, lookup, clock, process, health)
     _add_overview(app, lookup, clock, process, health, links or Links())
     _add_api(app, lookup, clock)
     _add_links(app, lookup)
@@ -221,6 +222,14 @@ def _add_operations(
         media, open_metrics = negotiate(accept)
         return Response(await page.render(open_metrics=open_metrics), headers={"content-type": media})
 
+
+def _add_health(
+    app: FastAPI,
+    lookup: Lookup,
+    clock: Callable[[], float],
+    process: Callable[[], ProcessFacts],
+    health: HealthWatch,
+) -> None:
     @app.get("/healthz", response_model=Health | HealthInFull, responses=_HEALTH, tags=["operations"])
     async def healthz(
         request: Request,
