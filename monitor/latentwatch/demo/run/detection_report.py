@@ -17,7 +17,7 @@ _NOTE: Final = (
     "trained on, its limit set by the same requests. What it says of true and false statements is chance, since both "
     "are made of the same words. Intervals are of 95 %, for the number of requests."
 )
-_OVERSIGHTS: Final = "Not installed, and so neither trained on nor sent: {}."
+_OTHERWISE: Final = "What was not as when the detectors were trained: {}."
 
 
 def to_html(detection: Detection) -> str:
@@ -50,7 +50,7 @@ def to_html(detection: Detection) -> str:
         _heat_maps(detection),
     ]
     if detection.left_out:
-        parts.append(_note(_OVERSIGHTS.format("; ".join(detection.left_out))))
+        parts.append(_note(_OTHERWISE.format("; ".join(detection.left_out))))
     return "\n".join(part for part in parts if part)
 
 

@@ -36,6 +36,7 @@ _REAL: Final = (
     "were trained on other families of texts than those of the incident. What they find is what a user asks for, not "
     "what the model does: one of its size answers nearly everything."
 )
+_OTHER_TEXTS: Final = "the text baseline is fitted on {} texts, the detectors on {}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def smollm2(folder: Path, cache: Path, say: Callable[[str], None]) -> Served:
         Known(known, read.of(texts.Role.TRAIN)),
         [
             *(str(one) for one in read.missing),
-            *([f"of the text baseline, {trained - installed} of {trained} texts"] if installed != trained else []),
+            *([_OTHER_TEXTS.format(installed, trained)] if installed != trained else []),
         ],
     )
 
