@@ -18,7 +18,6 @@ from latentwatch.watchlist.starter import measure, text, training
 from latentwatch.watchlist.starter.measure import Interval
 from latentwatch.watchlist.starter.training import LinearProbe, Settings, Windows
 
-
 FEWEST: Final = 5
 """Texts of a kind in a part."""
 
@@ -94,7 +93,7 @@ def split(prompts: Sequence[Prompt], concern: str) -> Split:
                 raise WatchlistRefused(
                     f"texts on {concern}",
                     found=f"{len(of_part)} {kind} texts of {part} families fit, fewer than {FEWEST}",
-                    instead="Does the model's template, or its length, leave them room? Leave the concern out otherwise.",
+                    instead="See whether the template leaves them room; leave the concern out otherwise.",
                     reason=RefusalReason.TOO_FEW_REQUESTS,
                 )
     return Split(found[Kind.POSITIVE], found[Kind.HARD], found[Kind.ORDINARY])
