@@ -13,6 +13,7 @@ from latentwatch.prompts.prompt import Kind, Part, Prompt
 from latentwatch.watchlist import captured
 from latentwatch.watchlist.captured import CapturedLayer, CapturedRequest, CaptureJob
 from latentwatch.watchlist.starter import chosen, detectors, files, measure, plan, tokens, training
+from latentwatch.watchlist.starter.concern import split
 from latentwatch.watchlist.starter.tokens import Encoded
 
 D = 12
@@ -322,3 +323,9 @@ def test_a_run_without_public_sets_has_every_part_of_every_concern():
     assert {(p.part, p.kind) for p in texts if p.concern == "refusal"} >= {
         (part, kind) for part in Part for kind in (Kind.POSITIVE, Kind.HARD)
     }
+
+
+def test_a_part_with_too_few_texts_is_refused_by_name():
+    texts = [p for p in prompts() if not (p.kind is Kind.HARD and p.part is Part.SELECTION)]
+    with pytest.raises(WatchlistRefused, match="0 hard texts of selection families fit"):
+        split(texts, "toxicity")

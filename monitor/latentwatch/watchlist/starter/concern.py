@@ -6,15 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from latentwatch.arrays import F64, Bool
+from latentwatch.errors import RefusalReason, WatchlistRefused
 from latentwatch.prompts.prompt import Kind, Part, Prompt
 from latentwatch.prompts.written import ORDINARY
 from latentwatch.watchlist.starter import measure, text, training
 from latentwatch.watchlist.starter.measure import Interval
 from latentwatch.watchlist.starter.training import LinearProbe, Settings, Windows
+
+FEWEST: Final = 5
+"""Texts of a kind in a part."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,25 @@ class Detector:
 
 
 def split(prompts: Sequence[Prompt], concern: str) -> Split:
-    """The requests of one concern by part and kind."""
+    """The requests of one concern by part and kind.
+
+    Raises: WatchlistRefused: a part has too few of a kind to be fitted on, chosen by or measured with.
+    """
     found: dict[Kind, dict[Part, list[int]]] = {kind: {part: [] for part in Part} for kind in Kind}
     for at, prompt in enumerate(prompts):
         if prompt.concern == concern or (prompt.concern == ORDINARY and prompt.kind is Kind.ORDINARY):
             found[prompt.kind][prompt.part].append(at)
         elif prompt.kind is Kind.HARD and prompt.part is not Part.TEST:
             found[Kind.ORDINARY][prompt.part].append(at)
+    for kind, parts in found.items():
+        for part, of_part in parts.items():
+            if len(of_part) < FEWEST:
+                raise WatchlistRefused(
+                    f"texts on {concern}",
+                    found=f"{len(of_part)} {kind} texts of {part} families fit, fewer than {FEWEST}",
+                    instead="See whether the template leaves them room; leave the concern out otherwise.",
+                    reason=RefusalReason.TOO_FEW_REQUESTS,
+                )
     return Split(found[Kind.POSITIVE], found[Kind.HARD], found[Kind.ORDINARY])
 
 
