@@ -63,6 +63,10 @@ ELSEWHERE = {
         "tests/helm/test_matrix.py",
         "renders the chart with the Helm SDK; no cluster is at hand",
     ),
+    r"python -m latentwatch\.demo\.build\.chat_sae ": (
+        "tests/unit/demo/build/test_chat_sae.py",
+        "trains for half an hour on a package of chats; its parts are run there",
+    ),
     r"kubectl ": ("tests/helm/test_matrix.py", "checks the objects that it would make or read; no cluster is at hand"),
 }
 """By how a command begins: where it is run or what stands in for it, and why it is not run here."""

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from latentwatch.arrays import F64, I64, Array, Bool, axes
 
 ACTIVATION_EDGES: Final = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-"""Half decades: SAE activations run from hundredths (small models) to hundreds (Gemma Scope). See `activation_edges`."""
+"""Half decades: SAE activations run from hundredths (small models) to hundreds (Gemma Scope); `activation_edges`."""
 NORM_EDGES: Final = tuple(2.0**k for k in range(-1, 21))
-"""Octaves from 0.5 to 1,048,576: residual norms of small models, of the last layers of Gemma 3 (270M: 36,000 at the end of a
+"""Octaves from 0.5 to 1,048,576: residual norms of small models, of Gemma 3's last layers (270M: 36,000 at the end of a
 stream that begins at 125) and of first tokens in large ones."""
 LAG_EDGES: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Seconds; 1-2.5-5 around the target of 2 s from step to /metrics, up to a minute of spooling."""

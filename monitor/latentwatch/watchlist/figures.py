@@ -19,6 +19,16 @@ class Token(TypedDict):
     activation: float
 
 
+class Dictionary(TypedDict):
+    """Of the whole SAE that a feature is of, on text that it was not trained on."""
+
+    fvu: float
+    l0: float
+    dead_share: float
+    loss_recovered: float
+    tokens: int
+
+
 class Figures(TypedDict, total=False):
     auroc: float
     tpr_at_fpr_1pct: float
@@ -36,3 +46,4 @@ class Figures(TypedDict, total=False):
     label_source: str
     measured_on: str
     remarks: str
+    sae: Dictionary

@@ -107,6 +107,12 @@ def _known(feature: Feature) -> Iterator[tuple[str, str]]:
     if confounds := list(evidence.get("confounds", ())):
         more = f"; and {len(confounds) - SHOWN_CONFOUNDS} more, below" if len(confounds) > SHOWN_CONFOUNDS else ""
         yield "confounds", "; ".join(confounds[:SHOWN_CONFOUNDS]) + more
+    if sae := evidence.get("sae"):
+        yield (
+            "the SAE as a whole",
+            f"FVU {_number(sae['fvu'])}, L0 {_number(sae['l0'])}, dead {sae['dead_share']:.2%}, loss recovered "
+            f"{sae['loss_recovered']:.1%}, on {sae['tokens']} tokens that it was not trained on",
+        )
     yield "gate", _GATES[feature.gate]
     if isinstance(gate := feature.source.get("gate_calibration"), Mapping):
         yield (

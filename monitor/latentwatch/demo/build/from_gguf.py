@@ -60,7 +60,7 @@ def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3_layers(config: dict[str, Any]) -> dict[str, Any]:
-    """Every sixth layer sees the whole context. llama.cpp has pattern, local base and scale in code, not in the file."""
+    """Every sixth layer sees the whole context; llama.cpp has pattern, local base and scale in its code."""
     layers = config["num_hidden_layers"]
     if layers == GEMMA3_27B_LAYERS:
         scale = config["hidden_size"] // config["num_attention_heads"]

@@ -51,7 +51,7 @@ def tokenizer_of(facts: Facts) -> Tokenizer:
 
 
 def _sentence_pieces(facts: Facts) -> Tokenizer:
-    """SentencePiece's byte pairs, as Gemma's: the pair of highest score is merged first, what is no piece goes as bytes.
+    """SentencePiece's byte pairs, as Gemma's: the pair of highest score goes first, what is no piece goes as bytes.
 
     A space is written as U+2581 in the pieces; llama.cpp's converter writes it as a space in the user-defined ones.
     """
@@ -87,7 +87,7 @@ def _sentence_pieces(facts: Facts) -> Tokenizer:
 def _merges(
     texts: Sequence[str], vocab: Mapping[str, int], kinds: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-    """Every way to make a piece of two, the pieces of highest score first; of one piece, the shortest beginning first."""
+    """Every way to make a piece of two, pieces of highest score first; of one piece, the shortest beginning first."""
     made = sorted((i for i, kind in enumerate(kinds) if kind == NORMAL), key=lambda i: -scores[i])
     return [
         (text[:cut], text[cut:])

@@ -72,6 +72,16 @@ class Encoder:
     b_dec_D: torch.Tensor
     threshold_F: torch.Tensor
 
+    def only(self, index_K: torch.Tensor) -> Encoder:
+        """Some of the features, in this order."""
+        return Encoder(
+            self.w_enc_DF[:, index_K],
+            self.b_enc_F[index_K],
+            self.w_dec_FD[index_K],
+            self.b_dec_D,
+            self.threshold_F[index_K],
+        )
+
     @torch.inference_mode()
     def activations(self, acts_ND: torch.Tensor) -> F32:
         """Feature activations in float32, [N, F]."""

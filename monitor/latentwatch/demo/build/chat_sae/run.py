@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from latentwatch.demo.build.chat_sae.chats import Piece
+    from latentwatch.demo.build.chat_sae.choose import Choice
     from latentwatch.demo.build.chat_sae.stream import Harvest, Progress
     from latentwatch.demo.build.sae import Encoder, SaePlan
+    from latentwatch.watchlist.figures import Dictionary
 
 NEEDED: Final = ("torch", "transformers", "sae_lens")
 CANDIDATE_CHATS: Final = 6_000
@@ -146,8 +148,60 @@ def run(
         )
     import torch
 
+    from latentwatch.demo.build.chat_sae import asset
+
     torch.set_num_threads(threads)
     work = Work(model_folder, name, folder, plan, progress)
     pieces = work.pieces()
     harvest = work.stream(pieces)
-    work.encoder(harvest)
+    encoder = work.encoder(harvest)
+    quality, losses = _quality(work, harvest, encoder, pieces[-plan.held_out_pieces :])
+    progress(f"on chats that it did not see: {quality}")
+    chosen = _chosen(work, harvest, encoder, quality)
+    facts = {"model": name, "plan": {**vars(plan), "hook_point": str(plan.hook_point)}, "quality": quality, **losses}
+    asset.write(out or asset.ASSETS, folder / "sae", encoder, chosen, facts)
+    progress(f"{len(chosen)} features in {out or asset.ASSETS}")
+
+
+def _quality(
+    work: Work, harvest: Harvest, encoder: Encoder, held_out: Sequence[Piece]
+) -> tuple[Dictionary, dict[str, object]]:
+    """On chats that were not trained on. Dead is what fires on none of their tokens and of 20,000 others."""
+    import torch
+
+    from latentwatch.demo.build.chat_sae import quality
+
+    plan = work.plan
+    unseen_ND = usable(harvest, slice(-plan.held_out_pieces, None))
+    found = encoder.quality(unseen_ND)
+    fired_F = (encoder.activations(torch.cat([unseen_ND, usable(harvest, slice(0, 90))])) > 0).any(0)
+    median = float(unseen_ND.float().norm(dim=1).median())
+    losses = quality.spliced_losses(
+        work.model("float32"), plan.hook_point, encoder, held_out[: plan.loss_pieces], median
+    )
+    figures: Dictionary = {
+        "fvu": round(found["fvu"], 4),
+        "l0": round(found["l0"], 2),
+        "dead_share": round(float(1 - fired_F.mean()), 5),
+        "loss_recovered": round(losses["loss_recovered"], 4),
+        "tokens": len(unseen_ND),
+    }
+    return figures, {"losses": dict(losses)}
+
+
+def _chosen(work: Work, harvest: Harvest, encoder: Encoder, quality: Dictionary) -> list[Choice]:
+    import torch
+
+    from latentwatch.demo.build.chat_sae import choose, stream
+
+    known = choose.sentences()
+    inner = stream.cut_model(work.model("float32"), work.plan.hook_point)
+    answered = choose.responses(inner, work.tokenizer, encoder, known.texts)
+    largest_SF = np.stack([response.acts_TF.max(0) for response in answered])
+    unseen_ND = usable(harvest, slice(-work.plan.held_out_pieces, None))
+    picks = choose.picks(largest_SF, known, (encoder.activations(unseen_ND) > 0).mean(0).astype(np.float32))
+    index_K = torch.tensor([index for index, _ in picks])
+    acts_PCD = harvest.acts_PCD()
+    chat_acts = [encoder.only(index_K).activations(torch.from_numpy(acts_CD.copy())) for acts_CD in acts_PCD]
+    chat_N = np.repeat(np.arange(len(acts_PCD)), acts_PCD.shape[1])
+    return choose.choices(picks, known, answered, np.concatenate(chat_acts), chat_N, quality)

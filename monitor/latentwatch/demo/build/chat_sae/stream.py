@@ -69,9 +69,10 @@ def harvest(inner: torch.nn.Module, todo: Sequence[Piece], folder: Path, *, widt
     written = Harvest(folder, todo[0].first)
     shape = (len(todo), len(todo[0].ids) - written.first, width)
     path = folder / "acts.npy"
-    acts_PCD = np.lib.format.open_memmap(
-        path, "r+" if path.exists() else "w+", np.float16, None if path.exists() else shape
-    )
+    if path.exists():
+        acts_PCD = np.load(path, mmap_mode="r+")
+    else:
+        acts_PCD = np.lib.format.open_memmap(path, "w+", np.float16, shape)  # type: ignore[no-untyped-call]  # NumPy's
     if acts_PCD.shape != shape:
         raise ValueError(f"{path} holds {acts_PCD.shape}, and {shape} was asked; remove it")
     began, cpu, start = time.monotonic(), time.process_time(), written.done
@@ -88,7 +89,7 @@ def harvest(inner: torch.nn.Module, todo: Sequence[Piece], folder: Path, *, widt
                 file.write(json.dumps({"pieces": cut + len(batch)}).encode())
             tokens = (cut + len(batch) - start) * shape[1]
             progress(
-                f"stream: {cut + len(batch)} of {len(todo)} pieces, {tokens / (time.monotonic() - began):.0f} tokens/s, "
+                f"stream: {cut + len(batch)} of {len(todo)}, {tokens / (time.monotonic() - began):.0f} tokens/s, "
                 f"{tokens / (time.process_time() - cpu):.0f} per CPU second"
             )
     return written
