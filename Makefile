@@ -98,7 +98,7 @@ bench-evidence: $(VENV)/.dev ## a million exceedances written while requests are
 bench-page: $(VENV)/.dev ## the live page with 1,024 features in a browser: time to load, memory after ten minutes
 	$(BIN)/python -m tests.bench.page
 
-bench-night: $(VENV)/.dev ## notifications of a night's events on a real Prometheus and Alertmanager, 8 times as fast
+bench-night: $(VENV)/.dev ## notifications of a night's events on a real Prometheus and Alertmanager, 4 times as fast
 	$(BIN)/python -m tests.bench.night
 
 bench-watchlist: $(VENV)/.dev ## time and memory of building a large watchlist

@@ -1,4 +1,4 @@
-"""What a person is told: receivers of the document pass amtool, templates say what it shows, links lead out from one place."""
+"""What a person is told: receivers pass amtool, templates say what the document shows, links come from one setting."""
 
 from __future__ import annotations
 

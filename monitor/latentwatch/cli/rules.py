@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.95,
         metavar="SHARE",
-        help="share of a model's tokens that a KV connector may leave unseen before there is a ticket; default %(default)s",
+        help="share of a model's tokens that a KV connector may leave unseen without a ticket; default %(default)s",
     )
 
 

@@ -193,8 +193,8 @@ def alertmanager(program: str, folder: Path, port: int, *, webhook_port: int) ->
 
 
 def demo_alertmanager(sample: Mapping[str, Any], webhook_port: int) -> dict[str, Any]:
-    """The sample configuration with short waits, every receiver pointed at the demo's webhook by its name, and templates
-    where they lie."""
+    """The sample configuration with short waits, every receiver pointed at the demo's webhook, by receiver name, and
+    templates where they lie."""
     config = copy.deepcopy(dict(sample))
     config["templates"] = [str(dashboards.folder() / name) for name in config.get("templates", ())]
     for route in (config["route"], *config["route"].get("routes", ())):
