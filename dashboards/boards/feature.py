@@ -8,6 +8,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard, ValueMap, ValueMa
 from latentwatch.export import metrics
 
 from .parts import (
+    AS_LIMIT,
     INSTANCE,
     JOB,
     MODEL_NAME,
@@ -89,7 +90,7 @@ def _exceedances() -> list[Panel]:
             "Quantiles of the statistic that the limit is on, one value a request, beside the limit.",
             *quantiles(buckets),
             query(LIMIT, "limit"),
-        ),
+        ).override_by_name("limit", AS_LIMIT),
     ]
 
 
@@ -107,7 +108,10 @@ def _every_request() -> list[Panel]:
             "Share of requests over the limit",
             "Exceedances among the requests that ended.",
             query(f"{over} / ({ended} > 0)", "{{model_name}}"),
-        ).unit(units.PercentUnit),
+        )
+        .unit(units.PercentUnit)
+        .min(0)
+        .axis_soft_max(0.01),
     ]
 
 
@@ -144,7 +148,7 @@ def _drift() -> list[Panel]:
             "engine against the others), coactivation (with another feature), canary (prompts that never change).",
             query(f"max by (kind) ({series(metrics.DRIFT_LOG10_EVALUE, ONE)})", "{{kind}}"),
             query(f"max by (kind) ({series(metrics.DRIFT_LIMIT, MODEL)})", "limit, {{kind}}"),
-        ),
+        ).override_by_regexp("/^limit/", AS_LIMIT),
         graph(
             "Requests against the baseline",
             "Requests in which it is active, divided by those that the baseline expects.",

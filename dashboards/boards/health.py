@@ -9,6 +9,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from latentwatch.export import metrics
 
 from .parts import (
+    COLUMNS,
     GREEN,
     IN_SECONDS,
     INSTANCE,
@@ -28,7 +29,7 @@ from .parts import (
     steps,
     table,
 )
-from .queries import HERE, rate, series
+from .queries import HERE, rate, series, unnamed
 
 ENGINE_COUNTERS: Final = {
     "steps": ("Steps", "Steps that the engines ran."),
@@ -137,8 +138,8 @@ def _versions() -> Panel:
     return table(
         "Versions and watchlists",
         "What runs where.",
-        rows_of(series(metrics.BUILD_INFO)),
-        rows_of(series(metrics.WATCHLIST_INFO)),
+        rows_of(unnamed(series(metrics.BUILD_INFO))),
+        rows_of(unnamed(series(metrics.WATCHLIST_INFO))),
         names={
             "instance": "collector",
             "version": "version",
@@ -260,7 +261,7 @@ def _sidecars() -> Panel:
     panel = table(
         "Sidecars",
         "Each collector that forwards to one of these, and how long ago it reported.",
-        rows_of(series(metrics.FORWARDER_CONNECTED)),
+        rows_of(unnamed(series(metrics.FORWARDER_CONNECTED))),
         rows_of(f"time() - {series(metrics.FORWARDER_LAST_SEEN)}"),
         names={"collector": "sidecar", "instance": "gateway", "Value #A": "stream open", "Value #B": "silent for"},
         hide=("job",),
@@ -300,7 +301,7 @@ def _rows_waiting() -> list[Panel]:
         query(f"sum by (kind) ({rate(metrics.FORWARD_SHED)})", "{{kind}}, shed here"),
         query(f"sum by (collector, kind) ({rate(metrics.FORWARDER_SHED)})", "{{collector}}, {{kind}}"),
     )
-    return [waiting.span(8).unit(units.BytesIEC), shed.unit(units.OpsPerSecond)]
+    return [waiting.span(8).unit(units.BytesIEC), shed.span(COLUMNS).unit(units.OpsPerSecond)]
 
 
 # -- evidence
@@ -319,7 +320,7 @@ def _records() -> list[Panel]:
             query(f"sum by (kind, reason) ({rate(metrics.EVIDENCE_DROPPED)})", "{{kind}}: {{reason}}"),
         ),
     )
-    return [panel.span(6).unit(units.OpsPerSecond) for panel in panels]
+    return [panel.span(12).unit(units.OpsPerSecond) for panel in panels]
 
 
 def _sent_and_stored() -> list[Panel]:
@@ -343,9 +344,9 @@ def _sent_and_stored() -> list[Panel]:
         query(f"sum by (instance) ({series(metrics.STATE_ASIDE)})", "{{instance}}, state"),
     )
     return [
-        sent.span(4).unit(units.OpsPerSecond),
-        stored.span(4).unit(units.BytesIEC),
-        damaged.span(4).unit(units.Short),
+        sent.span(8).unit(units.OpsPerSecond),
+        stored.span(8).unit(units.BytesIEC),
+        damaged.span(8).unit(units.Short),
     ]
 
 
@@ -356,10 +357,10 @@ def _engines() -> Panel:
     return table(
         "Engines",
         "Each engine process: does it score, the watchlist's own model, and how long ago did it say something.",
-        rows_of(series(metrics.ENGINE_ARMED)),
+        rows_of(unnamed(series(metrics.ENGINE_ARMED))),
         rows_of(f"time() - {series(metrics.REPLICA_LAST_SEEN)}"),
-        rows_of(series(metrics.STREAM_CONNECTED)),
-        rows_of(series(metrics.ENGINE_MODEL)),
+        rows_of(unnamed(series(metrics.STREAM_CONNECTED))),
+        rows_of(unnamed(series(metrics.ENGINE_MODEL))),
         names={
             "replica": "engine",
             "instance": "collector",

@@ -7,7 +7,9 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from latentwatch.export import metrics
 
 from .parts import (
+    AS_LIMIT,
     AS_LINES,
+    BESIDE,
     COVERAGE,
     ERROR_BUDGET,
     FEATURE_IN_DEPTH,
@@ -59,12 +61,16 @@ def _alarms() -> list[Panel]:
             "Critical exceedances",
             "Requests over a critical limit in the chosen time.",
             _exceeded("critical"),
-        ).thresholds(NONE_IS_GOOD),
+        )
+        .thresholds(NONE_IS_GOOD)
+        .decimals(0),
         stat(
             "Warning exceedances",
             "Requests over a warning limit in the chosen time.",
             _exceeded("warning"),
-        ).thresholds(SOME_IS_ODD),
+        )
+        .thresholds(SOME_IS_ODD)
+        .decimals(0),
         stat(
             "Alerts firing",
             "Alerts of latentwatch that fire now, the watchdog left out.",
@@ -106,12 +112,12 @@ def _exceedances() -> list[Panel]:
     most = table(
         "Features by exceedances",
         "What went above its limit in the chosen time, most first. A feature above its limit is evidence, not proof.",
-        rows_of(f"topk(32, {named(chosen)})"),
+        rows_of(f"topk(32, {named(chosen)}) > 0"),
         names={
             "feature": "feature",
             "label": "what it is",
             "severity": "severity",
-            "Value": "requests over the limit",
+            "Value": "requests",
         },
     )
     return [by_feature.fill_opacity(40), most.span(12).decimals(0).override_by_name("feature", FEATURE_IN_DEPTH)]
@@ -169,7 +175,10 @@ def _drift_evidence() -> list[Panel]:
         query(f"max by (model_name) ({series(metrics.DRIFT_COMMON_LOG10_EVALUE, MODEL)})", "all features together"),
         query(f"max by (kind) ({limit})", "limit, {{kind}}"),
     )
-    return [strongest.span(12).decimals(2).override_by_name("feature", FEATURE_IN_DEPTH), limits]
+    return [
+        strongest.span(12).decimals(2).override_by_name("feature", FEATURE_IN_DEPTH),
+        limits.override_by_regexp("/^limit/", AS_LIMIT),
+    ]
 
 
 def _drift_counts() -> list[Panel]:
@@ -187,7 +196,7 @@ def _drift_counts() -> list[Panel]:
             f"max({series(metrics.DRIFT_COMMON_RATIO, MODEL)}) or vector(1)",
         ).decimals(2),
         stat(
-            "Models without drift detection",
+            "Without a baseline",
             "Models whose collector has no baseline for them.",
             f"count({series(metrics.DRIFT_ARMED, MODEL)} == 0) or vector(0)",
         ).thresholds(SOME_IS_ODD),
@@ -214,7 +223,7 @@ def _drift_traffic() -> Panel:
             for words, metric in counted.items()
         ),
     )
-    return panel.unit(units.OpsPerSecond).height(4)
+    return panel.unit(units.OpsPerSecond).height(4).legend(BESIDE)
 
 
 def _traffic() -> list[Panel]:

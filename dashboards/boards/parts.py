@@ -106,12 +106,12 @@ def stat(title: str, description: str, expr: str, legend: str = "__auto") -> sta
 
 
 def graph(title: str, description: str, *queries: Query) -> timeseries.Panel:
-    """Lines over time, with a table of the latest and the highest values."""
-    legend = common.VizLegendOptions().show_legend(True).calcs(["lastNotNull", "max"])
+    """Lines over time, with a table of the latest and the highest values, the highest first: not all may have room."""
+    legend = common.VizLegendOptions().show_legend(True).calcs(["lastNotNull", "max"]).sort_by("Max").sort_desc(True)
     return (
         _styled(timeseries.Panel(), title, description, queries, width=12)
         .line_width(1)
-        .fill_opacity(8)
+        .fill_opacity(0)
         .show_points(looks.VisibilityMode.NEVER)
         .legend(legend.display_mode(looks.LegendDisplayMode.TABLE).placement(looks.LegendPlacement.BOTTOM))
         .tooltip(common.VizTooltipOptions().mode(looks.TooltipDisplayMode.MULTI).sort(looks.SortOrder.DESCENDING))
@@ -119,6 +119,18 @@ def graph(title: str, description: str, *queries: Query) -> timeseries.Panel:
 
 
 STACKED: Final = common.StackingConfig().mode(looks.StackingMode.NORMAL).group("A")
+BESIDE: Final = (
+    common.VizLegendOptions()
+    .show_legend(True)
+    .display_mode(looks.LegendDisplayMode.LIST)
+    .placement(looks.LegendPlacement.RIGHT)
+)
+"""The legend of a graph that is too low for a table."""
+AS_LIMIT: Final = [
+    models.DynamicConfigValue(id_val="color", value={"mode": "fixed", "fixedColor": RED}),
+    models.DynamicConfigValue(id_val="custom.lineStyle", value={"fill": "dash", "dash": [6, 4]}),
+]
+"""How a limit is told from what is compared with it."""
 AS_LINES: Final = common.GraphThresholdsStyleConfig().mode(looks.GraphThresholdsStyleMode.LINE)
 
 
@@ -151,6 +163,8 @@ def table(
         .show_header(True)
         .cell_height(looks.TableCellHeight.SM)
         .align(looks.FieldTextAlignment.AUTO)
+        .min_width(80)
+        .no_value("–")
         .filterable(True)
     )
 

@@ -28,6 +28,11 @@ _ADDED_LABELS: Final = {"job", "instance", "le"}
 """By the scrape, and by a histogram to its buckets."""
 
 
+def unnamed(expr: str) -> str:
+    """The same values without their metric's name, by which a table would hold rows of two metrics apart."""
+    return f"{expr} + 0"
+
+
 def series(metric: Metric, where: str = HERE) -> str:
     """A metric's samples; of a histogram, its buckets."""
     return f"{metric.samples[0]}{{{where}}}"

@@ -237,7 +237,8 @@ window.draw = async (board, answers, [from, to], mode) => {
     const frames = await framesOf(panel, answers[panel.id] ?? [], theme);
     const numbers = frames.flatMap(({ fields }) => fields.filter(({ type }) => type === FieldType.number));
     const values = numbers.flatMap(({ values }) => [...values]).filter((value) => Number.isFinite(value)).length;
-    window.drawn[panel.title] = { type: panel.type, series: frames.length, values };
+    const rows = panel.type === "table" ? (frames[0]?.length ?? 0) : 0;
+    window.drawn[panel.title] = { type: panel.type, series: frames.length, values, rows };
     drawn.push({ panel, frames });
   }
   const bottom = Math.max(...board.panels.map(({ gridPos: { y, h } }) => y + h));

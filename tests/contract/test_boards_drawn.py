@@ -13,7 +13,6 @@ from tests.support.browser import Tab, browser
 from tests.support.live_boards import BOARDS, live
 
 
-
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tab]]:
     """A Prometheus with series, and a browser."""
@@ -40,6 +39,8 @@ def test_every_panel_is_drawn_with_values_and_without_an_error(scene: tuple[str,
     panels = {panel["title"]: panel for panel in board["panels"] if panel["type"] != "row"}
     assert drawn.keys() == panels.keys()
     assert not {title: said["error"] for title, said in drawn.items() if "error" in said}
-    assert not [title for title, said in drawn.items() if said["type"] != "text" and not said["values"]]
+    empty = [title for title, said in drawn.items() if said["type"] != "text" and not (said["rows"] or said["values"])]
+    assert not empty
     assert "NaN" not in tab.run("document.querySelector('#board').innerText")
-    assert tab.problems == []
+    # Fonts and icons are on a Grafana's own server.
+    assert not [problem for problem in tab.problems if "/public/" not in problem]

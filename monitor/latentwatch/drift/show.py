@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import html
 from collections.abc import Iterator, Sequence
+from importlib import resources
+from string import Template
 from typing import Final
 
 import numpy as np
@@ -20,9 +22,6 @@ _SEASONS: Final = {
     Season.HOUR_OF_WEEK: "by hour of week",
 }
 _COLUMNS: Final = ("feature", "status", "active requests", "rate", "no drift between", "season", "dispersion", "limit")
-_STYLE: Final = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;max-width:1100px}
-table{border-collapse:collapse;width:100%}td,th{padding:4px 8px;text-align:left;border-bottom:1px solid #ddd}
-svg{display:block}dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 16px}dd{margin:0}"""
 
 
 def table(baseline: Baseline) -> str:
@@ -42,21 +41,27 @@ def facts(baseline: Baseline) -> dict[str, object]:
 
 
 def page(baseline: Baseline) -> str:
-    """HTML, with each feature's rate over the week and the shape of its values."""
+    """HTML that stands alone, with each feature's rate over the week and the shape of its values."""
     reference = baseline.reference()
-    facts = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in _facts(baseline))
-    head = "".join(f"<th>{name}</th>" for name in (*_COLUMNS, "rate over the week", "values"))
+    columns = (*_COLUMNS, "rate over the week", "values")
     body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}"
-        f"<td>{_line(reference.rate_HF[:, i], reference.high_HF[:, i])}</td>"
-        f"<td>{_bars(baseline.observed.cells_FC[i])}</td></tr>"
+        f"<tr>{_cells(row)}"
+        f'<td data-name="{columns[-2]}">{_line(reference.rate_HF[:, i], reference.high_HF[:, i])}</td>'
+        f'<td data-name="{columns[-1]}">{_bars(baseline.observed.cells_FC[i])}</td></tr>'
         for i, row in enumerate(_rows(baseline, reference))
     )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Baseline</title><style>{_STYLE}</style>'
-        f"<h1>Baseline of {html.escape(baseline.fingerprint.model_name or 'any model')}</h1><dl>{facts}</dl>"
-        f"<table><tr>{head}</tr>{body}</table></html>\n"
+    template = Template(resources.files("latentwatch.drift").joinpath("baseline.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        model=html.escape(baseline.fingerprint.model_name or "any model"),
+        facts="".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in _facts(baseline)),
+        head="".join(f'<th scope="col">{name}</th>' for name in columns),
+        body=body,
     )
+
+
+def _cells(row: Sequence[str]) -> str:
+    named = zip(_COLUMNS, row, strict=True)
+    return "".join(f'<td data-name="{name}">{html.escape(cell)}</td>' for name, cell in named)
 
 
 def _facts(baseline: Baseline) -> Iterator[tuple[str, str]]:
@@ -96,10 +101,10 @@ def _line(rate_H: np.ndarray, high_H: np.ndarray) -> str:
     top = max(float(high_H.max()), 1e-12)
     return _svg(
         "".join(
-            f'<polyline fill="none" stroke="{colour}" points="'
+            f'<polyline class="{kind}" points="'
             + " ".join(f"{x},{38 - 36 * y / top:.1f}" for x, y in enumerate(values.tolist()))
             + '"/>'
-            for values, colour in ((high_H, "#d9a0a8"), (rate_H, "#1b6ca8"))
+            for values, kind in ((high_H, "high"), (rate_H, "rate"))
         ),
         len(rate_H),
     )
@@ -114,7 +119,7 @@ def _bars(cells_C: np.ndarray) -> str:
     return _svg(
         f"<title>{values_C[held[0]]:.3g} to {values_C[held[-1]]:.3g}</title>"
         + "".join(
-            f'<rect x="{3 * x}" y="{38 - 36 * n / top:.1f}" width="2" height="{36 * n / top:.1f}" fill="#1b6ca8"/>'
+            f'<rect x="{3 * x}" y="{38 - 36 * n / top:.1f}" width="2" height="{36 * n / top:.1f}"/>'
             for x, n in enumerate(shown.tolist())
         ),
         3 * len(shown),
@@ -122,4 +127,4 @@ def _bars(cells_C: np.ndarray) -> str:
 
 
 def _svg(content: str, width: int) -> str:
-    return f'<svg width="{width}" height="40" role="img">{content}</svg>'
+    return f'<svg width="{width}" height="40" aria-hidden="true">{content}</svg>'

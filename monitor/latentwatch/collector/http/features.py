@@ -1,4 +1,4 @@
-"""Every feature of the watchlist: what is known of it, what was counted, and whether its limit does what it promised."""
+"""Every feature of the watchlist: what is known of it, what was counted, and whether its limit keeps its promise."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 from latentwatch.collector.core import Core
-from latentwatch.collector.http.overview import overview
+from latentwatch.collector.http.features import features_of, share_interval
+from latentwatch.collector.http.overview import _by_abnormality, overview
 from latentwatch.collector.http.verdicts import Coverage, Engine, Verdict, is_anything_wrong, is_everything_seen
 from latentwatch.names import Severity, TokenState
 from latentwatch.watchlist.file import Limit
@@ -151,3 +152,31 @@ def test_coverage_counts_what_was_missed_and_why(busy):
     assert shown.coverage.recent_seen_ratio == pytest.approx(5 / 6)
     assert (shown.tokens_seen[-1], shown.tokens_missed[-1]) == (5, 1)
     assert shown.seen.headline == "83.33 % of tokens seen" and "prefix cache" in shown.seen.detail
+
+
+def test_what_drifts_stands_before_what_is_only_near_and_behind_what_exceeded_at_its_severity(busy):
+    peak_F, exceeded_F = np.full(4, 0.5), np.array([0, 0, 1, 0])
+    ranked = _by_abnormality(FEATURES, exceeded_F, peak_F, {"near", "critical"})
+    assert [FEATURES[i].id for i in ranked] == ["critical", "warned", "near", "quiet"]
+
+
+def test_one_request_that_exceeded_two_limits_is_one_entry_with_both(busy):
+    (flagged,) = overview(busy.lookup, 1001.0, most_features=0).flagged
+    assert [each.feature for each in flagged.exceedances] == ["critical", "warned"]
+    assert busy.lookup.requests_over(990.0, Severity.CRITICAL) == 1
+    assert busy.lookup.requests_over(1001.0, Severity.CRITICAL) == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "of", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (1, 10, 0.0179, 0.4042), (12, 4300, 0.0016, 0.0049), (5, 3, 0.4385, 1.0)],
+)
+def test_an_interval_of_a_share_is_wilsons(count, of, low, high):
+    assert share_interval(count, of) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_limit_says_how_often_it_was_exceeded_among_the_requests_that_ended(busy):
+    by_id = {feature.id: feature for feature in features_of(busy.lookup, 1001.0).features}
+    warned = by_id["warned"].reliability
+    assert by_id["quiet"].reliability is None and share_interval(0, 0) == (None, None)
+    assert (warned.exceedances, warned.requests, warned.seen_ratio, warned.promised_ratio) == (1, 1, 1.0, None)
