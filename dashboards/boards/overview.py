@@ -112,7 +112,7 @@ def _exceedances() -> list[Panel]:
     most = table(
         "Features by exceedances",
         "What went above its limit in the chosen time, most first. A feature above its limit is evidence, not proof.",
-        rows_of(f"topk(32, {named(chosen)})"),
+        rows_of(f"topk(32, {named(chosen)}) > 0"),
         names={
             "feature": "feature",
             "label": "what it is",

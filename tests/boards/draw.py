@@ -24,7 +24,8 @@ HERE: Final = Path(__file__).parent
 VIEWER: Final = HERE / "node_modules" / ".viewer"
 SHOWN_SECONDS: Final = 60.0
 _PAGE: Final = """<!doctype html><meta charset="utf-8"><title>boards</title>
-<link rel="stylesheet" href="viewer.css"><style>body{margin:8px}</style><div id="root"></div><script src="viewer.js"></script>"""
+<link rel="stylesheet" href="viewer.css"><style>body{margin:8px}</style>
+<div id="root"></div><script src="viewer.js"></script>"""
 
 
 def build() -> None:

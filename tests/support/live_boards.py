@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,25 +54,24 @@ def live(folder: Path) -> Iterator[str]:
     who = hello(model_name="llama", watchlist_sha256=watched.sha256)
     traffic = Traffic(watched, running=6)
     traffic.incident, traffic.cached_share = True, 0.3
-    ended = threading.Event()
 
-    async def greet() -> None:
+    async def feed() -> None:
+        for sequence, batch in enumerate(traffic.steps(), start=1):
+            service.core.ingest.observe(who, received(sequence, batch), time.time())
+            await asyncio.sleep(0.05)
+
+    async def begin() -> asyncio.Task[None]:
         await gateway.start()
         await service.start()
         service.core.ingest.hello(who, time.time())
+        return asyncio.create_task(feed())
 
-    async def step(sequence: int, batch: Any) -> None:
-        service.core.ingest.observe(who, received(sequence, batch), time.time())
+    async def end(feeding: asyncio.Task[None]) -> None:
+        feeding.cancel()
+        await service.stop()
+        await gateway.stop()
 
-    def feed() -> None:
-        for sequence, batch in enumerate(traffic.steps(), start=1):
-            in_loop(step(sequence, batch))
-            if ended.wait(0.05):
-                return
-
-    in_loop(greet())
-    thread = threading.Thread(target=feed)
-    thread.start()
+    feeding = in_loop(begin())
     targets = [made.http_url.removeprefix("http://") for made in (service, gateway)]
     try:
         # Slow enough for a machine that others use too.
@@ -81,10 +80,7 @@ def live(folder: Path) -> Iterator[str]:
             eventually(lambda: ask(url, "query", query=firing)["result"])
             yield url
     finally:
-        ended.set()
-        thread.join()
-        in_loop(service.stop())
-        in_loop(gateway.stop())
+        in_loop(end(feeding))
 
 
 def substituted(text: str, feature: str = SPARSE) -> str:
