@@ -84,3 +84,27 @@ def test_the_glossary_explains_every_word_of_the_table_of_names() -> None:
         w for entry in re.findall(r"^\| ([^|]+?) \|", GLOSSARY.read_text(), re.MULTILINE) for w in entry.split(", ")
     }
     assert wanted - words - {"calibrate"} == set()
+
+
+SAID = (
+    *("page means", "a page about what it thinks", "page about the same model", "page is then not shown"),
+    *("page to the request", "never just a page"),
+)
+"""Of what wakes a person, beside the verb."""
+
+
+def test_a_page_in_what_people_read_is_what_wakes_a_person() -> None:
+    """What a browser shows is the live page; what is written to a file is HTML."""
+    texts = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "helm/README.md", ROOT / "helm/values.yaml"]
+    texts += [*(ROOT / "monitor/latentwatch/cli").glob("*.py"), ROOT / "monitor/latentwatch/collector/config.py"]
+    # What a browser's process holds, what a table calls its rows, and the code.
+    others = {"results.md", "metrics.md", "architecture.md"}
+    bare = re.compile(r"\b(?:the|its|a|this|our|just a) page\b[^.;|]{0,25}")
+    found = [
+        (path.name, text)
+        for path in texts
+        if path.name not in others
+        for text in bare.findall(path.read_text())
+        if not any(one in text.casefold() for one in SAID)
+    ]
+    assert found == []

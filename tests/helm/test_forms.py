@@ -1,4 +1,4 @@
-"""What a server of somebody else's needs, in each form that the release leaves, and how the live view is reached."""
+"""What a server of somebody else's needs, in each form that the release leaves, and how the live page is reached."""
 
 from __future__ import annotations
 

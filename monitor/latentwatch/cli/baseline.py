@@ -14,14 +14,14 @@ EPILOG = """example:  latentwatch baseline show prod.baseline --html prod.html""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The `show` action."""
     actions = parser.add_subparsers(dest="action", metavar="show", required=True)
-    show = actions.add_parser("show", help="print a baseline, or write it as a page with plots", epilog=EPILOG)
+    show = actions.add_parser("show", help="print a baseline, or write it as HTML with plots", epilog=EPILOG)
     show.add_argument("baseline", type=Path, metavar="FILE")
     show.add_argument("--json", action="store_true", help="print what it is of, and a row for each feature, as JSON")
-    show.add_argument("--html", type=Path, metavar="FILE", help="write a page with a plot for each feature instead")
+    show.add_argument("--html", type=Path, metavar="FILE", help="write HTML with a plot for each feature instead")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print, or write the page."""
+    """Print, or write HTML."""
     from latentwatch.drift import baseline, show
 
     read = baseline.read(args.baseline)

@@ -180,7 +180,7 @@ def _fetched(url: str, model_name: str, token_file: Path | None) -> bytes:
         raise BaselineRefused(
             f"collector {url}",
             found=f"it gave nothing for model {model_name!r} ({refusal.found})",
-            instead="Give the address of its page, and the model's name as the page shows it.",
+            instead="Give the address of its live page, and the model's name as it stands there.",
             reason=RefusalReason.BASELINE_SOURCE,
         ) from refusal
 

@@ -90,7 +90,7 @@ def _add_show(actions: _Actions) -> None:
     show.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="the model's tokenizer.json, where only token ids were left"
     )
-    show.add_argument("--html", type=Path, metavar="PATH", help="write a page to PATH instead")
+    show.add_argument("--html", type=Path, metavar="PATH", help="write HTML to PATH instead")
     show.add_argument("--json", action="store_true", help="print everything as JSON instead")
 
 
@@ -229,7 +229,7 @@ def _show(args: argparse.Namespace) -> int:
         return 0
     if args.html:
         if len(found) > 1:
-            print(f"{len(found)} requests have this id; the page shows the latest", file=sys.stderr)
+            print(f"{len(found)} requests have this id; the HTML shows the latest", file=sys.stderr)
         options.write_page(args.html, heatmap.as_html(found[0], tokens, feature=args.feature))
         print(args.html)
         return 0

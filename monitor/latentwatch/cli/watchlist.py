@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         formatter_class=raw,
     )
     show.add_argument("file", type=Path, metavar="FILE", help="a built watchlist file")
-    show.add_argument("--html", type=Path, metavar="PATH", help="write a page with a card per feature to PATH instead")
+    show.add_argument("--html", type=Path, metavar="PATH", help="write HTML with a card per feature to PATH instead")
     show.add_argument("--json", action="store_true", help="print it as JSON instead")
     search = actions.add_parser(
         "search",

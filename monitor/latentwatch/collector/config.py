@@ -59,7 +59,7 @@ class CollectorConfig(BaseSettings):
     """listen on addresses that other hosts reach although neither TLS nor a token guards them; without it they are
     refused"""
     http: Annotated[str, Metavar("HOST:PORT")] = "127.0.0.1:9464"
-    """where /metrics, the API and the page are served; beyond loopback give it a token"""
+    """where /metrics, the API and the live page are served; beyond loopback give it a token"""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """from which level on it logs, to standard error"""
     log_format: Literal["text", "json"] = "text"
@@ -111,10 +111,10 @@ class CollectorConfig(BaseSettings):
     """largest body that is read, MiB: what was said in a request"""
 
     runbook_url: Url | None = None
-    """where you publish dashboards/runbook.md, such as https://wiki.example.org/latentwatch; the page links to it
+    """where you publish dashboards/runbook.md, such as https://wiki.example.org/latentwatch; the live page links to it
     (default: no link)"""
     grafana_url: Url | None = None
-    """of your Grafana, such as https://grafana.example.org; the page links to its dashboards (default: no link)"""
+    """of your Grafana, such as https://grafana.example.org; the live page links to its dashboards (default: no link)"""
 
     forward_to: Annotated[str, Metavar("ADDRESS")] | None = None
     """tell this collector, the gateway, once a second what is counted here, and a row for each request (default:
@@ -310,20 +310,20 @@ class Bounds:
     """When all slots are taken, one that was quiet for so long goes to the newcomer. If none was, the newcomer's tokens
     are counted but it gets no statistics of its own: evicting requests that run would cost more and keep nothing."""
     closed_requests: int = 10_000
-    """Request summaries kept after the end, for the API and the page."""
+    """Request summaries kept after the end, for the API and the live page."""
     flagged_requests: int = 2_000
     """Summaries with an exceedance that are kept beyond `closed_requests`: those are the ones that are looked up."""
     summary_features: int = 128
     """Features kept per summary, the most abnormal ones; a summary names how many it left out."""
     exceedances: int = 10_000
-    """Exceedance events kept for the API and the page."""
+    """Exceedance events kept for the API and the live page."""
     replicas: int = 256
     """Engine processes known at one time; a further one is refused."""
     models: int = 8
     """Served model names; each has a series per feature, so they are the factor of the series count."""
     feature_samples: int = 300_000
     """Samples on /metrics that have a feature as a label, over all models: 8 models of 1,024 features with all that is
-    known of each are 211,900. What is beyond is withheld, and how much is on the page too."""
+    known of each are 211,900. What is beyond is withheld, and how much is on the live page too."""
     boots_per_replica: int = 4
     """Boots whose sequence marks are kept, so that a late resend of an earlier boot is not counted twice."""
     sequence_marks: int = 4096
@@ -342,7 +342,7 @@ class Bounds:
     """Without a stream for so long, a replica's health series go: long enough for an alert, and a pod that was replaced
     does not stay for ever."""
     window_seconds: float = 2.0
-    """Width of a point on the live page; the page asks as often."""
+    """Width of a point on the live page; the live page asks as often."""
     windows: int = 180
     """Points kept: six minutes."""
 

@@ -155,6 +155,13 @@ def score(
                 instead=f"Give the model that the watchlist was built for, {watchlist.model.name}.",
                 reason=RefusalReason.WATCHLIST_WIDTH,
             )
+        if (longest := max(map(len, recording.tokens))) >= MAX_TOKENS:
+            raise WatchlistRefused(
+                "a text to score",
+                found=f"it has {longest} tokens or more",
+                instead=f"Give texts of fewer than {MAX_TOKENS} tokens.",
+                reason=RefusalReason.RECORDING,
+            )
         parts.append(rows_score(rows, recording.x_TD.astype(np.float64)))
         tokens, request_T = recording.tokens, recording.request_T
     act_TF = np.concatenate(parts, axis=1).astype(np.float32)
