@@ -46,10 +46,8 @@ class Families:
         self._constant = tuple(self._watched())
 
     def of(self, snapshot: Snapshot, process: ProcessFacts, found: Sequence[FoundCause] = ()) -> Iterator[Family]:
-        """Every family, those without a series included. Those of features share a bound on their samples.
-
-        Args: found: the health causes that are so.
-        """
+        """Every family, those without a series included, and which health causes were found. Those of features share a
+        bound on their samples."""
         yield from self._engines(snapshot)
         left, withheld = self._feature_samples, 0
         for family in (*self._constant, *self._models(snapshot.models), *self._drift(snapshot.drift)):

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentwatch import __version__, host
@@ -139,7 +139,7 @@ class Parts:
             self.start_seconds,
             _resident_bytes(),
             time.process_time(),
-            self.durable.facts if self.durable is not None else StateFacts(),
+            replace(self.durable.facts, in_memory=False) if self.durable is not None else StateFacts(),
             self.evidence.facts() if self.evidence is not None else EvidenceFacts(),
             self.telemetry.facts() if self.telemetry is not None else OtlpFacts(),
             self.report_client.facts if self.report_client is not None else ReportClientFacts(),

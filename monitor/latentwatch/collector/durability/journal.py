@@ -222,7 +222,6 @@ class DurableSink:
     def facts(self) -> StateFacts:
         """How well the state is kept."""
         return StateFacts(
-            in_memory=False,
             durable=self._whole,
             checkpoint_seconds=self._checkpoint_seconds,
             journal_bytes=self._journal.size if self._journal is not None else 0,
