@@ -88,7 +88,7 @@ def test_the_glossary_explains_every_word_of_the_table_of_names() -> None:
 
 SAID = (
     *("page means", "a page about what it thinks", "page about the same model", "page is then not shown"),
-    *("page to the request", "never just a page"),
+    *("page to the request", "just a page"),
 )
 """Of what wakes a person, beside the verb."""
 
