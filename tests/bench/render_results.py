@@ -152,6 +152,8 @@ def page() -> str:
 
 
 def night() -> str:
+    if not (RESULTS / "night.json").exists():
+        return "Not measured yet: `make bench-night` writes the file that this table is made of."
     result = _result("night")
     header = ["what happens", "pages", "tickets", "goal", ""]
     rows = [
