@@ -24,6 +24,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from latentwatch.arrays import F16, F64
+from latentwatch.demo.build.chat_sae import asset
 from latentwatch.demo.build.detectors import Detector, Labels, Windows, fit, held_out_area
 from latentwatch.demo.build.from_gguf import folder_of, installed_file
 from latentwatch.demo.build.streams import Streams
@@ -210,6 +211,7 @@ def _write(out: Path, card: Card, detectors: Mapping[str, Detector]) -> None:
         save_file(tensors, out / source["path"], {"names": json.dumps(names), "hook_point": hook["hook_point"]})
     (out / "card.json").write_text(json.dumps(asdict(card), indent=1) + "\n", "utf-8")
     (out / "card.md").write_text(card_text(card), "utf-8")
+    document = asset.merged(document, out / "sae")
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
     (out / "watchlist.yaml").write_text(f"# Written by `python -m latentwatch.demo.build.smollm2`.\n{text}", "utf-8")
     build_watchlist(out / "watchlist.yaml", out / "demo.watchlist.safetensors")

@@ -118,6 +118,7 @@ def test_the_rows_that_are_written_score_as_the_whole_sae_does(tmp_path: Path) -
     config = {"architecture": "jumprelu", "d_in": 16, "d_sae": 6, "dtype": "float32", "device": "cpu"}
     config |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
     config["metadata"] = {"sae_lens_version": "6.54.12", "hook_name": "blocks.3.hook_resid_post", "model_name": "m"}
+    config["metadata"] |= {"exclude_positions": list(range(24))}
     (whole / "cfg.json").write_text(json.dumps(config))
     rows = chosen()
     asset.write(tmp_path / "asset", whole, sae, rows, {"quality": QUALITY})
@@ -125,12 +126,17 @@ def test_the_rows_that_are_written_score_as_the_whole_sae_does(tmp_path: Path) -
         "name": "rows",
         "model": {"name": "m", "architecture": "LlamaForCausalLM", "d_model": 16, "layers": 5, "vocab_size": 32}
         | {"dtypes": ["float32"]},
-        "hook_points": [asset.hook_point_entry(tmp_path / "asset", path="asset")],
+        "hook_points": [],
     }
+    assert asset.merged(document, tmp_path / "nothing") == document
+    document = asset.merged(document, tmp_path / "asset")
+    again = asset.merged(document, tmp_path / "asset")
+    assert [len(hook["sources"]) for hook in again["hook_points"]] == [2], "at a hook point that is there already"
     (tmp_path / "watchlist.yaml").write_text(yaml.safe_dump(document))
     build(tmp_path / "watchlist.yaml", tmp_path / "out.safetensors")
     (hook,) = read(tmp_path / "out.safetensors").hooks
     assert str(hook.hook_point) == "resid_post.3"
+    assert {feature.skip_first_positions for feature in hook.features} == {24}
     assert [feature.id for feature in hook.features] == [f"sae_f{choice.index}" for choice in rows]
     assert all(feature.evidence["sae"] == QUALITY and feature.gate == "exact" for feature in hook.features)
     x_TD = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))

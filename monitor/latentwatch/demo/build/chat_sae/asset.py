@@ -16,7 +16,8 @@ import yaml
 from latentwatch.demo.build.chat_sae.choose import Choice
 from latentwatch.demo.build.sae import Encoder
 
-ASSETS: Final = Path(__file__).parents[2] / "assets" / "chat_sae"
+ASSETS: Final = Path(__file__).parents[2] / "assets" / "smollm2" / "sae"
+"""Beside the watchlist.yaml that lists them."""
 FEATURES: Final = "features.yaml"
 WATCHED: Final = ("weapons", "killing", "illegal", "hacking", "self-harm", "fraud", "hate", "orders", "secrets")
 """Topics that somebody would want to know of, by how they begin: severity info and a limit. The others explain."""
@@ -56,11 +57,20 @@ def _row(k: int, choice: Choice) -> dict[str, Any]:
     return {**row, "evidence": choice.evidence}
 
 
-def hook_point_entry(folder: Path = ASSETS, *, path: str | None = None) -> dict[str, Any]:
-    """What a watchlist.yaml says of these rows, to be listed under its `hook_points`.
+def merged(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The watchlist.yaml beside the folder, with these rows at their hook point; as it is where the folder has none."""
+    if not (folder / FEATURES).exists():
+        return document
+    entry = hook_point_entry(folder)
+    hooks = [dict(hook) for hook in document["hook_points"]]
+    same = [hook for hook in hooks if hook["hook_point"] == entry["hook_point"]]
+    for hook in same:
+        hook["sources"] = [*hook["sources"], *entry["sources"]]
+    return {**document, "hook_points": hooks if same else [*hooks, entry]}
 
-    Args: path: how the YAML names the folder; absolute if not given.
-    """
+
+def hook_point_entry(folder: Path) -> dict[str, Any]:
+    """What a watchlist.yaml that lies beside the folder says of these rows, as one of its `hook_points`."""
     metadata = json.loads((folder / "cfg.json").read_text("utf-8"))["metadata"]
     layer = int(metadata["hook_name"].split(".")[1])
     return {
@@ -68,8 +78,10 @@ def hook_point_entry(folder: Path = ASSETS, *, path: str | None = None) -> dict[
         "sources": [
             {
                 "format": "saelens",
-                "path": str(folder) if path is None else path,
+                "path": folder.name,
                 "licence": "Apache-2.0",
+                # The template's own tokens, which are the same in every request and were not trained on.
+                "defaults": {"skip_first_positions": len(metadata["exclude_positions"])},
                 "features": yaml.safe_load((folder / FEATURES).read_text("utf-8")),
             }
         ],
