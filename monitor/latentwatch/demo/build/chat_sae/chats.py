@@ -42,7 +42,7 @@ def wheel_file() -> Path:
     try:
         path = Path(str(metadata.distribution(DISTRIBUTION).locate_file(FILE)))
     except metadata.PackageNotFoundError:
-        path = Path("")
+        path = Path()
     if not path.is_file():
         raise ConfigRefused(
             "training an SAE on chats",

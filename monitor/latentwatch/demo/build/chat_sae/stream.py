@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from latentwatch import storage
-from latentwatch.arrays import Bool, F32
+from latentwatch.arrays import F32, Bool
 from latentwatch.demo.build.chat_sae.chats import Piece
 from latentwatch.names import HookPoint
 
