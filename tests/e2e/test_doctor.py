@@ -31,5 +31,5 @@ def test_a_whole_installation_has_nothing_wrong_and_without_alertmanager_one_thi
         (tmp_path / "alone").mkdir()
         with prometheus(tmp_path / "alone", jobs) as url:
             eventually(
-                lambda: main([*asked, "--prometheus", url]) == 1 and "1 of the checks failed" in capsys.readouterr().out
+                lambda: main([*asked, "--prometheus", url]) == 8 and "1 of the checks failed" in capsys.readouterr().out
             )

@@ -27,27 +27,27 @@ LOADED = [{"rules": [{"name": "A", "health": "ok"}, {"name": "B", "health": "err
 UP = {"metric": {"instance": "c0:9464"}, "value": [0, "1"]}
 DOWN = {"metric": {"instance": "c1:9464"}, "value": [0, "0"]}
 
-FILES = """# HELP latentwatch_evidence_damaged_files Files.
-latentwatch_evidence_damaged_files {}
-latentwatch_state_aside_files {}
-latentwatch_state_durable {}
-latentwatch_state_write_failures_total 3
-latentwatch_exceedances_total{{feature="a b"}} 1
-"""
+SICK = {"name": "disk_full", "part": "storage", "level": "problem", "headline": "A disk is full", "found": "1 MiB free"}
+
+
+def health(*causes):
+    """Of /healthz?verbose."""
+    whole = [{"instead": "Free space.", "alert": "LatentwatchHealth", **cause} for cause in causes]
+    return {"version": "1", "causes": whole, "checked": ["a", "b"]}
+
 
 CASES = {
     "disabled": (lambda: doctor.plugin({"LATENTWATCH_DISABLE": "1"}), "failed", "turns all of it off"),
     "plugins": (lambda: doctor.plugin({"VLLM_PLUGINS": "other"}), "failed", "leaves latentwatch out"),
     "streams": (lambda: next(doctor.engines(view(engine()))), "ok", "streams and scores"),
-    "no engine": (lambda: next(doctor.engines(view())), "failed", "no engine has connected"),
-    "blind": (lambda: next(doctor.engines(view(engine(state="not armed", text="width 8")))), "failed", "width 8"),
-    "away": (lambda: next(doctor.engines(view(engine(state="disconnected")))), "failed", "last heard 1 s ago"),
-    "all seen": (lambda: doctor.coverage(view()), "ok", "100.00%"),
-    "some missed": (lambda: doctor.coverage(view(recent=0.9, missing={"lost": 3})), "failed", "missing: lost"),
-    "no token": (lambda: doctor.coverage(view(recent=None)), "skipped", "send a request"),
-    "files": (lambda: doctor.files(FILES.format(0, 0, 1)), "ok", "no file"),
-    "damaged files": (lambda: doctor.files(FILES.format(2, 1, 1)), "failed", "3 files cannot be read"),
-    "state in memory": (lambda: doctor.files(FILES.format(0, 0, 0)), "failed", "the state cannot be written"),
+    "all seen": (lambda: doctor.coverage(view(engine())), "ok", "100.00 %"),
+    "almost all": (lambda: doctor.coverage(view(engine(), recent=0.99999)), "ok", "99.99 %"),
+    "nobody": (lambda: doctor.coverage(view()), "skipped", "no engine streams"),
+    "blind": (lambda: doctor.coverage(view(engine(state="not armed"))), "skipped", "no engine streams"),
+    "problem": (lambda: next(doctor.causes(health(SICK))), "failed", "A disk is full: 1 MiB free"),
+    "well": (lambda: next(doctor.causes(health())), "ok", "nothing of 2 that may be wrong is"),
+    "other version": (lambda: next(doctor.causes({"version": "0"})), "failed", "names no health causes"),
+    "no token": (lambda: doctor.coverage(view(engine(), recent=None)), "skipped", "send a request"),
     "same file": (lambda: doctor.same_watchlist({"watchlist_sha256": "ab"}, "ab"), "ok", "has this watchlist"),
     "other file": (lambda: doctor.same_watchlist({"watchlist_sha256": "ab"}, "cd"), "failed", "the file is cd"),
     "scraped": (lambda: doctor.scrape([UP]), "ok", "1 of 1"),
@@ -78,8 +78,19 @@ def test_a_watchlist_file_is_read_and_a_broken_one_says_what_to_do(tmp_path):
     assert finding.status == "failed" and finding.instead and not sha256
 
 
-def test_where_nothing_answers_every_asked_part_fails_and_the_exit_code_is_1(capsys):
+def test_the_exit_code_is_of_what_failed_first_along_the_data_path_and_warnings_count_when_asked():
+    def finding(part, status="failed"):
+        return doctor.Finding("x", status, "y", part=part)
+
+    assert list(doctor.EXIT_CODES.values()) == [3, 4, 5, 6, 7, 8]
+    assert doctor.exit_code([finding("alerting"), finding("storage")]) == 6
+    assert doctor.exit_code([finding("alerting", "warning"), finding("engines", "skipped")]) == 0
+    assert doctor.exit_code([finding("alerting", "warning")], strict=True) == 1
+    assert doctor.exit_code([finding("judgement", "unknown")], strict=True) == 0
+
+
+def test_where_nothing_answers_every_asked_part_fails_and_the_exit_code_is_that_of_the_first(capsys):
     nobody = "http://127.0.0.1:9"
-    assert main(["doctor", "--collector", nobody, "--prometheus", nobody, "--alertmanager", "gopher://x"]) == 1
+    assert main(["doctor", "--collector", nobody, "--prometheus", nobody, "--alertmanager", "gopher://x"]) == 4
     text = capsys.readouterr().out
     assert text.count("failed  ") == 3 and "3 of the checks failed." in text and "Check the address" not in text[:20]
