@@ -15,7 +15,8 @@ from latentwatch.collector.process_facts import DiskFacts, ProcessFacts
 from latentwatch.collector.snapshot import ForwarderView, LagView, ReplicaView, Snapshot
 from latentwatch.collector.telemetry import OtlpFacts
 from latentwatch.collector.totals import EngineTotals, ForwardView
-from latentwatch.drift.detection import COMMON, KINDS
+from latentwatch.drift.common import COMMON
+from latentwatch.drift.detection import KINDS
 from latentwatch.evidence.writer import WriterTotals
 from latentwatch.names import Phase, Reason, TokenState
 from latentwatch.transport.fair_queue import FairQueueFacts

@@ -18,7 +18,8 @@ from latentwatch.collector.process_facts import ProcessFacts
 from latentwatch.collector.snapshot import TOKEN_SERIES, ReplicaView, Snapshot
 from latentwatch.collector.telemetry import OtlpFacts
 from latentwatch.collector.totals import ModelTotals
-from latentwatch.drift.detection import COMMON, KINDS
+from latentwatch.drift.common import COMMON
+from latentwatch.drift.detection import KINDS
 from latentwatch.drift.model import DriftView
 from latentwatch.errors import RefusalReason
 from latentwatch.evidence.records import KINDS as KINDS_OF_RECORD

@@ -6,9 +6,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-from latentwatch.drift.detection import COMMON, RISE, CommonReading
+from latentwatch.drift.common import COMMON, RISE
+
+if TYPE_CHECKING:
+    from latentwatch.drift.detection import CommonReading
 
 _NAMED: Final = 5
 """Features that a sentence names."""

@@ -21,6 +21,9 @@ import numpy as np
 
 from latentwatch.arrays import Array
 
+COMMON: Final = "common"
+"""The kind of the one detector that watches what all features have in common; it has a share of the page budget."""
+RISE, FALL = 0, 1
 MEMORIES: Final = (1.0, 8.0, 64.0, 512.0)
 """Windows over which ratios are averaged. Short ones follow a jump, where traffic is enough for them; long ones see
 what moves slowly."""

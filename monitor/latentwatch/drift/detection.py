@@ -16,7 +16,16 @@ import numpy as np
 
 from latentwatch.aggregate.counts import Layout, RequestCounts
 from latentwatch.arrays import Array, axes, check, described
-from latentwatch.drift.common import ALTERNATIVES, MEMORIES, Movement, common_llr, movement, remember
+from latentwatch.drift.common import (
+    ALTERNATIVES,
+    FALL,
+    MEMORIES,
+    RISE,
+    Movement,
+    common_llr,
+    movement,
+    remember,
+)
 from latentwatch.drift.detectors import (
     binomial_llr,
     cusum,
@@ -30,14 +39,11 @@ from latentwatch.drift.sums import hour_of_week
 
 KINDS: Final = ("rate", "shape", "replica", "coactivation", "canary")
 """What a feature's detectors look at; each has its own share of the page budget."""
-COMMON: Final = "common"
-"""The kind of the one detector that watches what all features have in common; it has a share, too."""
 REPLICA_TOLERANCE: Final = 1.1
 REPLICA_RATIO: Final = 1.5
 CANARY_NULL: Final = 0.01
 """Share of canary values that may deviate on the same model: rounding near a threshold."""
 CANARY_ALTERNATIVE: Final = 0.3
-RISE, FALL = 0, 1
 _RATES: Final = 2 * len(RISES) - 1
 _SHAPES: Final = len(TILTS) + 1
 _RATIO_KEPT: Final = 0.99

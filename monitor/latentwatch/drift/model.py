@@ -19,10 +19,9 @@ import numpy as np
 from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts
 from latentwatch.arrays import Array, check
 from latentwatch.drift.alarms import Alarm, TopRequest, common_alarm, finite, with_text
+from latentwatch.drift.common import COMMON, RISE
 from latentwatch.drift.detection import (
-    COMMON,
     KINDS,
-    RISE,
     Budget,
     CommonReading,
     DetectorState,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from latentwatch.aggregate.counts import Layout
-from latentwatch.drift.detection import COMMON, KINDS, Budget, DetectorState, Window, evidence, update
+from latentwatch.drift.common import COMMON
+from latentwatch.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update
 from latentwatch.drift.reference import Reference
 
 

@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 from latentwatch import __version__
 from latentwatch.aggregate.counts import COUNT_LEVELS, Layout, RequestCounts
-from latentwatch.drift.detection import COMMON, KINDS, Budget, DetectorState, Window, evidence, update, update_canary
+from latentwatch.drift.common import COMMON
+from latentwatch.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update, update_canary
 from latentwatch.drift.reference import DriftTolerance, Reference, fit
 from latentwatch.drift.sums import CANARIES, TrafficSums
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from latentwatch.drift.alarms import Alarm, sentence
-from latentwatch.drift.detection import FALL, KINDS, RISE, Budget, DetectorState, evidence, update
+from latentwatch.drift.common import FALL, RISE
+from latentwatch.drift.detection import KINDS, Budget, DetectorState, evidence, update
 from latentwatch.drift.detectors import CEILING, binomial_llr, cusum, pair_llr, replica_llr, shiryaev_roberts
 from latentwatch.drift.reference import DriftTolerance, fit, poisson_limits
 from latentwatch.drift.sums import TrafficSums
