@@ -62,8 +62,8 @@ class Families:
         yield from self._collector(snapshot)
         yield from self._stages(snapshot, process)
         yield from self._forwarding(snapshot, process.report_client)
-        yield from self._evidence(process.evidence)
-        yield from self._otlp(process.otlp)
+        yield from _evidence(process.evidence)
+        yield from _otlp(process.otlp)
         yield from self._about(process)
         yield _health(found)
 
@@ -243,26 +243,6 @@ class Families:
             [count for f in snapshot.forwarders for count in (f.shed_requests, f.shed_exceedances)],
         )
 
-    def _evidence(self, facts: EvidenceFacts) -> Iterator[Family]:
-        writer = facts.writer
-        lost = tuple((kind, reason) for kind in KINDS_OF_RECORD for reason in DROP_REASONS)
-        yield Family(
-            metrics.EVIDENCE_WRITTEN,
-            tuple((kind,) for kind in KINDS_OF_RECORD),
-            [writer.written.get(kind, 0) for kind in KINDS_OF_RECORD],
-        )
-        yield Family(metrics.EVIDENCE_DROPPED, lost, [writer.dropped.get(key, 0) for key in lost])
-        yield Family(metrics.EVIDENCE_QUEUE, ((),), [writer.queued_bytes])
-        yield Family(metrics.EVIDENCE_FOLDER, ((),), [facts.folder_bytes])
-        yield Family(metrics.EVIDENCE_DAMAGED, ((),), [len(facts.damaged)])
-
-    def _otlp(self, facts: OtlpFacts) -> Iterator[Family]:
-        events = facts.events
-        unsent = [sum(count for (_, why), count in events.dropped.items() if why == reason) for reason in DROP_REASONS]
-        outcomes = {"sent": sum(events.written.values()), **dict(zip(DROP_REASONS, unsent, strict=True))}
-        yield Family(metrics.OTLP_EVENTS, tuple((outcome,) for outcome in outcomes), list(outcomes.values()))
-        yield Family(metrics.OTLP_METRICS_FAILURES, ((),), [facts.failed_metrics])
-
     def _about(self, process: ProcessFacts) -> Iterator[Family]:
         watchlist, state = self._watchlist, process.state
         for metric, value in (
@@ -303,6 +283,28 @@ class Families:
             for number, model in enumerate(models)
             for feature, latest in model.latest.items()
         }
+
+
+def _evidence(facts: EvidenceFacts) -> Iterator[Family]:
+    writer = facts.writer
+    lost = tuple((kind, reason) for kind in KINDS_OF_RECORD for reason in DROP_REASONS)
+    yield Family(
+        metrics.EVIDENCE_WRITTEN,
+        tuple((kind,) for kind in KINDS_OF_RECORD),
+        [writer.written.get(kind, 0) for kind in KINDS_OF_RECORD],
+    )
+    yield Family(metrics.EVIDENCE_DROPPED, lost, [writer.dropped.get(key, 0) for key in lost])
+    yield Family(metrics.EVIDENCE_QUEUE, ((),), [writer.queued_bytes])
+    yield Family(metrics.EVIDENCE_FOLDER, ((),), [facts.folder_bytes])
+    yield Family(metrics.EVIDENCE_DAMAGED, ((),), [len(facts.damaged)])
+
+
+def _otlp(facts: OtlpFacts) -> Iterator[Family]:
+    events = facts.events
+    unsent = [sum(count for (_, why), count in events.dropped.items() if why == reason) for reason in DROP_REASONS]
+    outcomes = {"sent": sum(events.written.values()), **dict(zip(DROP_REASONS, unsent, strict=True))}
+    yield Family(metrics.OTLP_EVENTS, tuple((outcome,) for outcome in outcomes), list(outcomes.values()))
+    yield Family(metrics.OTLP_METRICS_FAILURES, ((),), [facts.failed_metrics])
 
 
 def _within(family: Family, samples: int) -> Family:
