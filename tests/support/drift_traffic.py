@@ -19,6 +19,7 @@ from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts, cells_of
 from latentwatch.arrays import Array
 from latentwatch.drift.detection import Window
 
+MONTH_SECONDS: Final = 30 * 86400.0
 _QUANTILES: Final = 4096
 """Values are drawn from so many equally likely ones of their distribution."""
 
@@ -54,6 +55,14 @@ class Scenario:
     mix_sd: float = 0.0
     """Standard deviation of the logarithm of each rate, moving with a correlation time of `mix_seconds`."""
     mix_seconds: float = 3600.0
+    users: int = 0
+    """Of a time, each with a propensity of its own for each feature; 0 for as many as make no difference."""
+    user_sd: float = 1.2
+    """Standard deviation of the logarithm of propensities, whose mean is 1."""
+    session_seconds: float = 10_800.0
+    """So long each user stays; then another comes, with propensities of its own."""
+    growth_a_month: float = 0.0
+    """Of all rates together, from the start on."""
     conversation: int = 1
     """Requests that share whether they are active, all in one window."""
     replicas: int = 1
@@ -77,8 +86,14 @@ class Traffic:
         # Not drawn: a baseline and the traffic compared with it have the same season under two seeds.
         self._phase_F = 2 * np.pi * np.modf(np.arange(F) * 0.618)[0]
         self._mix_F = rng.normal(0, scenario.mix_sd, F)
+        self._propensity_UF = self._propensities(scenario.users)
+        self._left = 0.0
         self._number = 0
         self._plain = _table(0.0, 0.0)
+
+    def go_on_behind(self, other: Traffic) -> None:
+        """Begin when the other one is over."""
+        self._number = other._number
 
     def window(self, change: Change | None = None, began_seconds: float = 0.0) -> Window:
         """The next window; with a change that began so many seconds ago."""
@@ -114,8 +129,26 @@ class Traffic:
                 0, scenario.mix_sd * np.sqrt(1 - kept**2), len(self._mix_F)
             )
         season_F = 1 + scenario.season * np.sin(2 * np.pi * elapsed / 86400 + self._phase_F)
-        rates: Array = scenario.rate_F * season_F * np.exp(self._mix_F)
+        growth = (1 + scenario.growth_a_month) ** (elapsed / MONTH_SECONDS)
+        rates: Array = scenario.rate_F * season_F * np.exp(self._mix_F) * growth * self._users()
         return rates
+
+    def _users(self) -> Array:
+        """Mean propensity of the users of this window, [F]; some of them are new."""
+        scenario = self.scenario
+        if not scenario.users:
+            return np.ones(len(scenario.rate_F))
+        # One after the other: sessions do not end together.
+        first = int(self._left)
+        self._left += scenario.users * scenario.window_seconds / scenario.session_seconds
+        new = int(self._left) - first
+        self._propensity_UF[np.arange(first, first + new) % scenario.users] = self._propensities(new)
+        mean_F: Array = self._propensity_UF.mean(axis=0)
+        return mean_F
+
+    def _propensities(self, users: int) -> Array:
+        sd = self.scenario.user_sd
+        return np.exp(self._rng.normal(0, sd, (users, len(self.scenario.rate_F))) - sd**2 / 2)
 
     def _cells(self, active_F: Array, change: Change) -> Array:
         """Values of the active requests, log-normal around 1, as cells."""

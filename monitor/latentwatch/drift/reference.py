@@ -250,35 +250,38 @@ def _common(
     observed: TrafficSums, level_F: Array, active_F: Array, season_F: Array, options: DriftTolerance
 ) -> CommonNull:
     """How far all features together scattered and moved in the baseline: the most over the levels that they use."""
+    if not (observed.differences_Z >= MIN_DIFFERENCES).any() or not active_F.any():
+        return CommonNull(1.0, np.inf, 0.0)
     # Together they follow a season no more finely than those do that are a tenth of them.
     of_season = [active_F[season_F == season].sum() for season in Season]
     season = next((s for s in Season if of_season[s] >= 0.1 * active_F.sum()), Season.STATIC)
-    bins_H, phi, slow, active = _BINS[season], 1.0, 0.0, 1.0
-    binned = np.zeros((bins_H.max() + 1, 4))
-    requests_H = observed.hour_levels_HFB.sum(axis=2).max(axis=1)
-    if not (observed.differences_Z >= MIN_DIFFERENCES).any() or not active_F.any():
-        return CommonNull(1.0, np.inf, 0.0)
-    for level in np.unique(level_F).tolist():
-        active_H = above(observed.hour_levels_HFB)[:, :, level].sum(axis=1)
-        binned[:] = 0
-        columns = (active_H, requests_H, observed.hour_together_HL[:, level], observed.hour_count_H)
-        np.add.at(binned, bins_H, np.stack(columns, axis=1))
-        active_B, requests_B, square_B, hours_B = binned.T
-        active, requests = float(active_B.sum()), float(requests_B.sum())
-        mean, an_hour = active / requests, requests / max(1.0, float(hours_B.sum()))
-        differences = [
-            float(observed.together_ZL[z, level]) / (count * mean)
-            for z, count in enumerate(observed.differences_Z.tolist())
-            if count >= MIN_DIFFERENCES
-        ]
-        phi_here = max(1.0, *differences)
-        scatter = float((square_B - active_B**2 / np.maximum(requests_B, 1)).sum())
-        excess = scatter / max(1.0, float(np.maximum(hours_B - 1, 0).sum())) - phi_here * mean
-        phi, slow = max(phi, phi_here), max(slow, float(np.sqrt(max(excess, 0.0) / (an_hour * mean**2))))
+    found = [_together(observed, level, _BINS[season]) for level in np.unique(level_F).tolist()]
+    phi, slow = max(one[0] for one in found), max(one[1] for one in found)
     sds = options.static_sds if season == Season.STATIC else options.season_sds
     least = options.tolerance if observed.hour_count_H.sum() >= _MIN_HOURS else options.static_tolerance
-    reach = max(least, float(np.exp(sds * slow))) * (1 + options.confidence_sds * float(np.sqrt(phi / active)))
+    uncertain = options.confidence_sds * float(np.sqrt(phi / active_F.sum()))
+    reach = max(least, float(np.exp(sds * slow))) * (1 + uncertain)
     return CommonNull(phi, reach, 1 / reach)
+
+
+def _together(observed: TrafficSums, level: int, bins_H: Array) -> tuple[float, float]:
+    """Dispersion of the requests above a level, of all features together, and how far the hours moved beyond it."""
+    columns = (
+        above(observed.hour_levels_HFB)[:, :, level].sum(axis=1),
+        observed.hour_levels_HFB.sum(axis=2).max(axis=1),
+        observed.hour_together_HL[:, level],
+        observed.hour_count_H,
+    )
+    binned = np.zeros((bins_H.max() + 1, len(columns)))
+    np.add.at(binned, bins_H, np.stack(columns, axis=1))
+    active_B, requests_B, square_B, hours_B = binned.T
+    mean = max(float(active_B.sum() / requests_B.sum()), 1e-12)
+    known_Z = observed.differences_Z >= MIN_DIFFERENCES
+    phi = max(1.0, float((observed.together_ZL[known_Z, level] / observed.differences_Z[known_Z]).max()) / mean)
+    scatter = float((square_B - active_B**2 / np.maximum(requests_B, 1)).sum())
+    excess = scatter / max(1.0, float(np.maximum(hours_B - 1, 0).sum())) - phi * mean
+    an_hour = float(requests_B.sum()) / max(1.0, float(hours_B.sum()))
+    return phi, float(np.sqrt(max(excess, 0.0) / (an_hour * mean**2)))
 
 
 def _rates(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from latentwatch.aggregate.counts import Layout
-from latentwatch.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update
+from latentwatch.drift.detection import COMMON, KINDS, Budget, DetectorState, Window, evidence, update
 from latentwatch.drift.reference import Reference
 
 
@@ -18,12 +18,16 @@ class Ours:
         self.reference, self.layout = reference, layout
         self.state = DetectorState.empty(layout, replicas)
         self.budget = Budget(window_seconds=window_seconds)
-        self.by_kind = dict.fromkeys(KINDS, 0)
+        self.by_kind = dict.fromkeys((*KINDS, COMMON), 0)
+        """Of the common movement how often its page began: it stays one page as long as it lasts."""
+        self._common_pages = False
         self._over: dict[str, np.ndarray] = {}
 
     def statistic(self, window: Window) -> np.ndarray:
         update(self.state, self.reference, self.layout, window, self.budget)
         shown = evidence(self.state, self.layout, self.reference, self.budget)
+        self.by_kind[COMMON] += shown.common.alarm and not self._common_pages
+        self._common_pages = shown.common.alarm
         self._over = {kind: shown.log10_evalue[kind] - shown.log10_limit[kind] for kind in KINDS}
         return np.max(list(self._over.values()), axis=0)
 

@@ -5,8 +5,9 @@ another baseline of four weeks of the same kind of traffic. Ours runs at the lim
 get the limit at which they raise one alarm in the calibration month of independent traffic, so that all have the same
 measured false-alarm rate there, and then see the other nulls.
 
-Drifts: how long until a page. The features of a run are alike and drift at once, each by itself one repetition of the
-experiment; limits are those of the 256-feature watchlist.
+Drifts: how long until a page. The features of a run are alike, each by itself one repetition of the experiment; limits
+are those of the 256-feature watchlist. For the others all of them drift at once. For ours an eighth of them do, eight
+times: what most features do together is another drift, with rows of its own.
 
 `--quick` runs the same code on hours instead of months and writes nothing. `--only` measures the time of one window, or
 ours on all nulls and drifts, and writes that into the results that are there.
@@ -30,20 +31,19 @@ from typing import Any
 import numpy as np
 from latentwatch import __version__
 from latentwatch.aggregate.counts import COUNT_LEVELS, Layout, RequestCounts
-from latentwatch.drift.detection import KINDS, Budget, DetectorState, Window, evidence, update, update_canary
+from latentwatch.drift.detection import COMMON, KINDS, Budget, DetectorState, Window, evidence, update, update_canary
 from latentwatch.drift.reference import DriftTolerance, Reference, fit
 from latentwatch.drift.sums import CANARIES, TrafficSums
 
 from tests.bench.drift.detectors_others import OTHERS, Adwin, Detector
 from tests.bench.drift.detectors_ours import Ours
 from tests.bench.drift.plot import drawn
-from tests.support.drift_traffic import Change, Scenario, Traffic
+from tests.support.drift_traffic import MONTH_SECONDS, Change, Scenario, Traffic
 
 RESULT = Path(__file__).parents[1] / "results" / "drift.json"
 PLOT = RESULT.with_suffix(".svg")
 FEATURES, REPLICAS, PAIRED = 256, 8, 64
 TOKENS_PER_REQUEST = 300
-MONTH_SECONDS = 30 * 86400.0
 NULL_SECONDS = 300.0
 """Windows of the nulls and of every baseline. Limits are stated in time: a window's length does not move them."""
 
@@ -82,6 +82,8 @@ def nulls() -> dict[str, Scenario]:
         "season and mix": replace(plain, season=0.3, mix_sd=0.1),
         "prompt mix swaps between adapters": replace(plain, adapter_ratio_AF=two, adapter_share=swapping),
         "conversations of 5": replace(plain, conversation=5),
+        "heavy users": replace(plain, users=400),
+        "common growth": replace(plain, growth_a_month=0.08),
     }
 
 
@@ -94,7 +96,12 @@ def by_the_minute(scenario: Scenario) -> Scenario:
 
 def calibrated(scenario: Scenario, seconds: float, seed: int) -> tuple[Reference, np.ndarray]:
     """A baseline of this kind of traffic, and the histograms that the others need."""
-    traffic = Traffic(scenario, np.random.default_rng(seed))
+    return calibrated_on(Traffic(scenario, np.random.default_rng(seed)), seconds)
+
+
+def calibrated_on(traffic: Traffic, seconds: float) -> tuple[Reference, np.ndarray]:
+    """The same on traffic that goes on behind it."""
+    scenario = traffic.scenario
     observed = TrafficSums.empty(traffic.layout)
     adapters = scenario.adapter_ratio_AF.shape[0]
     names = [f"adapter {a}" for a in range(adapters)] * scenario.replicas
@@ -177,12 +184,15 @@ def limits_of_others(size: Size, log: Callable[[str], None]) -> dict[str, float]
 def run_null(name: str, size: Size, log: Callable[[str], None]) -> dict[str, Any]:
     """Ours on one null."""
     scenario = nulls()[name]
-    found, by_kind = 0, dict.fromkeys(KINDS, 0)
+    found, by_kind = 0, dict.fromkeys((*KINDS, COMMON), 0)
     for run in range(size.baselines):
-        reference, _ = calibrated(scenario, size.baseline, _seed(name, run))
+        before = Traffic(scenario, np.random.default_rng(_seed(name, run)))
+        reference, _ = calibrated_on(before, size.baseline)
         traffic = Traffic(scenario, np.random.default_rng(_seed(name, run) + 1))
+        if scenario.growth_a_month:
+            traffic.go_on_behind(before)
         ours = Ours(reference, traffic.layout, REPLICAS, scenario.window_seconds)
-        found += pages([ours], traffic, size.null)[0]
+        found += pages([ours], traffic, size.null)[0] + ours.by_kind[COMMON]
         by_kind = {kind: by_kind[kind] + count for kind, count in ours.by_kind.items()}
         log(f"{name}: {found} pages in {(run + 1) * size.null / MONTH_SECONDS:g} months, {by_kind}")
     row = null_row(name, Ours.name, found, size.baselines * size.null)
@@ -194,8 +204,11 @@ def run_null_of_others(
 ) -> list[dict[str, Any]]:
     """The others on one null, with the first of ours' baselines."""
     scenario = nulls()[name]
-    usual = others(*calibrated(scenario, size.baseline, _seed(name, 0)), limits)
+    before = Traffic(scenario, np.random.default_rng(_seed(name, 0)))
+    usual = others(*calibrated_on(before, size.baseline), limits)
     traffic = Traffic(by_the_minute(scenario), np.random.default_rng(_seed(name, 0) + 1))
+    if scenario.growth_a_month:
+        traffic.go_on_behind(before)
     counts = pages(usual, traffic, size.others)
     rows = [null_row(name, d.name, count, size.others) for d, count in zip(usual, counts, strict=True)]
     log(f"{name}: " + ", ".join(f"{row['detector']} {row['false_pages_per_month']:g}" for row in rows))
@@ -257,7 +270,29 @@ def _tail(mean: float, count: int) -> float:
     return float(poisson.sf(count, mean))
 
 
-def delays(detector: Any, traffic: Traffic, change: Change, warm: int, windows: int) -> np.ndarray:
+PARTS = 8
+"""In which features of a run drift, one after the other."""
+
+
+def delays_by_part(ours: Callable[[], Ours], drift: Drift, seed: int, warm: int, windows: int) -> np.ndarray:
+    """`delays` of ours, each part of the features drifting by itself."""
+    features = np.arange(len(drift.scenario.rate_F))
+    first_F = np.full(len(features), np.nan)
+    for part in range(PARTS):
+        drifts_F = features % PARTS == part
+
+        def ratio(seconds: float, drifts_F: np.ndarray = drifts_F) -> np.ndarray:
+            return np.where(drifts_F, drift.change.rate_ratio(seconds), 1.0)
+
+        traffic = Traffic(drift.scenario, np.random.default_rng(seed + 1000 * part))
+        found_F = delays(ours(), traffic, replace(drift.change, rate_ratio=ratio), warm, windows, drifts_F)
+        first_F[drifts_F] = found_F[drifts_F]
+    return first_F
+
+
+def delays(
+    detector: Any, traffic: Traffic, change: Change, warm: int, windows: int, drifts_F: np.ndarray | None = None
+) -> np.ndarray:
     """Windows from the change to the first alarm of each feature, NaN where none came."""
     for _ in range(warm):
         alarm_F = detector.statistic(traffic.window()) >= detector.limit
@@ -268,7 +303,7 @@ def delays(detector: Any, traffic: Traffic, change: Change, warm: int, windows: 
         window = traffic.window(change, number * traffic.scenario.window_seconds)
         alarm_F = (detector.statistic(window) >= detector.limit) & np.isnan(first_F)
         first_F[alarm_F] = number + 1
-        if not np.isnan(first_F).any():
+        if not np.isnan(first_F if drifts_F is None else first_F[drifts_F]).any():
             break
     return first_F
 
@@ -310,12 +345,18 @@ def run_drift(number: int, size: Size, limits: dict[str, float], log: Callable[[
     )
     reference, cells_FC = calibrated(coarse, size.baseline, 500 + number)
     detectors: list[Any] = [_as_of_watchlist(reference, scenario)]
+    moves_rates = drift.change.rate_ratio(size.drift) != 1.0
     if limits and scenario.window_seconds == 60.0:
         detectors += others(reference, cells_FC, limits)
     rows, windows = [], int(size.drift / scenario.window_seconds)
     for detector in detectors:
-        traffic = Traffic(scenario, np.random.default_rng(600 + number))
-        first_F = delays(detector, traffic, drift.change, windows // 4, windows)
+        if moves_rates and detector is detectors[0]:
+            first_F = delays_by_part(
+                lambda: _as_of_watchlist(reference, scenario), drift, 600 + number, windows // 4, windows
+            )
+        else:
+            traffic = Traffic(scenario, np.random.default_rng(600 + number))
+            first_F = delays(detector, traffic, drift.change, windows // 4, windows)
         rows.append(drift_row(drift, detector.name, first_F))
         log(_line(rows[-1]))
     return rows
@@ -369,6 +410,26 @@ def run_canary(log: Callable[[str], None]) -> dict[str, Any]:
     return row
 
 
+def run_common(ratio: float, size: Size, log: Callable[[str], None]) -> dict[str, Any]:
+    """All features move together: how long until the one page that says so."""
+    scenario = by_the_minute(nulls()["independent"])
+    reference, _ = calibrated(nulls()["independent"], size.baseline, 800)
+    first, other_pages, windows = np.full(16, np.nan), 0, int(size.drift / scenario.window_seconds)
+    for run in range(len(first)):
+        traffic = Traffic(scenario, np.random.default_rng(801 + run))
+        ours = Ours(reference, traffic.layout, REPLICAS, scenario.window_seconds)
+        for number in range(-30, windows):
+            change = Change(lambda _: ratio) if number >= 0 else Change()
+            other_pages += int((ours.statistic(traffic.window(change)) >= 0).sum())
+            if ours.by_kind[COMMON]:
+                first[run] = number + 1
+                break
+    drift = Drift(f"all features x{ratio:g} together", scenario, Change())
+    row = drift_row(drift, Ours.name, first) | {"other_pages": other_pages}
+    log(_line(row))
+    return row
+
+
 def update_milliseconds(features: int = 1024, replicas: int = 64) -> float:
     """Median time that one core spends on a window: detectors, evidence, and the sums of the next baseline."""
     rng, levels = np.random.default_rng(2), np.tile(COUNT_LEVELS, (features, 1))
@@ -406,7 +467,7 @@ def report(size: Size, jobs: int) -> dict[str, Any]:
             for row in (ours.result(), *theirs.result())
         ]
         drift_rows = [row for task in drift_tasks for row in task.result()]
-    drift_rows.append(run_canary(_say))
+    drift_rows += [run_common(1.2, size, _say), run_common(1.5, size, _say), run_canary(_say)]
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = time.process_time() - began + children.ru_utime + children.ru_stime
     return {
@@ -456,9 +517,12 @@ def _with(result: dict[str, Any], only: str, jobs: int) -> dict[str, Any]:
         null_tasks = [pool.submit(run_null, name, FULL, _say) for name in nulls()]
         drift_tasks = [pool.submit(run_drift, number, FULL, {}, _say) for number in range(len(drifts()))]
         null_rows = {task.result()["name"]: task.result() for task in null_tasks}
+        common_tasks = [pool.submit(run_common, ratio, FULL, _say) for ratio in (1.2, 1.5)]
         drift_rows = {row["name"]: row for task in drift_tasks for row in task.result()}
+        drift_rows |= {task.result()["name"]: task.result() for task in common_tasks}
     for part, rows in (("nulls", null_rows), ("drifts", drift_rows)):
-        result[part] = [rows.get(old["name"], old) if old["detector"] == Ours.name else old for old in result[part]]
+        old = [rows.pop(row["name"], row) if row["detector"] == Ours.name else row for row in result[part]]
+        result[part] = [*old, *rows.values()]
     return result | {"simpler_wins": simpler_wins(result["drifts"]), "date": datetime.date.today().isoformat()}
 
 

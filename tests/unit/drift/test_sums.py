@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts, above, cell_values, cells_of
-from latentwatch.drift.sums import HOURS, SCALES, TrafficSums, hour_of_week
+from latentwatch.drift.sums import HOURS, SCALES, STRATA, TrafficSums, hour_of_week
 
 from tests.support.drift import layout_of, observe, rows
 from tests.support.streams import probe, sparse
@@ -102,6 +102,36 @@ def test_what_several_replicas_serve_adds_up_by_adapter():
     assert np.array_equal(observed.levels_FB, counts.levels_GFB.sum(axis=0))
     requests_S = observed.hour_strata_HS[hour_of_week(1e9)]
     assert np.array_equal(requests_S, np.bincount(stratum_G, counts.levels_GFB.sum(axis=2).max(axis=1), minlength=8))
+
+
+def windows_of(observed: TrafficSums, requests: dict[str, int], windows: int = 1) -> None:
+    for _ in range(windows):
+        names, counted_G = list(requests), np.array(list(requests.values()))
+        counts = RequestCounts.empty(LAYOUT, len(names))
+        counts.levels_GFB[:, :, 0] = counted_G[:, None]
+        observed.add_window(counts, observed.strata_of(names, counted_G), 1e9)
+
+
+def test_invented_names_take_no_place_for_ever_and_none_from_who_has_traffic():
+    observed = TrafficSums.empty(LAYOUT)
+    windows_of(observed, {"invented 0": 1, **{f"invented {i}": 1 for i in range(1, 20)}})
+    assert len(observed.strata) == STRATA - 1 and observed.unnamed_requests == 20 - (STRATA - 1)
+    windows_of(observed, {"chat": 3000, "code": 1000}, windows=5)
+    assert {"chat", "code"} <= set(observed.strata)
+    for number in range(50):
+        windows_of(observed, {"chat": 3000, "code": 1000, **{f"again {number} {i}": 1 for i in range(100)}})
+    assert {"chat", "code"} <= set(observed.strata)
+    kept = observed.strata_SFB[observed.strata.index("chat"), 0].sum()
+    assert kept == 55 * 3000, "who has a place loses nothing of it"
+    assert observed.strata_SFB[:, 0].sum() == observed.requests, "whose place is gone is counted with the others"
+
+
+def test_a_route_that_comes_late_gets_the_place_of_the_smallest():
+    observed = TrafficSums.empty(LAYOUT)
+    windows_of(observed, {"chat": 3000, **{f"small {i}": 2 for i in range(STRATA - 2)}}, windows=3)
+    windows_of(observed, {"chat": 3000, "late": 500})
+    assert "late" in observed.strata and "chat" in observed.strata
+    assert observed.unnamed_requests == 6, "what the smallest had is everybody's"
 
 
 def test_a_window_without_requests_changes_nothing():
