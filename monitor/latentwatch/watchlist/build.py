@@ -18,7 +18,7 @@ from latentwatch.names import HookPoint
 from latentwatch.watchlist import agreement, canonical, checkpoint, labels, selection, topk
 from latentwatch.watchlist import file as watchlist_file
 from latentwatch.watchlist.canonical import EncoderRows
-from latentwatch.watchlist.file import Feature, HookRows, ModelCard, Watchlist
+from latentwatch.watchlist.file import LARGEST_HALF, Feature, HookRows, ModelCard, Watchlist
 from latentwatch.watchlist.labels import Label
 from latentwatch.watchlist.location import sha256_of
 from latentwatch.watchlist.selection import FeatureChoice, HookChoice, SourceChoice
@@ -178,6 +178,7 @@ def _cards(
     for feature, index, gate in zip(choice.features, index_K, gates, strict=True):
         label = _label(feature, index, lists)
         with _at(feature.where):
+            _refuse_limit_beyond_half(feature, dense=source.about.gate == "none")
             made = Feature(
                 id=feature.id,
                 label=label.text,
@@ -191,6 +192,17 @@ def _cards(
                 evidence={"label_source": label.source, **feature.evidence},
             )
         yield made
+
+
+def _refuse_limit_beyond_half(feature: FeatureChoice, *, dense: bool) -> None:
+    """Scores of every token, and those of rolling means, are clipped to half precision: nothing exceeds such a limit."""
+    limit = feature.limit
+    if limit is not None and (dense or limit.statistic == "rolling_mean") and abs(limit.value) >= LARGEST_HALF:
+        raise _refuse(
+            f"limit {limit.value:g}",
+            f"such scores travel in half precision and end at {LARGEST_HALF:g}",
+            "Divide the direction and its bias by a constant, and the limit too.",
+        )
 
 
 def _provenance(choice: SourceChoice, source: Source, hashes: Sequence[str]) -> dict[str, object]:

@@ -132,13 +132,6 @@ class Feature:
             )
         if not 0 <= self.skip_first_positions <= 64:
             raise _refuse(f"feature {self.id}", f"skip_first_positions {self.skip_first_positions}", "Use 0 to 64.")
-        in_half = self.limit is not None and (self.dense or self.limit.statistic == "rolling_mean")
-        if in_half and self.limit is not None and not -LARGEST_HALF <= self.limit.value < LARGEST_HALF:
-            raise _refuse(
-                f"feature {self.id}",
-                f"limit {self.limit.value:g}, of scores that travel in half precision and end at {LARGEST_HALF:g}",
-                "Divide the direction and its bias by a constant, and the limit too.",
-            )
 
     @property
     def dense(self) -> bool:

@@ -259,3 +259,17 @@ def test_the_documented_example_is_a_valid_watchlist(tmp_path: Path) -> None:
     chosen = selection.load(example)
     assert len(chosen.hooks) == 2
     assert yaml.safe_load(example.read_text())["name"] == chosen.name
+
+
+@pytest.mark.parametrize(("limit", "refused"), [(65_000.0, False), (70_000.0, True), (-70_000.0, True)])
+def test_a_limit_that_no_score_in_half_precision_can_pass_is_refused(
+    tmp_path: Path, limit: float, refused: bool
+) -> None:
+    probe(tmp_path / "probe.safetensors", metadata={"names": '["a", "b", "c"]', "hook_point": "resid_post.2"})
+    row = {"name": "b", "id": "b", "label": "b", "severity": "critical", "limit": {"statistic": "max", "value": limit}}
+    content = document(hook(2, source("linear_probe", "probe.safetensors", [row])))
+    if refused:
+        with pytest.raises(WatchlistRefused, match="half precision"):
+            built(tmp_path, content)
+    else:
+        built(tmp_path, content)

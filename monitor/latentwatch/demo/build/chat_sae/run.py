@@ -131,7 +131,7 @@ def usable(harvest: Harvest, pieces: slice) -> torch.Tensor:
 
     acts_PCD = harvest.acts_PCD()[pieces]
     acts_ND = torch.from_numpy(acts_PCD.reshape(-1, acts_PCD.shape[2]).copy())
-    norm_N = torch.cat([rows.float().norm(dim=1) for rows in acts_ND.split(1 << 14)]).numpy()
+    norm_N = torch.cat([rows.float().norm(dim=1) for rows in torch.split(acts_ND, 1 << 14)]).numpy()
     return acts_ND[torch.from_numpy(~sinks(norm_N))]
 
 
