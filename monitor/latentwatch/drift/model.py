@@ -18,7 +18,7 @@ import numpy as np
 
 from latentwatch.aggregate.counts import CELLS, Layout, RequestCounts
 from latentwatch.arrays import Array, check
-from latentwatch.drift.alarms import Alarm, TopRequest, common_alarm, finite, with_text
+from latentwatch.drift.alarms import Alarm, common_alarm, finite, with_text
 from latentwatch.drift.common import COMMON, RISE
 from latentwatch.drift.detection import (
     KINDS,
@@ -31,6 +31,7 @@ from latentwatch.drift.detection import (
     update,
     update_canary,
 )
+from latentwatch.drift.examples import Examples, TopPlace
 from latentwatch.drift.reference import Reference
 from latentwatch.drift.sums import TrafficSums
 from latentwatch.drift.windows import key_of
@@ -42,9 +43,6 @@ _GROUPS: Final = 256
 _BEYOND: Final = ("(others)", "(others)")
 _REPLICAS: Final = 256
 """Replicas whose detectors are kept; beyond, the one that sent nothing for longest gives its place."""
-_TOP: Final = 3
-"""Requests named with an alarm."""
-_TOP_SECONDS: Final = 3600.0
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,6 @@ class DriftView:
     """What all features have in common; None while drift is not measured."""
     alarms: list[Alarm]
     """The common movement before all others, then the strongest first."""
-
-
-@dataclass(frozen=True)
-class TopPlace:
-    """Where a request stands among those that showed much."""
-
-    feature: int
-    place: int
-    request: TopRequest
 
 
 @dataclass(frozen=True)
@@ -146,9 +135,7 @@ class ModelDrift:
         self._rows: list[tuple[int, Array, Array]] = []
         self._row_count = self._requests = self._excluded_windows = self._window_key = 0
         self._window = -math.inf
-        self._top_value_FT = np.full((layout.features, 2 * _TOP), -np.inf)
-        self._top_FT = np.empty((layout.features, 2 * _TOP), object)
-        self._top_turn_seconds = -math.inf
+        self._examples = Examples(layout.features)
         self._evidence: Readings | None = None
 
     def add(
@@ -163,7 +150,7 @@ class ModelDrift:
             self._rows.append((self._group(replica, adapter), fired_nF[i], value_nF[i]))
         self._row_count += len(adapters)
         self._window_key = key_of((f"{replica} {name}" for name in names), self._window_key)
-        self._remember(names, value_nF, now)
+        self._examples.add(names, value_nF, now)
         if len(self._rows) >= _ROWS:
             self._flush()
 
@@ -178,9 +165,7 @@ class ModelDrift:
 
     def forget(self, is_gone: Callable[[str], bool]) -> None:
         """Let go of the examples with these request ids. What they added to counts stays."""
-        for feature, place in np.argwhere(np.isfinite(self._top_value_FT)).tolist():
-            if is_gone(self._top_FT[feature, place].request_id):
-                self._top_value_FT[feature, place], self._top_FT[feature, place] = -np.inf, None
+        self._examples.forget(is_gone)
 
     def close_windows(self, now: float) -> None:
         """Close the window that is over, if there is one. Call it about once a second."""
@@ -228,11 +213,8 @@ class ModelDrift:
             requests=self._requests,
             excluded_windows=self._excluded_windows,
             window=self._window,
-            top=[
-                TopPlace(feature, place, self._top_FT[feature, place])
-                for feature, place in np.argwhere(np.isfinite(self._top_value_FT)).tolist()
-            ],
-            top_turn_seconds=self._top_turn_seconds,
+            top=self._examples.places(),
+            top_turn_seconds=self._examples.turn_seconds,
         )
 
     def restore(self, state: ModelDriftState) -> None:
@@ -260,10 +242,7 @@ class ModelDrift:
         self._row_count, self._requests = state.waiting_requests, state.requests
         self._window_key = state.window_key
         self._excluded_windows = state.excluded_windows
-        for top in state.top:
-            self._top_FT[top.feature, top.place] = top.request
-            self._top_value_FT[top.feature, top.place] = top.request.value
-        self._top_turn_seconds = state.top_turn_seconds
+        self._examples.restore(state.top, state.top_turn_seconds)
         self._evidence = None
 
     def _group(self, replica: str, adapter: str) -> int:
@@ -347,20 +326,6 @@ class ModelDrift:
         shown = self._evidence_now()
         return shown is not None and shown.alarming
 
-    def _remember(self, names: Sequence[str], value_nF: Array, now: float) -> None:
-        """Keep the requests with the largest value of each feature: three of this hour, three of the one before."""
-        if not now - self._top_turn_seconds < _TOP_SECONDS:
-            self._top_turn_seconds = now
-            self._top_value_FT[:, _TOP:], self._top_FT[:, _TOP:] = self._top_value_FT[:, :_TOP], self._top_FT[:, :_TOP]
-            self._top_value_FT[:, :_TOP] = -np.inf
-        value_nF = np.where(np.isfinite(value_nF), value_nF, -np.inf)
-        row, feature = np.nonzero(value_nF > self._top_value_FT[:, :_TOP].min(axis=1))
-        for i, f in zip(row.tolist(), feature.tolist(), strict=True):
-            place = int(self._top_value_FT[f, :_TOP].argmin())
-            if value_nF[i, f] > self._top_value_FT[f, place]:
-                self._top_value_FT[f, place] = value_nF[i, f]
-                self._top_FT[f, place] = TopRequest(names[i], float(value_nF[i, f]), now)
-
     def _alarms(self, shown: Readings) -> list[Alarm]:
         alarms = shown.alarms
         found = [
@@ -379,8 +344,6 @@ class ModelDrift:
         return bool(shown.alarms["canary"].any()) if runs else None
 
     def _alarm(self, shown: Readings, kind: str, feature: int) -> Alarm:
-        held = np.flatnonzero(np.isfinite(self._top_value_FT[feature]))
-        top = sorted((self._top_FT[feature, t] for t in held.tolist()), key=lambda request: -request.value)
         partner = int(shown.partner_F[feature])
         return with_text(
             Alarm(
@@ -396,6 +359,6 @@ class ModelDrift:
                 replica=self._replicas[int(shown.replica_F[feature])] if kind == "replica" else "",
                 partner=self._features[partner] if kind == "coactivation" and partner >= 0 else "",
                 canary_moved=self._canary_moved(shown),
-                requests=top[:_TOP],
+                requests=self._examples.of(feature),
             )
         )
