@@ -214,6 +214,7 @@ VERBS = {
     "verify": "watchlist verify {here}/w.safetensors",
     "baseline": "baseline show {here}/prod.baseline",
     "schema": "collector --config-schema",
+    "rules": "rules --out {here}/rules --page https://latentwatch.example.org",
     "doctor": "doctor --collector {collector} --watchlist {here}/w.safetensors",
     "canary": "canary --server {server} --model m --prompts {here}/prompts.txt --key {here}/canary.key --make-key "
     "--every 0 --runs 2",
@@ -228,6 +229,8 @@ ELSEWHERE = {
     ("watchlist", "record"): "runs a model, with libraries that need more of a host",
     ("watchlist", "discover"): "as record",
     ("watchlist", "probe"): "as record",
+    ("watchlist", "start"): "as record",
+    ("watchlist", "try"): "as record",
 }
 """Verbs that the table has not, and why."""
 LEAVES = {
@@ -235,6 +238,7 @@ LEAVES = {
     "export": "parquet/requests.parquet",
     "key": "evidence.key",
     "build": "built.safetensors",
+    "rules": "rules/alerts.yaml",
     "page": "cards.html",
     "canary": "canary.key",
 }

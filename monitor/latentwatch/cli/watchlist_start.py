@@ -241,10 +241,14 @@ def _capture(folder: Path, job: CaptureJob) -> None:
         )
     if not captured.missing_parts(folder, job):
         return
-    command = [sys.executable, "-m", "latentwatch.engines.vllm.capture_process", str(folder)]
+    command = [sys.executable, "-P", "-m", "latentwatch.engines.vllm.capture_process", str(folder)]
     log = folder / "engine.log"
     started = time.monotonic()
-    with log.open("ab") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:
+    with (
+        log.open("ab") as errors,
+        # What libraries print there as well is in whatever encoding, and nobody's business.
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace") as child,
+    ):
         assert child.stdout is not None
         try:
             for told in _told(child.stdout):
@@ -293,7 +297,7 @@ def _table(found: Sequence[Detector]) -> None:
 
 def _meminfo() -> str:
     try:
-        return Path("/proc/meminfo").read_text()
+        return Path("/proc/meminfo").read_text("utf-8")
     except OSError:
         return ""
 

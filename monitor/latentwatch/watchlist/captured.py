@@ -73,7 +73,7 @@ class CaptureJob:
     def read(cls, folder: Path) -> Self:
         """Raises: WatchlistRefused: the job is missing or damaged."""
         try:
-            fields = json.loads((folder / _JOB).read_text())
+            fields = json.loads((folder / _JOB).read_text("utf-8"))
             return cls(
                 **fields
                 | {
