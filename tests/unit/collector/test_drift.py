@@ -384,7 +384,7 @@ def test_record_calibrate_show_replay(folder, tmp_path, capsys):
     assert main([*calibrate, out]) == 2 and "exists" in capsys.readouterr().err
     assert main(["baseline", "show", out, "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<tr>") == 4 and page.count("<svg") >= 5 and "http" not in page
+    assert page.count("<tr>") == 4 and page.count("<svg") >= 5 and "http://" not in page and "https://" not in page
     assert main(["replay", calm, "--watchlist", watched, "--baseline", out]) == 0
     capsys.readouterr()
     assert main(["replay", drifted, "--watchlist", watched, "--baseline", out]) == 1

@@ -97,7 +97,7 @@ def fit(windows: Windows, labels: Labels, requests: Sequence[int], rng: np.rando
     return Detector(direction_D.astype(np.float32), float(model.intercept_[0] - direction_D @ mean_D))
 
 
-def held_out_area(windows: Windows, labels: Labels, requests: Sequence[int], rng: np.random.Generator) -> float:
+def heldout_area(windows: Windows, labels: Labels, requests: Sequence[int], rng: np.random.Generator) -> float:
     """Mean AUROC over the families of positives, each left out in turn, half of it against what only looks like it.
 
     A third of the harmless texts is left out too.

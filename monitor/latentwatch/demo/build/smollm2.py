@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from latentwatch.arrays import F16, F64
 from latentwatch.demo.build.chat_sae import asset
-from latentwatch.demo.build.detectors import Detector, Labels, Windows, fit, held_out_area
+from latentwatch.demo.build.detectors import Detector, Labels, Windows, fit, heldout_area
 from latentwatch.demo.build.from_gguf import folder_of, installed_file
 from latentwatch.demo.build.streams import Streams
 from latentwatch.demo.smollm2 import figures
@@ -118,7 +118,7 @@ def _chosen(train: Captured, concern: str, suffix: int, rng: np.random.Generator
     areas: dict[tuple[int, int], float] = {}
     for layer, window in itertools.product(LAYERS, (suffix, 2 * suffix)):
         windows = Windows.of(train.streams, LAYERS.index(layer), window)
-        areas[layer, window] = held_out_area(windows, labels, _long_enough(train, used, windows), rng)
+        areas[layer, window] = heldout_area(windows, labels, _long_enough(train, used, windows), rng)
     layer, window = max(areas, key=lambda choice: areas[choice])
     windows = Windows.of(train.streams, LAYERS.index(layer), window)
     detector = fit(windows, labels, _long_enough(train, used, windows), rng)

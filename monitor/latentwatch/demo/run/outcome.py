@@ -64,7 +64,7 @@ class Run:
     paging: str
     """Empty where Prometheus and Alertmanager ran, else why there is no page step."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""
+    remark: str = ""
     """What the run does and does not show."""
     detection: Detection | None = None
     """What was promised of the detectors, and how they did; None where nothing was promised."""

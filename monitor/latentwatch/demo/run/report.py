@@ -78,7 +78,7 @@ def to_html(run: Run) -> str:
         exceedances=_exceedance_table(run),
         pages=_page_table(run),
         detection="" if run.detection is None else detection_report.to_html(run.detection),
-        note=escape(run.note),
+        note=escape(run.remark),
         versions=_table((), [(escape(name), f"<code>{escape(value)}</code>") for name, value in run.versions.items()]),
     )
 

@@ -183,7 +183,7 @@ async def _watched_traffic(inputs: Inputs, launcher: Launcher, stack: Stack, web
         pages=webhook.pages(),
         paging=stack.paging,
         versions=await _versions(launcher, stack),
-        note=inputs.served.note,
+        remark=inputs.served.remark,
         detection=await _detection(inputs.served, answers, exceedances, scores, launcher, stack),
     )
 

@@ -76,7 +76,7 @@ class Served:
     ordinary: Sequence[Prompt]
     incidents: Sequence[Prompt]
     traffic: Traffic
-    note: str
+    remark: str
     """What the figures of such a run do and do not show."""
     known: Known | None = None
     left_out: Sequence[str] = field(default=())

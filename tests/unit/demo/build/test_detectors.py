@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from latentwatch.demo.build.detectors import Labels, Windows, fit, held_out_area, rolling_means
+from latentwatch.demo.build.detectors import Labels, Windows, fit, heldout_area, rolling_means
 from latentwatch.demo.build.streams import shared_start
 from latentwatch.demo.smollm2.figures import auroc
 
@@ -34,7 +34,7 @@ def test_what_is_planted_is_found_in_requests_and_families_that_were_not_seen() 
     windows = [Windows.of(made, layer, WINDOW) for layer in range(2)]
     labels = Labels(positive, ~positive & (rng.random(400) < 0.3), [f"f{i % 3}" for i in range(400)])
     requests = list(range(300))
-    areas = [held_out_area(one, labels, requests, rng) for one in windows]
+    areas = [heldout_area(one, labels, requests, rng) for one in windows]
     assert areas[1] > 0.95 > 0.7 > areas[0]
     scores = windows[1].scores(fit(windows[1], labels, requests, rng))[300:]
     assert auroc(scores[positive[300:]], scores[~positive[300:]]) > 0.95

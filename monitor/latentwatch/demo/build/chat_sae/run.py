@@ -35,7 +35,7 @@ class Plan:
     hook_point: HookPoint = HookPoint(14)  # noqa: RUF009  # a frozen value
     pieces: int = 1_800
     context_tokens: int = 256
-    held_out_pieces: int = 120
+    heldout_pieces: int = 120
     """The last of them: nothing is trained on these chats."""
     loss_pieces: int = 40
     """Of the held out ones, for the losses with a spliced reconstruction."""
@@ -100,7 +100,7 @@ class Work:
         folder = self.folder / "sae"
         if not (folder / "cfg.json").exists():
             place = sae.Place(self.name, self.plan.hook_point, self.plan.context_tokens, harvest.first)
-            rows_ND = usable(harvest, slice(0, -self.plan.held_out_pieces))
+            rows_ND = usable(harvest, slice(0, -self.plan.heldout_pieces))
             self.progress(f"training on {len(rows_ND)} tokens")
             sae.train_sae(
                 rows_ND,
@@ -155,7 +155,7 @@ def run(
     pieces = work.pieces()
     harvest = work.stream(pieces)
     encoder = work.encoder(harvest)
-    quality, losses = _quality(work, harvest, encoder, pieces[-plan.held_out_pieces :])
+    quality, losses = _quality(work, harvest, encoder, pieces[-plan.heldout_pieces :])
     progress(f"on chats that it did not see: {quality}")
     chosen = _chosen(work, harvest, encoder, quality)
     facts = {"model": name, "plan": {**vars(plan), "hook_point": str(plan.hook_point)}, "quality": quality, **losses}
@@ -172,7 +172,7 @@ def _quality(
     from latentwatch.demo.build.chat_sae import quality
 
     plan = work.plan
-    unseen_ND = usable(harvest, slice(-plan.held_out_pieces, None))
+    unseen_ND = usable(harvest, slice(-plan.heldout_pieces, None))
     found = encoder.quality(unseen_ND)
     fired_F = (encoder.activations(torch.cat([unseen_ND, usable(harvest, slice(0, 90))])) > 0).any(0)
     median = float(unseen_ND.float().norm(dim=1).median())
@@ -198,7 +198,7 @@ def _chosen(work: Work, harvest: Harvest, encoder: Encoder, quality: Dictionary)
     inner = stream.cut_model(work.model("float32"), work.plan.hook_point)
     answered = choose.responses(inner, work.tokenizer, encoder, known.texts)
     largest_SF = np.stack([response.acts_TF.max(0) for response in answered])
-    unseen_ND = usable(harvest, slice(-work.plan.held_out_pieces, None))
+    unseen_ND = usable(harvest, slice(-work.plan.heldout_pieces, None))
     picks = choose.picks(largest_SF, known, (encoder.activations(unseen_ND) > 0).mean(0).astype(np.float32))
     index_K = torch.tensor([index for index, _ in picks])
     acts_PCD = harvest.acts_PCD()
