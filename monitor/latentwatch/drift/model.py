@@ -129,10 +129,9 @@ class ModelDrift:
         self._reference, self._reason = reference, reason
         self._sha256, self._created_seconds = baseline_sha256, baseline_created_seconds
         self._counts = RequestCounts.empty(layout, 1)
-        self._groups: dict[tuple[str, str], int] = {}
-        self._replicas: list[str] = []
-        self._replica_window: list[float] = []
-        self._rows: list[tuple[int, Array, Array]] = []
+        self._groups = dict[tuple[str, str], int]()
+        self._replicas, self._replica_window = list[str](), list[float]()
+        self._rows = list[tuple[int, Array, Array]]()
         self._row_count = self._requests = self._excluded_windows = self._window_key = 0
         self._window = -math.inf
         self._examples = Examples(layout.features)

@@ -179,7 +179,7 @@ def _cards(
         label = _label(feature, index, lists)
         with _at(feature.where):
             _refuse_limit_beyond_half(feature, dense=source.about.gate == "none")
-            made = Feature(
+            yield Feature(
                 id=feature.id,
                 label=label.text,
                 severity=feature.severity,
@@ -191,7 +191,6 @@ def _cards(
                 source={**shared, "index": index, **source.row_notes(index), **gate},
                 evidence={"label_source": label.source, **feature.evidence},
             )
-        yield made
 
 
 def _refuse_limit_beyond_half(feature: FeatureChoice, *, dense: bool) -> None:
