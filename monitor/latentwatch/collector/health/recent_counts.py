@@ -63,7 +63,8 @@ class RecentCounts:
 def counts_of(snapshot: Snapshot, process: ProcessFacts) -> dict[tuple[str, str], float]:
     """Every count that a cause looks at."""
     totals, writer, sent = snapshot.collector, process.evidence.writer, process.otlp
-    refused = dict.fromkeys((str(reason) for reason in RefusalReason if reason.counted), 0) | totals.streams_refused
+    refused: dict[str, int] = {str(reason): 0 for reason in RefusalReason if reason.counted}
+    refused |= totals.streams_refused
     late = np.asarray(totals.ingest_lag.edges) > LATE_SECONDS
     counts: dict[tuple[str, str], float] = {
         **{("refused", reason): count for reason, count in refused.items()},
