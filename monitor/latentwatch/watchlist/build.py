@@ -195,7 +195,7 @@ def _cards(
 
 
 def _refuse_limit_beyond_half(feature: FeatureChoice, *, dense: bool) -> None:
-    """Scores of every token, and those of rolling means, are clipped to half precision: nothing exceeds such a limit."""
+    """Scores of every token, and of rolling means, are clipped to half precision: nothing exceeds such a limit."""
     limit = feature.limit
     if limit is not None and (dense or limit.statistic == "rolling_mean") and abs(limit.value) >= LARGEST_HALF:
         raise _refuse(
