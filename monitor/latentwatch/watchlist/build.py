@@ -194,11 +194,7 @@ def _cards(
 
 
 def _refuse_limit_beyond_half(feature: FeatureChoice, *, dense: bool) -> None:
-<<<<<<< HEAD
     """Scores of every token, and rolling means of them, are clipped to half precision: none exceeds such a limit."""
-=======
-    """Scores of every token, and of rolling means, are clipped to half precision: nothing exceeds such a limit."""
->>>>>>> h-sae
     limit = feature.limit
     if limit is not None and (dense or limit.statistic == "rolling_mean") and abs(limit.value) >= LARGEST_HALF:
         raise _refuse(
