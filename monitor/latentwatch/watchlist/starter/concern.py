@@ -4,6 +4,7 @@ families that had no part in either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -69,11 +70,18 @@ class Detector:
         rows = [row for row in self.rows if row.negatives is negatives]
         return float(np.mean([r.tpr.value for r in rows])), float(np.mean([r.text.value for r in rows]))
 
+    def better_by(self, negatives: Kind) -> Interval:
+        """Than the text in TPR, averaged over the test families, which are taken for independent."""
+        rows = [row.better_by for row in self.rows if row.negatives is negatives]
+        value = float(np.mean([row.value for row in rows]))
+        reach = math.sqrt(sum(((row.high - row.low) / 2) ** 2 for row in rows)) / len(rows)
+        return Interval(value, value - reach, value + reach)
+
     @property
     def beats_text(self) -> bool:
-        """By 10 points or more on average over the test families, against hard texts."""
-        own, of_text = self.mean_tpr(Kind.HARD)
-        return own - of_text >= 0.10
+        """By 10 points or more on average over the test families, against hard texts, and surely by more than none."""
+        better_by = self.better_by(Kind.HARD)
+        return better_by.value >= 0.10 and better_by.low > 0.0
 
 
 def split(prompts: Sequence[Prompt], concern: str) -> Split:
