@@ -14,6 +14,7 @@ from latentwatch.watchlist import captured
 from latentwatch.watchlist.captured import CapturedLayer, CapturedRequest, CaptureJob
 from latentwatch.watchlist.starter import chosen, detectors, files, measure, plan, tokens, training
 from latentwatch.watchlist.starter.concern import split
+from latentwatch.watchlist.starter.measure import Interval
 from latentwatch.watchlist.starter.tokens import Encoded
 
 D = 12
@@ -235,9 +236,10 @@ def test_the_files_say_what_was_measured_and_what_is_missing(run, tmp_path):
     assert {"model", "concern", "tpr_at_1pct", "tpr_text", "tpr_length", "auroc", "auroc_text", "n"} <= set(rows[0])
 
 
-def test_a_detector_that_is_no_better_than_the_text_is_marked_and_only_shown(run, tmp_path):
+@pytest.mark.parametrize("better_by", [Interval(0.05, 0.02, 0.08), Interval(0.4, -0.1, 0.9)])
+def test_a_detector_that_is_not_surely_better_than_the_text_is_marked_and_only_shown(run, tmp_path, better_by):
     _, _, detector = run
-    rows = [dataclasses.replace(row, text=row.tpr) for row in detector.rows]
+    rows = [dataclasses.replace(row, better_by=better_by) for row in detector.rows]
     poor = dataclasses.replace(detector, concern="harmful_request", rows=rows)
     content = yaml.safe_load(files.write(tmp_path, [poor], about()).read_text())
     feature = content["hook_points"][0]["sources"][0]["features"][0]
