@@ -1,1 +1,1 @@
-"""For notebooks and scripts, reached as `latentwatch.load`, `.score` and `.read_evidence`. No server is needed."""
+"""For notebooks and scripts: `latentwatch.load`, `.score`, `.plot` and `.read_evidence`. No server is needed."""

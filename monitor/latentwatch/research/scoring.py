@@ -189,10 +189,10 @@ def rows_score(rows: HookRows, x_TD: F64) -> F64:
     return np.where(s_TK > scale["tau"], np.maximum(scale["gain"] * s_TK + scale["bias"], scale["lo"]), 0.0)
 
 
-def _statistic(limit: Limit | None, act_T: F32, prompt_tokens: int) -> tuple[float, int]:
-    """The statistic that a limit is on, and the position that it stands at; (NaN, 0) where no token counts.
+def compared(limit: Limit | None, act_T: F32, prompt_tokens: int) -> F32:
+    """At each token what a limit looks at, NaN where that does not count; without a limit the activations.
 
-    A window of a rolling mean lies in consecutive tokens that all count.
+    A window of a rolling mean lies in consecutive tokens that all count, and stands at its last.
     """
     position_T = np.arange(len(act_T))
     phases: dict[str, Bool] = {
@@ -201,11 +201,17 @@ def _statistic(limit: Limit | None, act_T: F32, prompt_tokens: int) -> tuple[flo
         "output": position_T >= prompt_tokens,
     }
     window = limit.window_tokens if limit else 1
-    value_T = np.where(phases[limit.phase if limit else "any"], act_T, np.nan)
-    if len(value_T) < window:
-        return float("nan"), 0
-    mean_T = np.lib.stride_tricks.sliding_window_view(value_T, window).mean(axis=1)
+    value_T = np.where(phases[limit.phase if limit else "any"], act_T, np.float32(np.nan))
+    mean_T = np.full(len(act_T), np.nan, np.float32)
+    if len(value_T) >= window:
+        mean_T[window - 1 :] = np.lib.stride_tricks.sliding_window_view(value_T, window).mean(axis=1)
+    return mean_T
+
+
+def _statistic(limit: Limit | None, act_T: F32, prompt_tokens: int) -> tuple[float, int]:
+    """The statistic that a limit is on, and the position that it stands at; (NaN, 0) where no token counts."""
+    mean_T = compared(limit, act_T, prompt_tokens)
     if np.isnan(mean_T).all():
         return float("nan"), 0
     at = int(np.nanargmax(mean_T))
-    return float(mean_T[at]), at + window - 1
+    return float(mean_T[at]), at

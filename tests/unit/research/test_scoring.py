@@ -105,6 +105,16 @@ def test_a_model_of_another_width_is_refused(tmp_path):
         latentwatch.score(latentwatch.load(FILE), tmp_path / "other", ["x y"])
 
 
+def test_a_text_that_is_too_long_is_refused_with_its_length(monkeypatch):
+    """Never cut off: a score of half a text looks like one of the whole."""
+    watched = latentwatch.load(FILE)
+    monkeypatch.setattr(scoring, "MAX_TOKENS", 12)
+    assert latentwatch.score(watched, MODEL, ["one two"])
+    with pytest.raises(WatchlistRefused, match="12 tokens or more") as refused:
+        latentwatch.score(watched, MODEL, ["one two", "one two three " * 12])
+    assert "fewer than 12 tokens" in str(refused.value)
+
+
 def test_a_notebook_shows_tokens_in_colour_and_an_unknown_feature_is_named(scored):
     shown = scored[1]._repr_html_()
     assert "tested" in shown and "<b class='edge'>output</b>" in shown
@@ -166,4 +176,5 @@ def test_the_document_runs_as_it_stands(tmp_path, monkeypatch):
     space: dict[str, object] = {}
     for block in blocks:
         exec(block, space)
-    assert len(blocks) == 2 and isinstance(space["dialogue"], scoring.Scored)
+    assert len(blocks) == 3 and isinstance(space["dialogue"], scoring.Scored)
+    assert set(space["exceedances"]["model_name"]) == set(space["requests"]["model_name"])
