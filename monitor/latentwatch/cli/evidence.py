@@ -8,10 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from latentwatch.cli import options, terminal
-from latentwatch.errors import ConfigRefused, RefusalReason
+from latentwatch.errors import ConfigRefused, RefusalReason, WatchlistRefused
+
+if TYPE_CHECKING:
+    from latentwatch.evidence.archive import StoredRequest
+    from latentwatch.watchlist.file import Watchlist
 
 HELP = "Find, show and delete the evidence that a collector wrote down."
 EPILOG = "example:  latentwatch evidence query --dir /var/lib/latentwatch/evidence --since 2h"
@@ -89,6 +93,12 @@ def _add_show(actions: _Actions) -> None:
     )
     show.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="the model's tokenizer.json, where only token ids were left"
+    )
+    show.add_argument(
+        "--watchlist",
+        type=Path,
+        metavar="FILE",
+        help="the watchlist of that time, which tells which tokens a limit counts and over what window",
     )
     show.add_argument("--html", type=Path, metavar="PATH", help="write HTML to PATH instead")
     show.add_argument("--json", action="store_true", help="print everything as JSON instead")
@@ -224,22 +234,43 @@ def _show(args: argparse.Namespace) -> int:
     if not found:
         return _not_stored(args)
     tokens = _tokens(args, found[0].key) if args.key else ()
+    watchlist = _watchlist(args.watchlist, found) if args.watchlist else None
     if args.json:
         print(json.dumps(found, default=vars, ensure_ascii=False, indent=1))
         return 0
     if args.html:
         if len(found) > 1:
             print(f"{len(found)} requests have this id; the HTML shows the latest", file=sys.stderr)
-        options.write_page(args.html, heatmap.as_html(found[0], tokens, feature=args.feature))
+        options.write_page(args.html, heatmap.as_html(found[0], tokens, feature=args.feature, watchlist=watchlist))
         print(args.html)
         return 0
     for number, request in enumerate(found):
         print(
             heatmap.as_text(
-                request, () if number else tokens, colour=terminal.wants_colour(sys.stdout), feature=args.feature
+                request,
+                () if number else tokens,
+                colour=terminal.wants_colour(sys.stdout),
+                feature=args.feature,
+                watchlist=watchlist,
             )
         )
     return 0
+
+
+def _watchlist(path: Path, found: Sequence[StoredRequest]) -> Watchlist:
+    """Raises: WatchlistRefused: it cannot be read, or is not what these requests were scored with."""
+    from latentwatch.watchlist import file
+
+    watchlist = file.read(path)
+    others = sorted({request.watchlist_sha256 for request in found} - {watchlist.sha256})
+    if others:
+        raise WatchlistRefused(
+            f"watchlist {path}",
+            found=f"its sha256 is {watchlist.sha256}; the request was scored with {', '.join(others)}",
+            instead="Give the watchlist file of that time, or leave out --watchlist.",
+            reason=RefusalReason.WATCHLIST_MISMATCH,
+        )
+    return watchlist
 
 
 def _tokens(args: argparse.Namespace, request: int) -> Sequence[str]:

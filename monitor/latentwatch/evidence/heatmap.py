@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import datetime
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -16,6 +17,8 @@ from typing import Final
 
 from latentwatch.evidence.archive import StoredActivations, StoredRequest
 from latentwatch.facts import ShownExceedance
+from latentwatch.watchlist.file import Feature, Watchlist
+from latentwatch.watchlist.show import statistic_text
 
 FEATURES_SHOWN: Final = 8
 _STRONGEST_SHOWN: Final = 12
@@ -34,21 +37,68 @@ class Cell:
     """Printable, on one line; the position in brackets where the token is not known."""
     value: float | None
     """None where the feature had no activation."""
+    statistic: float | None
+    """What the limit is compared with here: the value, or the mean of the window that ends here. None for none."""
+    counted: bool
+    """Whether the limit counts this token."""
+    over: bool
     heat: float
-    """0..1: 1 at the largest score of the request, or at the limit where that is larger."""
+    """0..1 between the ends of the scale, which are set by the limit and every counted token but the first: models park
+    there what they do not need (an attention sink), far above all other tokens."""
 
 
-def cells(activations: StoredActivations, tokens: Sequence[str]) -> list[Cell]:
-    """Every token, with its score; where the tokens are not known, only the positions that have one."""
+def cells(
+    activations: StoredActivations, tokens: Sequence[str], prompt_tokens: int = 0, feature: Feature | None = None
+) -> list[Cell]:
+    """Every token, with its score; where the tokens are not known, only the positions that have one.
+
+    Args: feature: as its watchlist describes it, which tells what the limit is on; without it, on any token's value.
+    """
     values = dict(zip(activations.positions, activations.values, strict=True))
-    top = max([activations.limit or 0.0, *values.values()])
+    total = max([len(tokens), *(position + 1 for position in values)])
+    statistics = dict(_statistics(activations, values, total, prompt_tokens, feature))
+    bottom, top = _scale(activations, values, statistics)
     made = []
     for position in sorted({*range(len(tokens)), *values}):
-        value = values.get(position)
+        value, statistic = values.get(position), statistics.get(position)
         text = printable(tokens[position]) if position < len(tokens) else f"[{position}]"
-        heat = value / top if value is not None and top > 0 else 0.0
-        made.append(Cell(position, text, value, min(1.0, max(0.0, heat))))
+        heat = 0.0 if value is None else min(1.0, max(0.0, (value - bottom) / (top - bottom)))
+        over = activations.limit is not None and statistic is not None and statistic > activations.limit
+        made.append(Cell(position, text, value, statistic, position in statistics, over, heat))
     return made
+
+
+def _statistics(
+    activations: StoredActivations,
+    values: Mapping[int, float],
+    total: int,
+    prompt_tokens: int,
+    feature: Feature | None,
+) -> Iterator[tuple[int, float | None]]:
+    """Of each position that the limit counts: what it compares there. A gap ends a window."""
+    limit = feature.limit if feature else None
+    phase, window = (limit.phase, limit.window_tokens) if limit else ("any", 1)
+    quiet = None if activations.dense else 0.0
+    run: deque[float] = deque(maxlen=window)
+    for position in range(feature.skip_first_positions if feature else 0, total):
+        if phase != "any" and (phase == "prompt") != (position < prompt_tokens):
+            run.clear()
+            continue
+        score = values.get(position, quiet)
+        if score is None:
+            run.clear()
+        else:
+            run.append(score)
+        yield position, sum(run) / window if len(run) == window else None
+
+
+def _scale(activations: StoredActivations, values: Mapping[int, float], counted: Container[int]) -> tuple[float, float]:
+    """Its ends. The first token sets none, nor does one that the limit does not count."""
+    limit = activations.limit or 0.0
+    plain = [value for position, value in values.items() if position > 0 and position in counted]
+    top = max([0.0, limit, *plain])
+    bottom = min([0.0, limit, *plain]) if activations.dense else 0.0
+    return bottom, top if top > bottom else bottom + 1.0
 
 
 def printable(token: str) -> str:
@@ -57,32 +107,71 @@ def printable(token: str) -> str:
     return "".join(shown)
 
 
-def as_text(request: StoredRequest, tokens: Sequence[str], *, colour: bool, feature: str | None = None) -> str:
+def as_text(
+    request: StoredRequest,
+    tokens: Sequence[str],
+    *,
+    colour: bool,
+    feature: str | None = None,
+    watchlist: Watchlist | None = None,
+) -> str:
     """For a terminal. Args: tokens: from position 0; empty where they are not known."""
-    return "\n".join([*_header(request), *_body(request, tokens, colour, feature)]) + "\n"
+    return "\n".join([*_header(request), *_body(request, tokens, colour, feature, _by_id(watchlist))]) + "\n"
 
 
-def as_html(request: StoredRequest, tokens: Sequence[str], *, feature: str | None = None) -> str:
-    """A page that stands alone: no network, no script, no other file."""
+def as_html(
+    request: StoredRequest, tokens: Sequence[str], *, feature: str | None = None, watchlist: Watchlist | None = None
+) -> str:
+    """A page that stands alone: no network, no script, no other file.
+
+    Args: watchlist: that the request was scored with; it alone says which tokens a limit counts, and over what window.
+    """
     template = Template(resources.files("latentwatch.evidence").joinpath("heatmap.html").read_text(encoding="utf-8"))
+    known = _by_id(watchlist)
+    sections = [_section(request, a, tokens, known.get(a.feature)) for a in _chosen(request, feature)]
     return template.substitute(
         title=escape(request.response_id or request.request_id),
         facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _facts(request)),
-        exceedances="".join(f"<li>{escape(_exceedance(e))}</li>" for e in request.exceedances),
-        sections="\n".join(_section(request, a, tokens) for a in _chosen(request, feature)) or f"<p>{_NOTHING}</p>",
+        exceedances="".join(f"<li>{escape(_exceedance(e))}</li>" for e in request.exceedances)
+        or "<li>No limit was exceeded.</li>",
+        legend=f"{_LEGEND}<p>{_SINK} {_KNOWN if watchlist else _UNKNOWN}</p>" if sections else "",
+        sections="\n".join(sections) or f"<p>{_NOTHING}</p>",
     )
+
+
+_LEGEND: Final = (
+    "<p class='legend'><span><i style='--heat:0.15'></i><i style='--heat:0.5'></i><i style='--heat:1'></i> "
+    "weak to strong</span><span><i class='over' style='--heat:1'></i> above the limit</span>"
+    "<span><i class='apart' style='--heat:0.5'></i> not counted by the limit</span></p>"
+)
+_SINK: Final = (
+    "The pointer on a token says its value. The first token sets no scale: models park there what they do not need, "
+    "far above all other tokens."
+)
+_KNOWN: Final = "What a limit is on is told by the watchlist."
+_UNKNOWN: Final = (
+    "Evidence does not tell which tokens a limit counts, nor its window: every token's own value is compared here. "
+    "With --watchlist FILE it is what the limit is on."
+)
+
+
+def _by_id(watchlist: Watchlist | None) -> dict[str, Feature]:
+    return {} if watchlist is None else {feature.id: feature for feature in watchlist.features}
 
 
 _NOTHING: Final = "No activations are kept of this request."
 
 
-def _body(request: StoredRequest, tokens: Sequence[str], colour: bool, feature: str | None) -> Iterator[str]:
+def _body(
+    request: StoredRequest, tokens: Sequence[str], colour: bool, feature: str | None, known: Mapping[str, Feature]
+) -> Iterator[str]:
     chosen = _chosen(request, feature)
     if not chosen:
         yield f"\n{_NOTHING}"
     for activations in chosen:
-        made = cells(activations, tokens)
-        yield f"\n{_title(activations)}"
+        described = known.get(activations.feature)
+        made = cells(activations, tokens, request.prompt_tokens or 0, described)
+        yield f"\n{_title(activations, described)}"
         if tokens and colour:
             yield "".join(map(_coloured, made))
         scored = [cell for cell in made if cell.value is not None]
@@ -134,8 +223,9 @@ def _chosen(request: StoredRequest, feature: str | None) -> Sequence[StoredActiv
     return ([a for a in request.activations if a.feature in exceeded] or request.activations)[:FEATURES_SHOWN]
 
 
-def _title(activations: StoredActivations) -> str:
-    limit = "" if activations.limit is None else f", limit {activations.limit:g}"
+def _title(activations: StoredActivations, feature: Feature | None) -> str:
+    on = f" on the {statistic_text(feature.limit)}" if feature and feature.limit else ""
+    limit = "" if activations.limit is None else f", limit {activations.limit:g}{on}"
     return f"{activations.label} ({activations.feature}, {activations.severity}{limit}, in {activations.units})"
 
 
@@ -146,18 +236,30 @@ def _coloured(cell: Cell) -> str:
     return f"\x1b[30;48;5;{colour}m{cell.text}\x1b[0m"
 
 
-def _section(request: StoredRequest, activations: StoredActivations, tokens: Sequence[str]) -> str:
+def _section(
+    request: StoredRequest, activations: StoredActivations, tokens: Sequence[str], feature: Feature | None
+) -> str:
     spans = []
-    for cell in cells(activations, tokens):
-        if cell.position == request.prompt_tokens and tokens:
+    prompt = request.prompt_tokens or 0
+    is_mean = feature is not None and feature.limit is not None and feature.limit.window_tokens > 1
+    for cell in cells(activations, tokens, prompt, feature):
+        if cell.position == prompt and tokens:
             spans.append("<b class='edge'>output</b>")
-        over = activations.limit is not None and cell.value is not None and cell.value > activations.limit
-        value = "no activation" if cell.value is None else f"{cell.value:.4g}"
-        spans.append(
-            f"<span{' class=over' if over else ''} style='--heat:{cell.heat:.3f}' "
-            f"title='position {cell.position}: {value}'>{escape(cell.text)}</span>"
-        )
-    return f"<section><h2>{escape(_title(activations))}</h2><p class='tokens'>{''.join(spans)}</p></section>"
+        kind = " class=over" if cell.over else "" if cell.counted else " class=apart"
+        words = _words(cell, prompt, is_mean, activations.dense)
+        spans.append(f"<span{kind} style='--heat:{cell.heat:.3f}' title='{words}'>{escape(cell.text)}</span>")
+    title = escape(_title(activations, feature))
+    return f"<section><h2>{title}</h2><p class='tokens'>{''.join(spans)}</p></section>"
+
+
+def _words(cell: Cell, prompt: int, is_mean: bool, dense: bool) -> str:
+    """What the live page says of a token under the pointer."""
+    quiet = "not seen" if dense else "no activation"
+    own = quiet if cell.value is None else f"{cell.value:.4g}"
+    mean = f", mean {cell.statistic:.4g}" if is_mean and cell.statistic is not None else ""
+    over = ", above the limit" if cell.over else ""
+    apart = "" if cell.counted else ", not counted by the limit"
+    return f"token {cell.position} ({'prompt' if cell.position < prompt else 'output'}): {own}{mean}{over}{apart}"
 
 
 def _is_plain(character: str) -> bool:

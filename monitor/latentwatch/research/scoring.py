@@ -82,7 +82,8 @@ class Scored:
 
         Raises: KeyError: no such feature.
         """
-        return heatmap.as_html(self.as_request(), self.tokens, feature=feature and self._known(feature))
+        known = feature and self._known(feature)
+        return heatmap.as_html(self.as_request(), self.tokens, feature=known, watchlist=self.watchlist)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 from latentwatch.evidence import heatmap
 from latentwatch.evidence.archive import Archive, StoredActivations
+from latentwatch.watchlist.file import Limit
 
 from tests.support.evidence import NOW, one_request, store
+from tests.support.streams import sparse
 
 HOSTILE = ["hello", " \x1b[2J", "\n", "<script>alert(1)</script>", "\u202eevil", "é", "'onmouseover='x"]
 
@@ -28,11 +31,39 @@ def activations(**changes):
     return StoredActivations(**{**fields, **changes})
 
 
+def described(limit, **changes):
+    return dataclasses.replace(sparse("f"), limit=limit, **changes)
+
+
 def test_heat_is_the_share_of_the_largest_score_or_of_the_limit():
     assert [cell.heat for cell in heatmap.cells(activations(), ["a", "b", "c", "d"])] == [0, 1.0, 0, 0.25]
     below = heatmap.cells(activations(values=[2.0, -1.0]), ["a", "b", "c", "d"])
     assert [cell.heat for cell in below] == [0, 0.5, 0, 0]
     assert [cell.value for cell in below] == [None, 2.0, None, -1.0]
+
+
+def test_the_first_token_and_what_the_limit_does_not_count_set_no_scale():
+    sink = activations(positions=[0, 1, 3], values=[800.0, 4.0, 8.0])
+    assert [cell.heat for cell in heatmap.cells(sink, "abcd")] == [1.0, 0.5, 0, 1.0]
+    made = heatmap.cells(sink, "abcd", 3, described(Limit("max", 4.0, phase="prompt"), skip_first_positions=1))
+    assert [cell.heat for cell in made] == [1.0, 1.0, 0, 1.0], "position 3 is output"
+    assert [cell.counted for cell in made] == [False, True, True, False]
+    assert not any(cell.over for cell in made)
+
+
+def test_a_mean_is_of_the_window_that_ends_at_the_token_and_lies_in_tokens_that_count():
+    mean = described(Limit("rolling_mean", 4.0, window_tokens=2, phase="output"))
+    made = heatmap.cells(activations(positions=[1, 2, 3], values=[9.0, 3.0, 6.0]), "abcde", 2, mean)
+    assert [cell.statistic for cell in made] == [None, None, None, 4.5, 3.0]
+    assert [cell.over for cell in made] == [False, False, False, True, False]
+    gap = heatmap.cells(activations(dense=True, positions=[2, 4], values=[9.0, 9.0]), "abcde", 2, mean)
+    assert [cell.statistic for cell in gap] == [None] * 5, "a token of a dense feature that was not seen"
+
+
+def test_the_page_has_a_legend_and_says_what_the_limit_is_on(request_found):
+    page = heatmap.as_html(request_found, HOSTILE)
+    assert "above the limit" in page and "not counted by the limit" in page
+    assert "With --watchlist FILE" in page and re.search(r"title='token \d+ \((prompt|output)\): [\d.]+", page)
 
 
 def test_without_tokens_only_the_positions_that_have_a_score_are_shown():
