@@ -15,6 +15,7 @@ from latentwatch.errors import ConfigRefused, RefusalReason, WatchlistRefused
 
 if TYPE_CHECKING:
     from latentwatch.evidence.archive import StoredRequest
+    from latentwatch.facts import ShownExceedance
     from latentwatch.watchlist.file import Watchlist
 
 HELP = "Find, show and delete the evidence that a collector wrote down."
@@ -191,7 +192,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _query(args: argparse.Namespace) -> int:
     from latentwatch.evidence.archive import Wanted
-    from latentwatch.evidence.heatmap import printable
     from latentwatch.evidence.known_names import check_wanted
 
     now = time.time()
@@ -205,8 +205,15 @@ def _query(args: argparse.Namespace) -> int:
         audit.add(now, options.actor(), "query", len(found), subject=subject)
     if args.json:
         terminal.print_json(found)
-        _say_damaged(damaged)
-        return 0
+    else:
+        _print_exceedances(found)
+    _say_damaged(damaged)
+    return 0
+
+
+def _print_exceedances(found: Sequence[ShownExceedance]) -> None:
+    from latentwatch.evidence.heatmap import printable
+
     for exceedance in found:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(exceedance.seconds))
         print(
@@ -215,8 +222,6 @@ def _query(args: argparse.Namespace) -> int:
         )
     if not found:
         print("no exceedance of this kind is kept", file=sys.stderr)
-    _say_damaged(damaged)
-    return 0
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -73,7 +73,7 @@ def _panel(scored: Scored, feature: Feature, act_T: F32, number: int, step_px: f
     bottom_px = (number + 1) * (_PANEL_PX + _TITLE_PX)
 
     def y_px(value: float) -> float:
-        return bottom_px - _PANEL_PX * (value - low) / ((high - low) or 1.0)
+        return float(bottom_px - _PANEL_PX * (value - low) / ((high - low) or 1.0))
 
     right_px = _LEFT_PX + len(act_T) * step_px
     parts = [

@@ -97,11 +97,8 @@ def requests(path: Path) -> list[Request]:
     except OSError as error:
         raise _refuse(str(path), f"it cannot be read ({error.strerror})", "Give a .jsonl or .txt file.") from error
     except (ValueError, RecursionError) as error:
-        place = f"{path.name} line {number}"
-        instead = (
-            "Write plain text in UTF-8." if path.suffix == ".txt" else 'Write {"text": "..."} or {"messages": [...]}.'
-        )
-        raise _refuse(place, f"not a request ({error})", instead) from error
+        instead = "plain text in UTF-8" if path.suffix == ".txt" else '{"text": "..."} or {"messages": [...]}'
+        raise _refuse(f"{path.name} line {number}", f"not a request ({error})", f"Write {instead}.") from error
     if not found:
         raise _refuse(str(path), "it holds no requests", "Give one per line.")
     return found

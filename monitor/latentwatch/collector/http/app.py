@@ -366,7 +366,8 @@ def _add_file(app: FastAPI, path: str, content: bytes, media: str) -> None:
         return Response(content, headers={"content-type": media})
 
 
-def _drift_of(lookup: Lookup, view: DriftView) -> DriftOfModel:
+def _drift_of_features(lookup: Lookup, view: DriftView) -> list[DriftOfFeature]:
+    """The one that is nearest to a limit, or farthest above it, first."""
     by_kind = {kind: values.tolist() for kind, values in view.log10_evalue.items()}
     rows = [
         DriftOfFeature(
@@ -378,6 +379,10 @@ def _drift_of(lookup: Lookup, view: DriftView) -> DriftOfModel:
         if view.armed
     ]
     nearest = {row.feature: max(v - view.log10_limit[k] for k, v in row.log10_evalue.items()) for row in rows}
+    return sorted(rows, key=lambda row: -nearest[row.feature])
+
+
+def _drift_of(lookup: Lookup, view: DriftView) -> DriftOfModel:
     return DriftOfModel(
         model_name=view.model_name,
         armed=view.armed,
@@ -392,7 +397,7 @@ def _drift_of(lookup: Lookup, view: DriftView) -> DriftOfModel:
         common_log10_evalue=round(view.common.log10_evalue, 3) if view.common else None,
         log10_limit=view.log10_limit,
         alarms=view.alarms,
-        features=sorted(rows, key=lambda row: -nearest[row.feature]),
+        features=_drift_of_features(lookup, view),
     )
 
 

@@ -74,6 +74,16 @@ def _own(request_id: str) -> str:
     return str(request_id).partition("-")[0]
 
 
+_ENGINE: Final[dict[str, Any]] = {
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "max_num_batched_tokens": _BATCHED_TOKENS,
+    "max_num_seqs": _AT_ONCE,
+    "seed": 0,
+}
+
+
 def _engine(job: CaptureJob) -> tuple[Any, Capture]:
     """Raises: EngineRefused: the engine does not start with this model, or its stream is not found."""
     from vllm import LLM
@@ -84,13 +94,8 @@ def _engine(job: CaptureJob) -> tuple[Any, Capture]:
         llm = LLM(
             model=job.model,
             dtype=job.dtype,
-            enforce_eager=True,
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
             max_model_len=job.max_model_len,
-            max_num_batched_tokens=_BATCHED_TOKENS,
-            max_num_seqs=_AT_ONCE,
-            seed=0,
+            **_ENGINE,
         )
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise EngineRefused(
