@@ -168,11 +168,9 @@ class Servicer:
         self._handlers.add(task)
         task.add_done_callback(self._handlers.discard)
         if self._tokens is not None and not self._tokens.accept(_authorization(context)):
-            self._on_refused(RefusalReason.UNAUTHENTICATED)
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "stream: it shows no token that this collector knows. Set LATENTWATCH_COLLECTOR_TOKEN_FILE.",
-            )
+            found = "stream: it shows no token that this collector knows. Set LATENTWATCH_COLLECTOR_TOKEN_FILE."
+            self._note_refused(context, RefusalReason.UNAUTHENTICATED, found)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, found)
         try:
             stream = await self._welcome(context)
         except StreamRefused as refused:
@@ -306,14 +304,16 @@ class Servicer:
             self._sink.commit()
             await context.write(codec.encode_reply(codec.Ack(stored)))
 
-    async def _refuse(self, context: Context, refusal: StreamRefused) -> None:
-        self._on_refused(refusal.reason)
-        self._refusals[refusal.reason] = LatestRefusal(
-            refusal.reason, self._clock(), str(refusal)[:_REFUSAL_CHARACTERS]
-        )
-        if self._may_log(refusal.reason):
+    def _note_refused(self, context: Context, reason: str, text: str) -> None:
+        """Count it, and have it told: to the doctor and the page, and now and then to the log."""
+        self._on_refused(reason)
+        self._refusals[reason] = LatestRefusal(reason, self._clock(), text[:_REFUSAL_CHARACTERS])
+        if self._may_log(reason):
             # The text may hold what the peer sent, so it is logged as a value and bounded.
-            log.warning("stream of %s refused, %s: %.500r", context.peer(), refusal.reason, str(refusal))
+            log.warning("stream of %s refused, %s: %.500r", context.peer(), reason, text)
+
+    async def _refuse(self, context: Context, refusal: StreamRefused) -> None:
+        self._note_refused(context, refusal.reason, str(refusal))
         await context.write(codec.encode_reply(refusal))
         if refusal.reason in _FULL:
             # Said as gRPC says it too, for whoever looks at statuses.

@@ -118,6 +118,9 @@ def test_a_token_is_asked_for_before_any_message_is_read(serve, tmp_path):
         peer.read()
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
     assert served.refused == {"unauthenticated": 1}
+    (latest,) = served.server.receiver.servicer.facts.refusals
+    assert latest.reason == "unauthenticated", "so that the doctor says what to set"
+    assert "LATENTWATCH_COLLECTOR_TOKEN_FILE" in latest.text
 
 
 @pytest.mark.parametrize("size", [20 << 10, 200 << 10])
