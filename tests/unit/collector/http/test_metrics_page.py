@@ -130,7 +130,8 @@ def test_the_thread_rests_for_as_long_as_a_page_took_it():
 
 
 def test_a_scrape_that_fails_fails_alone():
-    facts = iter([OSError("no /proc here"), ProcessFacts(1.0, 2, 3.0), ProcessFacts(1.0, "?", 3.0), None])
+    # The first one is asked for where the application is made, the others by a scrape each.
+    facts = iter([None, OSError("no /proc here"), ProcessFacts(1.0, 2, 3.0), ProcessFacts(1.0, "?", 3.0), None])
 
     def process():
         fact = next(facts) or ProcessFacts(1.0, 2, 3.0)
