@@ -138,7 +138,7 @@ def _counted(earlier: Baseline, made: Baseline, together: Baseline) -> str:
 
 
 def moved(earlier: Baseline, total_FB: Array) -> list[str]:
-    """Features whose rate in later traffic lies outside the earlier baseline's limits.
+    """Features whose rate in later traffic lies outside the earlier baseline's limits; none where there is no traffic.
 
     Args: total_FB: requests of the later traffic by score bucket, [F, B].
     """
@@ -148,8 +148,9 @@ def moved(earlier: Baseline, total_FB: Array) -> list[str]:
 
     reference = earlier.reference()
     active_F = above(total_FB)[np.arange(len(total_FB)), reference.level_F]
-    rate_F = active_F / np.maximum(total_FB.sum(axis=1), 1)
-    outside_F = (rate_F > reference.high_HF.max(axis=0)) | (rate_F < reference.low_HF.min(axis=0))
+    total_F = total_FB.sum(axis=1)
+    rate_F = active_F / np.maximum(total_F, 1)
+    outside_F = (total_F > 0) & ((rate_F > reference.high_HF.max(axis=0)) | (rate_F < reference.low_HF.min(axis=0)))
     return [earlier.features[i] for i in np.flatnonzero(outside_F)]
 
 

@@ -180,14 +180,16 @@ class TrafficSums:
             if len(self.strata) < STRATA - 1:
                 self.strata = (*self.strata, adapter)
             elif of_adapter[adapter] >= SMALLEST_SHARE * sum(of_adapter.values()):
-                self._give_place(adapter)
+                self._give_place(adapter, of_adapter)
         index = {name: i for i, name in enumerate(self.strata)}
         return np.array([index.get(adapter, STRATA - 1) for adapter in adapter_G], np.int64)
 
-    def _give_place(self, adapter: str) -> None:
+    def _give_place(self, adapter: str, of_adapter: Mapping[str, int]) -> None:
+        # With this window's, or two newcomers would take the place from each other.
         requests_S = self.hour_strata_HS.sum(axis=0)
+        requests_S[: STRATA - 1] += [of_adapter.get(name, 0) for name in self.strata]
         smallest = int(requests_S[: STRATA - 1].argmin())
-        if requests_S[smallest] >= SMALLEST_SHARE * requests_S.sum():
+        if requests_S[smallest] >= SMALLEST_SHARE * (self.hour_strata_HS.sum() + sum(of_adapter.values())):
             return
         for counts in (self.strata_SFB, self.hour_strata_HS.T):
             counts[STRATA - 1] += counts[smallest]

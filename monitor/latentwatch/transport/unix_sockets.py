@@ -24,7 +24,7 @@ class UnixSockets:
     def bind(self, target: Address, add_port: Callable[[str], int]) -> None:
         """Have gRPC listen there. Raises ConfigRefused, "socket_in_use" or "address_unusable"."""
         path = Path(target.socket_path)
-        if not path.parent.exists():
+        if not path.parent.is_dir():
             _make_folder(target, path.parent)
         _make_room(target, path)
         # Nobody but this user may connect, from the first moment at which the file exists.

@@ -122,6 +122,8 @@ def watched(traffic: Traffic, reference, change: Change | None, windows: int, re
 
 
 PLAIN = Scenario(np.full(16, 0.02), replicas=4, pairs=8)
+SOME_F = np.arange(16) < 4
+"""Features that drift by themselves: what most do is a movement that they have in common."""
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +143,8 @@ def test_no_kind_alarms_on_more_of_the_same_traffic(plain):
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
-        (Change(rate_ratio=lambda _: 2.0), "rate"),
-        (Change(rate_ratio=lambda _: 0.5), "rate"),
+        (Change(rate_ratio=lambda _: np.where(SOME_F, 2.0, 1.0)), "rate"),
+        (Change(rate_ratio=lambda _: np.where(SOME_F, 0.5, 1.0)), "rate"),
         (Change(value_shift=0.5), "shape"),
         (Change(value_shift=-0.5), "shape"),
         (Change(tail_share=0.1), "shape"),
@@ -153,11 +155,14 @@ def test_no_kind_alarms_on_more_of_the_same_traffic(plain):
 )
 def test_each_drift_is_found_by_its_own_kind_of_detector(plain, change, kind):
     found = watched(fresh(2), plain[1], change, 120, 4)
-    assert found.alarms[kind].all()
+    drifts_F = SOME_F if kind == "rate" else np.ones(16, bool)
+    assert (found.alarms[kind] == drifts_F).all()
+    # All features of one replica are something that all have in common.
+    assert found.common.alarm == (kind == "replica")
     if kind == "replica":
         assert (found.replica_F == 2).all()
-    fewer = change.rate_ratio(0.0) < 1 or change.value_shift < 0
-    assert (found.direction[kind] == (FALL if fewer else RISE)).all()
+    fewer = np.min(change.rate_ratio(0.0)) < 1 or change.value_shift < 0
+    assert (found.direction[kind][drifts_F] == (FALL if fewer else RISE)).all()
     if kind == "shape":
         assert not found.alarms["rate"].any()
 
@@ -172,14 +177,15 @@ def test_an_alarm_says_how_much_since_when_and_which_way(plain):
     traffic, began = fresh(4), 200
     state, budget = DetectorState.empty(traffic.layout, 4), Budget()
     for number in range(300):
-        window = traffic.window(Change(rate_ratio=lambda _: 1.6) if number >= began else None)
+        change = Change(rate_ratio=lambda _: np.where(SOME_F, 1.6, 1.0))
+        window = traffic.window(change if number >= began else None)
         update(state, plain[1], traffic.layout, window, budget)
     found = evidence(state, traffic.layout, plain[1], budget)
     start = PLAIN.start_seconds + began * PLAIN.window_seconds
-    assert found.alarms["rate"].all() and (found.direction["rate"] == 0).all()
-    assert np.median(np.abs(found.since_seconds["rate"] - start)) <= 3 * PLAIN.window_seconds
+    assert (found.alarms["rate"] == SOME_F).all() and (found.direction["rate"][SOME_F] == RISE).all()
+    assert np.median(np.abs(found.since_seconds["rate"][SOME_F] - start)) <= 3 * PLAIN.window_seconds
     inside = (found.ratio_low_F <= 1.6) & (found.ratio_high_F >= 1.6)
-    assert inside.mean() >= 0.8 and found.ratio_F.mean() == pytest.approx(1.6, rel=0.05)
+    assert inside[SOME_F].mean() >= 0.75 and found.ratio_F[SOME_F].mean() == pytest.approx(1.6, rel=0.05)
 
 
 def test_single_fires_of_a_feature_that_never_fired_alarm_since_the_first_of_them():
@@ -204,7 +210,7 @@ def test_single_fires_of_a_feature_that_never_fired_alarm_since_the_first_of_the
 
 def test_the_limit_grows_with_what_is_watched_and_with_the_time_between_pages():
     month = Budget()
-    assert month.limit(256) == 256 * len(KINDS) * 43200
+    assert month.limit(256) == 256 * (len(KINDS) + 1) * 43200  # what all have in common is watched too
     assert Budget(seconds_per_page=12 * 30 * 86400).limit(1) == 12 * month.limit(1)
 
 

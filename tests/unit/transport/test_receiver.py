@@ -392,9 +392,13 @@ def test_a_symlink_to_a_socket_is_not_followed(socket_path):
         start(f"unix://{socket_path}")
 
 
-def test_a_socket_in_a_folder_that_is_missing_is_refused(socket_path):
-    with pytest.raises(ConfigRefused, match="No such file or directory") as refused:
-        start(f"unix://{socket_path.parent}/missing/c.sock")
+def test_the_folder_of_a_socket_is_made_and_where_it_cannot_be_that_is_said(socket_path):
+    folder = socket_path.parent / "missing"
+    with ServerThread(FakeSink(), f"unix://{folder}/c.sock"):
+        assert (folder / "c.sock").exists()
+    (socket_path.parent / "file").touch()
+    with pytest.raises(ConfigRefused) as refused:
+        start(f"unix://{socket_path.parent}/file/c.sock")
     assert refused.value.reason == "address_unusable"
 
 
