@@ -3,7 +3,11 @@
 /** @import { FeatureTotals, StoredActivations } from "./answers.d.ts" */
 
 /** A token as one feature shows it. */
-/** @typedef {{ position: number, value: number | null, statistic: number | null, counted: boolean, over: boolean }} Token */
+/**
+ * @typedef {{
+ *   position: number, value: number | null, statistic: number | null, counted: boolean, over: boolean
+ * }} Token
+ */
 
 /**
  * Every token of a request, by position. `value` is the token's own activation, null where none is known; `statistic`

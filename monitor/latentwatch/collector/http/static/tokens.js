@@ -68,7 +68,8 @@ function legend(total, prompt) {
         : draw("rect", { class: className, x: 1, y: 1, width: 12, height: 10 });
     return make("span", {}, draw("svg", { viewBox: "0 0 14 12", "aria-hidden": "true" }, mark), words);
   });
-  const words = `One column a token, ${count(total)} in all: ${count(prompt)} of the prompt, the output behind the line.`;
+  const parts = `${count(prompt)} of the prompt, the output behind the line`;
+  const words = `One column a token, ${count(total)} in all: ${parts}.`;
   return make("div", { className: "strip-legend" }, make("p", { className: "note" }, words), make("p", {}, ...entries));
 }
 
