@@ -61,8 +61,11 @@ engine: $(VENV)/.dev ## the tests on a real vLLM engine
 
 # Of what the collector does, where a library's version shows: its server, its streams, its files, OTLP.
 TESTS_OF_FLOORS := tests/unit/collector tests/unit/transport tests/unit/export tests/unit/evidence tests/unit/drift tests/unit/test_*.py
+# The page's types are written with the locked pydantic; an older one leaves the descriptions of dataclasses out.
+OF_THE_NEWEST := tests/unit/collector/http/test_app.py::test_the_types_that_the_script_is_checked_against_are_those_of_the_schema
 floors: $(FLOORS)/.installed ## the lowest versions that pyproject.toml accepts, installed beside, and the collector's tests on them
-	PYTHONPATH=monitor:. $(FLOORS)/bin/python -m pytest -o addopts=--import-mode=importlib -q $(TESTS_OF_FLOORS)
+	PYTHONPATH=monitor:. $(FLOORS)/bin/python -m pytest -o addopts=--import-mode=importlib -q $(TESTS_OF_FLOORS) \
+	  --deselect $(OF_THE_NEWEST)
 
 floors-sample: $(FLOORS)/.installed
 	PYTHONPATH=monitor:. $(FLOORS)/bin/python -m pytest -o addopts=--import-mode=importlib -q tests/unit/collector/http/test_https.py \
