@@ -175,8 +175,7 @@ class TrafficSums:
         of_adapter: dict[str, int] = {}
         for adapter, requests in zip(adapter_G, requests_G.tolist(), strict=True):
             of_adapter[adapter] = of_adapter.get(adapter, 0) + int(requests)
-        newcomers = sorted(of_adapter.keys() - set(self.strata), key=lambda name: (-of_adapter[name], name))
-        for adapter in newcomers:
+        for adapter in sorted(of_adapter.keys() - set(self.strata), key=lambda name: (-of_adapter[name], name)):
             if len(self.strata) < STRATA - 1:
                 self.strata = (*self.strata, adapter)
             elif of_adapter[adapter] >= SMALLEST_SHARE * sum(of_adapter.values()):
