@@ -63,6 +63,14 @@ CASES = [
     Case("LatentwatchDrift", "critical", drift("critical")),
     Case("LatentwatchDrift", "warning", drift("warning")),
     Case(
+        "LatentwatchDriftCommon",
+        "warning",
+        {
+            'latentwatch_drift_common_log10_evalue{model_name="m"}': gauge(9, 1),
+            'latentwatch_drift_limit_log10_evalue{model_name="m",kind="common"}': gauge(7.9, 7.9),
+        },
+    ),
+    Case(
         "LatentwatchBaselineStale",
         "warning",
         {'latentwatch_drift_armed{model_name="m",reason="baseline_mismatch"}': gauge(0, 1)},
@@ -190,7 +198,9 @@ def kills(points: Iterable[float], *, long: float) -> list[Kill]:
 @pytest.mark.parametrize("case", KILLED, ids=case_id)
 def test_a_collector_that_is_killed_at_any_point_of_an_alerts_life_is_no_second_alert(case: Case, tmp_path: Path):
     """Killed before it fires, while it fires and after the trouble is over, for 30 seconds and for 10 minutes."""
-    trouble, points = Trouble(BEGIN, STEADY), (60, 360, STEADY - 30, STEADY + 360)
+    # Long enough for the longest `for`, which begins anew where the collector is away for longer than it looks back.
+    lasts = STEADY + 1200
+    trouble, points = Trouble(BEGIN, lasts), (60, 360, lasts - 30, lasts + 360)
     tests = [(str(kill), input_series(case, trouble, kill), 1) for kill in kills(points, long=600)]
     found = promtool(tmp_path, case, tests)
     assert not found, found
