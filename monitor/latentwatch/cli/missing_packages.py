@@ -42,7 +42,7 @@ def _instead(package: str) -> str:
         return "Run it where vLLM is installed, or install a build of torch for this host."
     for extra in _SHOWN:
         if package in _packages_of(extra):
-            return f"Run: pip install 'latentwatch[{extra}]'"
+            return f"Run in a clone of the repository: pip install '.[{extra}]'"
     return f"Run: pip install {package}"
 
 

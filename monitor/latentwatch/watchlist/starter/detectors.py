@@ -45,7 +45,7 @@ def train(
         raise WatchlistRefused(
             "watchlist start",
             found="scikit-learn is not installed; it fits the probes and the text classifiers beside them",
-            instead="pip install 'latentwatch[start]'",
+            instead="Run in a clone of the repository: pip install '.[start]'",
             reason=RefusalReason.PACKAGE_MISSING,
         ) from error
     selection: dict[str, dict[Settings, float]] = {name: {} for name in wanted}

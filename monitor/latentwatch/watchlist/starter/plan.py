@@ -37,7 +37,7 @@ def sizes(model: str) -> Sizes:
         raise _refuse(
             model,
             f"package {error.name!r} is missing",
-            "Run it where vLLM is installed: pip install 'latentwatch[engine,start]'",
+            "Run it where vLLM is installed, in a clone of the repository: pip install '.[engine,start]'",
             RefusalReason.PACKAGE_MISSING,
         ) from error
     except (OSError, ValueError) as error:

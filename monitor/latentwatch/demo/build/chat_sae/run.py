@@ -143,7 +143,7 @@ def run(
         raise ConfigRefused(
             "training an SAE",
             found=f"{', '.join(missing)} not installed",
-            instead="Run: pip install 'latentwatch[demo-build]'.",
+            instead="Run in a clone of the repository: pip install '.[demo-build]'.",
             reason=RefusalReason.DEMO_BUILD_EXTRA,
         )
     import torch
