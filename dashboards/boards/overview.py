@@ -223,7 +223,7 @@ def _drift_traffic() -> Panel:
             for words, metric in counted.items()
         ),
     )
-    return panel.unit(units.OpsPerSecond).height(4).legend(BESIDE)
+    return panel.unit(units.OpsPerSecond).span(8).height(4).legend(BESIDE)
 
 
 def _traffic() -> list[Panel]:
