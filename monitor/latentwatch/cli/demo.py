@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         choices=("smollm2", "tiny"),
-        default="tiny",
+        default="smollm2",
         help="smollm2: SmolLM2-135M-Instruct and public prompts, out of packages that 'make demo' installs; "
         "tiny: a model of 1M parameters of our own making, which needs neither (default: %(default)s)",
     )

@@ -174,11 +174,11 @@ def _frame(left: float, label: str, *, y_ticks: bool) -> list[str]:
         element("rect", "panel", x=left, y=top, width=_SQUARE, height=_SQUARE),
         text_at("label", left, 16, label),
     ]
-    for rate in (0.001, 0.01, 0.1, 1.0):
+    for rate in (LEAST_RATE, 0.01, 0.1, 1.0):
         x, y = _log_log(left, rate, rate)
-        body += [tick_at(x, bottom, bottom + 5), text_at("small muted", x, bottom + 19, f"{rate:.1%}", "middle")]
+        body += [tick_at(x, bottom, bottom + 5), text_at("small muted", x, bottom + 19, f"{100 * rate:g} %", "middle")]
         if not y_ticks:
-            body.append(text_at("small muted", left - 6, y + 5, f"{rate:.1%}", "end"))
+            body.append(text_at("small muted", left - 6, y + 5, f"{100 * rate:g} %", "end"))
     if y_ticks:
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             body.append(text_at("small muted", left - 6, bottom - share * _SQUARE + 5, f"{share:.0%}", "end"))

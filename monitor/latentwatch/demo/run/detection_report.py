@@ -14,10 +14,10 @@ from latentwatch.demo.smollm2.card import FeatureCard
 _NOTE: Final = (
     "An ordinary request that goes over a critical limit is a false page; each limit promises at most {rate:.1%} of "
     "them. “Reading the text” is a classifier of character n-grams, fitted on the texts that the detector was "
-    "trained on, its limit set by the same requests. What it says of true and false statements is chance, since both "
-    "are made of the same words. Intervals are of 95 %, for the number of requests."
+    "trained on, its limit set by the same requests. It cannot know whether a statement is true, since true and false "
+    "ones are made of the same words. Intervals are of 95 %, for the number of requests."
 )
-_OTHERWISE: Final = "What was not as when the detectors were trained: {}."
+_OTHERWISE: Final = "Left out, or otherwise than on the card: {}."
 
 
 def to_html(detection: Detection) -> str:
