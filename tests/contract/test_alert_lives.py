@@ -57,6 +57,10 @@ def drift(severity: str) -> dict[str, Values]:
     }
 
 
+def health_cause(cause: str, alert: str) -> str:
+    return f'latentwatch_health_cause{{cause="{cause}",level="problem",alert="{alert}"}}'
+
+
 CASES = [
     Case("LatentwatchCriticalExceedance", "critical", exceedance("critical", steady=True), once_is_enough=True),
     Case("LatentwatchWarningExceedance", "warning", exceedance("warning", steady=True), once_is_enough=True),
@@ -157,6 +161,8 @@ CASES = [
         once_is_enough=True,
     ),
     Case("LatentwatchFilesSetAside", "warning", {"latentwatch_evidence_damaged_files": gauge(2, 0)}),
+    Case("LatentwatchNoEngine", "warning", {health_cause("no_engine", "LatentwatchNoEngine"): gauge(1, 0)}),
+    Case("LatentwatchHealth", "warning", {health_cause("ingest_late", "LatentwatchHealth"): gauge(1, 0)}),
 ]
 KILLED = [case for case in CASES if case.alert not in ("LatentwatchCollectorDown", "LatentwatchModelUnwatched")]
 ALERTS = [
