@@ -246,7 +246,9 @@ def test_a_collector_that_writes_evidence_shows_a_request_token_by_token(tmp_pat
         exceed(made)
         markup, text = text_of(f"{made.http_url}/#request=chatcmpl-1-0123abcd", tmp_path / "profile")
     assert "Token by token" in text and "One column a token, 4 in all" in text
-    (cell,) = re.findall(r'<rect class="cell over" x="(\d+)" y', markup)
+    # The legend has one, too.
+    strip = markup.partition("strip-legend")[0] + markup.partition("strip-legend")[2].partition("</p></div>")[2]
+    (cell,) = re.findall(r'<rect class="cell over" x="(\d+)" y', strip)
     assert cell == "2" and "largest value: 5.00 at token 2, limit 1.00" in text
 
 
