@@ -284,7 +284,12 @@ def _add_api(app: FastAPI, lookup: Lookup, clock: Callable[[], float]) -> None:
         """Every feature of the watchlist."""
         return as_json(features_of(lookup, clock()))
 
-    @app.get("/v1/exceedances", response_model=Exceedances, tags=["api"])
+    @app.get(
+        "/v1/exceedances",
+        response_model=Exceedances,
+        responses={404: {"description": "no such feature or model is known here"}},
+        tags=["api"],
+    )
     async def get_exceedances(
         feature: Annotated[str | None, Query(max_length=64)] = None,
         severity: Severity | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 from fastapi.dependencies.utils import get_flat_dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -31,9 +31,9 @@ def check_query(request: Request) -> None:
         raise RequestValidationError(wrong)
 
 
-def unknown_name(name: str, value: str, known: list[str]) -> RequestValidationError:
-    """For a parameter that names something that there is not."""
-    return RequestValidationError([_wrong(name, _of(value, known))])
+def unknown_name(name: str, value: str, known: list[str]) -> HTTPException:
+    """For a parameter that names something that there is not: 404, with the nearest name that there is."""
+    return HTTPException(404, f"{name} {_of(value, known)}")
 
 
 def _of(name: str, known: list[str]) -> str:
