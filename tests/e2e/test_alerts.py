@@ -193,9 +193,15 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
                 f'latentwatch_drift_armed{{model_name="m",reason="baseline_mismatch"}} {int(not wrong)}\n',
                 f'latentwatch_drift_baseline_created_timestamp_seconds{{model_name="m"}} {now - 40 * 86400 * wrong}\n',
                 'latentwatch_drift_limit_log10_evalue{model_name="m",kind="rate"} 7.9\n',
+                'latentwatch_drift_limit_log10_evalue{model_name="m",kind="common"} 5.4\n',
+                f'latentwatch_drift_common_log10_evalue{{model_name="m"}} {9 * wrong}\n',
                 *(f"latentwatch_drift_log10_evalue{{{labels}}} {9 * wrong}\n" for labels in drifts),
                 f'latentwatch_evidence_dropped_total{{kind="request",reason="queue_full"}} {until_now()}\n',
                 f"latentwatch_evidence_damaged_files {int(wrong)}\n",
+                *(
+                    f'latentwatch_health_cause{{cause="{cause}",level="problem",alert="{alert}"}} {int(wrong)}\n'
+                    for cause, alert in (("no_engine", "LatentwatchNoEngine"), ("ingest_late", "LatentwatchHealth"))
+                ),
                 f'latentwatch_tokens_total{{model_name="o",state="unseen",reason="kv_connector"}} {until_now()}\n',
                 f'latentwatch_tokens_total{{model_name="o",state="scored",reason="none"}} {1e9 * (not wrong)}\n',
                 f'latentwatch_engine_model_info{{replica="pod-9/0",model_name="m",match="differs"}} {int(wrong)}\n',

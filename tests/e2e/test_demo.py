@@ -108,8 +108,9 @@ def test_a_damaged_watchlist_is_refused_before_anything_starts(tmp_path: Path) -
         "from latentwatch.cli import main; sys.exit(main(['demo', '--model', 'tiny']))"
     )
     (tmp_path / "model").mkdir()
-    for name in ("demo.watchlist.safetensors", "ordinary.jsonl", "incidents.jsonl"):
-        (tmp_path / name).write_text("cut")
+    (tmp_path / "demo.watchlist.safetensors").write_text("cut")
+    for name in ("ordinary.jsonl", "incidents.jsonl"):
+        (tmp_path / name).write_text('{"topic": "t", "messages": [{"role": "user", "content": "Hello."}]}\n')
     argv = [sys.executable, "-c", script]
     refused = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2
