@@ -60,7 +60,7 @@ class Fleet:
         # Room for one request: a second one that runs cannot be followed.
         bounds = Bounds(open_requests=1)
         self.service = Service(
-            CollectorSettings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", bounds)
+            CollectorSettings(folder / "w.safetensors", (f"unix://{folder}/c.sock",), "127.0.0.1:0", bounds=bounds)
         )
         self.troubled = True
         self._troubles = 0

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 from latentwatch import __version__, host
@@ -78,6 +78,7 @@ class CollectorSettings:
     """Addresses for engines: unix:///path or host:port."""
     http: str
     """Address for metrics, API and page: host:port."""
+    _: KW_ONLY
     insecure: bool = False
     """Whether an address that other hosts reach may be plain and ask for no token; else it is refused."""
     bounds: Bounds = field(default_factory=Bounds)
