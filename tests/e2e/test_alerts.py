@@ -218,7 +218,8 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
         config["route"]["routes"][0]["repeat_interval"] = "2s"  # the watchdog's, a minute in production
         stack.enter_context(fleet.live())
         (port,) = free_ports(1)
-        targets = [fleet.service.http_url.removeprefix("http://"), f"127.0.0.1:{port}"]
+        url = fleet.service.http_url
+        targets = [url.removeprefix("http://"), f"127.0.0.1:{port}"]
         jobs = {
             "latentwatch": [*targets, stack.enter_context(metrics_page(afar))],
             "vllm": [stack.enter_context(metrics_page(vllm))],
@@ -252,5 +253,5 @@ def test_every_alert_fires_and_clears_through_prometheus_and_alertmanager_to_a_w
         r"m: Deceiving the user went over its critical limit in \d+ request\(s\)", deceived.annotations["summary"]
     )
     assert "drove feature p.deceive, at resid_post.0" in deceived.annotations["description"]
-    assert deceived.annotations["page_url"] == f"{fleet.service.http_url}/#feature=p.deceive"
+    assert deceived.annotations["page_url"] == f"{url}/#feature=p.deceive"
     assert set(deceived.labels) == {"alertname", "severity", "model_name", "feature"}

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from latentwatch.cli import build_parser
 from latentwatch.engines.vllm import settings
-from latentwatch.transport import credentials
+from latentwatch.transport import credentials, spool
 from latentwatch.transport.sender import Sender
 from latentwatch.watchlist import file as watchlist_file
 
@@ -31,7 +31,7 @@ from tests.support.streams import hello, watchlist
 
 SETTINGS = {
     value
-    for module in (settings, credentials)
+    for module in (settings, credentials, spool)
     for name, value in vars(module).items()
     if name.isupper() and str(value).startswith("LATENTWATCH_")
 }

@@ -159,7 +159,7 @@ CAUSES: Final = (
         alert="LatentwatchEngineNotArmed",
     ),
     Cause(
-        "watchlist_mismatch",
+        RefusalReason.WATCHLIST_MISMATCH.value,
         "engines",
         "problem",
         "Engines that score with another watchlist are refused",
