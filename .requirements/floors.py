@@ -16,6 +16,7 @@ _FLOOR = re.compile(r"([A-Za-z0-9._-]+)>=([^,;\s]+)(?:,<[^,;\s]+)?")
 def floors(project: dict[str, object], extras: list[str]) -> list[str]:
     """`name==lowest` of the dependencies and of these extras. Raises: SystemExit: one of them has no floor."""
     optional = project["optional-dependencies"]
+    # What tomllib gives is of no type that could be indexed.
     wanted = [*project["dependencies"], *(one for extra in extras for one in optional[extra])]  # type: ignore[index, misc]
     found = {one: _FLOOR.fullmatch(one) for one in dict.fromkeys(wanted)}
     if without := [one for one, match in found.items() if match is None]:
